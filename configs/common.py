@@ -1,0 +1,86 @@
+"""What the preference methods' configurations share; each file says what it changes.
+
+`shapes` runs on the bundled pipeline and the embedded world, in minutes, without an
+accelerator. `tiny` is the same program cut down to seconds, for tests.
+"""
+
+from ml_collections import ConfigDict
+
+PRESETS = ("shapes", "tiny")
+
+
+def base(name: str, preset: str) -> ConfigDict:
+  """Every field with its default and what it means."""
+  c = ConfigDict()
+  c.name = name
+  c.preset = preset
+  c.seed = 0  # of everything random; same seed, same numbers
+
+  c.model = ConfigDict()
+  c.model.path = "shapes"  # 'shapes', or a directory in diffusers' layout
+  c.model.dtype = "float32"  # of the computation; parameters and moments are float32
+
+  c.data = ConfigDict()
+  c.data.source = "shapes"  # 'shapes', or 'folder' for images with captions beside them
+  c.data.path = ""  # the folder
+  c.data.num_experts = 500  # the best K images by score; of a folder the first K
+  c.data.prompt_dropout = 0.2  # share of rows trained with an empty prompt
+  c.data.flip = False  # add each image's mirror image; not where left and right matter
+
+  c.loss = ConfigDict()
+  c.loss.name = name  # a file of jaxpref/losses, or the dotted path of a module
+
+  c.rollout = ConfigDict()  # how the policy draws its own samples, where the loss asks
+  c.rollout.solver = "dpm_solver"  # 'dpm_solver' (++, multistep), 'ddim' or 'ddpm'
+  c.rollout.order = 2  # of the DPM-Solver, 1 to 3
+  c.rollout.num_steps = 20  # from noise to image
+  c.rollout.guidance = 1.0  # classifier-free guidance scale; 1 is none
+  c.rollout.refresh_every = 1  # updates after which the sampling copy of the policy is renewed
+
+  c.optim = ConfigDict()
+  c.optim.lr = 3e-4  # peak learning rate
+  c.optim.schedule = "constant"  # 'constant', 'linear', 'cosine' or 'trapezoid'
+  c.optim.warmup_updates = 0
+  c.optim.weight_decay = 0.01
+  c.optim.b1 = 0.9
+  c.optim.b2 = 0.999
+  c.optim.eps = 1e-8
+  c.optim.clip_norm = 1.0  # global gradient norm
+  c.optim.ema_decay = 0.9999  # limit of the moving average's ramp (1 + n) / (10 + n)
+
+  c.train = ConfigDict()
+  c.train.batch_size = 32  # rows per update, over all devices and micro-batches
+  c.train.accumulate = 1  # micro-batches per update
+  c.train.num_updates = 150
+  c.train.updates_per_iteration = 25  # between checkpoints
+  c.train.log_every = 5  # updates
+  c.train.keep = 2  # newest checkpoints kept
+
+  c.mesh = ConfigDict()
+  c.mesh.data = -1  # devices that split the batch; -1 fills up
+  c.mesh.fsdp = 1  # devices that also split large parameters
+
+  c.evaluate = ConfigDict()  # at the end, base against tuned, same prompts and noise
+  c.evaluate.prompts = "auto"  # 'shapes': held-out ones; 'captions'; a text file; 'auto'
+  c.evaluate.num_prompts = 150
+  c.evaluate.images_per_prompt = 2
+  c.evaluate.scorers = ("shapes.correct", "shapes.quality")
+  c.evaluate.num_steps = 20
+  c.evaluate.guidance = 2.0
+  c.evaluate.batch_size = 50  # images at once
+  c.evaluate.seed = 1000
+  c.evaluate.num_examples = 24  # pairs shown in the report
+
+  if preset == "tiny":
+    c.data.num_experts = 16
+    c.rollout.num_steps = 2
+    c.train.batch_size = 8
+    c.train.num_updates = 4
+    c.train.updates_per_iteration = 2
+    c.train.log_every = 1
+    c.evaluate.num_prompts = 6
+    c.evaluate.images_per_prompt = 1
+    c.evaluate.num_steps = 2
+    c.evaluate.batch_size = 8
+    c.evaluate.num_examples = 2
+  return c

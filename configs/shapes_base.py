@@ -1,0 +1,78 @@
+r"""The base pipeline of the shapes world, trained from scratch on its flawed corpus.
+
+  python -m jaxpref.pretrain --config=configs/shapes_base.py
+
+Three stages: a VAE on the corpus's images, then its text encoder and UNet together on the
+latents, then the export to `<workdir>/pipeline` in diffusers' directory layout. Each stage
+is resumable: the same command continues where it was stopped. What it gives, and how long
+it took, stands in the model card it writes.
+"""
+
+from ml_collections import ConfigDict
+
+PRESETS = ("shapes", "tiny")
+
+
+def get_config(preset: str = "shapes") -> ConfigDict:
+  """Settings of the run; `tiny` is the same program in seconds, for tests."""
+  c = ConfigDict()
+  c.name = "shapes_base"
+  c.preset = preset
+  c.seed = 0
+
+  c.corpus = ConfigDict()
+  c.corpus.num_images = 60_000  # rendered once, with the flaws of web data
+
+  c.tokenizer = ConfigDict()
+  c.tokenizer.vocab_size = 640  # 512 bytes with and without word end, the rest merges
+  c.tokenizer.max_length = 24  # tokens; the longest caption of this world takes 13
+
+  c.vae = ConfigDict()
+  c.vae.channels = (16, 16, 48, 96)  # of each level, 64 x 64 pixels to 8 x 8 latents
+  c.vae.latent_channels = 8
+  c.vae.norm_groups = 1  # more would hide from small levels how bright an image is
+  c.vae.kl_weight = 1e-5
+  c.vae.batch_size = 24
+  c.vae.num_updates = 2_000
+  c.vae.lr = 2e-3
+  c.vae.warmup_updates = 100
+  c.vae.decay = 0.4  # the last share of the updates, over which lr falls to 0
+
+  c.text = ConfigDict()
+  c.text.width = 128
+  c.text.layers = 2
+  c.text.heads = 4
+
+  c.unet = ConfigDict()
+  c.unet.channels = (64, 128)
+  c.unet.heads = (2, 4)
+  c.unet.layers_per_block = 1
+  c.unet.prediction_type = "v_prediction"
+
+  c.denoiser = ConfigDict()
+  c.denoiser.batch_size = 64
+  c.denoiser.num_updates = 7_000
+  c.denoiser.lr = 1e-3
+  c.denoiser.warmup_updates = 300
+  c.denoiser.decay = 0.25
+  c.denoiser.weight_decay = 0.01
+  c.denoiser.clip_norm = 1.0
+  c.denoiser.prompt_dropout = 0.1  # share of rows trained without their prompt
+  c.denoiser.ema_decay = 0.999
+
+  c.log_every = 100  # updates
+  c.save_every = 250  # updates
+
+  if preset == "tiny":
+    c.corpus.num_images = 64
+    c.vae.channels = (8, 8, 8, 8)
+    c.unet.channels = (32, 64)
+    c.unet.heads = (1, 2)
+    c.text.width = 16
+    for stage in (c.vae, c.denoiser):
+      stage.batch_size = 4
+      stage.num_updates = 4
+      stage.warmup_updates = 1
+    c.log_every = 1
+    c.save_every = 2
+  return c

@@ -1,0 +1,316 @@
+"""Checkpoints of a run: written while training goes on, checked before they are trusted.
+
+`<directory>/<step>/` is one Orbax checkpoint. Orbax writes it under a temporary name and
+renames it when it is whole; then `checksums.json` is added, so that a file that was lost,
+cut or altered later is noticed at the restore, which goes back to the newest good step.
+"""
+
+import dataclasses
+import errno
+import json
+import logging
+import math
+import shutil
+import zlib
+from collections.abc import Mapping
+from concurrent import futures
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from absl import logging as absl_logging
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from jaxpref.errors import UserError
+from jaxpref.workdir import write_json
+
+CHECKSUMS = "checksums.json"
+_TEMPORARY = ".orbax-checkpoint-tmp"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL_TEXTS = ("No space left", "quota exceeded")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpointer:
+  """The checkpoints of one run.
+
+  Attributes:
+    directory: absolute path of the directory of steps.
+    keep: how many of the newest checkpoints stay.
+    worker: the one thread that finishes saves.
+    pending: the save under way, at most one: (step, its end).
+  """
+
+  directory: Path
+  keep: int
+  worker: futures.ThreadPoolExecutor
+  pending: list[tuple[int, futures.Future]]
+
+
+class Restored(NamedTuple):
+  """What `save` was given."""
+
+  step: int
+  state: Any
+  data_state: Any
+  metadata: dict[str, Any]
+
+
+def open_checkpointer(directory: str | Path, *, keep: int) -> Checkpointer:
+  """Makes the directory and removes what a killed save has left half-written.
+
+  Args:
+    directory: one run's checkpoints; no other process may write there.
+    keep: how many of the newest checkpoints stay, at least 1.
+
+  Raises:
+    UserError: the directory cannot be made.
+  """
+  if keep < 1:
+    raise ValueError(f"keep must be at least 1, got {keep}")
+  absl_logging.get_absl_logger().addFilter(_is_not_orbax_error)
+  directory = Path(directory).absolute()
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f"cannot write to {directory}: {error.strerror}") from error
+  ckptr = Checkpointer(directory, keep, futures.ThreadPoolExecutor(1), [])
+  _remove_temporary(ckptr)
+  return ckptr
+
+
+def steps(directory: str | Path) -> list[int]:
+  """The steps of the finished checkpoints, ascending; good or not."""
+  return sorted(int(p.name) for p in Path(directory).iterdir() if p.name.isdecimal())
+
+
+def latest_step(ckptr: Checkpointer) -> int | None:
+  """The newest finished checkpoint's step, if any."""
+  return max(steps(ckptr.directory), default=None)
+
+
+def save(
+  ckptr: Checkpointer,
+  step: int,
+  state: Any,
+  data_state: Any,
+  metadata: Mapping[str, Any],
+) -> None:
+  """Starts to save; returns once `state` has been copied, so it may be donated.
+
+  Waits for the save before this one and reports its failure.
+
+  Args:
+    ckptr: the checkpoints.
+    step: number of updates made; not saved before.
+    state: pytree of `jax.Array`, typed keys included.
+    data_state: position of the data, as JSON (a grain iterator's `get_state()`).
+    metadata: anything else, as JSON.
+
+  Raises:
+    UserError: this or the previous checkpoint could not be written (disk full, ...);
+      what was half-written is removed and earlier checkpoints are intact.
+  """
+  wait(ckptr)
+  path = ckptr.directory / str(step)
+  if path.exists():
+    raise ValueError(f"step {step} is already saved in {ckptr.directory}")
+  record = {"data": data_state, "metadata": dict(metadata)}
+  if json.loads(json.dumps(record)) != record:
+    raise ValueError(f"data_state and metadata must survive JSON, got {record}")
+  needed = math.ceil(1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+  free = shutil.disk_usage(ckptr.directory).free
+  if free < needed:
+    sizes = f"{needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free"
+    raise UserError(_not_written(ckptr, step, f"no space left ({sizes})"))
+  try:
+    response = ocp.save_checkpointables_async(path, {"state": state}, custom_metadata=record)
+  except (OSError, ValueError) as error:
+    _raise_failure(ckptr, step, error)
+  ckptr.pending.append((step, ckptr.worker.submit(_finish, ckptr, path, response)))
+
+
+def wait(ckptr: Checkpointer) -> None:
+  """Waits until the save under way is finished.
+
+  Raises:
+    UserError: it could not be written; see `save`.
+  """
+  while ckptr.pending:
+    step, future = ckptr.pending.pop()
+    try:
+      future.result()
+    except (OSError, ValueError, UserError) as error:
+      _raise_failure(ckptr, step, error)
+
+
+def close(ckptr: Checkpointer) -> None:
+  """Waits like `wait` and ends the thread."""
+  try:
+    wait(ckptr)
+  finally:
+    ckptr.worker.shutdown()
+
+
+def restore(ckptr: Checkpointer, abstract_state: Any) -> Restored:
+  """Restores the newest checkpoint that is good.
+
+  Damaged newer ones are named in a warning and renamed to `<step>.damaged`.
+
+  Args:
+    ckptr: the checkpoints, at least one.
+    abstract_state: pytree of `jax.ShapeDtypeStruct` with shardings.
+
+  Returns:
+    (step, state, data_state, metadata), the arrays bit for bit what was saved.
+
+  Raises:
+    UserError: no checkpoint is good (it lists what was found), or the newest good one
+      holds another structure or other shapes.
+  """
+  wait(ckptr)
+  damaged: dict[int, str] = {}
+  for step in reversed(steps(ckptr.directory)):
+    path = ckptr.directory / str(step)
+    problem = _verify(path)
+    if problem:
+      damaged[step] = problem
+      continue
+    try:
+      state = ocp.load_checkpointables(path, {"state": abstract_state})["state"]
+      record = ocp.metadata(path).custom_metadata
+    except (OSError, ValueError, KeyError) as error:
+      # Orbax wraps what happened in an error about its registry of handlers.
+      reason = str(error.__cause__ or error).strip().partition("\n")[0].rstrip(":")
+      if (path / CHECKSUMS).exists():
+        raise UserError(f"the checkpoint {path} does not fit: {reason}") from error
+      damaged[step] = reason
+      continue
+    if not (path / CHECKSUMS).exists():
+      _log.warning("checkpoint of step %d restored, though without checksums", step)
+    _set_aside(ckptr, damaged, step)
+    return Restored(step, state, record["data"], record["metadata"])
+  found = "; ".join(f"step {step}: {text}" for step, text in damaged.items())
+  raise UserError(f"no good checkpoint in {ckptr.directory} ({found or 'it is empty'})")
+
+
+def restore_subtree(directory: str | Path, step: int, abstract: Any) -> Any:
+  """Restores only a part of a state, such as its parameters.
+
+  Args:
+    directory: the directory of steps.
+    step: which one.
+    abstract: nested dict of `jax.ShapeDtypeStruct` by the state's field names.
+
+  Raises:
+    UserError: the checkpoint is missing or damaged.
+  """
+  path = Path(directory).absolute() / str(step)
+  if not path.is_dir():
+    raise UserError(f"no checkpoint of step {step} in {directory}")
+  if problem := _verify(path):
+    raise UserError(f"the checkpoint {path} is damaged: {problem}")
+  context = ocp.Context()
+  context.pytree.loading.partial_load = True
+  with context:
+    return ocp.load_checkpointables(path, {"state": abstract})["state"]
+
+
+def _finish(ckptr: Checkpointer, path: Path, response: ocp.AsyncResponse) -> None:
+  response.result()
+  if jax.process_index() == 0:
+    write_json(path / CHECKSUMS, {name: _digest(path / name) for name in _files(path)})
+    for step in steps(ckptr.directory)[: -ckptr.keep]:
+      _remove(ckptr.directory / str(step))
+
+
+def _files(path: Path) -> list[str]:
+  files = (p for p in path.rglob("*") if p.is_file() and p.name != CHECKSUMS)
+  return sorted(p.relative_to(path).as_posix() for p in files)
+
+
+def _digest(file: Path) -> list[int]:
+  """The size in bytes and the CRC-32 of a file."""
+  crc = 0
+  with file.open("rb") as stream:
+    while chunk := stream.read(1 << 22):
+      crc = zlib.crc32(chunk, crc)
+  return [file.stat().st_size, crc]
+
+
+def _verify(path: Path) -> str | None:
+  """What is wrong with the files of a checkpoint; nothing if it has no checksums."""
+  try:
+    checksums = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))
+  except FileNotFoundError:
+    return None
+  except ValueError:
+    return f"{CHECKSUMS} is unreadable"
+  for name, (size, crc) in checksums.items():
+    file = path / name
+    if not file.exists():
+      return f"{name} is missing"
+    if file.stat().st_size != size:
+      return f"{name} has {file.stat().st_size} of {size} bytes"
+    if _digest(file) != [size, crc]:
+      return f"{name} is altered"
+  return None
+
+
+def _set_aside(ckptr: Checkpointer, damaged: Mapping[int, str], good: int) -> None:
+  """Renames damaged checkpoints, so that their steps can be saved again."""
+  multihost_utils.sync_global_devices("jaxpref_checkpoints_verified")
+  for step, problem in damaged.items():
+    _log.warning(
+      "checkpoint of step %d in %s is damaged (%s), going back to step %d",
+      *(step, ckptr.directory, problem, good),
+    )
+    if jax.process_index() == 0:
+      target = ckptr.directory / f"{step}.damaged"
+      if target.exists():
+        shutil.rmtree(target)
+      (ckptr.directory / str(step)).rename(target)
+
+
+def _remove(path: Path) -> None:
+  # Renamed first: killed halfway, it must not be taken for a checkpoint.
+  temporary = path.with_name(path.name + _TEMPORARY)
+  path.rename(temporary)
+  shutil.rmtree(temporary)
+
+
+def _remove_temporary(ckptr: Checkpointer) -> None:
+  if jax.process_index() == 0:
+    for path in ckptr.directory.glob(f"*{_TEMPORARY}"):
+      # A failed save's threads may still write there; the next start cleans up.
+      shutil.rmtree(path, ignore_errors=True)
+
+
+def _raise_failure(ckptr: Checkpointer, step: int, error: Exception) -> None:
+  """Removes what is there of a failed save and says in one line why it failed."""
+  path = ckptr.directory / str(step)
+  if path.exists() and jax.process_index() == 0:
+    _remove(path)
+  _remove_temporary(ckptr)
+  # TensorStore reports the operating system's errors as ValueError.
+  system = isinstance(error, OSError | UserError) or "os_error_code" in str(error)
+  if not system:
+    raise error
+  full = getattr(error, "errno", None) in _FULL
+  full = full or any(text in str(error) for text in _FULL_TEXTS)
+  reason = "no space left" if full else str(error).partition("\n")[0]
+  raise UserError(_not_written(ckptr, step, reason)) from error
+
+
+def _not_written(ckptr: Checkpointer, step: int, reason: str) -> str:
+  latest = latest_step(ckptr)
+  rest = "" if latest is None else f", the checkpoint of step {latest} is intact"
+  return f"{reason} in {ckptr.directory}: step {step} was not written{rest}"
+
+
+def _is_not_orbax_error(record: logging.LogRecord) -> bool:
+  # Orbax logs the traceback of each of its threads and then raises the error anyway.
+  return not (record.levelno == logging.ERROR and "orbax" in record.pathname)

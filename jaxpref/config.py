@@ -1,0 +1,347 @@
+"""The command line: a config file, overrides of its fields, and a few flags.
+
+`--config=configs/dro.py` or `--config=configs/dro.py:sd15` calls the file's
+`get_config(preset)`; `--config.optim.lr=1e-4` overrides a field. Everything wrong with
+them is one line. No JAX here, so that `--help` and errors come at once.
+"""
+
+import ast
+import difflib
+import importlib.util
+import inspect
+import io
+import json
+import math
+import re
+import sys
+import tokenize
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+from ml_collections import ConfigDict
+
+from jaxpref.errors import UserError
+
+_BOOLS = {"true": True, "1": True, "false": False, "0": False}
+
+Rules = Mapping[str, tuple[Callable[[Any], bool], str]]
+
+
+def _at_least(low: float) -> tuple[Callable[[Any], bool], str]:
+  return lambda value: value >= low, f"at least {low}"
+
+
+_POSITIVE = (lambda value: 0 < value < math.inf, "positive and finite")
+_DECAY = (lambda value: 0 <= value < 1, "at least 0 and below 1")
+_AXIS = (lambda value: value >= 1 or value == -1, "at least 1, or -1 for the rest")
+
+RULES: Rules = {
+  "model.dtype": (lambda v: v in ("float32", "bfloat16"), "'float32' or 'bfloat16'"),
+  "data.image_size": _at_least(8),
+  "data.prompt_dropout": (lambda value: 0 <= value <= 1, "between 0 and 1"),
+  "rollout.order": (lambda value: value in (1, 2, 3), "1, 2 or 3"),
+  "optim.clip_norm": (lambda value: value > 0, "positive"),
+  **dict.fromkeys(("optim.lr", "optim.eps"), _POSITIVE),
+  **dict.fromkeys(("optim.b1", "optim.b2", "optim.ema_decay"), _DECAY),
+  **dict.fromkeys(("mesh.data", "mesh.fsdp"), _AXIS),
+  **dict.fromkeys(("seed", "evaluate.seed", "evaluate.num_prompts"), _at_least(0)),
+  **dict.fromkeys(("rollout.guidance", "evaluate.guidance"), _at_least(0)),
+  **dict.fromkeys(("optim.warmup_updates", "optim.weight_decay"), _at_least(0)),
+  "train.num_updates": _at_least(0),
+  **dict.fromkeys(("rollout.num_steps", "rollout.refresh_every"), _at_least(1)),
+  **dict.fromkeys(("train.batch_size", "train.accumulate", "train.keep"), _at_least(1)),
+  **dict.fromkeys(("train.updates_per_iteration", "train.log_every"), _at_least(1)),
+  **dict.fromkeys(("evaluate.images_per_prompt", "evaluate.num_steps"), _at_least(1)),
+  **dict.fromkeys(("evaluate.batch_size", "data.num_experts"), _at_least(1)),
+}
+
+
+def parse_args(
+  argv: list[str], *, flags: Mapping[str, str]
+) -> tuple[ConfigDict, dict[str, str]]:
+  """Parses the command line; `--help` prints what there is and exits with 0.
+
+  Args:
+    argv: the arguments, without the program's name.
+    flags: the program's other flags, name to help; each takes a value.
+
+  Returns:
+    The locked config, with `preset` set to the preset's name, and the flags given, name
+    to value. What is given twice counts as given last.
+
+  Raises:
+    UserError: anything wrong with a flag, the config file, a field or a value.
+  """
+  given, overrides, wants_help = _split(argv, flags)
+  if wants_help and "config" not in given:
+    _print_help(flags, None, None)
+  if "config" not in given:
+    raise UserError("--config is missing, e.g. --config=configs/dro.py")
+  module, config = _load(given.pop("config"))
+  if wants_help:
+    _print_help(flags, module, config)
+  for path, text in overrides:
+    _override(config, path, text)
+  return config, given
+
+
+def validate(config: ConfigDict, rules: Rules = RULES) -> None:
+  """Checks values; a field that the config lacks or that is None is not checked.
+
+  Args:
+    config: of any method.
+    rules: dotted path to (predicate, what the value must be).
+
+  Raises:
+    UserError: the first value that breaks its rule.
+  """
+  fields = dict(leaves(config))
+  for path, (holds, meaning) in rules.items():
+    value = fields.get(path)
+    if value is not None and not holds(value):
+      raise UserError(f"'{path}' must be {meaning}, got {value!r}")
+
+
+def to_json(config: ConfigDict) -> str:
+  """The config as JSON: sorted keys, indent 2, tuples as lists."""
+  return json.dumps(config.to_dict(), sort_keys=True, indent=2)
+
+
+def from_json(text: str) -> ConfigDict:
+  """The config that `to_json` wrote, locked; lists stay lists, None has no type."""
+  return ConfigDict(json.loads(text)).lock()
+
+
+def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+  """Yields (dotted path, value) of every field, sorted within its section."""
+  for key, value in config.items():
+    if isinstance(value, ConfigDict):
+      yield from leaves(value, f"{prefix}{key}.")
+    else:
+      yield prefix + key, value
+
+
+def _split(
+  argv: list[str], flags: Mapping[str, str]
+) -> tuple[dict[str, str], list[tuple[str, str]], bool]:
+  given: dict[str, str] = {}
+  overrides = []
+  wants_help = False
+  rest = list(argv)
+  while rest:
+    arg = rest.pop(0)
+    if arg in ("-h", "--help"):
+      wants_help = True
+      continue
+    if not arg.startswith("--"):
+      raise UserError(f"unexpected argument '{arg}'; flags are written --name=value")
+    name, equals, value = arg[2:].partition("=")
+    if name not in ("config", *flags) and not name.startswith("config."):
+      near = difflib.get_close_matches(name, ["config", "help", *flags], n=1)
+      hint = f"did you mean '--{near[0]}'?" if near else "--help lists the flags"
+      raise UserError(f"unknown flag '--{name}'; {hint}")
+    if not equals:
+      if not rest or rest[0].startswith("--"):
+        raise UserError(f"'--{name}' needs a value")
+      value = rest.pop(0)
+    if name.startswith("config."):
+      overrides.append((name.removeprefix("config."), value))
+    else:
+      given[name] = value
+  return given, overrides, wants_help
+
+
+def _load(argument: str) -> tuple[ModuleType, ConfigDict]:
+  name, colon, preset = argument.partition(":")
+  path = Path(name)
+  if not path.is_file():
+    folder = path.parent if path.parent.is_dir() else Path("configs")
+    files = {p.name: p for p in sorted(folder.glob("*.py"))}
+    near = difflib.get_close_matches(f"{path.stem}.py", files, n=1)
+    hint = f"; did you mean '{files[near[0]]}'?" if near else ""
+    raise UserError(f"no config file '{name}'{hint}")
+  spec = importlib.util.spec_from_file_location(f"jaxpref_config_{path.stem}", path)
+  if spec is None or spec.loader is None:
+    raise UserError(f"'{name}' is not a Python file")
+  module = importlib.util.module_from_spec(spec)
+  # The file is the user's program: whatever it raises is theirs to see, in one line.
+  try:
+    spec.loader.exec_module(module)
+    parameters = inspect.signature(module.get_config).parameters
+  except Exception as error:
+    _raise_config_error(name, error)
+  if "preset" not in parameters:
+    raise UserError(f"{name}: get_config takes no 'preset'")
+  preset = preset if colon else parameters["preset"].default
+  known = getattr(module, "PRESETS", None)
+  if known is not None and preset not in known:
+    near = difflib.get_close_matches(str(preset), known, n=1)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    raise UserError(f"{name} has no preset '{preset}'; {hint}(presets: {', '.join(known)})")
+  try:
+    config = module.get_config(preset)
+  except Exception as error:
+    _raise_config_error(name, error)
+  if not isinstance(config, ConfigDict):
+    raise UserError(f"{name}: get_config must return an ml_collections.ConfigDict")
+  with config.unlocked():
+    config.preset = preset
+  return module, config.lock()
+
+
+def _raise_config_error(name: str, error: Exception) -> NoReturn:
+  calls = traceback.extract_tb(error.__traceback__)
+  here = [c for c in calls if Path(c.filename).absolute() == Path(name).absolute()]
+  line = getattr(error, "lineno", None) or (here[-1].lineno if here else None)
+  where = f"{name}, line {line}" if line else name
+  text = " ".join(str(error).split())
+  raise UserError(f"{where}: {type(error).__name__}: {text}") from error
+
+
+def _override(config: ConfigDict, path: str, text: str) -> None:
+  *sections, key = path.split(".")
+  section = config
+  for name in sections:
+    section = section.get(name) if isinstance(section, ConfigDict) else None
+  if not isinstance(section, ConfigDict) or key not in section:
+    near = _nearest(path, [leaf for leaf, _ in leaves(config)])
+    hint = f"did you mean '{near}'?" if near else "--help lists the fields"
+    raise UserError(f"unknown config field '{path}'; {hint}")
+  old = section[key]
+  if isinstance(old, ConfigDict):
+    first = next(iter(old), "field")
+    raise UserError(
+      f"'{path}' is a section; set one of its fields, e.g. --config.{path}.{first}=..."
+    )
+  if path == "preset":
+    raise UserError("choose the preset with the file: --config=configs/dro.py:sd15")
+  section[key] = _parse(path, text, old, section.get_type(key))
+
+
+def _nearest(path: str, known: Iterable[str]) -> str | None:
+  """The path most like `path`: as a whole, or by its last name or that one's initials."""
+  last = path.rpartition(".")[2]
+
+  def score(candidate: str) -> tuple[float, float]:
+    name = candidate.rpartition(".")[2]
+    whole = difflib.SequenceMatcher(None, path, candidate).ratio()
+    part = difflib.SequenceMatcher(None, last, name).ratio()
+    abbreviates = name == _initials(last) or last == _initials(name)
+    return max(whole, part, float(abbreviates)), whole
+
+  best = max(known, key=score, default=None)
+  return best if best is not None and score(best)[0] >= 0.6 else None
+
+
+def _initials(name: str) -> str:
+  words = re.split("[_-]", name)
+  return "".join(word[:1] for word in words) if len(words) > 1 else ""
+
+
+def _parse(path: str, text: str, old: Any, kind: type) -> Any:
+  """The value that `text` means for a field of type `kind` that holds `old`."""
+  if old is None and text.lower() == "none":
+    return None
+  if kind is str:
+    return text
+  if kind is bool and text.lower() in _BOOLS:
+    return _BOOLS[text.lower()]
+  try:
+    if kind is int:
+      return int(text)
+    if kind is float and not math.isnan(number := float(text)):
+      return number
+    if kind in (tuple, list):
+      return kind(_elements(ast.literal_eval(text), old))
+  except (ValueError, TypeError, SyntaxError):
+    pass
+  article, inner = "an" if kind is int else "a", ""
+  if kind in (tuple, list) and old:
+    names = dict.fromkeys(type(element).__name__ for element in old)
+    inner = f" of {' or '.join(names)}, e.g. {old!r}"
+  raise UserError(f"'{path}' takes {article} {kind.__name__}{inner}, got {text!r}")
+
+
+def _elements(values: Any, old: tuple | list | None) -> list[Any]:
+  """Checks that each value has a type that the default's elements have."""
+  if not isinstance(values, tuple | list):
+    raise TypeError
+  kinds = {type(element) for element in old or ()}
+  checked = []
+  for value in values:
+    if float in kinds and type(value) is int and int not in kinds:
+      checked.append(float(value))
+    elif not kinds or type(value) in kinds:
+      checked.append(value)
+    else:
+      raise TypeError
+  return checked
+
+
+def _print_help(
+  flags: Mapping[str, str], module: ModuleType | None, config: ConfigDict | None
+) -> NoReturn:
+  print("usage: --config=FILE[:PRESET] [--config.FIELD=VALUE ...] [--FLAG=VALUE ...]")
+  print("\nflags:")
+  lines = {"config": "a Python file with get_config(preset)", **flags}
+  lines["help"] = "print this and exit"
+  for name, meaning in lines.items():
+    print(f"  --{name:<14} {meaning}")
+  if module is None or config is None:
+    print("\nwith --config, --help also lists the fields of that config")
+    raise SystemExit(0)
+  if presets := getattr(module, "PRESETS", None):
+    print(f"\npresets: {', '.join(presets)} (shown: {config.preset})")
+  comments = _comments(module)
+  print("\nfields:")
+  for path, value in leaves(config):
+    field = f"--config.{path}={value}"
+    print(f"  {field:<46} {comments.get(path, '')}".rstrip())
+  raise SystemExit(0)
+
+
+def _comments(module: ModuleType) -> dict[str, str]:
+  """Field to the comment at the end of the line that sets it first.
+
+  Also looks into the modules beside the config file that it imports.
+  """
+  main = Path(str(module.__file__)).resolve()
+  homes = [sys.modules.get(_home(value)) for value in vars(module).values()]
+  files = [Path(getattr(home, "__file__", None) or "").resolve() for home in homes]
+  found: dict[str, str] = {}
+  for file in [main, *(file for file in files if file.parent == main.parent)]:
+    source = file.read_text(encoding="utf-8")
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    by_line = {
+      token.start[0]: token.string.lstrip("# ")
+      for token in tokens
+      if token.type == tokenize.COMMENT
+    }
+    for path, line in _settings(ast.parse(source), ""):
+      if line in by_line:
+        found.setdefault(path, by_line[line])
+  return found
+
+
+def _home(value: Any) -> str:
+  """The name of the module that a global of a config file is, or comes from."""
+  return value.__name__ if inspect.ismodule(value) else getattr(value, "__module__", "")
+
+
+def _settings(node: ast.AST, prefix: str) -> Iterator[tuple[str, int]]:
+  """Yields (dotted path, line) of what a config file sets, in the file's order."""
+  match node:
+    case ast.Assign(targets=[ast.Attribute() as target]):
+      path = ast.unparse(target).partition(".")[2]
+      yield path, node.end_lineno or 0
+      yield from _settings(node.value, f"{path}.")
+    case ast.Call(keywords=[_, *_]):
+      for keyword in node.keywords:
+        yield f"{prefix}{keyword.arg}", keyword.end_lineno or 0
+        yield from _settings(keyword.value, f"{prefix}{keyword.arg}.")
+    case _:
+      for child in ast.iter_child_nodes(node):
+        yield from _settings(child, prefix)

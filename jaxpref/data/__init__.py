@@ -1,0 +1,1 @@
+"""Where rows come from: experts, folders, the shapes world; and who deals them out."""

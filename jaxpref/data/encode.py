@@ -1,0 +1,43 @@
+"""Images and captions to latents and text embeddings, once, before training."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpref.models import text
+from jaxpref.models import vae as vae_lib
+from jaxpref.models.pipeline import Pipeline
+
+
+def encode_images(
+  pipeline: Pipeline, images: Sequence[np.ndarray], *, batch_size: int = 50
+) -> np.ndarray:
+  """Scaled latents, float32 [N, C, h, w], of uint8 images [H, W, 3]."""
+  vae = pipeline.modules["vae"]
+  run = jax.jit(lambda p, x: vae_lib.encode(vae, p, x))
+  return _in_batches(run, pipeline.params["vae"], np.stack(images), batch_size)
+
+
+def encode_prompts(
+  pipeline: Pipeline, prompts: Sequence[str], *, batch_size: int = 100
+) -> np.ndarray:
+  """Text embeddings, [N, L, D]."""
+  ids = text.tokenize(pipeline.tokenizer, prompts)
+  encoder = pipeline.modules["text_encoder"]
+  run = jax.jit(lambda p, x: text.encode_text(encoder, p, x))
+  return _in_batches(run, pipeline.params["text_encoder"], ids, batch_size)
+
+
+def _in_batches(run: Any, params: Any, rows: np.ndarray, size: int) -> np.ndarray:
+  size = min(size, len(rows))
+  params = jax.device_put(params)
+  done = []
+  for start in range(0, len(rows), size):
+    part = rows[start : start + size]
+    # The last batch is filled up, so that one compiled program serves all.
+    filled = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
+    done.append(np.asarray(run(params, jnp.asarray(filled)))[: len(part)])
+  return np.concatenate(done)

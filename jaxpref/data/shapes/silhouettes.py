@@ -1,0 +1,93 @@
+"""Names the shape of a region by the nearest of a few ideal silhouettes.
+
+The ideals are plain geometry (a pentagram, a cross of five squares, ...) at every angle
+and at several degrees of blur, brought to one size and place; a region takes the shape
+of the ideal with which its coverage correlates best, and none if that is not much.
+"""
+
+import functools
+
+import numpy as np
+import skimage.draw
+from scipy import ndimage
+
+_GRID = 20  # samples across a silhouette
+_SPAN = 1.9  # half width of the sampled window, in radii of a disk of the same area
+_CANVAS = 96  # pixels on which ideals are drawn
+_REACH = 22.0  # outer radius of an ideal on that canvas
+_BLURS = (0.06, 0.12, 0.20, 0.30, 0.40)  # standard deviations, in radii of equal area
+_LEAST = 0.90  # correlation under which a region has none of the shapes
+
+
+def normalise(coverage: np.ndarray) -> np.ndarray:
+  """A region at standard size and place, of zero mean and unit norm, [_GRID**2].
+
+  Args:
+    coverage: soft coverage of the region [H, W], positive somewhere.
+  """
+  full = np.percentile(coverage[coverage > 0.3 * coverage.max()], 75)
+  inside = coverage > 0.5 * full
+  y, x = ndimage.center_of_mass(inside)
+  offsets = np.linspace(-1, 1, _GRID) * _SPAN * np.sqrt(inside.sum() / np.pi)
+  where = np.meshgrid(y + offsets, x + offsets, indexing="ij")
+  patch = ndimage.map_coordinates(coverage, where, order=1, mode="constant").ravel()
+  patch = patch - patch.mean()
+  return patch / max(float(np.linalg.norm(patch)), 1e-6)
+
+
+def closest(coverage: np.ndarray) -> tuple[str | None, float]:
+  """The shape's name, or None if it is none of them, and its correlation in [-1, 1]."""
+  names, ideals = _ideals()
+  scores = ideals @ normalise(coverage)
+  best = int(np.argmax(scores))
+  score = float(scores[best])
+  return (names[best] if score >= _LEAST else None), score
+
+
+@functools.cache
+def _ideals() -> tuple[tuple[str, ...], np.ndarray]:
+  """Names and normalised silhouettes [names, _GRID**2]."""
+  drawn: list[tuple[str, np.ndarray]] = [("circle", _disk(1.0))]
+  drawn += [("ring", _disk(1.0) - _disk(hole)) for hole in (0.4, 0.5, 0.6)]
+  for name, corners, period in _polygons():
+    for turn in np.arange(0, period, np.radians(6)):
+      drawn.append((name, _polygon(corners * np.exp(1j * turn))))
+  names, ideals = [], []
+  for name, silhouette in drawn:
+    radius = np.sqrt(silhouette.sum() / np.pi)
+    for blur in _BLURS:
+      coverage = ndimage.gaussian_filter(silhouette, blur * radius)
+      names.append(name)
+      ideals.append(normalise(coverage))
+  return tuple(names), np.stack(ideals)
+
+
+def _polygons() -> list[tuple[str, np.ndarray, float]]:
+  """Names, corners in the unit disk as complex numbers, angles of symmetry."""
+  circle = 2 * np.pi
+  star = _regular(10)
+  arms = np.array([3 + 1j, 1 + 1j, 1 + 3j])
+  cross = np.concatenate([arms * 1j**k for k in range(4)]) / abs(3 + 1j)
+  return [
+    ("triangle", _regular(3), circle / 3),
+    ("square", _regular(4), circle / 4),
+    ("cross", cross, circle / 4),
+    # The pentagram, and a stouter one.
+    ("star", star * np.tile([1, 0.382], 5), circle / 5),
+    ("star", star * np.tile([1, 0.5], 5), circle / 5),
+  ]
+
+
+def _regular(corners: int) -> np.ndarray:
+  return np.exp(2j * np.pi * np.arange(corners) / corners)
+
+
+def _polygon(corners: np.ndarray) -> np.ndarray:
+  points = np.stack([corners.imag, corners.real], axis=1) * _REACH + _CANVAS / 2
+  return skimage.draw.polygon2mask((_CANVAS, _CANVAS), points).astype(np.float32)
+
+
+def _disk(radius: float) -> np.ndarray:
+  image = np.zeros((_CANVAS, _CANVAS), np.float32)
+  image[skimage.draw.disk((_CANVAS / 2, _CANVAS / 2), radius * _REACH)] = 1
+  return image

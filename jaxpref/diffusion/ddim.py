@@ -1,0 +1,38 @@
+"""DDIM: Song et al. 2020, arXiv 2010.02502, eq. 12 and 16."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxpref.diffusion.grid import Coefficients, Grid
+from jaxpref.diffusion.schedule import scales
+from jaxpref.errors import UserError
+
+
+def coefficients(grid: Grid, *, eta: float = 0.0) -> Coefficients:
+  """The sampler's steps on a grid.
+
+  Args:
+    grid: N steps of B samples.
+    eta: noise put back at each step, in [0, 1]: 0 deterministic, 1 the same
+      distribution of steps as DDPM.
+
+  Raises:
+    UserError: eta is not in [0, 1].
+  """
+  if not 0 <= eta <= 1:
+    raise UserError(f"eta must be in [0, 1], got {eta}")
+  alpha_s, sigma_s = scales(grid.log_snr[:-1])
+  alpha_t, sigma_t = scales(grid.log_snr[1:])
+  beta = fresh_variance(grid)
+  # sqrt(sigma_t^2 - noise^2), factored so that eta = 1 cannot round below zero.
+  kept = sigma_t * jnp.sqrt(jnp.maximum(1.0 - eta**2 * beta / sigma_s**2, 0.0))
+  state = kept / sigma_s
+  data = alpha_t - alpha_s * state
+  noise = eta * sigma_t / sigma_s * jnp.sqrt(beta) if eta else None
+  return Coefficients(state=state, data=data[:, None], noise=noise)
+
+
+def fresh_variance(grid: Grid) -> jax.Array:
+  """`1 - alpha_bar_s / alpha_bar_t`: noise between a step's two levels [N, B]."""
+  log_alpha_bar = jax.nn.log_sigmoid(grid.log_snr)
+  return -jnp.expm1(log_alpha_bar[:-1] - log_alpha_bar[1:])

@@ -1,0 +1,163 @@
+"""Which noise levels a sampler visits, and the linear step that every solver is.
+
+Grids are per sample: column b of a batch may visit other timesteps than column c, at
+no cost. Against diffusers 0.39: `trailing` always gives exactly `num_steps` timesteps;
+Karras timesteps are rounded for every schedule (diffusers truncates the cosine one's).
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpref.diffusion.schedule import NoiseSchedule
+from jaxpref.errors import UserError
+
+SPACINGS = ("leading", "linspace", "trailing")
+FINALS = ("zero", "sigma_min")
+_KARRAS_RHO = 7.0
+
+
+@flax.struct.dataclass
+class Grid:
+  """The noise levels of a sampler's steps, from noise to image.
+
+  Attributes:
+    timesteps: what the denoiser is told at step k, int32 [N, B].
+    log_snr: the level of step k's input; row N is where the last step lands, `+inf`
+      for a clean image. float32 [N + 1, B].
+  """
+
+  timesteps: jax.Array
+  log_snr: jax.Array
+
+  @property
+  def alpha_bar(self) -> jax.Array:
+    """Share of the signal's variance at each level, float32 [N + 1, B]."""
+    return jax.nn.sigmoid(self.log_snr)
+
+  @property
+  def num_steps(self) -> int:
+    """N."""
+    return self.timesteps.shape[0]
+
+
+@flax.struct.dataclass
+class Coefficients:
+  """A solver on a grid: `x_{k+1} = state x_k + sum_j data_j x0_{k-j} + noise z_k`.
+
+  `x0_{k-j}` is the clean image predicted j steps before step k.
+
+  Attributes:
+    state: float32 [N, B].
+    data: float32 [N, J, B], J the solver's order; 0 where step k - j does not exist.
+    noise: float32 [N, B], or None for a deterministic solver.
+  """
+
+  state: jax.Array
+  data: jax.Array
+  noise: jax.Array | None = None
+
+
+def uniform_grid(
+  schedule: NoiseSchedule,
+  num_steps: int,
+  batch: int,
+  *,
+  spacing: str = "leading",
+  steps_offset: int = 0,
+  visit_lowest: bool = False,
+  karras: bool = False,
+  final: str = "zero",
+) -> Grid:
+  """The same evenly spaced timesteps for every sample (arXiv 2305.08891, table 2).
+
+  Args:
+    schedule: the noise schedule.
+    num_steps: N, denoiser calls.
+    batch: B.
+    spacing: 'leading', 'linspace' or 'trailing'.
+    steps_offset: added to the timesteps of 'leading' (Stable Diffusion uses 1).
+    visit_lowest: 'leading' and 'linspace' split 0..T-1 into N points and call the
+      denoiser at the lowest too, as diffusers' DDIM and DDPM do. Otherwise they take
+      N + 1 points and leave the lowest out, as its DPM-Solver does.
+    karras: space the levels by Karras et al. (arXiv 2206.00364 eq. 5, rho = 7) and tell
+      the denoiser the nearest timestep; spacing and offset are then not used.
+    final: where the last step lands: 'zero' noise, or 'sigma_min', timestep 0's level.
+
+  Raises:
+    UserError: no such spacing, or it has no such number of distinct timesteps.
+  """
+  total = schedule.num_timesteps
+  _check_steps(num_steps, total)
+  if final not in FINALS:
+    raise UserError(f"final must be one of {', '.join(FINALS)}, got {final!r}")
+  if karras:
+    timesteps, log_snr = _karras(schedule, num_steps)
+  else:
+    timesteps = jnp.asarray(_spaced(total, num_steps, spacing, steps_offset, visit_lowest))
+    log_snr = schedule.log_snr[timesteps]
+  last = schedule.log_snr[:1] if final == "sigma_min" else jnp.full((1,), jnp.inf)
+  log_snr = jnp.concatenate([log_snr, last])
+  return Grid(
+    timesteps=jnp.broadcast_to(timesteps[:, None], (num_steps, batch)),
+    log_snr=jnp.broadcast_to(log_snr[:, None], (num_steps + 1, batch)),
+  )
+
+
+def offset_grid(schedule: NoiseSchedule, num_steps: int, offsets: jax.Array) -> Grid:
+  """Evenly spaced timesteps, each sample's shifted by its own offset.
+
+  `t_k = T - (T // N) (k + 1) + offset`, so that random offsets train every timestep
+  (Diffusion-DRO's rollouts): 950, 900, ..., 0 plus 0..49 for N = 20.
+
+  Args:
+    schedule: the noise schedule.
+    num_steps: N, denoiser calls.
+    offsets: int [B], in [0, T // N); may be traced, so they are not checked.
+
+  Raises:
+    UserError: num_steps is not in 1..T.
+  """
+  total = schedule.num_timesteps
+  _check_steps(num_steps, total)
+  base = total - (total // num_steps) * np.arange(1, num_steps + 1, dtype=np.int32)
+  timesteps = jnp.asarray(base)[:, None] + offsets[None, :].astype(jnp.int32)
+  clean = jnp.full((1, offsets.shape[0]), jnp.inf)
+  return Grid(timesteps, jnp.concatenate([schedule.log_snr[timesteps], clean]))
+
+
+def _check_steps(num_steps: int, total: int) -> None:
+  if not 1 <= num_steps <= total:
+    raise UserError(f"sampling steps must be between 1 and {total}, got {num_steps}")
+
+
+def _spaced(
+  total: int, num_steps: int, spacing: str, steps_offset: int, visit_lowest: bool
+) -> np.ndarray:
+  points = num_steps if visit_lowest else num_steps + 1
+  spaced: np.ndarray
+  if spacing == "leading":
+    spaced = np.arange(points)[::-1] * (total // points) + steps_offset
+  elif spacing == "linspace":
+    spaced = np.linspace(0, total - 1, points).round()[::-1]
+  elif spacing == "trailing":
+    spaced = np.round(total - np.arange(num_steps) * (total / num_steps)) - 1
+  else:
+    raise UserError(f"spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}")
+  timesteps = spaced[:num_steps].astype(np.int32)
+  if timesteps[0] >= total or timesteps[-1] < 0 or (np.diff(timesteps) >= 0).any():
+    raise UserError(
+      f"{spacing!r} spacing with steps_offset {steps_offset} has no {num_steps} "
+      f"distinct timesteps below {total}"
+    )
+  return timesteps
+
+
+def _karras(schedule: NoiseSchedule, num_steps: int) -> tuple[jax.Array, jax.Array]:
+  log_sigma = -0.5 * schedule.log_snr
+  low, high = jnp.exp(log_sigma[jnp.array([0, -1])] / _KARRAS_RHO)
+  ramp = jnp.linspace(0.0, 1.0, num_steps)
+  visited = _KARRAS_RHO * jnp.log(high + ramp * (low - high))
+  timesteps = jnp.interp(visited, log_sigma, jnp.arange(schedule.num_timesteps))
+  return jnp.round(timesteps).astype(jnp.int32), -2.0 * visited

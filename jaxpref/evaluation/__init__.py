@@ -1,0 +1,1 @@
+"""Base against tuned: generate, score, compare, report."""

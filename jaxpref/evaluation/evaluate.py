@@ -1,0 +1,205 @@
+"""Base against tuned on the same prompts and noise: pictures, scores, tables, the report."""
+
+import io
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jax.sharding import Mesh
+from PIL import Image
+from tqdm import tqdm
+
+from jaxpref import metrics, scorers
+from jaxpref.data.shapes import prompts as shapes_prompts
+from jaxpref.errors import UserError
+from jaxpref.evaluation import compare, generate, grid, report
+from jaxpref.models.pipeline import Pipeline
+
+_log = logging.getLogger(__name__)
+_GRID_PAIRS = 12
+
+
+def choose_prompts(
+  source: str, num_prompts: int, captions: Sequence[str], *, seed: int
+) -> list[str]:
+  """The prompts of an evaluation.
+
+  Args:
+    source: 'shapes' for held-out prompts of the shapes world, 'captions' for those of the
+      training images, else a text file with one prompt a line.
+    num_prompts: at most so many.
+    captions: of the training images.
+    seed: which ones, where there are more.
+
+  Raises:
+    UserError: the file cannot be read or holds none, or the shapes world has not so many.
+  """
+  if source == "shapes":
+    try:
+      return shapes_prompts.held_out(num_prompts, seed=seed)
+    except ValueError as error:
+      raise UserError(f"evaluate.num_prompts: {error}") from error
+  if source == "captions":
+    found = list(dict.fromkeys(captions))
+  else:
+    try:
+      lines = Path(source).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+      raise UserError(f"evaluate.prompts: cannot read {source}: {error}") from error
+    found = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not found:
+      raise UserError(f"evaluate.prompts: {source} holds no prompt")
+  order = np.random.default_rng(seed).permutation(len(found))
+  return [found[i] for i in order[:num_prompts]]
+
+
+def evaluate(
+  pipeline: Pipeline,
+  models: Mapping[str, Any],
+  prompts: Sequence[str],
+  settings: Any,
+  *,
+  mesh: Mesh,
+  directory: Path,
+) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
+  """Generates, scores and compares.
+
+  Args:
+    pipeline: what both models share.
+    models: UNet parameters of 'base' and 'tuned'.
+    prompts: distinct prompts.
+    settings: the configuration's `evaluate` section.
+    mesh: to generate on.
+    directory: gets images/, scores.parquet, results.json and grid.png.
+
+  Returns:
+    Results and category table as `compare` gives them, and example pairs for the report.
+  """
+  directory.mkdir(parents=True, exist_ok=True)
+  functions = scorers.load_scorers(settings.scorers)
+  generator = generate.make_generator(
+    pipeline,
+    mesh,
+    num_steps=settings.num_steps,
+    guidance=settings.guidance,
+    batch_size=settings.batch_size,
+  )
+  repeats = settings.images_per_prompt
+  seeds = generate.seeds_of(len(prompts), repeats, seed=settings.seed)
+  texts = [p for p in prompts for _ in range(repeats)]
+  images: dict[str, np.ndarray] = {}
+  for model, params in models.items():
+    with tqdm(total=len(texts), desc=f"pictures of the {model} model", unit="image") as bar:
+      images[model] = generator(
+        params, texts, seeds, lambda done, bar=bar: bar.update(done - bar.n)
+      )
+    _save_images(directory / "images" / model, images[model], seeds)
+  scores = {
+    (name, version, model): np.asarray(score(images[model], texts), float)
+    for name, (version, score) in functions.items()
+    for model in models
+  }
+  categories = [_category(text) for text in texts]
+  results: dict[str, Any] = {}
+  table: list[dict[str, Any]] = []
+  if scores:
+    rows = pd.concat(
+      pd.DataFrame(
+        {
+          "model": model,
+          "prompt_id": np.repeat(np.arange(len(prompts)), repeats),
+          "seed": seeds.astype(np.int64),
+          "prompt": texts,
+          "category": categories,
+          "scorer": name,
+          "version": version,
+          "score": values,
+        }
+      )
+      for (name, version, model), values in scores.items()
+    )
+    results, table = compare.compare(rows), compare.by_category(rows)
+    compare.write_rows(directory / "scores.parquet", rows)
+  compare.write_results(directory / "results.json", results)
+  order = np.random.default_rng(settings.seed).permutation(len(texts))
+  examples = [
+    {
+      "prompt": texts[i],
+      "category": categories[i],
+      "seed": int(seeds[i]),
+      "base_png": _png(images["base"][i]),
+      "tuned_png": _png(images["tuned"][i]),
+      "scores": {
+        f"{name}-{version}": {m: float(scores[name, version, m][i]) for m in models}
+        for name, (version, _) in functions.items()
+      },
+    }
+    for i in order[: settings.num_examples]
+  ]
+  _save_grid(directory / "grid.png", images, texts, order[:_GRID_PAIRS])
+  return results, table, examples
+
+
+def write_report(
+  workdir: Path,
+  directory: Path,
+  config: Any,
+  evaluated: tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]],
+  facts: Mapping[str, Any],
+) -> Path:
+  """Prints the tables and writes `report.html`; returns its path."""
+  results, table, examples = evaluated
+  path = workdir / "report.html"
+  report.write_report(
+    path,
+    title=f"{config.name} ({config.preset})",
+    config=config.to_dict(),
+    results=results,
+    categories=table,
+    curves=metrics.read_curves(workdir),
+    examples=examples,
+    facts=facts,
+  )
+  if results:
+    print(compare.to_text(results, table))
+    print(report.verdict(results))
+  print(f"report: {path}\npictures and scores: {directory}")
+  return path
+
+
+def _category(prompt: str) -> str:
+  try:
+    return shapes_prompts.parse(prompt).category
+  except ValueError:
+    return "prompts"
+
+
+def _png(image: np.ndarray) -> bytes:
+  buffer = io.BytesIO()
+  Image.fromarray(image).save(buffer, "PNG")
+  return buffer.getvalue()
+
+
+def _save_images(directory: Path, images: np.ndarray, seeds: np.ndarray) -> None:
+  directory.mkdir(parents=True, exist_ok=True)
+  for image, seed in zip(images, seeds, strict=True):
+    (directory / f"{seed:08d}.png").write_bytes(_png(image))
+
+
+def _save_grid(
+  path: Path, images: Mapping[str, np.ndarray], texts: Sequence[str], order: np.ndarray
+) -> None:
+  size = images["base"].shape[1]
+  picture = grid.image_grid(
+    [[images["base"][i], images["tuned"][i]] for i in order],
+    captions=[texts[i] for i in order],
+    headers=["base", "tuned"],
+    columns=4,
+    scale=max(128 // size, 1),
+  )
+  buffer = io.BytesIO()
+  picture.save(buffer, "PNG")
+  compare.write_atomically(path, buffer.getvalue())

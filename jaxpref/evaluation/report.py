@@ -1,0 +1,346 @@
+"""The report of a run: one HTML file that needs nothing but itself.
+
+Numbers are turned into places and words here; `report.html.j2` only lays them out.
+Pictures are data URIs, plots are inline SVG coloured by the page's style sheet (so
+they follow the reader's light or dark scheme), and a content security policy in the
+page forbids every request.
+"""
+
+import base64
+import importlib.resources
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+from jaxpref.evaluation.compare import (
+  TOLERANCE,
+  number,
+  outcome,
+  p_text,
+  percent,
+  write_atomically,
+)
+
+PANEL_WIDTH, PANEL_HEIGHT = 340, 150
+_LEFT, _RIGHT, _TOP, _BOTTOM = 42, 8, 8, 20
+_BUCKETS = 120
+_ONE_PANEL = ("err", "time")  # prefixes whose metrics share a unit, so also a panel
+_TINY = 128  # pictures up to this size are shown doubled, pixel by pixel
+
+Curve = Sequence[tuple[float, float]]
+
+
+def write_report(
+  path: str | os.PathLike[str],
+  *,
+  title: str,
+  config: Mapping[str, Any],
+  results: Mapping[str, dict[str, Any]],
+  categories: Sequence[Mapping[str, Any]],
+  curves: Mapping[str, Curve],
+  examples: Sequence[Mapping[str, Any]],
+  facts: Mapping[str, Any],
+  headline: str | None = None,
+) -> None:
+  """Writes the report of a run as one self-contained HTML file, atomically.
+
+  Args:
+    path: where to write.
+    title: the page's heading.
+    config: the resolved configuration, nested plain mappings.
+    results: what `compare.compare` returns.
+    categories: what `compare.by_category` returns.
+    curves: (step, value) points of each metric; non-finite values are left out and
+      counted under their panel.
+    examples: mappings with `prompt, category, seed`, `base_png, tuned_png` (bytes of
+      a PNG or JPEG file) and `scores`, {scorer: {"base": x, "tuned": y}} with the
+      keys of `results`. Draw them at random: the page says that they were.
+    facts: label -> value: versions, device, seed, wall time, updates.
+    headline: the scorer that the verdict quotes; see `verdict`.
+
+  Raises:
+    ValueError: an unknown headline or a picture that cannot be read.
+    OSError: the file cannot be written.
+  """
+  template = importlib.resources.files(__package__).joinpath("report.html.j2")
+  environment = jinja2.Environment(
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+  )
+  environment.filters.update(number=number, p_text=p_text, p_is=_p, tie=_tie)
+  environment.filters["percent"] = lambda share: _tie(percent(share))
+  judge = _judge(results, headline) if results else None
+  order = sorted(results, key=lambda k: (k != judge, _weight(results, k)))
+  html = environment.from_string(template.read_text("utf-8")).render(
+    title=title,
+    verdict=verdict(results, headline=headline),
+    remarks=remarks(results, headline=headline),
+    state=_state(results, judge),
+    judge=judge,
+    results={key: results[key] for key in order},
+    categories=_category_tables(categories, results, order),
+    panels=panels(curves),
+    panel_width=PANEL_WIDTH,
+    panel_height=PANEL_HEIGHT,
+    examples=[_example(e, results, judge) for e in examples],
+    config=flatten(config),
+    facts=facts,
+  )
+  write_atomically(path, html.encode())
+
+
+def verdict(results: Mapping[str, dict[str, Any]], *, headline: str | None = None) -> str:
+  """Says in one sentence what the comparison shows, whoever won.
+
+  Args:
+    results: what `compare.compare` returns.
+    headline: key of the scorer to quote. By default the first by name that is not
+      binary and did not select the training data, else the first of what there is.
+
+  Raises:
+    ValueError: `headline` is not among the results.
+  """
+  if not results:
+    return "Nothing was compared."
+  judge = _judge(results, headline)
+  entry = results[judge]
+  prompts = entry["prompts"]
+  where = f"On {prompts:,} held-out prompt{'s' if prompts != 1 else ''}"
+  rate, (low, high), told = entry["win_rate"], entry["interval"], outcome(entry)
+  side = "base" if told == "lost" else "tuned"
+  if told == "lost":
+    rate, low, high = 1 - rate, 1 - high, 1 - low
+  by = "no interval from one prompt"
+  if entry["p_value"] is not None:
+    by = f"95 % interval {percent(low)[:-2]} to {percent(high)}, {_p(entry)}"
+  said = f"{judge} prefers the {side} model in {percent(rate)} of the pairs ({by})"
+  if told == "undecided":
+    said = f"it is undecided which model is better: {said}"
+  text = f"{where}, {said}"
+  for key in results:
+    if results[key]["binary"] and key != judge:
+      change = outcome(results[key])
+      clash = {told, change} == {"won", "lost"}
+      text += f"; {'but ' if clash else ''}{_correctness(key, results[key], change)}"
+  return text + "."
+
+
+def remarks(results: Mapping[str, dict[str, Any]], *, headline: str | None = None) -> list[str]:
+  """Says what the verdict leaves out: other judges, and scorers that do not count."""
+  if not results:
+    return []
+  judge = _judge(results, headline)
+  words = {"won": "the tuned model", "lost": "the base model", "undecided": "neither"}
+  said = []
+  for key, entry in results.items():
+    if entry["selected_training_data"]:
+      said.append(f"{key} selected the training data, so it is no evidence.")
+    elif key != judge and not entry["binary"]:
+      said.append(
+        f"{key} prefers {words[outcome(entry)]}: "
+        f"{percent(entry['win_rate'])} of the pairs for the tuned model, {_p(entry)}."
+      )
+  return said
+
+
+def panels(curves: Mapping[str, Curve]) -> list[dict[str, Any]]:
+  """Lays out small plots: SVG paths and labels, in the order of the metrics.
+
+  Long curves are cut into at most 120 runs of points: the line is each run's mean and
+  the band its range, so that no value is hidden by thinning.
+  """
+  grouped: dict[str, dict[str, Curve]] = {}
+  for name, curve in curves.items():
+    prefix = name.split("/")[0]
+    shared = prefix in _ONE_PANEL and "/" in name
+    grouped.setdefault(prefix if shared else name, {})[name] = curve
+  laid_out = [_panel(title, lines) for title, lines in grouped.items()]
+  return [panel for panel in laid_out if panel]
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+  """Lists a nested mapping as ("a.b", JSON text) in its own order."""
+  flat = []
+  for name, value in config.items():
+    if isinstance(value, Mapping):
+      flat += flatten(value, f"{prefix}{name}.")
+    else:
+      flat.append((f"{prefix}{name}", json.dumps(value, default=str)))
+  return flat
+
+
+def ticks(low: float, high: float) -> list[float]:
+  """Two to five round numbers within [low, high]: multiples of 1, 2 or 5 times 10^n."""
+  widest = (high - low) / 2 * (1 + 1e-9)
+  power = 10.0 ** math.floor(math.log10(widest))
+  step = max(m * power for m in (1, 2, 5) if m == 1 or m * power <= widest)
+  first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+  return [i * step for i in range(first, last + 1)]
+
+
+def _judge(results: Mapping[str, dict[str, Any]], headline: str | None) -> str:
+  if headline is not None:
+    if headline not in results:
+      raise ValueError(f"no scorer {headline} among {', '.join(results)}")
+    return headline
+  return min(results, key=lambda key: _weight(results, key))
+
+
+def _weight(results: Mapping[str, dict[str, Any]], key: str) -> tuple[bool, bool, str]:
+  return results[key]["selected_training_data"], results[key]["binary"], key
+
+
+def _state(results: Mapping[str, dict[str, Any]], judge: str | None) -> str:
+  if judge is None:
+    return "undecided"
+  told = outcome(results[judge])
+  others = {outcome(e) for e in results.values() if not e["selected_training_data"]}
+  return "mixed" if {"won", "lost"} <= others | {told} else told
+
+
+def _p(entry: dict[str, Any]) -> str:
+  if entry["p_value"] is None:
+    return "no p-value"
+  text = p_text(entry["p_value"])
+  return f"p {text}" if text.startswith("<") else f"p = {text}"
+
+
+def _tie(text: str) -> str:
+  return re.sub(r" (?=%)|(?<=\bp) (?=[=<])|(?<= [=<]) ", "\N{NO-BREAK SPACE}", text)
+
+
+def _correctness(key: str, entry: dict[str, Any], change: str) -> str:
+  before, after = percent(entry["base"]["mean"]), percent(entry["tuned"]["mean"])
+  verb = {"won": "rise", "lost": "fall", "undecided": "go"}[change]
+  text = f"images judged correct by {key} {verb} from {before} to {after}"
+  return text if change != "undecided" else f"{text}, which may be chance ({_p(entry)})"
+
+
+def _category_tables(
+  categories: Sequence[Mapping[str, Any]],
+  results: Mapping[str, dict[str, Any]],
+  order: Sequence[str],
+) -> list[dict[str, Any]]:
+  tables = []
+  for scorer in order:
+    rows = [row for row in categories if row["scorer"] == scorer]
+    if not rows:
+      continue
+    means = [row[side] for row in rows for side in ("base", "tuned")]
+    low, high = min(means), max(means)
+    pad = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
+    low, high = low - pad, high + pad
+    if results[scorer]["binary"]:
+      low, high = 0.0, 1.0
+    places = [
+      {s: 100 * (row[s] - low) / (high - low) for s in ("base", "tuned")} for row in rows
+    ]
+    placed = list(zip(rows, places, strict=True))
+    tables.append({"scorer": scorer, "low": low, "high": high, "rows": placed})
+  return tables
+
+
+def _panel(title: str, lines: Mapping[str, Curve]) -> dict[str, Any] | None:
+  points, dropped = {}, 0
+  for name, curve in lines.items():
+    array = np.asarray(curve, np.float64).reshape(-1, 2)
+    finite = np.isfinite(array).all(axis=1)
+    dropped += int((~finite).sum())
+    if finite.any():
+      kept = array[finite]
+      points[name] = kept[np.argsort(kept[:, 0], kind="stable")]
+  if not points:
+    return None
+  (x_low, low), (x_high, high) = (
+    f([f(a, axis=0) for a in points.values()], axis=0) for f in (np.min, np.max)
+  )
+  if high - low <= 1e-9 * max(abs(high), abs(low)):
+    pad = 0.1 * abs(high) or 1.0
+    low, high = low - pad, high + pad
+
+  def x(step: float) -> float:
+    share = (step - x_low) / (x_high - x_low) if x_high > x_low else 0.5
+    return round(_LEFT + share * (PANEL_WIDTH - _LEFT - _RIGHT), 1)
+
+  def y(value: float) -> float:
+    share = (value - low) / (high - low)
+    return round(PANEL_HEIGHT - _BOTTOM - share * (PANEL_HEIGHT - _TOP - _BOTTOM), 1)
+
+  series = []
+  for name, array in points.items():
+    runs = np.array_split(array, min(len(array), _BUCKETS))
+    middle = [(x(r[:, 0].mean()), y(r[:, 1].mean())) for r in runs]
+    upper = [(x(r[:, 0].mean()), y(r[:, 1].max())) for r in runs]
+    lower = [(x(r[:, 0].mean()), y(r[:, 1].min())) for r in runs]
+    first, last = array[0], array[-1]
+    series.append(
+      {
+        "name": name,
+        "line": _path(middle),
+        "band": _path(upper + lower[::-1]) if len(array) > _BUCKETS else "",
+        "dot": middle[-1],
+        "last": f"{last[1]:.3g}",
+        "text": f"{name} from {first[1]:.3g} at step {first[0]:.0f} "
+        f"to {last[1]:.3g} at step {last[0]:.0f}",
+      }
+    )
+  return {
+    "title": title,
+    "series": series,
+    "grid": [(y(t), f"{t:.6g}") for t in ticks(low, high)],
+    "first": f"{x_low:,.0f}",
+    "last": f"{x_high:,.0f}" if x_high > x_low else "",
+    "dropped": dropped,
+  }
+
+
+def _path(points: Sequence[tuple[float, float]]) -> str:
+  return "M" + "L".join(f"{px:g} {py:g}" for px, py in points)
+
+
+def _example(
+  example: Mapping[str, Any],
+  results: Mapping[str, dict[str, Any]],
+  judge: str | None,
+) -> dict[str, Any]:
+  scores = example["scores"]
+  winner = None
+  if judge in scores:
+    difference = scores[judge]["tuned"] - scores[judge]["base"]
+    if abs(difference) > TOLERANCE:
+      winner = "tuned" if difference > 0 else "base"
+  sides = []
+  for side in ("base", "tuned"):
+    badges = []
+    for key, pair in scores.items():
+      yes_no = isinstance(pair[side], bool) or results.get(key, {}).get("binary")
+      text = ("yes" if pair[side] else "no") if yes_no else f"{pair[side]:.3g}"
+      badges.append((key, text))
+    sides.append({"name": side, "badges": badges, **_picture(example[f"{side}_png"])})
+  return {**example, "sides": sides, "winner": winner}
+
+
+def _picture(data: bytes) -> dict[str, Any]:
+  try:
+    with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
+      (width, height), mime = image.size, image.get_format_mimetype()
+  except OSError as error:
+    raise ValueError("an example is neither a PNG nor a JPEG picture") from error
+  tiny = max(width, height) <= _TINY
+  scale = 2 if tiny else min(1.0, 288 / width)
+  return {
+    "uri": f"data:{mime};base64,{base64.b64encode(data).decode()}",
+    "width": round(width * scale),
+    "height": round(height * scale),
+    "tiny": tiny,
+  }

@@ -1,0 +1,40 @@
+"""Preference losses: pure functions of per-sample errors, a file a method.
+
+Besides its math a loss module says what a training step must feed it:
+
+  ARMS: suffixes of the halves of a batch, in order, such as ('e', 'p').
+  ROLLOUT: whether the policy's own samples make the last arm.
+  REFERENCE: whether the frozen reference's errors are needed.
+  HYPER: names of the configuration's fields under `loss` that `objective` takes.
+  objective(err, ref, **hyper) -> (loss [B], metrics): `err` and `ref` are dicts from arm to
+    float32 errors [B]; metrics are per-sample arrays, averaged by the caller.
+
+A method of one's own is a module with these names: `config.loss.name` is either a file of
+this package, or the dotted path of a module anywhere.
+"""
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+from jaxpref.errors import UserError
+from jaxpref.losses.dro import dro_loss
+from jaxpref.losses.sft import sft_loss
+
+__all__ = ["dro_loss", "load_loss", "sft_loss"]
+
+
+def load_loss(name: str) -> ModuleType:
+  """The module of a method.
+
+  Raises:
+    UserError: there is none of that name.
+  """
+  full = name if "." in name else f"{__name__}.{name}"
+  try:
+    return importlib.import_module(full)
+  except ModuleNotFoundError as error:
+    if error.name != full and not full.startswith(f"{error.name}."):
+      raise  # the module is there, something that it imports is not
+    known = ", ".join(m.name for m in pkgutil.iter_modules(__path__))
+    raise UserError(f"no loss {name!r}; there are {known}, or a module's dotted path") from None

@@ -1,0 +1,54 @@
+"""Diffusion-DRO: rank expert images above the policy's own samples (Wu et al., 2025).
+
+Max-margin inverse reinforcement learning in which the reward is the log-ratio of policy and
+reference, so that a single network is trained. The reference drops out of the gradient but
+decides, in the hinge, which samples still count.
+"""
+
+import jax
+import jax.numpy as jnp
+
+ARMS = ("e", "p")
+ROLLOUT = True
+REFERENCE = True
+HYPER = ("margin",)
+
+
+def dro_loss(
+  err_e: jax.Array,
+  err_p: jax.Array,
+  ref_e: jax.Array,
+  ref_p: jax.Array,
+  *,
+  margin: float,
+) -> jax.Array:
+  """Hinge on how much more the policy improved on its own samples than on experts.
+
+  max((err_e - ref_e) - (err_p - ref_p) + margin, 0), the per-sample form of Diffusion-DRO's
+  objective.
+
+  Args:
+    err_e: the policy's errors on noised expert images, [B].
+    err_p: its errors on its own samples, against the prediction that made them, [B].
+    ref_e: the reference's errors on the former, [B].
+    ref_p: and on the latter, [B].
+    margin: m, by which the experts must lead.
+
+  Returns:
+    Losses, [B].
+  """
+  return jnp.maximum((err_e - ref_e) - (err_p - ref_p) + margin, 0.0)
+
+
+def objective(err, ref, *, margin):
+  """Loss and metrics from the arms' errors; the contract is in `jaxpref.losses`."""
+  loss = dro_loss(err["e"], err["p"], ref["e"], ref["p"], margin=margin)
+  # The implicit rewards: how far the policy leads the reference on either kind.
+  reward_e, reward_p = ref["e"] - err["e"], ref["p"] - err["p"]
+  return loss, {
+    "rewards/expert": reward_e,
+    "rewards/policy": reward_p,
+    "rewards/margin": reward_e - reward_p,
+    "rewards/accuracy": (reward_e > reward_p).astype(jnp.float32),
+    "dro/active": (loss > 0).astype(jnp.float32),
+  }

@@ -1,0 +1,1 @@
+"""Models: diffusers and transformers Flax modules, and directories of weights."""

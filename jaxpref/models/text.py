@@ -1,0 +1,141 @@
+"""CLIP text encoders and their tokenizers."""
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, trainers
+from tokenizers import models as bpe_models
+from transformers import CLIPTextConfig, CLIPTokenizerFast
+from transformers.models.clip.modeling_flax_clip import FlaxCLIPTextModule
+
+from jaxpref.errors import UserError
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+# How CLIP cuts text before byte-pair encoding: contractions, words, single digits, the rest.
+_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+def build_text_encoder(config: Mapping[str, Any], *, dtype: Any) -> nn.Module:
+  """The text encoder of a `text_encoder/config.json`, without parameters."""
+  return FlaxCLIPTextModule(CLIPTextConfig(**config), dtype=dtype)
+
+
+def init_text_encoder(encoder: nn.Module, key: jax.Array) -> Any:
+  """Random parameters."""
+  ids = jnp.zeros((1, encoder.config.max_position_embeddings), jnp.int32)
+  return encoder.init(key, ids, jnp.ones_like(ids), _positions(ids))["params"]
+
+
+def encode_text(encoder: nn.Module, params: Any, ids: jax.Array) -> jax.Array:
+  """The last hidden state [B, L, D] of token ids [B, L].
+
+  As in Stable Diffusion there is no padding mask: padding is encoded like any token.
+  """
+  out = encoder.apply({"params": params}, ids, jnp.ones_like(ids), _positions(ids))
+  return out.last_hidden_state
+
+
+def _positions(ids: jax.Array) -> jax.Array:
+  return jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str]) -> np.ndarray:
+  """Token ids, int32 [B, L], cut and padded to the tokenizer's length; logs what it cut."""
+  length = tokenizer.model_max_length
+  # The count of what is cut is ours to tell, once, not a warning for each text.
+  with _quiet("transformers.tokenization_utils_base"):
+    full = tokenizer(list(texts), truncation=False, padding=False)["input_ids"]
+    ids = tokenizer(list(texts), truncation=True, padding="max_length", max_length=length)[
+      "input_ids"
+    ]
+  if cut := sum(len(row) > length for row in full):
+    logging.warning("%d of %d prompts cut to %d tokens", cut, len(texts), length)
+  return np.asarray(ids, np.int32)
+
+
+@contextlib.contextmanager
+def _quiet(name: str):
+  logger = logging.getLogger(name)
+  level = logger.level
+  logger.setLevel(logging.ERROR)
+  try:
+    yield
+  finally:
+    logger.setLevel(level)
+
+
+def load_tokenizer(directory: Path) -> Any:
+  """The CLIP tokenizer in `directory`.
+
+  Raises:
+    UserError: it is missing, damaged, or not CLIP's.
+  """
+  try:
+    json.loads((directory / "vocab.json").read_text())
+    tokenizer = CLIPTokenizerFast.from_pretrained(str(directory), local_files_only=True)
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise UserError(f"{directory} holds no CLIP tokenizer: {_first_line(error)}") from error
+  if tokenizer.model_max_length > 10_000:  # transformers' stand-in for "not stated"
+    raise UserError(f"{directory}/tokenizer_config.json states no model_max_length")
+  return tokenizer
+
+
+def _first_line(error: BaseException) -> str:
+  return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def train_tokenizer(
+  texts: Iterable[str], directory: Path, *, vocab_size: int, max_length: int
+) -> None:
+  """Trains a byte-pair encoding on `texts` and writes it in CLIP's format.
+
+  Args:
+    texts: whatever the vocabulary should be good at; any other text still encodes.
+    directory: gets vocab.json, merges.txt and tokenizer_config.json.
+    vocab_size: at least 514, the bytes with and without word end and the two marks.
+    max_length: in tokens, the marks included.
+  """
+  bpe = Tokenizer(bpe_models.BPE(end_of_word_suffix="</w>"))
+  bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+  bpe.pre_tokenizer = pre_tokenizers.Sequence(
+    [
+      pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
+      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+  )
+  trainer = trainers.BpeTrainer(
+    vocab_size=vocab_size - 256 - 2,
+    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    end_of_word_suffix="</w>",
+    show_progress=False,
+  )
+  bpe.train_from_iterator(texts, trainer)
+  merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
+  alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+  tokens = [*alphabet, *(a + "</w>" for a in alphabet), *("".join(m) for m in merges)]
+  tokens = [*dict.fromkeys(tokens), START, END]
+  directory.mkdir(parents=True, exist_ok=True)
+  (directory / "vocab.json").write_text(
+    json.dumps({t: i for i, t in enumerate(tokens)}, ensure_ascii=False), "utf-8"
+  )
+  lines = ["#version: 0.2", *(" ".join(m) for m in merges)]
+  (directory / "merges.txt").write_text("\n".join(lines) + "\n", "utf-8")
+  settings = {
+    "tokenizer_class": "CLIPTokenizer",
+    "model_max_length": max_length,
+    "bos_token": START,
+    "eos_token": END,
+    "pad_token": END,
+    "unk_token": END,
+    "do_lower_case": True,
+    "errors": "replace",
+  }
+  (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))

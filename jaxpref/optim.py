@@ -1,0 +1,81 @@
+"""Optimizer, learning-rate schedules and the exponential moving average."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+SCHEDULES = ("constant", "linear", "cosine", "trapezoid")
+
+
+def make_schedule(
+  name: str,
+  *,
+  lr: float,
+  warmup_updates: int,
+  num_updates: int,
+  decay: float = 0.2,
+) -> optax.Schedule:
+  """The learning rate as a function of the number of updates done.
+
+  Args:
+    name: after the linear warm-up, 'constant' stays at `lr`, 'linear' and 'cosine' fall
+      to 0 at the end of the run, 'trapezoid' stays and falls linearly over the last
+      `decay` share of the run.
+    lr: the peak.
+    warmup_updates: from 0 to `lr`, linearly.
+    num_updates: of the whole run, the warm-up included.
+    decay: see 'trapezoid'; unused by the others.
+
+  Raises:
+    ValueError: the name is unknown.
+  """
+  left = max(num_updates - warmup_updates, 1)
+  match name:
+    case "constant":
+      after = optax.constant_schedule(lr)
+    case "linear":
+      after = optax.linear_schedule(lr, 0.0, left)
+    case "cosine":
+      after = optax.cosine_decay_schedule(lr, left)
+    case "trapezoid":
+      fall = max(int(decay * num_updates), 1)
+      after = optax.linear_schedule(lr, 0.0, fall, max(left - fall, 0))
+    case _:
+      raise ValueError(f"the schedule is one of {SCHEDULES}, not {name!r}")
+  if not warmup_updates:
+    return after
+  # Not from 0: the first update would do nothing.
+  warmup = optax.linear_schedule(lr / warmup_updates, lr, warmup_updates - 1)
+  return optax.join_schedules([warmup, after], [warmup_updates])
+
+
+def make_optimizer(
+  schedule: optax.Schedule,
+  *,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-8,
+  weight_decay: float = 0.01,
+  clip_norm: float | None = 1.0,
+) -> optax.GradientTransformation:
+  """AdamW after clipping by the global norm; `clip_norm=None` does not clip."""
+  adamw = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+  if clip_norm is None:
+    return adamw
+  return optax.chain(optax.clip_by_global_norm(clip_norm), adamw)
+
+
+def update_ema(ema: Any, params: Any, update: jax.Array, *, decay: float) -> Any:
+  """The moving average after an update, with diffusers' ramp.
+
+  Args:
+    ema: averages, float32, as `params`.
+    params: after the update.
+    update: how many updates were done before this one, int32 scalar.
+    decay: its limit; early on (1 + n) / (10 + n) is smaller and used instead, n from 1.
+  """
+  n = update.astype(jnp.float32) + 1.0
+  kept = jnp.minimum(decay, (1.0 + n) / (10.0 + n))
+  return jax.tree.map(lambda e, p: e + (1.0 - kept) * (p - e), ema, params)

@@ -1,0 +1,58 @@
+"""The model card that stands beside the exported pipeline, with its training curves."""
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib
+from matplotlib.figure import Figure
+
+from jaxpref import __version__, metrics
+from jaxpref.data.shapes import flaws
+
+
+def write_card(pipeline: Path, workdir: Path, config: Any) -> None:
+  """Writes README.md and training.png into the pipeline's directory."""
+  stages = {"vae": "loss", "denoiser": "loss"}
+  figure = Figure(figsize=(9, 3), layout="constrained")
+  for axes, (stage, name) in zip(figure.subplots(1, 2), stages.items(), strict=True):
+    points = metrics.read_curves(workdir / stage)[name]
+    axes.plot(*zip(*points, strict=True), linewidth=0.8)
+    axes.set(title=stage, xlabel="updates", ylabel=name, yscale="log")
+    axes.grid(alpha=0.3)
+  with matplotlib.rc_context({"svg.hashsalt": "jaxpref"}):
+    figure.savefig(pipeline / "training.png", dpi=110)
+  rates = "\n".join(f"| {name} | {100 * rate:.0f} % |" for name, rate in flaws.RATES.items())
+  size = sum(f.stat().st_size for f in pipeline.rglob("*.safetensors")) / 1e6
+  (pipeline / "README.md").write_text(
+    f"""# The shapes world's base pipeline
+
+A text-to-image latent diffusion pipeline of {size:.1f} MB for 64 x 64 pictures of coloured
+shapes, in diffusers' layout, made from scratch by
+
+    python -m jaxpref.pretrain --config=configs/shapes_base.py
+
+It exists to be tuned: its corpus is flawed, as data from the web is, and so are its
+pictures. It knows nothing but the captions of `jaxpref.data.shapes.prompts`.
+
+| | |
+|---|---|
+| VAE | {config.vae.num_updates} updates of {config.vae.batch_size} images |
+| UNet and text encoder | {config.denoiser.num_updates} updates of {config.denoiser.batch_size} |
+| corpus | {config.corpus.num_images} rendered images, seed {config.seed} |
+| predicts | {config.unet.prediction_type} |
+| made with | jaxpref {__version__}, jax {jax.__version__}, {platform.machine()}, {jax.default_backend()} |
+
+Flaws of the corpus, each where a prompt allows it:
+
+| flaw | rate |
+|---|---|
+{rates}
+
+![training curves](training.png)
+
+No person, photograph or text of others went into it; weights and pictures may be used freely.
+""",
+    encoding="utf-8",
+  )

@@ -1,0 +1,196 @@
+"""The pretraining run: corpus, tokenizer, VAE, latents, denoiser, export; each resumable."""
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpref import checkpoint, metrics, optim
+from jaxpref import config as config_lib
+from jaxpref import workdir as workdir_lib
+from jaxpref.data.shapes import corpus, prompts
+from jaxpref.diffusion import schedule as schedule_lib
+from jaxpref.errors import UserError
+from jaxpref.models import pipeline as pipeline_lib
+from jaxpref.models import text
+from jaxpref.models import unet as unet_lib
+from jaxpref.models import vae as vae_lib
+from jaxpref.pretrain import card, denoiser
+from jaxpref.pretrain import vae as vae_stage
+
+FLAGS = {"workdir": "directory of the run; runs/<name>-<preset> by default"}
+
+
+def main(argv: list[str]) -> int:
+  """Entry point; returns the exit status."""
+  logging.basicConfig(level=logging.WARNING, format="jaxpref: %(message)s")
+  try:
+    config, flags = config_lib.parse_args(argv, flags=FLAGS)
+    config_lib.validate(config)
+    path = flags.get("workdir") or workdir_lib.default_workdir(config)
+    workdir = workdir_lib.open_workdir(path, config, resume_safe=("log_every", "save_every"))
+    print(f"the pipeline is in {run(config, workdir.path)}")
+  except UserError as error:
+    print(f"jaxpref: error: {error}", file=sys.stderr)
+    return 2
+  return 0
+
+
+def run(config: Any, workdir: Path) -> Path:
+  """Trains whatever is not there yet; returns the pipeline's directory."""
+  images, captions = corpus.build_corpus(
+    workdir / "corpus", num_images=config.corpus.num_images, seed=config.seed
+  )
+  tokenizer_dir = workdir / "tokenizer"
+  text.train_tokenizer(
+    [prompts.caption(s) for specs in prompts.all_prompts("train").values() for s in specs],
+    tokenizer_dir,
+    vocab_size=config.tokenizer.vocab_size,
+    max_length=config.tokenizer.max_length,
+  )
+  tokenizer = text.load_tokenizer(tokenizer_dir)
+  ids = text.tokenize(tokenizer, captions)
+  empty_ids = text.tokenize(tokenizer, [""])
+  vae_params = train_vae(config, workdir / "vae", images)
+  latents, scaling = encode_corpus(config, vae_params, images)
+  params = train_denoiser(
+    config, workdir / "denoiser", latents, ids, empty_ids, vocab_size=len(tokenizer)
+  )
+  configs = {
+    "vae": vae_stage.vae_config(config.vae) | {"scaling_factor": scaling},
+    "unet": denoiser.unet_config(config),
+    "text_encoder": denoiser.text_config(config, vocab_size=len(tokenizer)),
+    "scheduler": denoiser.scheduler_config(config),
+  }
+  target = workdir / "pipeline"
+  pipeline_lib.save_pipeline(
+    target, params | {"vae": vae_params}, configs=configs, tokenizer_dir=tokenizer_dir
+  )
+  card.write_card(target, workdir, config)
+  return target
+
+
+def train_vae(config: Any, directory: Path, images: np.ndarray) -> Any:
+  """The VAE's parameters, trained on the corpus."""
+  settings = config.vae
+  vae = vae_lib.build_vae(vae_stage.vae_config(settings), dtype=jnp.float32)
+  key = jax.random.key(config.seed)
+  params = vae.init_weights(jax.random.fold_in(key, 1))
+  tx = _optimizer(settings, weight_decay=0.0, clip_norm=1.0)
+  state = vae_stage.VaeState(params, tx.init(params), jnp.int32(0))
+  step = vae_stage.make_vae_step(
+    vae, tx, jax.random.fold_in(key, 2), kl_weight=settings.kl_weight
+  )
+
+  def update(state, rows):
+    return step(state, images[rows])
+
+  return _fit(config, settings, directory, state, update, len(images), purpose=1).params
+
+
+def encode_corpus(config: Any, params: Any, images: np.ndarray) -> tuple[np.ndarray, float]:
+  """Latents of unit variance, float32 [N, C, h, w], and the factor that made them so."""
+  vae = vae_lib.build_vae(vae_stage.vae_config(config.vae), dtype=jnp.float32)
+  encode = jax.jit(lambda x: vae_lib.encode(vae, params, x))
+  size = min(200, len(images))
+  parts = [np.asarray(encode(images[i : i + size])) for i in range(0, len(images), size)]
+  latents = np.concatenate(parts)
+  scaling = round(float(1.0 / latents.std()), 6)
+  return latents * np.float32(scaling), scaling
+
+
+def train_denoiser(
+  config: Any,
+  directory: Path,
+  latents: np.ndarray,
+  ids: np.ndarray,
+  empty_ids: np.ndarray,
+  *,
+  vocab_size: int,
+) -> dict[str, Any]:
+  """Averaged parameters {'unet', 'text_encoder'}, trained together."""
+  settings = config.denoiser
+  unet = unet_lib.build_unet(denoiser.unet_config(config), dtype=jnp.float32)
+  encoder = text.build_text_encoder(
+    denoiser.text_config(config, vocab_size=vocab_size), dtype=jnp.float32
+  )
+  key = jax.random.key(config.seed)
+  params = {
+    "unet": unet_lib.init_unet(unet, jax.random.fold_in(key, 3)),
+    "text_encoder": text.init_text_encoder(encoder, jax.random.fold_in(key, 4)),
+  }
+  tx = _optimizer(settings, weight_decay=settings.weight_decay, clip_norm=settings.clip_norm)
+  ema = jax.tree.map(jnp.copy, params)
+  state = denoiser.DenoiserState(params, ema, tx.init(params), jnp.int32(0))
+  step = denoiser.make_denoiser_step(
+    unet,
+    encoder,
+    schedule_lib.schedule_from_config(denoiser.scheduler_config(config)),
+    tx,
+    jnp.asarray(empty_ids),
+    jax.random.fold_in(key, 5),
+    prompt_dropout=settings.prompt_dropout,
+    ema_decay=settings.ema_decay,
+  )
+
+  def update(state, rows):
+    return step(state, latents[rows], ids[rows])
+
+  return _fit(config, settings, directory, state, update, len(latents), purpose=2).ema
+
+
+def _optimizer(settings: Any, *, weight_decay: float, clip_norm: float):
+  schedule = optim.make_schedule(
+    "trapezoid",
+    lr=settings.lr,
+    warmup_updates=settings.warmup_updates,
+    num_updates=settings.num_updates,
+    decay=settings.decay,
+  )
+  return optim.make_optimizer(schedule, weight_decay=weight_decay, clip_norm=clip_norm)
+
+
+def _fit(
+  config: Any,
+  settings: Any,
+  directory: Path,
+  state: Any,
+  update: Callable[[Any, np.ndarray], tuple[Any, Mapping[str, jax.Array]]],
+  num_rows: int,
+  *,
+  purpose: int,
+) -> Any:
+  """Runs a stage's updates from its newest checkpoint on; returns the last state."""
+  ckptr = checkpoint.open_checkpointer(directory / "checkpoints", keep=2)
+  start = 0
+  if checkpoint.latest_step(ckptr) is not None:
+    abstract = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+    restored = checkpoint.restore(ckptr, abstract)
+    start, state = restored.step, restored.state
+  writer = metrics.MetricWriter(
+    directory, total_updates=settings.num_updates, start_step=start or None
+  )
+  last, since = start, time.perf_counter()
+  for done in range(start + 1, settings.num_updates + 1):
+    rng = np.random.default_rng([config.seed, purpose, done - 1])
+    rows = np.sort(rng.integers(num_rows, size=settings.batch_size))
+    state, values = update(state, rows)
+    if done % config.log_every == 0 or done == settings.num_updates:
+      values = {name: float(v) for name, v in values.items()}
+      speed = (done - last) * settings.batch_size / (time.perf_counter() - since)
+      last, since = done, time.perf_counter()
+      writer.write(done, values | {"images_per_second": speed})
+      writer.progress(done, loss=values["loss"], images_per_second=speed, shares={})
+    if done % config.save_every == 0 or done == settings.num_updates:
+      checkpoint.save(ckptr, done, state, None, {})
+  writer.close()
+  checkpoint.close(ckptr)
+  return state

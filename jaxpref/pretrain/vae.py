@@ -1,0 +1,80 @@
+"""First stage of the base's pretraining: the VAE."""
+
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxpref.models import vae as vae_lib
+
+
+@flax.struct.dataclass
+class VaeState:
+  """Parameters, optimizer state and the number of updates done."""
+
+  params: Any
+  opt_state: Any
+  update: jax.Array
+
+
+def vae_config(settings: Any) -> dict[str, Any]:
+  """Diffusers' `vae/config.json` for the shapes world; the scaling factor comes later."""
+  levels = len(settings.channels)
+  return {
+    "_class_name": "AutoencoderKL",
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"] * levels,
+    "up_block_types": ["UpDecoderBlock2D"] * levels,
+    "block_out_channels": list(settings.channels),
+    "layers_per_block": 1,
+    "act_fn": "silu",
+    "latent_channels": settings.latent_channels,
+    "norm_num_groups": settings.norm_groups,
+    "sample_size": 64,
+    "scaling_factor": 1.0,
+  }
+
+
+def vae_loss(vae: Any, params: Any, images: jax.Array, key: jax.Array, *, kl_weight: float):
+  """Absolute and squared error of the reconstruction, and the divergence from N(0, I).
+
+  Args:
+    vae: module.
+    params: its parameters.
+    images: uint8 [B, H, W, 3].
+    key: for the posterior's sample.
+    kl_weight: per image, on the KL divergence summed over the latent.
+
+  Returns:
+    The loss, and its parts by name.
+  """
+  pixels = vae_lib.to_unit(images)
+  mean, logvar = vae_lib.encode_moments(vae, params, pixels)
+  latent = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+  output = vae.apply({"params": params}, latent, method=vae.decode).sample
+  absolute = jnp.abs(output - pixels).mean()
+  squared = jnp.square(output - pixels).mean()
+  kl = 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar).sum((1, 2, 3)).mean()
+  loss = absolute + squared + kl_weight * kl
+  return loss, {"loss": loss, "l1": absolute, "mse": squared, "kl": kl}
+
+
+def make_vae_step(
+  vae: Any, tx: optax.GradientTransformation, key: jax.Array, *, kl_weight: float
+):
+  """`step(state, images) -> (state, metrics)`, jitted, the state donated."""
+
+  @jax.jit(donate_argnums=0)
+  def step(state, images):
+    noise_key = jax.random.fold_in(key, state.update)
+    grads, metrics = jax.grad(
+      lambda p: vae_loss(vae, p, images, noise_key, kl_weight=kl_weight), has_aux=True
+    )(state.params)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return VaeState(params, opt_state, state.update + 1), metrics
+
+  return step

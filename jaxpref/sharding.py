@@ -1,0 +1,90 @@
+"""The mesh, and where parameters and batches lie on it.
+
+A mesh is (data, fsdp): batches are split over both axes, large parameters over `fsdp`.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxpref.errors import UserError
+
+BATCH_AXES = ("data", "fsdp")
+# Bytes below which splitting a tensor costs more in messages than it saves.
+_SMALL = 1 << 20
+
+
+def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
+  """The mesh over all devices of all processes.
+
+  Args:
+    data: devices along `data`; -1 fills up.
+    fsdp: devices along `fsdp`; -1 fills up.
+
+  Raises:
+    UserError: they do not multiply to the number of devices.
+  """
+  total = jax.device_count()
+  if data == -1 and fsdp == -1:
+    raise UserError("only one of mesh.data and mesh.fsdp can be -1")
+  shape = (total // fsdp if data == -1 else data, total // data if fsdp == -1 else fsdp)
+  if shape[0] * shape[1] != total:
+    raise UserError(f"mesh.data x mesh.fsdp = {shape[0]} x {shape[1]}, but devices: {total}")
+  # Auto: diffusers' modules do not run under the default, explicit sharding in types.
+  return jax.make_mesh(shape, BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The same on every device."""
+  return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Rows over all devices."""
+  return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def params_sharding(mesh: Mesh, tree: Any) -> Any:
+  """A sharding for each leaf: the largest axis that divides, over `fsdp`, if it is large.
+
+  Args:
+    mesh: from `make_mesh`.
+    tree: of arrays or shapes; parameters, moments and averages alike.
+  """
+  size = mesh.shape["fsdp"]
+
+  def one(leaf):
+    if size == 1 or np.prod(leaf.shape, dtype=np.int64) * leaf.dtype.itemsize < _SMALL:
+      return replicated(mesh)
+    axes = [i for i, n in enumerate(leaf.shape) if n % size == 0]
+    if not axes:
+      return replicated(mesh)
+    largest = max(axes, key=lambda i: leaf.shape[i])
+    spec: list[str | None] = [None] * len(leaf.shape)
+    spec[largest] = "fsdp"
+    return NamedSharding(mesh, P(*spec))
+
+  return jax.tree.map(one, tree)
+
+
+def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
+  """Whether a batch splits into equal micro-batches on equal devices.
+
+  Raises:
+    UserError: it does not.
+  """
+  parts = accumulate * mesh.size
+  if batch_size % parts:
+    raise UserError(
+      f"train.batch_size = {batch_size} does not divide by {accumulate} micro-batches "
+      f"(train.accumulate) x {mesh.size} devices"
+    )
+
+
+def place_batch(tree: Any, mesh: Mesh) -> Any:
+  """Puts this process's rows of a batch on its devices, as part of the global batch."""
+  sharding = batch_sharding(mesh)
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)

@@ -1,0 +1,179 @@
+"""The train step of every method: noise, denoise policy and reference, loss, update.
+
+One jitted, donated program over the mesh. Policy and reference go through the same
+`denoise`, all arms of a batch in one call each.
+"""
+
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from jaxpref import optim, randomness
+from jaxpref.diffusion import schedule as schedule_lib
+from jaxpref.models.unet import Denoise
+from jaxpref.rollouts import Rollout
+
+
+@flax.struct.dataclass
+class TrainState:
+  """All that a checkpoint must hold.
+
+  Attributes:
+    params: the policy, float32.
+    ema: its moving average, float32.
+    opt_state: of optax.
+    policy_copy: the policy that rolls out, where it lags behind; None where it does not.
+    update: number of updates done, int32 scalar.
+  """
+
+  params: Any
+  ema: Any
+  opt_state: Any
+  policy_copy: Any
+  update: jax.Array
+
+
+def init_state(
+  params: Any, tx: optax.GradientTransformation, *, lagging_copy: bool
+) -> TrainState:
+  """The state before the first update; `lagging_copy` if rollouts need a copy."""
+  return TrainState(
+    params=params,
+    ema=jax.tree.map(jnp.copy, params),
+    opt_state=tx.init(params),
+    policy_copy=jax.tree.map(jnp.copy, params) if lagging_copy else None,
+    update=jnp.zeros((), jnp.int32),
+  )
+
+
+def make_train_step(
+  denoise: Denoise,
+  schedule: schedule_lib.NoiseSchedule,
+  loss: ModuleType,
+  tx: optax.GradientTransformation,
+  *,
+  mesh: Mesh,
+  seed: int,
+  hyper: Mapping[str, Any],
+  ema_decay: float,
+  prompt_dropout: float,
+  accumulate: int = 1,
+  refresh_every: int = 1,
+) -> Callable:
+  """One update as a jitted program.
+
+  Args:
+    denoise: (params, x_t, t, cond) -> prediction.
+    schedule: noise schedule.
+    loss: a module with the contract of `jaxpref.losses`.
+    tx: optimizer.
+    mesh: from `sharding.make_mesh`.
+    seed: of the run.
+    hyper: the loss's hyper-parameters.
+    ema_decay: limit of the moving average's decay.
+    prompt_dropout: share of rows trained without their prompt.
+    accumulate: micro-batches; gradients cross devices once, after the last.
+    refresh_every: updates after which the lagging policy copy is renewed, if there is one.
+
+  Returns:
+    `step(state, ref, empty_cond, batch, rollout) -> (state, metrics)`; `ref` is the
+    reference's parameters or None, `batch` {'latents': [B, C, h, w], 'cond': [B, L, D]},
+    `rollout` a `Rollout` or None, metrics are scalars.
+  """
+
+  def arms_of(batch, rollout: Rollout | None, update, empty_cond):
+    """Rows by arm: x_t, t, target, and the prompts that all arms share."""
+    key = randomness.key_of(seed, "train", update)
+    x0 = batch["latents"]
+    cond = randomness.drop_prompts(seed, update, batch["cond"], empty_cond, rate=prompt_dropout)
+    if rollout is None:
+      t = jax.random.randint(
+        jax.random.fold_in(key, 0), x0.shape[:1], 0, schedule.num_timesteps
+      )
+    else:
+      t = rollout.t
+    eps = jax.random.normal(jax.random.fold_in(key, 1), x0.shape)
+    x_t = [schedule_lib.add_noise(schedule, x0, eps, t)]
+    target = [schedule_lib.target(schedule, x0, eps, t)]
+    if rollout is not None:
+      x_t.append(rollout.x_t)
+      target.append(rollout.target)
+    # Arms on axis 1, so that splitting rows over devices keeps pairs together.
+    return jnp.stack(x_t, 1), jnp.stack(target, 1), t, cond
+
+  def errors(params, x_t, target, t, cond):
+    """Denoising errors by arm, each [B], from one forward pass."""
+    arms = x_t.shape[1]
+    flat = lambda x: x.reshape((-1, *x.shape[2:]))  # noqa: E731
+    prediction = denoise(params, flat(x_t), jnp.repeat(t, arms), jnp.repeat(cond, arms, axis=0))
+    err = schedule_lib.denoising_error(prediction, flat(target)).reshape((-1, arms))
+    return {arm: err[:, i] for i, arm in enumerate(loss.ARMS)}
+
+  def micro_loss(params, ref, rows):
+    err = errors(params, *rows)
+    err_ref = {}
+    if loss.REFERENCE:
+      err_ref = jax.lax.stop_gradient(errors(ref, *rows))
+    per_sample, metrics = loss.objective(err, err_ref, **hyper)
+    metrics = {
+      "loss": per_sample,
+      **{f"err/policy_{a}": e for a, e in err.items()},
+      **{f"err/reference_{a}": e for a, e in err_ref.items()},
+      **metrics,
+    }
+    return per_sample.mean(), jax.tree.map(jnp.mean, metrics)
+
+  def mean_gradients(params, ref, rows):
+    """Gradients and metrics of this device's rows, micro-batch by micro-batch."""
+
+    def one(carry, micro):
+      out = jax.grad(micro_loss, has_aux=True)(params, ref, micro)
+      return jax.tree.map(jnp.add, carry, out), None
+
+    # Varying: else JAX would sum the gradient over devices inside the loop.
+    params = jax.lax.pcast(params, "data", to="varying")
+    micros = jax.tree.map(lambda x: x.reshape((accumulate, -1, *x.shape[1:])), rows)
+    first = jax.grad(micro_loss, has_aux=True)(
+      params, ref, jax.tree.map(lambda x: x[0], micros)
+    )
+    total = first
+    if accumulate > 1:
+      total, _ = jax.lax.scan(one, first, jax.tree.map(lambda x: x[1:], micros))
+    return jax.lax.pmean(jax.tree.map(lambda x: x / accumulate, total), "data")
+
+  sharded_gradients = jax.shard_map(
+    mean_gradients,
+    mesh=mesh,
+    in_specs=(P(), P(), P("data")),
+    out_specs=P(),
+    axis_names={"data"},
+  )
+
+  @jax.jit(donate_argnums=0)
+  def step(state: TrainState, ref, empty_cond, batch, rollout):
+    rows = arms_of(batch, rollout, state.update, empty_cond)
+    grads, metrics = sharded_gradients(state.params, ref, rows)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    update = state.update + 1
+    copy = state.policy_copy
+    if copy is not None:
+      renew = update % refresh_every == 0
+      copy = jax.tree.map(lambda c, p: jnp.where(renew, p, c), copy, params)
+    new = TrainState(
+      params=params,
+      ema=optim.update_ema(state.ema, params, state.update, decay=ema_decay),
+      opt_state=opt_state,
+      policy_copy=copy,
+      update=update,
+    )
+    return new, {**metrics, "optim/grad_norm": optax.global_norm(grads)}
+
+  return step

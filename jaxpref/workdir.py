@@ -1,0 +1,194 @@
+"""The directory of a run: one config, one writer, nothing of another run overwritten.
+
+Opened by `main` before anything is computed, so that a wrong `--workdir` costs seconds.
+"""
+
+import dataclasses
+import errno
+import fcntl
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jaxpref import config as config_lib
+from jaxpref.errors import UserError
+
+CONFIG = "config.json"
+LOCK = ".lock"
+# What may change between the start of a run and its resumption.
+RESUME_SAFE = ("evaluate", "train.log_every", "train.num_updates", "train.keep")
+# Network and FUSE file systems answer with one of these when they have no locks.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Workdir:
+  """An opened, locked directory.
+
+  Attributes:
+    path: absolute path.
+    resumed: whether the directory already held this run.
+    lock: the descriptor that holds the lock until the process ends or `release`.
+  """
+
+  path: Path
+  resumed: bool
+  lock: int
+
+
+def default_workdir(config: ConfigDict) -> Path:
+  """Where a run goes when no `--workdir` is given: `runs/<name>-<preset>`."""
+  return Path("runs") / f"{config.name}-{config.preset}"
+
+
+def open_workdir(
+  path: str | os.PathLike,
+  config: ConfigDict,
+  *,
+  resume_safe: Iterable[str] = RESUME_SAFE,
+) -> Workdir:
+  """Creates or resumes the directory of a run and locks it.
+
+  Args:
+    path: the directory; parents are made. It must be new, empty (names that begin with
+      a dot don't count) or hold a run of the same config.
+    config: the run's config, written to `config.json`.
+    resume_safe: fields or sections, dotted, that may differ from the stored config;
+      such a change is written to `config.json`.
+
+  Returns:
+    The locked directory.
+
+  Raises:
+    UserError: it cannot be written, holds something else or another config's run, or
+      another process works in it. Nothing in it has been changed then.
+  """
+  if "://" in str(path):
+    raise UserError(f"{path}: not a local path; mount the bucket and name the mount")
+  path = Path(path).absolute()
+  _make_writable(path)
+  stored = path / CONFIG
+  if not stored.exists() and (others := _visible(path)):
+    raise UserError(
+      f"{path} is not empty ({', '.join(others[:3])}{', ...' if others[3:] else ''}) "
+      f"and holds no {CONFIG}; choose another --workdir"
+    )
+  lock = _lock(path)
+  try:
+    resumed = stored.exists()
+    if resumed:
+      _check_same(path, config, tuple(resume_safe))
+    write_json(stored, json.loads(config_lib.to_json(config)))
+  except BaseException:
+    os.close(lock)
+    raise
+  return Workdir(path=path, resumed=resumed, lock=lock)
+
+
+def release(workdir: Workdir) -> None:
+  """Gives the lock back before the process ends."""
+  os.close(workdir.lock)
+
+
+def write_json(path: str | os.PathLike, obj: Any) -> None:
+  """Writes JSON (indent 2) so that a reader sees the old file or the whole new one.
+
+  Raises:
+    UserError: the file cannot be written, such as on a full disk.
+  """
+  write_text(path, json.dumps(obj, indent=2) + "\n")
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+  """Writes a text file atomically (temporary file, fsync, rename).
+
+  Raises:
+    UserError: the file cannot be written, such as on a full disk.
+  """
+  path = Path(path)
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  try:
+    with temporary.open("w", encoding="utf-8") as file:
+      file.write(text)
+      file.flush()
+      os.fsync(file.fileno())
+    temporary.replace(path)
+  except OSError as error:
+    temporary.unlink(missing_ok=True)
+    raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _make_writable(path: Path) -> None:
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    # Only a real file tells: root passes permission checks that a read-only mount fails.
+    with tempfile.NamedTemporaryFile(dir=path, prefix=".probe-"):
+      pass
+  except FileExistsError as error:
+    raise UserError(f"{path} is a file, not a directory") from error
+  except OSError as error:
+    raise UserError(f"cannot write to {path}: {error.strerror}") from error
+
+
+def _visible(path: Path) -> list[str]:
+  return sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
+
+
+def _lock(path: Path) -> int:
+  descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+  try:
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError as error:
+    owner = os.pread(descriptor, 64, 0).decode(errors="replace").strip()
+    os.close(descriptor)
+    raise UserError(
+      f"{path} is in use by process {owner or '(unknown)'}; wait for it or choose "
+      "another --workdir"
+    ) from error
+  except OSError as error:
+    if error.errno not in _NO_LOCKS:
+      os.close(descriptor)
+      raise UserError(f"cannot lock {path}: {error.strerror}") from error
+    _log.warning("%s: no file locks here, so keep other runs out of it", path)
+  os.ftruncate(descriptor, 0)
+  os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+  return descriptor
+
+
+def _check_same(path: Path, config: ConfigDict, resume_safe: tuple[str, ...]) -> None:
+  try:
+    old = _flat(json.loads((path / CONFIG).read_text(encoding="utf-8")))
+  except (ValueError, AttributeError, OSError) as error:
+    raise UserError(f"{path / CONFIG} cannot be read: {error}") from error
+  new = _flat(json.loads(config_lib.to_json(config)))
+  changed = [
+    field
+    for field in sorted(old.keys() | new.keys())
+    if old.get(field, "absent") != new.get(field, "absent")
+    and not any(f"{field}.".startswith(f"{safe}.") for safe in resume_safe)
+  ]
+  if changed:
+    field, *others = changed
+    more = f" (and {len(others)} more)" if others else ""
+    raise UserError(
+      f"{path} holds another run: {field} was {old.get(field, 'absent')}, "
+      f"now {new.get(field, 'absent')}{more}; choose another --workdir"
+    )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  leaves: dict[str, Any] = {}
+  for key, value in tree.items():
+    if isinstance(value, Mapping):
+      leaves |= _flat(value, f"{prefix}{key}.")
+    else:
+      leaves[prefix + key] = value
+  return leaves

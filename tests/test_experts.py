@@ -1,0 +1,98 @@
+"""Experts: the best images of a preference data set, and where examples come from."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxpref.data import experts
+from jaxpref.data.shapes import annotator, builder, flaws, prompts
+from jaxpref.errors import UserError
+
+
+def _row(caption, *sides):
+  row = {"caption": caption}
+  for k, (uid, score, shade) in enumerate(sides):
+    file = io.BytesIO()
+    Image.new("RGB", (2, 2), (shade,) * 3).save(file, "PNG")
+    row |= {f"image_{k}_uid": uid, f"score_{k}": score, f"jpg_{k}": file.getvalue()}
+  return row
+
+
+def test_top_k_by_hand():
+  source = [
+    _row("x", ("d", 1.0, 10), ("c", 3.0, 20)),
+    _row("x", ("c", 3.0, 20), ("b", 2.0, 30)),  # c again: one expert
+    _row("y", ("c", 2.0, 20), ("a", 2.0, 40)),  # c with another caption: another
+    _row("x", ("e", 2.5, 30), ("f", 0.0, 50)),  # the picture of b, scored higher
+  ]
+  best = experts.top_k(source, 0)
+  assert [(e.source, e.caption) for e in best] == [
+    ("c", "x"),
+    ("e", "x"),
+    ("a", "y"),
+    ("c", "y"),
+    ("d", "x"),
+    ("f", "x"),
+  ]
+  assert [int(e.image[0, 0, 0]) for e in best] == [20, 30, 40, 20, 10, 50]
+  assert all(e.image.dtype == np.uint8 and e.image.shape == (2, 2, 3) for e in best)
+  assert [e.source for e in experts.top_k(source, 3)] == ["c", "e", "a"]
+  with pytest.raises(UserError, match="6 images to pick experts from, not 7"):
+    experts.top_k(source, 7)
+  with pytest.raises(UserError, match="0 images"):
+    experts.top_k([], 1)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+  place = tmp_path_factory.mktemp("tfds")
+  return builder.load_preferences("train", num_train=40, num_test=1, seed=1, data_dir=place)
+
+
+def test_top_k_of_the_shapes_are_the_best(source):
+  scores = {r[f"image_{k}_uid"].decode(): r[f"score_{k}"] for r in source for k in (0, 1)}
+  best = experts.top_k(source, 10)
+  assert [e.source for e in best] == sorted(scores, key=lambda u: -scores[u])[:10]
+
+
+def test_experts_are_nearly_all_without_a_flaw():
+  # As many out of as many as the presets pick: 500 of 6000.
+  rng = np.random.default_rng(0)
+  images = []
+  for _ in range(6000):
+    spec = prompts.draw_prompt(rng, "train")
+    befallen = flaws.draw_flaws(spec, rng)
+    images.append((annotator.observed_score(annotator.utility(befallen, spec), rng), befallen))
+  best = sorted(images, key=lambda image: -image[0])[:500]
+  assert sum(befallen == () for _, befallen in best) >= 490
+  assert sum(flaws.is_right(befallen) for _, befallen in best) == 500
+
+
+def test_load_examples_of_shapes(source, monkeypatch):
+  monkeypatch.setattr(builder, "load_preferences", lambda split: source)
+  native = experts.load_examples("shapes", path="", num_experts=4, image_size=64)
+  assert [
+    (e.image == b.image).all() for e, b in zip(native, experts.top_k(source, 4), strict=True)
+  ]
+  half = experts.load_examples("shapes", path="", num_experts=4, image_size=32)
+  for e, h in zip(native, half, strict=True):
+    assert h.image.shape == (32, 32, 3)
+    assert abs(e.image.mean() - h.image.mean()) < 1
+    assert (h.caption, h.source) == (e.caption, e.source)
+  with pytest.raises(UserError, match="80 images to pick experts from, not 81"):
+    experts.load_examples("shapes", path="", num_experts=81, image_size=64)
+
+
+@pytest.mark.parametrize(
+  ("wrong", "near"), [("shaeps", "shapes"), ("foldr", "folder"), ("Folder", "folder")]
+)
+def test_unknown_sources_name_the_nearest(wrong, near):
+  with pytest.raises(UserError, match=f"'{wrong}' is unknown; did you mean '{near}'"):
+    experts.load_examples(wrong, path="", num_experts=1, image_size=64)
+
+
+def test_fewer_than_no_experts():
+  with pytest.raises(UserError, match="data.num_experts is -1"):
+    experts.load_examples("shapes", path="", num_experts=-1, image_size=64)
