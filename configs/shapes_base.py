@@ -22,15 +22,16 @@ def get_config(preset: str = "shapes") -> ConfigDict:
 
   c.corpus = ConfigDict()
   c.corpus.num_images = 60_000  # rendered once, with the flaws of web data
+  c.corpus.image_size = 32  # pixels; the renderer's 64 are averaged down
 
   c.tokenizer = ConfigDict()
   c.tokenizer.vocab_size = 640  # 512 bytes with and without word end, the rest merges
   c.tokenizer.max_length = 24  # tokens; the longest caption of this world takes 13
 
   c.vae = ConfigDict()
-  c.vae.channels = (16, 16, 48, 96)  # of each level, 64 x 64 pixels to 8 x 8 latents
-  c.vae.latent_channels = 8
-  c.vae.norm_groups = 1  # more would hide from small levels how bright an image is
+  c.vae.channels = (32, 64, 96)  # of each level, 32 x 32 pixels to 8 x 8 latents
+  c.vae.latent_channels = 4
+  c.vae.norm_groups = 8
   c.vae.kl_weight = 1e-5
   c.vae.batch_size = 24
   c.vae.num_updates = 2_000
@@ -61,11 +62,11 @@ def get_config(preset: str = "shapes") -> ConfigDict:
   c.denoiser.ema_decay = 0.999
 
   c.log_every = 100  # updates
-  c.save_every = 250  # updates
+  c.save_every = 500  # updates
 
   if preset == "tiny":
     c.corpus.num_images = 64
-    c.vae.channels = (8, 8, 8, 8)
+    c.vae.channels = (8, 8, 8)
     c.unet.channels = (32, 64)
     c.unet.heads = (1, 2)
     c.text.width = 16

@@ -55,7 +55,8 @@ RULES: Rules = {
   **dict.fromkeys(("train.batch_size", "train.accumulate", "train.keep"), _at_least(1)),
   **dict.fromkeys(("train.updates_per_iteration", "train.log_every"), _at_least(1)),
   **dict.fromkeys(("evaluate.images_per_prompt", "evaluate.num_steps"), _at_least(1)),
-  **dict.fromkeys(("evaluate.batch_size", "data.num_experts"), _at_least(1)),
+  "evaluate.batch_size": _at_least(1),
+  "data.num_experts": _at_least(0),
 }
 
 

@@ -45,7 +45,7 @@ def unet_config(settings: Any) -> dict[str, Any]:
     "norm_eps": 1e-05,
     "norm_num_groups": 32,
     "out_channels": settings.vae.latent_channels,
-    "sample_size": 64 // 2 ** (len(settings.vae.channels) - 1),
+    "sample_size": settings.corpus.image_size // 2 ** (len(settings.vae.channels) - 1),
     "up_block_types": ["CrossAttnUpBlock2D"] * levels,
   }
 

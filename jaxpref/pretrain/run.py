@@ -45,7 +45,10 @@ def main(argv: list[str]) -> int:
 def run(config: Any, workdir: Path) -> Path:
   """Trains whatever is not there yet; returns the pipeline's directory."""
   images, captions = corpus.build_corpus(
-    workdir / "corpus", num_images=config.corpus.num_images, seed=config.seed
+    workdir / "corpus",
+    num_images=config.corpus.num_images,
+    size=config.corpus.image_size,
+    seed=config.seed,
   )
   tokenizer_dir = workdir / "tokenizer"
   text.train_tokenizer(
@@ -63,7 +66,8 @@ def run(config: Any, workdir: Path) -> Path:
     config, workdir / "denoiser", latents, ids, empty_ids, vocab_size=len(tokenizer)
   )
   configs = {
-    "vae": vae_stage.vae_config(config.vae) | {"scaling_factor": scaling},
+    "vae": vae_stage.vae_config(config.vae, image_size=images.shape[1])
+    | {"scaling_factor": scaling},
     "unet": denoiser.unet_config(config),
     "text_encoder": denoiser.text_config(config, vocab_size=len(tokenizer)),
     "scheduler": denoiser.scheduler_config(config),
@@ -79,9 +83,11 @@ def run(config: Any, workdir: Path) -> Path:
 def train_vae(config: Any, directory: Path, images: np.ndarray) -> Any:
   """The VAE's parameters, trained on the corpus."""
   settings = config.vae
-  vae = vae_lib.build_vae(vae_stage.vae_config(settings), dtype=jnp.float32)
+  vae = vae_lib.build_vae(
+    vae_stage.vae_config(settings, image_size=images.shape[1]), dtype=jnp.float32
+  )
   key = jax.random.key(config.seed)
-  params = vae.init_weights(jax.random.fold_in(key, 1))
+  params = vae_stage.init_vae(vae, jax.random.fold_in(key, 1))
   tx = _optimizer(settings, weight_decay=0.0, clip_norm=1.0)
   state = vae_stage.VaeState(params, tx.init(params), jnp.int32(0))
   step = vae_stage.make_vae_step(
@@ -96,7 +102,9 @@ def train_vae(config: Any, directory: Path, images: np.ndarray) -> Any:
 
 def encode_corpus(config: Any, params: Any, images: np.ndarray) -> tuple[np.ndarray, float]:
   """Latents of unit variance, float32 [N, C, h, w], and the factor that made them so."""
-  vae = vae_lib.build_vae(vae_stage.vae_config(config.vae), dtype=jnp.float32)
+  vae = vae_lib.build_vae(
+    vae_stage.vae_config(config.vae, image_size=images.shape[1]), dtype=jnp.float32
+  )
   encode = jax.jit(lambda x: vae_lib.encode(vae, params, x))
   size = min(200, len(images))
   parts = [np.asarray(encode(images[i : i + size])) for i in range(0, len(images), size)]

@@ -19,7 +19,7 @@ class VaeState:
   update: jax.Array
 
 
-def vae_config(settings: Any) -> dict[str, Any]:
+def vae_config(settings: Any, *, image_size: int) -> dict[str, Any]:
   """Diffusers' `vae/config.json` for the shapes world; the scaling factor comes later."""
   levels = len(settings.channels)
   return {
@@ -33,9 +33,21 @@ def vae_config(settings: Any) -> dict[str, Any]:
     "act_fn": "silu",
     "latent_channels": settings.latent_channels,
     "norm_num_groups": settings.norm_groups,
-    "sample_size": 64,
+    "sample_size": image_size,
     "scaling_factor": 1.0,
   }
+
+
+def init_vae(vae: Any, key: jax.Array) -> Any:
+  """Random parameters, with every residual branch silent.
+
+  A bare chain of convolutions passes colours on from the first updates; the branches learn
+  to bend it later.
+  """
+  flat = flax.traverse_util.flatten_dict(vae.init_weights(key))
+  silent = (("conv2", "kernel"), ("proj_attn", "kernel"))
+  flat = {k: jnp.zeros_like(v) if k[-2:] in silent else v for k, v in flat.items()}
+  return flax.traverse_util.unflatten_dict(flat)
 
 
 def vae_loss(vae: Any, params: Any, images: jax.Array, key: jax.Array, *, kl_weight: float):

@@ -1,0 +1,58 @@
+"""jaxpref: preference tuning of text-to-image diffusion models in JAX."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "jaxpref/__init__.py").read_text())[1]
+
+setup(
+  name="jaxpref",
+  version=VERSION,
+  description="Preference tuning of text-to-image diffusion models in JAX",
+  long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+  long_description_content_type="text/markdown",
+  python_requires=">=3.11",
+  packages=find_packages(include=["jaxpref", "jaxpref.*"]),
+  package_data={
+    "jaxpref.evaluation": ["*.j2"],
+    "jaxpref": ["pipelines/**/*"],
+  },
+  install_requires=[
+    "array-record",
+    "clu",
+    # The last releases with Flax classes.
+    "diffusers>=0.39,<0.40",
+    "transformers>=4.57,<5",
+    "filelock",
+    "flax>=0.10",
+    "grain>=0.2.14",
+    "jax>=0.7",
+    "jinja2",
+    "matplotlib",
+    "ml_collections",
+    "numpy",
+    "optax",
+    "orbax-checkpoint>=0.12,<0.13",  # its v1 interface still moves
+    "pandas",
+    "pillow>=10.1",
+    "pyarrow",
+    "safetensors",
+    "scikit-image",
+    "scipy",
+    "tensorflow-datasets>=4.9.8",
+    "tokenizers",
+    "tqdm",
+  ],
+  extras_require={
+    # Accelerators: pip install 'jaxpref[cuda]' or 'jaxpref[tpu]'.
+    "cuda": ["jax[cuda12]"],
+    "tpu": ["jax[tpu]"],
+    # clu's TensorBoard writer; everything else runs without TensorFlow.
+    "tensorboard": ["tensorflow-cpu", "tensorboard"],
+    # PyTorch is only a witness in tests.
+    "test": ["mypy", "pytest", "ruff", "torch==2.13.0"],
+  },
+)

@@ -1,0 +1,65 @@
+"""Schedules, clipping and the moving average against numbers worked out by hand."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxpref import optim
+
+
+def _values(name, steps, **kwargs):
+  schedule = optim.make_schedule(name, lr=1.0, num_updates=10, **kwargs)
+  return np.array([float(schedule(i)) for i in steps])
+
+
+def test_constant_after_warmup():
+  np.testing.assert_allclose(
+    _values("constant", range(6), warmup_updates=4), [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+  )
+  np.testing.assert_allclose(_values("constant", [0, 9], warmup_updates=0), [1.0, 1.0])
+
+
+def test_linear_cosine_and_trapezoid_end_at_zero():
+  np.testing.assert_allclose(_values("linear", [0, 5, 10], warmup_updates=0), [1.0, 0.5, 0.0])
+  np.testing.assert_allclose(
+    _values("cosine", [0, 5, 10], warmup_updates=0), [1.0, 0.5, 0.0], atol=1e-7
+  )
+  np.testing.assert_allclose(
+    _values("trapezoid", [0, 8, 9, 10], warmup_updates=0, decay=0.2), [1.0, 1.0, 0.5, 0.0]
+  )
+  np.testing.assert_allclose(
+    _values("trapezoid", [0, 1, 2, 8, 9, 10], warmup_updates=2, decay=0.2),
+    [0.5, 1.0, 1.0, 1.0, 0.5, 0.0],
+  )
+
+
+def test_unknown_schedule():
+  with pytest.raises(ValueError, match="nosuch"):
+    _values("nosuch", [0], warmup_updates=0)
+
+
+def test_clipping_bounds_the_norm_that_adam_sees():
+  # Adam's first update is lr * sign(g) whatever g's size, so look at its first moment.
+  schedule = optim.make_schedule("constant", lr=0.1, warmup_updates=0, num_updates=1)
+  params = {"w": jnp.zeros(2)}
+  gradient = {"w": jnp.array([30.0, 40.0])}
+  for clip, want in ((1.0, [0.06, 0.08]), (None, [3.0, 4.0])):
+    tx = optim.make_optimizer(schedule, clip_norm=clip, weight_decay=0.0)
+    _, state = tx.update(gradient, tx.init(params), params)
+    moments = [s.mu["w"] for s in _leaves_with_mu(state)]
+    np.testing.assert_allclose(moments[0], want, rtol=1e-6)
+
+
+def _leaves_with_mu(state):
+  if hasattr(state, "mu"):
+    return [state]
+  return [s for part in state if isinstance(part, tuple) for s in _leaves_with_mu(part)]
+
+
+def test_ema_ramp():
+  ema, params = {"w": jnp.array(0.0)}, {"w": jnp.array(1.0)}
+  # Before the first update n = 1: decay (1 + 1) / (10 + 1), so 9 / 11 of the way.
+  got = optim.update_ema(ema, params, jnp.int32(0), decay=0.9999)
+  np.testing.assert_allclose(got["w"], 9 / 11, rtol=1e-6)
+  late = optim.update_ema(ema, params, jnp.int32(10**7), decay=0.9)
+  np.testing.assert_allclose(late["w"], 0.1, rtol=1e-5)
