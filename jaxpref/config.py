@@ -34,14 +34,20 @@ def _at_least(low: float) -> tuple[Callable[[Any], bool], str]:
   return lambda value: value >= low, f"at least {low}"
 
 
+def _one_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
+  return lambda value: value in choices, "one of " + ", ".join(choices)
+
+
 _POSITIVE = (lambda value: 0 < value < math.inf, "positive and finite")
 _DECAY = (lambda value: 0 <= value < 1, "at least 0 and below 1")
 _AXIS = (lambda value: value >= 1 or value == -1, "at least 1, or -1 for the rest")
 
 RULES: Rules = {
-  "model.dtype": (lambda v: v in ("float32", "bfloat16"), "'float32' or 'bfloat16'"),
+  "model.dtype": _one_of("float32", "bfloat16"),
   "data.image_size": _at_least(8),
   "data.prompt_dropout": (lambda value: 0 <= value <= 1, "between 0 and 1"),
+  "rollout.solver": _one_of("dpm_solver", "ddim", "ddpm"),
+  "optim.schedule": _one_of("constant", "linear", "cosine", "trapezoid"),
   "rollout.order": (lambda value: value in (1, 2, 3), "1, 2 or 3"),
   "optim.clip_norm": (lambda value: value > 0, "positive"),
   **dict.fromkeys(("optim.lr", "optim.eps"), _POSITIVE),

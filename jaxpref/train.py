@@ -25,11 +25,11 @@ from jaxpref import (
   metrics,
   optim,
   rollouts,
+  scorers,
   sharding,
   steps,
 )
 from jaxpref.data import encode, experts, loader
-from jaxpref.errors import UserError
 from jaxpref.evaluation import evaluate
 from jaxpref.models import pipeline as pipeline_lib
 from jaxpref.models import unet as unet_lib
@@ -60,8 +60,6 @@ def prepare(config: Any) -> Prepared:
   jax.config.update("jax_compilation_cache_dir", str(cache))
   mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
   sharding.check_batch(config.train.batch_size, config.train.accumulate, mesh)
-  if config.optim.schedule not in optim.SCHEDULES:
-    raise UserError(f"'optim.schedule' must be one of {', '.join(optim.SCHEDULES)}")
   loss = losses.load_loss(config.loss.name)
   hyper = {name: config.loss[name] for name in loss.HYPER}
   pipeline = pipeline_lib.load_pipeline(config.model.path, dtype=jnp.dtype(config.model.dtype))
@@ -84,6 +82,7 @@ def prepare(config: Any) -> Prepared:
     kept = [s for s in config.evaluate.scorers if not s.startswith("shapes.")]
     with config.unlocked():
       config.evaluate.scorers = tuple(kept)
+  scorers.load_scorers(config.evaluate.scorers)
   return Prepared(config, mesh, loss, hyper, pipeline, examples, prompts)
 
 

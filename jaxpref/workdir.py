@@ -3,6 +3,7 @@
 Opened by `main` before anything is computed, so that a wrong `--workdir` costs seconds.
 """
 
+import contextlib
 import dataclasses
 import errno
 import fcntl
@@ -108,7 +109,12 @@ def write_json(path: str | os.PathLike, obj: Any) -> None:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-  """Writes a text file atomically (temporary file, fsync, rename).
+  """Writes a text file atomically; see `write_bytes`."""
+  write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | os.PathLike, data: bytes) -> None:
+  """Writes a file so that a reader sees the old one or the whole new one.
 
   Raises:
     UserError: the file cannot be written, such as on a full disk.
@@ -116,13 +122,15 @@ def write_text(path: str | os.PathLike, text: str) -> None:
   path = Path(path)
   temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:
-    with temporary.open("w", encoding="utf-8") as file:
-      file.write(text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with temporary.open("wb") as file:
+      file.write(data)
       file.flush()
       os.fsync(file.fileno())
     temporary.replace(path)
   except OSError as error:
-    temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+      temporary.unlink(missing_ok=True)
     raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 

@@ -252,17 +252,3 @@ def test_files(tmp_path):
     c.write_results(path, {"a": float("nan")})
   assert json.loads(path.read_text()) == {"a": None, "b": 1}
   assert sorted(p.name for p in tmp_path.iterdir()) == ["deep", "results.json"]
-
-
-def test_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
-  path = tmp_path / "results.json"
-  c.write_atomically(path, b"old")
-
-  def full(_):
-    raise OSError(28, "No space left on device")
-
-  monkeypatch.setattr(c.os, "fsync", full)
-  with pytest.raises(OSError, match="No space"):
-    c.write_atomically(path, b"new")
-  assert path.read_bytes() == b"old"
-  assert list(tmp_path.iterdir()) == [path]

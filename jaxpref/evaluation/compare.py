@@ -9,12 +9,13 @@ so the unit of every interval and test is the prompt, never the image.
 import json
 import os
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import scipy.stats
+
+from jaxpref.workdir import write_bytes
 
 _KEYS = ("model", "prompt_id", "seed", "prompt", "category", "scorer", "version")
 COLUMNS = (*_KEYS, "score")
@@ -216,25 +217,6 @@ def bootstrap_interval(
   return [[float(low), float(high)] for low, high in bounds.T]
 
 
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-  """Writes `data` to `path`, so that a reader sees the old file or the whole new one.
-
-  Raises:
-    OSError: the directory cannot be made or written; `path` is then untouched.
-  """
-  path = Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  try:
-    with temporary.open("wb") as file:
-      file.write(data)
-      file.flush()
-      os.fsync(file.fileno())
-    temporary.replace(path)
-  finally:
-    temporary.unlink(missing_ok=True)
-
-
 def write_rows(path: str | os.PathLike[str], rows: pd.DataFrame) -> None:
   """Writes the rows as parquet, atomically, with the columns in the order `COLUMNS`.
 
@@ -242,7 +224,7 @@ def write_rows(path: str | os.PathLike[str], rows: pd.DataFrame) -> None:
     ValueError: as `compare`, except that pairs may be incomplete.
   """
   table = _checked(rows)[list(COLUMNS)]
-  write_atomically(path, table.to_parquet(index=False, engine="pyarrow"))
+  write_bytes(path, table.to_parquet(index=False, engine="pyarrow"))
 
 
 def write_results(path: str | os.PathLike[str], results: dict[str, Any]) -> None:
@@ -252,7 +234,7 @@ def write_results(path: str | os.PathLike[str], results: dict[str, Any]) -> None
     ValueError: a number is not finite.
   """
   text = json.dumps(results, indent=2, sort_keys=True, allow_nan=False)
-  write_atomically(path, (text + "\n").encode())
+  write_bytes(path, (text + "\n").encode())
 
 
 def _checked(rows: pd.DataFrame) -> pd.DataFrame:

@@ -1,7 +1,6 @@
 """Base against tuned on the same prompts and noise: pictures, scores, tables, the report."""
 
 import io
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from jaxpref import metrics, scorers
+from jaxpref import workdir as workdir_lib
 from jaxpref.data.shapes import prompts as shapes_prompts
 from jaxpref.errors import UserError
 from jaxpref.evaluation import compare, generate, grid, report
 from jaxpref.models.pipeline import Pipeline
 
-_log = logging.getLogger(__name__)
 _GRID_PAIRS = 12
 
 
@@ -202,4 +201,4 @@ def _save_grid(
   )
   buffer = io.BytesIO()
   picture.save(buffer, "PNG")
-  compare.write_atomically(path, buffer.getvalue())
+  workdir_lib.write_bytes(path, buffer.getvalue())

@@ -26,8 +26,8 @@ from jaxpref.evaluation.compare import (
   outcome,
   p_text,
   percent,
-  write_atomically,
 )
+from jaxpref.workdir import write_bytes
 
 PANEL_WIDTH, PANEL_HEIGHT = 340, 150
 _LEFT, _RIGHT, _TOP, _BOTTOM = 42, 8, 8, 20
@@ -96,7 +96,7 @@ def write_report(
     config=flatten(config),
     facts=facts,
   )
-  write_atomically(path, html.encode())
+  write_bytes(path, html.encode())
 
 
 def verdict(results: Mapping[str, dict[str, Any]], *, headline: str | None = None) -> str:

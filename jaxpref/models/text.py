@@ -39,7 +39,7 @@ def encode_text(encoder: nn.Module, params: Any, ids: jax.Array) -> jax.Array:
 
   As in Stable Diffusion there is no padding mask: padding is encoded like any token.
   """
-  out = encoder.apply({"params": params}, ids, jnp.ones_like(ids), _positions(ids))
+  out: Any = encoder.apply({"params": params}, ids, jnp.ones_like(ids), _positions(ids))
   return out.last_hidden_state
 
 

@@ -14,7 +14,7 @@ Params = Mapping[str, Any]
 Denoise = Callable[[Params, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def build_unet(config: Mapping[str, Any], *, dtype: Any) -> nn.Module:
+def build_unet(config: Mapping[str, Any], *, dtype: Any) -> Any:
   """The UNet of a diffusers `unet/config.json`, without parameters.
 
   Args:

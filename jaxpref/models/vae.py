@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from diffusers import FlaxAutoencoderKL
 
 
-def build_vae(config: Mapping[str, Any], *, dtype: Any) -> nn.Module:
+def build_vae(config: Mapping[str, Any], *, dtype: Any) -> Any:
   """The VAE of a diffusers `vae/config.json`, without parameters."""
   known = FlaxAutoencoderKL.__dataclass_fields__
   fields = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
@@ -38,7 +38,8 @@ def encode_moments(vae: nn.Module, params: Any, images: jax.Array):
   Returns:
     `(mean, logvar)`, each [B, C, h, w], unscaled, log-variance clipped to [-30, 20].
   """
-  posterior = vae.apply({"params": params}, images, method=vae.encode).latent_dist
+  encoded: Any = vae.apply({"params": params}, images, method=vae.encode)
+  posterior = encoded.latent_dist
   # diffusers' Flax posterior is channels-last, everything of ours channels-first.
   to_nchw = (0, 3, 1, 2)
   return jnp.transpose(posterior.mean, to_nchw), jnp.transpose(posterior.logvar, to_nchw)
@@ -52,5 +53,5 @@ def encode(vae: nn.Module, params: Any, images: jax.Array) -> jax.Array:
 
 def decode(vae: nn.Module, params: Any, latents: jax.Array) -> jax.Array:
   """Images of scaled latents: [B, C, h, w] to uint8 [B, H, W, 3]."""
-  out = vae.apply({"params": params}, latents / vae.scaling_factor, method=vae.decode)
+  out: Any = vae.apply({"params": params}, latents / vae.scaling_factor, method=vae.decode)
   return to_bytes(out.sample)

@@ -24,12 +24,16 @@ def write_card(pipeline: Path, workdir: Path, config: Any) -> None:
   with matplotlib.rc_context({"svg.hashsalt": "jaxpref"}):
     figure.savefig(pipeline / "training.png", dpi=110)
   rates = "\n".join(f"| {name} | {100 * rate:.0f} % |" for name, rate in flaws.RATES.items())
+  stages_done = config.vae, config.denoiser
+  vae, denoiser = (f"{s.num_updates} updates of {s.batch_size} images" for s in stages_done)
+  made = f"jaxpref {__version__}, jax {jax.__version__}, {platform.machine()} "
+  made += jax.default_backend()
   size = sum(f.stat().st_size for f in pipeline.rglob("*.safetensors")) / 1e6
   (pipeline / "README.md").write_text(
     f"""# The shapes world's base pipeline
 
-A text-to-image latent diffusion pipeline of {size:.1f} MB for 64 x 64 pictures of coloured
-shapes, in diffusers' layout, made from scratch by
+A text-to-image latent diffusion pipeline of {size:.1f} MB, in diffusers' layout, for pictures
+of coloured shapes, {config.corpus.image_size} pixels wide and high. Made from scratch by
 
     python -m jaxpref.pretrain --config=configs/shapes_base.py
 
@@ -38,11 +42,11 @@ pictures. It knows nothing but the captions of `jaxpref.data.shapes.prompts`.
 
 | | |
 |---|---|
-| VAE | {config.vae.num_updates} updates of {config.vae.batch_size} images |
-| UNet and text encoder | {config.denoiser.num_updates} updates of {config.denoiser.batch_size} |
-| corpus | {config.corpus.num_images} rendered images, seed {config.seed} |
+| VAE | {vae} |
+| UNet and text encoder | {denoiser} |
+| corpus | {config.corpus.num_images} images of 64 pixels, averaged down; seed {config.seed} |
 | predicts | {config.unet.prediction_type} |
-| made with | jaxpref {__version__}, jax {jax.__version__}, {platform.machine()}, {jax.default_backend()} |
+| made with | {made} |
 
 Flaws of the corpus, each where a prompt allows it:
 

@@ -192,11 +192,11 @@ def _fit(
     rows = np.sort(rng.integers(num_rows, size=settings.batch_size))
     state, values = update(state, rows)
     if done % config.log_every == 0 or done == settings.num_updates:
-      values = {name: float(v) for name, v in values.items()}
+      numbers = {name: float(v) for name, v in values.items()}
       speed = (done - last) * settings.batch_size / (time.perf_counter() - since)
       last, since = done, time.perf_counter()
-      writer.write(done, values | {"images_per_second": speed})
-      writer.progress(done, loss=values["loss"], images_per_second=speed, shares={})
+      writer.write(done, numbers | {"images_per_second": speed})
+      writer.progress(done, loss=numbers["loss"], images_per_second=speed, shares={})
     if done % config.save_every == 0 or done == settings.num_updates:
       checkpoint.save(ckptr, done, state, None, {})
   writer.close()

@@ -1,0 +1,65 @@
+"""What tests share: a pipeline of a few thousand random parameters, and a small world."""
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # configs/ is a folder of the repository, not a package of ours
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory) -> Path:
+  """A pipeline directory as the shapes world's, tiny and untrained."""
+  from configs import shapes_base
+  from jaxpref.data.shapes import prompts
+  from jaxpref.models import pipeline, text, unet, vae
+  from jaxpref.pretrain import denoiser
+  from jaxpref.pretrain import vae as vae_stage
+
+  config = shapes_base.get_config("tiny")
+  root = tmp_path_factory.mktemp("tiny")
+  captions = [prompts.caption(s) for s in prompts.all_prompts("train")["position"]]
+  text.train_tokenizer(
+    captions,
+    root / "tokenizer",
+    vocab_size=config.tokenizer.vocab_size,
+    max_length=config.tokenizer.max_length,
+  )
+  vocab_size = len(text.load_tokenizer(root / "tokenizer"))
+  configs = {
+    "vae": vae_stage.vae_config(config.vae, image_size=config.corpus.image_size),
+    "unet": denoiser.unet_config(config),
+    "text_encoder": denoiser.text_config(config, vocab_size=vocab_size),
+    "scheduler": denoiser.scheduler_config(config),
+  }
+  modules = {
+    "vae": vae.build_vae(configs["vae"], dtype=jnp.float32),
+    "unet": unet.build_unet(configs["unet"], dtype=jnp.float32),
+    "text_encoder": text.build_text_encoder(configs["text_encoder"], dtype=jnp.float32),
+  }
+  rng = np.random.default_rng(0)
+
+  def draw(leaf):  # not the modules' own init, whose zeros and ones would hide mistakes
+    fan = np.prod(leaf.shape[:-1]) if len(leaf.shape) > 1 else 25.0
+    return (rng.standard_normal(leaf.shape) / np.sqrt(fan)).astype(np.float32)
+
+  params = {k: jax.tree.map(draw, pipeline.abstract_params(m)) for k, m in modules.items()}
+  pipeline.save_pipeline(
+    root / "pipeline",
+    params,
+    configs=configs,
+    tokenizer_dir=root / "tokenizer",
+    dtype=np.float32,
+  )
+  return root / "pipeline"
+
+
+@pytest.fixture(scope="session")
+def tfds_dir(tmp_path_factory) -> Path:
+  """The shapes world's preferences, built once for all tests, in its default size."""
+  return tmp_path_factory.mktemp("tfds")

@@ -1,0 +1,182 @@
+"""Directories of weights: round trips, PyTorch as a witness, and what is refused."""
+
+import json
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxpref.errors import UserError
+from jaxpref.models import convert, pipeline, text, unet, vae
+
+try:
+  import torch
+except ImportError:
+  torch = None
+
+live = pytest.mark.skipif(
+  torch is None and not os.environ.get("CI"), reason="PyTorch is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_pipeline):
+  return pipeline.load_pipeline(str(tiny_pipeline))
+
+
+def _close(ours, theirs):
+  """Relative error of whole tensors at most 1e-4."""
+  ours, theirs = np.asarray(ours), theirs.detach().numpy()
+  assert np.linalg.norm(ours - theirs) <= 1e-4 * np.linalg.norm(theirs)
+
+
+@live
+def test_unet_equals_pytorch(tiny_pipeline, loaded):
+  from diffusers import UNet2DConditionModel
+
+  model = UNet2DConditionModel.from_pretrained(tiny_pipeline / "unet").eval()
+  rng = np.random.default_rng(1)
+  x = rng.standard_normal((2, *loaded.latent_shape)).astype(np.float32)
+  cond = rng.standard_normal((2, 24, 16)).astype(np.float32)
+  t = np.array([3, 981])
+  denoise = jax.jit(unet.make_denoise(loaded.modules["unet"]))
+  ours = denoise(loaded.params["unet"], x, t, cond)
+  with torch.no_grad():
+    theirs = model(torch.tensor(x), torch.tensor(t), torch.tensor(cond)).sample
+  _close(ours, theirs)
+
+
+@live
+def test_text_encoder_equals_pytorch(tiny_pipeline, loaded):
+  from transformers import CLIPTextModel
+
+  model = CLIPTextModel.from_pretrained(tiny_pipeline / "text_encoder").eval()
+  ids = text.tokenize(loaded.tokenizer, ["a red circle", "two stars above nothing"])
+  ours = text.encode_text(loaded.modules["text_encoder"], loaded.params["text_encoder"], ids)
+  with torch.no_grad():
+    theirs = model(torch.tensor(ids, dtype=torch.long)).last_hidden_state
+  _close(ours, theirs)
+
+
+@live
+def test_vae_equals_pytorch(tiny_pipeline, loaded):
+  from diffusers import AutoencoderKL
+
+  model = AutoencoderKL.from_pretrained(tiny_pipeline / "vae").eval()
+  images = np.random.default_rng(2).uniform(-1, 1, (2, 3, 32, 32)).astype(np.float32)
+  module, params = loaded.modules["vae"], loaded.params["vae"]
+  mean, logvar = vae.encode_moments(module, params, jnp.asarray(images))
+  with torch.no_grad():
+    posterior = model.encode(torch.tensor(images)).latent_dist
+    decoded = model.decode(posterior.mean).sample
+  _close(mean, posterior.mean)
+  _close(logvar, posterior.logvar)
+  ours = module.apply({"params": params}, mean, method=module.decode).sample
+  _close(ours, decoded)
+
+
+@live
+def test_pytorch_diffusers_loads_the_whole_directory(tiny_pipeline):
+  from diffusers import StableDiffusionPipeline
+
+  whole, problems = StableDiffusionPipeline.from_pretrained(tiny_pipeline), []
+  for part, name in pipeline._WEIGHTS.items():
+    stored = load_file(tiny_pipeline / part / name)
+    wanted = {k for k, _ in getattr(whole, part).named_parameters()}
+    problems += sorted(wanted ^ stored.keys())
+  assert not problems
+
+
+def test_export_and_import_are_inverse(loaded):
+  for part, module in loaded.modules.items():
+    tensors = convert.export_tensors(loaded.params[part], np.float32)
+    again = convert.import_tensors(tensors, pipeline.abstract_params(module), where=part)
+    jax.tree.map(np.testing.assert_array_equal, again, dict(loaded.params[part]))
+
+
+def test_tokenizer_cuts_pads_and_counts(loaded, caplog):
+  ids = text.tokenize(loaded.tokenizer, ["a ring", "ring " * 60, ""])
+  assert ids.shape == (3, 24) and ids.dtype == np.int32
+  start, end = loaded.tokenizer.bos_token_id, loaded.tokenizer.eos_token_id
+  assert (ids[:, 0] == start).all() and (ids[:, -1] == end).all()
+  assert (ids[2, 1:] == end).all()
+  assert "1 of 3 prompts cut to 24 tokens" in caplog.text
+
+
+@pytest.fixture
+def copy(tiny_pipeline, tmp_path):
+  return shutil.copytree(tiny_pipeline, tmp_path / "pipeline")
+
+
+def _refused(path, match):
+  with pytest.raises(UserError, match=match) as error:
+    pipeline.load_pipeline(str(path))
+  assert "\n" not in str(error.value)
+
+
+def test_missing_directory(tmp_path):
+  _refused(tmp_path / "nowhere", "model_index.json")
+
+
+def test_missing_weights(copy):
+  (copy / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+  _refused(copy, "no weights at .*vae")
+
+
+def test_truncated_weights(copy):
+  file = copy / "unet" / "diffusion_pytorch_model.safetensors"
+  file.write_bytes(file.read_bytes()[:-100])
+  _refused(copy, "damaged or truncated")
+
+
+def test_tensors_that_do_not_fit_are_all_listed(copy):
+  file = copy / "unet" / "diffusion_pytorch_model.safetensors"
+  tensors = load_file(file)
+  del tensors["conv_in.bias"]
+  tensors["extra.weight"] = np.zeros(3, np.float32)
+  tensors["conv_out.bias"] = np.zeros(7, np.float32)
+  save_file(tensors, file)
+  _refused(copy, r"missing conv_in.bias.*surplus extra.weight \(3,\).*conv_out.bias is \(7,\)")
+
+
+def test_damaged_tokenizer(copy):
+  (copy / "tokenizer" / "vocab.json").write_text("{")
+  _refused(copy, "holds no CLIP tokenizer")
+
+
+def test_tokenizer_of_another_model(copy):
+  file = copy / "tokenizer" / "vocab.json"
+  vocabulary = json.loads(file.read_text())
+  vocabulary["extra</w>"] = len(vocabulary)
+  file.write_text(json.dumps(vocabulary))
+  _refused(copy, "do not belong together")
+
+
+def test_damaged_configuration(copy):
+  (copy / "unet" / "config.json").write_text("[")
+  _refused(copy, "cannot read .*unet")
+
+
+def test_saving_replaces_a_directory_whole(tiny_pipeline, loaded, tmp_path):
+  target = tmp_path / "out"
+  target.mkdir()
+  (target / "old").write_text("")
+  configs = {
+    part: json.loads((tiny_pipeline / part / "config.json").read_text())
+    for part in loaded.params
+  }
+  configs["scheduler"] = json.loads(
+    (tiny_pipeline / "scheduler" / "scheduler_config.json").read_text()
+  )
+  pipeline.save_pipeline(
+    target, loaded.params, configs=configs, tokenizer_dir=tiny_pipeline / "tokenizer"
+  )
+  assert not (target / "old").exists()
+  assert [p.name for p in tmp_path.iterdir()] == ["out"]
+  halved = pipeline.load_pipeline(str(target)).params["unet"]["conv_in"]["kernel"]
+  want = np.asarray(loaded.params["unet"]["conv_in"]["kernel"], np.float16)
+  np.testing.assert_array_equal(halved, want)

@@ -1,0 +1,187 @@
+"""The train step and the rollouts: devices, micro-batches, gradients, the frozen copy."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import devices_main
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxpref import losses, randomness, rollouts, sharding, steps
+from jaxpref.diffusion import schedule as schedule_lib
+from jaxpref.errors import UserError
+
+
+def _on_eight(name, data, fsdp, accumulate):
+  env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+  command = [sys.executable, devices_main.__file__, name, *map(str, (data, fsdp, accumulate))]
+  root = Path(devices_main.__file__).parent.parent
+  done = subprocess.run(
+    command,
+    env=env | {"PYTHONPATH": str(root)},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def alone():
+  """Metrics and parameters by method, on one device, in one piece."""
+  mesh = {"data": 1, "fsdp": 1, "accumulate": 1}
+  return {name: devices_main.train(name, **mesh) for name in ("dro", "sft")}
+
+
+@pytest.mark.parametrize(
+  ("name", "data", "fsdp", "accumulate"),
+  [("dro", 8, 1, 1), ("dro", 4, 2, 2), ("sft", 2, 4, 1)],
+)
+def test_eight_devices_equal_one(alone, name, data, fsdp, accumulate):
+  result = _on_eight(name, data, fsdp, accumulate)
+  assert result["devices"] == 8
+  history, params = alone[name]
+  for got, want in zip(result["history"], history, strict=True):
+    assert got.keys() == want.keys()
+    np.testing.assert_allclose(
+      [got[k] for k in want], list(want.values()), rtol=1e-4, atol=1e-6
+    )
+  sums = [np.sum(v.astype(np.float64)) for v in jax.tree.leaves(params)]
+  np.testing.assert_allclose(result["sums"], sums, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["dro", "sft"])
+def test_micro_batches_change_nothing(alone, name):
+  history, params = devices_main.train(name, data=1, fsdp=1, accumulate=4)
+  np.testing.assert_allclose(
+    [h["loss"] for h in history], [h["loss"] for h in alone[name][0]], rtol=1e-5
+  )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+    params,
+    alone[name][1],
+  )
+
+
+def test_dro_starts_at_its_margin(alone):
+  # Policy and reference are the same network then, in the same program: exactly.
+  first = alone["dro"][0][0]
+  assert first["loss"] == pytest.approx(1e-3, rel=1e-4)
+  assert first["dro/active"] == 1.0
+  assert first["rewards/margin"] == 0.0
+
+
+def test_a_fresh_copy_leaves_the_policy_half_without_error(alone):
+  # The copy's answer is the target, and the copy is the policy itself.
+  assert all(h["err/policy_p"] < 1e-10 for h in alone["dro"][0])
+  assert alone["dro"][0][-1]["err/reference_p"] > 1e-6
+
+
+def test_a_lagging_copy_pushes_the_policy_half():
+  history, _ = devices_main.train(
+    "dro", data=1, fsdp=1, accumulate=1, refresh_every=2, updates=4
+  )
+  errors = [h["err/policy_p"] for h in history]
+  assert errors[0] < 1e-10 and errors[2] < 1e-10  # just renewed
+  assert errors[1] > 1e-6 and errors[3] > 1e-6  # one update behind
+
+
+def test_update_equals_the_formula_by_hand():
+  """SFT's first Adam update from a gradient taken here, from the equations."""
+  params, rows, empty = devices_main.initial()
+  schedule = schedule_lib.make_schedule()
+  key = randomness.key_of(0, "train", 0)
+  t = jax.random.randint(jax.random.fold_in(key, 0), (devices_main.ROWS,), 0, 1000)
+  eps = jax.random.normal(jax.random.fold_in(key, 1), rows["latents"].shape)
+  cond = randomness.drop_prompts(0, 0, rows["cond"], empty, rate=0.2)
+  alpha_bar = np.asarray(schedule.alpha_bar, np.float64)[t][:, None, None, None]
+  x_t = np.sqrt(alpha_bar) * rows["latents"] + np.sqrt(1 - alpha_bar) * np.asarray(eps)
+
+  def loss(p):
+    out = devices_main.denoise(p, jnp.asarray(x_t, jnp.float32), t, cond)
+    return jnp.mean((out - eps) ** 2)
+
+  value, gradient = jax.value_and_grad(loss)(jax.tree.map(jnp.asarray, params))
+  norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(gradient)))
+  history, after = devices_main.train("sft", data=1, fsdp=1, accumulate=1, updates=1)
+  assert history[0]["loss"] == pytest.approx(float(value), rel=1e-5)
+  assert history[0]["optim/grad_norm"] == pytest.approx(norm, rel=1e-4)
+  for name, g in gradient.items():
+    # Adam's first step is lr * g / (|g| + eps), after the decay of weights.
+    clipped = np.asarray(g) * min(1.0, 1.0 / norm)
+    adam = clipped / (np.abs(clipped) + 1e-8)
+    want = params[name] - 1e-2 * (adam + 0.01 * params[name])
+    np.testing.assert_allclose(after[name], want, rtol=1e-4, atol=1e-5)
+
+
+def test_rollout_keeps_states_of_all_timesteps_alike():
+  params, _, empty = devices_main.initial()
+  rollout = rollouts.make_rollout(
+    devices_main.denoise,
+    schedule_lib.make_schedule(),
+    seed=3,
+    num_steps=20,
+    solver="dpm_solver",
+    order=2,
+    guidance=1.0,
+    prompt_dropout=0.0,
+  )
+  cond = jnp.zeros((2000, devices_main.TOKENS, devices_main.WIDTH))
+  like = jnp.zeros((2000, devices_main.CHANNELS, 2, 2))
+  out = rollout(params, jnp.int32(0), cond, empty, like)
+  t = np.asarray(out.t)
+  counts = np.histogram(t, bins=10, range=(0, 1000))[0]
+  assert t.min() >= 0 and t.max() <= 999
+  assert (np.abs(counts - 200) < 5 * np.sqrt(200)).all()  # uniform, five sigma
+  again = devices_main.denoise(params, out.x_t, out.t, cond)
+  np.testing.assert_allclose(out.target, again, rtol=1e-4, atol=1e-5)
+  other = rollout(params, jnp.int32(1), cond, empty, like)
+  assert (np.asarray(other.t) != t).mean() > 0.9
+
+
+def test_prompts_are_dropped_at_the_rate():
+  cond, empty = jnp.ones((4000, 1, 1)), jnp.zeros((1, 1, 1))
+  out = randomness.drop_prompts(0, jnp.int32(5), cond, empty, rate=0.2)
+  assert abs(float(1 - out.mean()) - 0.2) < 0.03
+
+
+def test_a_missing_row_of_the_mesh_is_refused():
+  with pytest.raises(UserError, match="3 x 1, but devices: 1"):
+    sharding.make_mesh(data=3)
+  mesh = sharding.make_mesh()
+  with pytest.raises(UserError, match="train.batch_size = 9 does not divide by 2"):
+    sharding.check_batch(9, 2, mesh)
+
+
+def test_the_step_is_compiled_once_and_its_state_donated():
+  mesh = sharding.make_mesh()
+  params, rows, empty = devices_main.initial()
+  import optax
+
+  tx = optax.sgd(1e-2)
+  step = steps.make_train_step(
+    devices_main.denoise,
+    schedule_lib.make_schedule(),
+    losses.load_loss("sft"),
+    tx,
+    mesh=mesh,
+    seed=0,
+    hyper={},
+    ema_decay=0.9,
+    prompt_dropout=0.0,
+  )
+  state = steps.init_state(jax.device_put(params), tx, lagging_copy=False)
+  batch = sharding.place_batch(rows, mesh)
+  empty = jax.device_put(empty)
+  old = state.params["in"]
+  state, _ = step(state, None, empty, batch, None)
+  assert old.is_deleted()
+  for _ in range(3):
+    state, _ = step(state, None, empty, batch, None)
+  assert step._cache_size() <= 2  # uncommitted first state, then the step's own outputs

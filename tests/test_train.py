@@ -1,0 +1,254 @@
+"""Whole runs through the command line: outputs, kill -9, refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+from jaxpref import checkpoint, main
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch, tfds_dir):
+  monkeypatch.chdir(ROOT)
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tfds_dir))
+
+
+def _arguments(pipeline, workdir, method="dro", **fields):
+  overrides = {"model.path": pipeline} | fields
+  return [
+    f"--config=configs/{method}.py:tiny",
+    f"--workdir={workdir}",
+    *(f"--config.{name.replace('__', '.')}={value}" for name, value in overrides.items()),
+  ]
+
+
+def _parameters(workdir):
+  """Every array of the newest checkpoint, by its path."""
+  directory = workdir / "checkpoints"
+  newest = max(checkpoint.steps(directory))
+  from orbax.checkpoint import v1 as ocp
+
+  state = ocp.load_checkpointables(directory / str(newest))["state"]
+  flat = {}
+
+  def visit(tree, path):
+    if isinstance(tree, dict):
+      for key, value in tree.items():
+        visit(value, f"{path}/{key}")
+    elif isinstance(tree, list | tuple):
+      for key, value in enumerate(tree):
+        visit(value, f"{path}/{key}")
+    elif tree is not None:
+      flat[path] = np.asarray(tree)
+
+  visit(state, "")
+  return newest, flat
+
+
+def _lines(workdir):
+  text = (workdir / "metrics.jsonl").read_text()
+  return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_pipeline, tmp_path_factory, tfds_dir):
+  """An uninterrupted run of DRO."""
+  workdir = tmp_path_factory.mktemp("runs") / "dro"
+  with pytest.MonkeyPatch.context() as patch:
+    patch.chdir(ROOT)
+    patch.setenv("TFDS_DATA_DIR", str(tfds_dir))
+    assert main.main(_arguments(tiny_pipeline, workdir)) == 0
+  return workdir
+
+
+def test_a_run_leaves_what_it_promises(finished, capsys):
+  lines = _lines(finished)
+  assert [line["step"] for line in lines] == [1, 2, 3, 4]
+  for name in (
+    "loss",
+    "err/policy_e",
+    "err/policy_p",
+    "err/reference_e",
+    "rewards/margin",
+    "rewards/accuracy",
+    "dro/active",
+    "optim/grad_norm",
+    "perf/images_per_second",
+    "time/rollout",
+    "time/update",
+  ):
+    assert all(np.isfinite(line[name]) for line in lines), name
+  assert lines[0]["loss"] == pytest.approx(1e-3, rel=1e-3)  # m, where policy = reference
+  assert checkpoint.steps(finished / "checkpoints") == [2, 4]
+  assert json.loads((finished / "config.json").read_text())["loss"]["margin"] == 1e-3
+  results = json.loads((finished / "evaluation" / "4" / "results.json").read_text())
+  for entry in results.values():
+    assert entry["base"].keys() >= {"mean", "std", "n"}
+    assert entry["base"]["n"] == entry["tuned"]["n"] == 6
+    assert entry["win"] + entry["tie"] + entry["loss"] == pytest.approx(1.0)
+    assert len(entry["interval"]) == 2 and "p_value" in entry
+  images = sorted((finished / "evaluation" / "4" / "images" / "tuned").iterdir())
+  assert len(images) == 6 and Image.open(images[0]).size == (32, 32)
+  html = (finished / "report.html").read_text()
+  assert "data:image/png;base64" in html and "http" not in html.split("<body")[1][:200]
+
+
+def test_the_same_seed_gives_the_same_run(finished, tiny_pipeline, tmp_path):
+  assert main.main(_arguments(tiny_pipeline, tmp_path / "again")) == 0
+  ours, theirs = _parameters(tmp_path / "again"), _parameters(finished)
+  assert ours[0] == theirs[0] and ours[1].keys() == theirs[1].keys()
+  for path, array in theirs[1].items():
+    np.testing.assert_array_equal(ours[1][path], array, err_msg=path)
+
+
+def test_another_seed_gives_another_run(finished, tiny_pipeline, tmp_path):
+  assert main.main(_arguments(tiny_pipeline, tmp_path / "other", seed=1)) == 0
+  ours, theirs = _parameters(tmp_path / "other")[1], _parameters(finished)[1]
+  assert any((ours[p] != theirs[p]).any() for p in theirs)
+
+
+@pytest.mark.parametrize("killed_after", [1, 3])
+def test_killed_and_started_again_it_ends_the_same(
+  finished, tiny_pipeline, tmp_path, killed_after
+):
+  workdir = tmp_path / "run"
+  command = [sys.executable, "-m", "jaxpref.main", *_arguments(tiny_pipeline, workdir)]
+  with (tmp_path / "log").open("w") as log:
+    process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+      file = workdir / "metrics.jsonl"
+      if file.exists() and file.read_bytes().count(b"\n") >= killed_after:
+        break
+      time.sleep(0.002)
+    assert process.poll() is None, (tmp_path / "log").read_text()[-2000:]
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+  assert not (workdir / "report.html").exists()
+  assert main.main(_arguments(tiny_pipeline, workdir)) == 0
+  ours, theirs = _parameters(workdir), _parameters(finished)
+  assert ours[0] == theirs[0]
+  for path, array in theirs[1].items():
+    np.testing.assert_array_equal(ours[1][path], array, err_msg=path)
+  timeless = lambda line: {  # noqa: E731
+    k: v for k, v in line.items() if k != "time" and not k.startswith(("time/", "perf/"))
+  }
+  want = [timeless(line) for line in _lines(finished)]
+  assert [timeless(line) for line in _lines(workdir)] == want
+
+
+def test_sft_and_a_lagging_copy_run_too(tiny_pipeline, tmp_path):
+  assert main.main(_arguments(tiny_pipeline, tmp_path / "sft", method="sft")) == 0
+  assert "err/policy_p" not in _lines(tmp_path / "sft")[0]
+  lag = {"rollout.refresh_every": 2, "train.accumulate": 2}
+  assert main.main(_arguments(tiny_pipeline, tmp_path / "lag", **lag)) == 0
+  assert _lines(tmp_path / "lag")[1]["err/policy_p"] > 0
+  assert any("policy_copy" in path for path in _parameters(tmp_path / "lag")[1])
+
+
+def test_pictures_of_ones_own(tiny_pipeline, tmp_path, capsys):
+  skimage_data = pytest.importorskip("skimage.data")
+  folder = tmp_path / "mine"
+  folder.mkdir()
+  photographs = {
+    "astronaut": "a portrait of an astronaut",
+    "coffee": "a cup of coffee on a table",
+    "chelsea": "a cat that looks at you",
+    "rocket": "a rocket on its pad",
+  }
+  for name, text in photographs.items():
+    Image.fromarray(getattr(skimage_data, name)()).save(folder / f"{name}.jpg")
+    (folder / f"{name}.txt").write_text(text)
+  (folder / "broken.jpg").write_bytes(b"not a picture")
+  (folder / "broken.txt").write_text("nothing")
+  fields = {"data.source": "folder", "data.path": folder}
+  assert main.main(_arguments(tiny_pipeline, tmp_path / "run", **fields)) == 0
+  assert (tmp_path / "run" / "report.html").exists()
+  images = tmp_path / "run" / "evaluation" / "4" / "images" / "tuned"
+  assert len(list(images.iterdir())) == 4
+
+
+REFUSALS = {
+  "unknown field": (["--config.optim.learning_rate=1"], "did you mean 'optim.lr'"),
+  "ill-typed field": (["--config.optim.lr=fast"], "'optim.lr' takes a float"),
+  "negative steps": (["--config.train.num_updates=-5"], "'train.num_updates' must be"),
+  "missing weights": (["--config.model.path=/nowhere"], "no /nowhere/model_index.json"),
+  "odd batch": (["--config.train.accumulate=3"], "does not divide by 3"),
+  "unknown loss": (["--config.loss.name=dor"], "no loss 'dor'"),
+  "unknown schedule": (["--config.optim.schedule=up"], "'optim.schedule' must be one of"),
+  "unknown solver": (["--config.rollout.solver=euler"], "solver"),
+  "unknown source": (["--config.data.source=fodler"], "did you mean 'folder'"),
+  "missing folder": (["--config.data.source=folder", "--config.data.path=/no"], "/no"),
+  "too many experts": (["--config.data.num_experts=100000"], "experts"),
+  "unknown scorer": (["--config.evaluate.scorers=('shapes.nice',)"], "shapes.nice"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_bad_input_is_one_line_and_writes_nothing(case, tiny_pipeline, tmp_path, capsys):
+  extra, message = REFUSALS[case]
+  workdir = tmp_path / "run"
+  assert main.main([*_arguments(tiny_pipeline, workdir), *extra]) == 2
+  printed = capsys.readouterr().err.splitlines()
+  errors = [line for line in printed if line.startswith("jaxpref: error: ")]
+  assert len(errors) == 1 and message in errors[0]
+  assert printed[-1] == errors[0]
+  assert not workdir.exists()
+
+
+def test_the_workdir_of_another_run_is_refused(finished, tiny_pipeline, capsys):
+  before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
+  assert main.main([*_arguments(tiny_pipeline, finished), "--config.optim.lr=0.1"]) == 2
+  assert "holds another run: optim.lr was 0.0003, now 0.1" in capsys.readouterr().err
+  after = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
+  assert {p: t for p, t in after.items() if p.name != ".lock"} == {
+    p: t for p, t in before.items() if p.name != ".lock"
+  }
+
+
+def test_a_workdir_that_cannot_be_written(tiny_pipeline, tmp_path, capsys):
+  (tmp_path / "file").write_text("")
+  assert main.main(_arguments(tiny_pipeline, tmp_path / "file" / "run")) == 2
+  assert "jaxpref: error: cannot write" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tiny_pipeline, tmp_path, capsys, monkeypatch):
+  workdir = tmp_path / "run"
+  save = checkpoint.save
+
+  def fail_late(ckptr, step, *rest):
+    if step > 2:
+      full = (1, 1, 0)
+      monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: _Usage(*full))
+    return save(ckptr, step, *rest)
+
+  monkeypatch.setattr(checkpoint, "save", fail_late)
+  assert main.main(_arguments(tiny_pipeline, workdir)) == 2
+  assert "no space left" in capsys.readouterr().err
+  assert checkpoint.steps(workdir / "checkpoints") == [2]
+
+
+class _Usage(tuple):
+  """What shutil.disk_usage gives."""
+
+  def __new__(cls, *sizes):
+    return super().__new__(cls, sizes)
+
+  free = property(lambda self: self[2])
+
+
+def test_help_names_every_field(capsys):
+  with pytest.raises(SystemExit) as done:
+    main.main(["--config=configs/dro.py", "--help"])
+  assert done.value.code == 0
+  printed = capsys.readouterr().out
+  assert "--config.loss.margin" in printed and "how far experts must lead" in printed
+  assert "peak learning rate" in printed  # set and explained in configs/common.py
