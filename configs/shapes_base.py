@@ -34,10 +34,10 @@ def get_config(preset: str = "shapes") -> ConfigDict:
   c.vae.norm_groups = 8
   c.vae.kl_weight = 1e-5
   c.vae.batch_size = 24
-  c.vae.num_updates = 2_000
+  c.vae.num_updates = 3_600
   c.vae.lr = 2e-3
   c.vae.warmup_updates = 100
-  c.vae.decay = 0.4  # the last share of the updates, over which lr falls to 0
+  c.vae.decay = 0.7  # the last share of the updates, over which lr falls to 0
 
   c.text = ConfigDict()
   c.text.width = 128
@@ -52,17 +52,17 @@ def get_config(preset: str = "shapes") -> ConfigDict:
 
   c.denoiser = ConfigDict()
   c.denoiser.batch_size = 64
-  c.denoiser.num_updates = 7_000
+  c.denoiser.num_updates = 6_000
   c.denoiser.lr = 1e-3
   c.denoiser.warmup_updates = 300
-  c.denoiser.decay = 0.25
+  c.denoiser.decay = 0.3
   c.denoiser.weight_decay = 0.01
   c.denoiser.clip_norm = 1.0
   c.denoiser.prompt_dropout = 0.1  # share of rows trained without their prompt
   c.denoiser.ema_decay = 0.999
 
   c.log_every = 100  # updates
-  c.save_every = 500  # updates
+  c.save_every = 200  # updates
 
   if preset == "tiny":
     c.corpus.num_images = 64
