@@ -1,7 +1,6 @@
 """`python -m jaxpref.main --config=configs/dro.py [--workdir=W] [--config.FIELD=VALUE ...]`."""
 
 import logging
-import os
 import sys
 
 from jaxpref import config as config_lib
@@ -14,8 +13,6 @@ FLAGS = {"workdir": "directory of the run; runs/<name>-<preset> by default"}
 def main(argv: list[str]) -> int:
   """Runs or resumes what the configuration says; returns the exit status."""
   logging.basicConfig(level=logging.WARNING, format="jaxpref: %(message)s", force=True)
-  # diffusers announces at import that its Flax classes end with the version pinned here.
-  os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
   try:
     config, flags = config_lib.parse_args(argv, flags=FLAGS)
     config_lib.validate(config)
@@ -25,7 +22,10 @@ def main(argv: list[str]) -> int:
     run = train.prepare(config)  # reads and checks all input before anything is written
     path = flags.get("workdir") or workdir_lib.default_workdir(config)
     workdir = workdir_lib.open_workdir(path, config)
-    train.run(run, workdir.path)
+    try:
+      train.run(run, workdir.path)
+    finally:
+      workdir_lib.release(workdir)
   except UserError as error:
     print(f"jaxpref: error: {error}", file=sys.stderr)
     return 2

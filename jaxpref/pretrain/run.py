@@ -35,7 +35,10 @@ def main(argv: list[str]) -> int:
     config_lib.validate(config)
     path = flags.get("workdir") or workdir_lib.default_workdir(config)
     workdir = workdir_lib.open_workdir(path, config, resume_safe=("log_every", "save_every"))
-    print(f"the pipeline is in {run(config, workdir.path)}")
+    try:
+      print(f"the pipeline is in {run(config, workdir.path)}")
+    finally:
+      workdir_lib.release(workdir)
   except UserError as error:
     print(f"jaxpref: error: {error}", file=sys.stderr)
     return 2
