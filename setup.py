@@ -29,7 +29,7 @@ setup(
     "filelock",
     "flax>=0.10",
     "grain>=0.2.14",
-    "jax>=0.7",
+    "jax>=0.8.1",
     "jinja2",
     "matplotlib",
     "ml_collections",
@@ -47,7 +47,7 @@ setup(
     "tqdm",
   ],
   extras_require={
-    # Accelerators: pip install 'jaxpref[cuda]' or 'jaxpref[tpu]'.
+    # Accelerators: pip install -e '.[cuda]' or '.[tpu]'.
     "cuda": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
     # clu's TensorBoard writer; everything else runs without TensorFlow.

@@ -44,7 +44,6 @@ _AXIS = (lambda value: value >= 1 or value == -1, "at least 1, or -1 for the res
 
 RULES: Rules = {
   "model.dtype": _one_of("float32", "bfloat16"),
-  "data.image_size": _at_least(8),
   "data.prompt_dropout": (lambda value: 0 <= value <= 1, "between 0 and 1"),
   "rollout.solver": _one_of("dpm_solver", "ddim", "ddpm"),
   "optim.schedule": _one_of("constant", "linear", "cosine", "trapezoid"),
@@ -53,7 +52,7 @@ RULES: Rules = {
   **dict.fromkeys(("optim.lr", "optim.eps"), _POSITIVE),
   **dict.fromkeys(("optim.b1", "optim.b2", "optim.ema_decay"), _DECAY),
   **dict.fromkeys(("mesh.data", "mesh.fsdp"), _AXIS),
-  **dict.fromkeys(("seed", "evaluate.seed", "evaluate.num_prompts"), _at_least(0)),
+  **dict.fromkeys(("seed", "evaluate.seed", "evaluate.num_examples"), _at_least(0)),
   **dict.fromkeys(("rollout.guidance", "evaluate.guidance"), _at_least(0)),
   **dict.fromkeys(("optim.warmup_updates", "optim.weight_decay"), _at_least(0)),
   "train.num_updates": _at_least(0),
@@ -61,6 +60,7 @@ RULES: Rules = {
   **dict.fromkeys(("train.batch_size", "train.accumulate", "train.keep"), _at_least(1)),
   **dict.fromkeys(("train.updates_per_iteration", "train.log_every"), _at_least(1)),
   **dict.fromkeys(("evaluate.images_per_prompt", "evaluate.num_steps"), _at_least(1)),
+  "evaluate.num_prompts": _at_least(1),
   "evaluate.batch_size": _at_least(1),
   "data.num_experts": _at_least(0),
 }

@@ -68,7 +68,7 @@ def make_optimizer(
 
 
 def update_ema(ema: Any, params: Any, update: jax.Array, *, decay: float) -> Any:
-  """The moving average after an update, with diffusers' ramp.
+  """The moving average after an update, with a ramp at its start.
 
   Args:
     ema: averages, float32, as `params`.

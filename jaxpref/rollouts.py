@@ -38,6 +38,7 @@ def make_rollout(
   schedule: NoiseSchedule,
   *,
   seed: int,
+  latent_shape: tuple[int, int, int],
   num_steps: int,
   solver: str,
   order: int,
@@ -53,6 +54,7 @@ def make_rollout(
     denoise: (params, x_t, t, cond) -> prediction.
     schedule: noise schedule.
     seed: of the run.
+    latent_shape: channels, height and width.
     num_steps: solver steps from noise to image.
     solver: 'dpm_solver', 'ddim' or 'ddpm'.
     order: of the DPM-Solver.
@@ -60,12 +62,11 @@ def make_rollout(
     prompt_dropout: as in the train step, which drops the same rows' prompts.
 
   Returns:
-    `rollout(params, update, cond [B, L, D], empty_cond [1, L, D], latent_like [B, C, h, w])`;
-    of the last only the shape and the sharding matter.
+    `rollout(params, update, cond [B, L, D], empty_cond [1, L, D])`.
   """
 
   @jax.jit
-  def rollout(params: Any, update, cond, empty_cond, latent_like) -> Rollout:
+  def rollout(params: Any, update, cond, empty_cond) -> Rollout:
     rows = cond.shape[0]
     key = randomness.key_of(seed, "rollout", update)
     cond = randomness.drop_prompts(seed, update, cond, empty_cond, rate=prompt_dropout)
@@ -73,7 +74,7 @@ def make_rollout(
     offsets = jax.random.randint(jax.random.fold_in(key, 0), (rows,), 0, spacing)
     picks = jax.random.randint(jax.random.fold_in(key, 1), (rows,), 0, num_steps)
     noise_keys = jax.random.split(jax.random.fold_in(key, 2), rows)
-    x_T = sample_lib.initial_noise(noise_keys, latent_like.shape[1:])  # noqa: N806
+    x_T = sample_lib.initial_noise(noise_keys, latent_shape)  # noqa: N806
     guided = guidance_lib.classifier_free(
       lambda x_t, t, c: denoise(params, x_t, t, c), cond, empty_cond, guidance
     )

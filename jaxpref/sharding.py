@@ -13,12 +13,10 @@ from jax.sharding import PartitionSpec as P
 from jaxpref.errors import UserError
 
 BATCH_AXES = ("data", "fsdp")
-# Bytes below which splitting a tensor costs more in messages than it saves.
-_SMALL = 1 << 20
 
 
 def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
-  """The mesh over all devices of all processes.
+  """The mesh over all devices.
 
   Args:
     data: devices along `data`; -1 fills up.
@@ -27,6 +25,8 @@ def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
   Raises:
     UserError: they do not multiply to the number of devices.
   """
+  if jax.process_count() > 1:
+    raise UserError("this version runs on one host; start a single process")
   total = jax.device_count()
   if data == -1 and fsdp == -1:
     raise UserError("only one of mesh.data and mesh.fsdp can be -1")
@@ -47,17 +47,19 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P(BATCH_AXES))
 
 
-def params_sharding(mesh: Mesh, tree: Any) -> Any:
+def params_sharding(mesh: Mesh, tree: Any, *, min_bytes: int = 1 << 20) -> Any:
   """A sharding for each leaf: the largest axis that divides, over `fsdp`, if it is large.
 
   Args:
     mesh: from `make_mesh`.
     tree: of arrays or shapes; parameters, moments and averages alike.
+    min_bytes: tensors below it stay whole: splitting them costs more in messages than it
+      saves.
   """
   size = mesh.shape["fsdp"]
 
   def one(leaf):
-    if size == 1 or np.prod(leaf.shape, dtype=np.int64) * leaf.dtype.itemsize < _SMALL:
+    if size == 1 or np.prod(leaf.shape, dtype=np.int64) * leaf.dtype.itemsize < min_bytes:
       return replicated(mesh)
     axes = [i for i, n in enumerate(leaf.shape) if n % size == 0]
     if not axes:

@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxpref import optim, randomness
+from jaxpref import optim, randomness, sharding
 from jaxpref.diffusion import schedule as schedule_lib
 from jaxpref.models.unet import Denoise
 from jaxpref.rollouts import Rollout
@@ -45,7 +45,8 @@ def init_state(
 ) -> TrainState:
   """The state before the first update; `lagging_copy` if rollouts need a copy."""
   return TrainState(
-    params=params,
+    # Copies throughout: the state is donated, and `params` may live on as the reference.
+    params=jax.tree.map(jnp.copy, params),
     ema=jax.tree.map(jnp.copy, params),
     opt_state=tx.init(params),
     policy_copy=jax.tree.map(jnp.copy, params) if lagging_copy else None,
@@ -60,6 +61,7 @@ def make_train_step(
   tx: optax.GradientTransformation,
   *,
   mesh: Mesh,
+  state_sharding: Any,
   seed: int,
   hyper: Mapping[str, Any],
   ema_decay: float,
@@ -75,11 +77,13 @@ def make_train_step(
     loss: a module with the contract of `jaxpref.losses`.
     tx: optimizer.
     mesh: from `sharding.make_mesh`.
+    state_sharding: of a `TrainState`, for the new state as for the old: a resumed run must
+      compile to the program of an uninterrupted one.
     seed: of the run.
     hyper: the loss's hyper-parameters.
     ema_decay: limit of the moving average's decay.
     prompt_dropout: share of rows trained without their prompt.
-    accumulate: micro-batches; gradients cross devices once, after the last.
+    accumulate: micro-batches; gradients cross the mesh's `data` axis once, after the last.
     refresh_every: updates after which the lagging policy copy is renewed, if there is one.
 
   Returns:
@@ -132,20 +136,20 @@ def make_train_step(
 
   def mean_gradients(params, ref, rows):
     """Gradients and metrics of this device's rows, micro-batch by micro-batch."""
-
-    def one(carry, micro):
-      out = jax.grad(micro_loss, has_aux=True)(params, ref, micro)
-      return jax.tree.map(jnp.add, carry, out), None
-
+    varying = lambda tree: jax.lax.pcast(tree, "data", to="varying")  # noqa: E731
     # Varying: else JAX would sum the gradient over devices inside the loop.
-    params = jax.lax.pcast(params, "data", to="varying")
+    params = varying(params)
+    gradients = jax.grad(micro_loss, has_aux=True)
+    if accumulate == 1:
+      return jax.lax.pmean(gradients(params, ref, rows), "data")
+
+    def add(total, micro):
+      return jax.tree.map(jnp.add, total, gradients(params, ref, micro)), None
+
     micros = jax.tree.map(lambda x: x.reshape((accumulate, -1, *x.shape[1:])), rows)
-    first = jax.grad(micro_loss, has_aux=True)(
-      params, ref, jax.tree.map(lambda x: x[0], micros)
-    )
-    total = first
-    if accumulate > 1:
-      total, _ = jax.lax.scan(one, first, jax.tree.map(lambda x: x[1:], micros))
+    shapes = jax.eval_shape(gradients, params, ref, jax.tree.map(lambda x: x[0], micros))
+    zeros = varying(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
+    total, _ = jax.lax.scan(add, zeros, micros)
     return jax.lax.pmean(jax.tree.map(lambda x: x / accumulate, total), "data")
 
   sharded_gradients = jax.shard_map(
@@ -156,7 +160,7 @@ def make_train_step(
     axis_names={"data"},
   )
 
-  @jax.jit(donate_argnums=0)
+  @jax.jit(donate_argnums=0, out_shardings=(state_sharding, sharding.replicated(mesh)))
   def step(state: TrainState, ref, empty_cond, batch, rollout):
     rows = arms_of(batch, rollout, state.update, empty_cond)
     grads, metrics = sharded_gradients(state.params, ref, rows)

@@ -5,10 +5,12 @@ read from top to bottom.
 """
 
 import dataclasses
+import hashlib
 import logging
 import os
 import platform
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from jaxpref import (
@@ -25,11 +28,12 @@ from jaxpref import (
   metrics,
   optim,
   rollouts,
-  scorers,
   sharding,
   steps,
 )
 from jaxpref.data import encode, experts, loader
+from jaxpref.diffusion import grid
+from jaxpref.errors import UserError
 from jaxpref.evaluation import evaluate
 from jaxpref.models import pipeline as pipeline_lib
 from jaxpref.models import unet as unet_lib
@@ -48,21 +52,26 @@ class Prepared:
   pipeline: pipeline_lib.Pipeline
   examples: list[experts.Example]
   prompts: list[str]
+  scorers: tuple[str, ...]
 
 
 def prepare(config: Any) -> Prepared:
   """Everything a run reads.
 
   Raises:
-    UserError: whatever is wrong with it; nothing has been written then.
+    UserError: whatever is wrong with it; the workdir has not been touched then.
   """
-  cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jaxpref" / "jax"
-  jax.config.update("jax_compilation_cache_dir", str(cache))
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    jax.config.update("jax_compilation_cache_dir", str(cache / "jaxpref" / "jax"))
   mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
   sharding.check_batch(config.train.batch_size, config.train.accumulate, mesh)
   loss = losses.load_loss(config.loss.name)
-  hyper = {name: config.loss[name] for name in loss.HYPER}
+  hyper = losses.hyper_of(loss, config.loss)
   pipeline = pipeline_lib.load_pipeline(config.model.path, dtype=jnp.dtype(config.model.dtype))
+  # Their errors are about the numbers of steps.
+  grid.offset_grid(pipeline.schedule, config.rollout.num_steps, jnp.zeros(1, jnp.int32))
+  grid.uniform_grid(pipeline.schedule, config.evaluate.num_steps, 1, steps_offset=1)
   data = config.data
   examples = experts.load_examples(
     data.source,
@@ -73,102 +82,60 @@ def prepare(config: Any) -> Prepared:
   source = config.evaluate.prompts
   if source == "auto":
     source = "shapes" if data.source == "shapes" else "captions"
-  captions = [e.caption for e in examples]
   prompts = evaluate.choose_prompts(
-    source, config.evaluate.num_prompts, captions, seed=config.evaluate.seed
+    source,
+    config.evaluate.num_prompts,
+    [e.caption for e in examples],
+    seed=config.evaluate.seed,
   )
-  if source != "shapes":
-    # The shapes world's scorers know no other prompts.
-    kept = [s for s in config.evaluate.scorers if not s.startswith("shapes.")]
-    with config.unlocked():
-      config.evaluate.scorers = tuple(kept)
-  scorers.load_scorers(config.evaluate.scorers)
-  return Prepared(config, mesh, loss, hyper, pipeline, examples, prompts)
+  usable = evaluate.usable_scorers(
+    config.evaluate.scorers, prompts, shapes=data.source == "shapes"
+  )
+  return Prepared(config, mesh, loss, hyper, pipeline, examples, prompts, usable)
 
 
 def run(prepared: Prepared, workdir: Path) -> None:
-  """Trains from the newest checkpoint in `workdir`, or from the start, then evaluates."""
+  """Trains from the newest checkpoint in `workdir`, or from the start, then evaluates.
+
+  Raises:
+    UserError: a checkpoint cannot be written or is not of this run.
+  """
   config, mesh = prepared.config, prepared.mesh
-  pipeline, loss = prepared.pipeline, prepared.loss
+  pipeline, loss, train = prepared.pipeline, prepared.loss, config.train
   began = time.time()
-  optimizer, train = config.optim, config.train
 
   # Data: encoded once, then only indices are dealt.
-  images = [e.image for e in prepared.examples]
-  captions = [e.caption for e in prepared.examples]
-  if config.data.flip:
-    images, captions = images + [i[:, ::-1] for i in images], captions * 2
-  rows = {
-    "latents": encode.encode_images(pipeline, images),
-    "cond": encode.encode_prompts(pipeline, captions),
-  }
+  rows = _encode_rows(pipeline, prepared.examples, flip=config.data.flip)
+  num_rows = len(rows["latents"])
   empty_cond = jax.device_put(encode.encode_prompts(pipeline, [""]), sharding.replicated(mesh))
-  deal = loader.make_loader(
-    len(images),
-    batch_size=train.batch_size,
-    seed=config.seed,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  )
-
-  # Programs.
-  denoise = unet_lib.make_denoise(pipeline.modules["unet"])
-  tx = optim.make_optimizer(
-    optim.make_schedule(
-      optimizer.schedule,
-      lr=optimizer.lr,
-      warmup_updates=optimizer.warmup_updates,
-      num_updates=train.num_updates,
-    ),
-    b1=optimizer.b1,
-    b2=optimizer.b2,
-    eps=optimizer.eps,
-    weight_decay=optimizer.weight_decay,
-    clip_norm=optimizer.clip_norm,
-  )
-  train_step = steps.make_train_step(
-    denoise,
-    pipeline.schedule,
-    loss,
-    tx,
-    mesh=mesh,
-    seed=config.seed,
-    hyper=prepared.hyper,
-    ema_decay=optimizer.ema_decay,
-    prompt_dropout=config.data.prompt_dropout,
-    accumulate=train.accumulate,
-    refresh_every=config.rollout.refresh_every,
-  )
-  rollout = rollouts.make_rollout(
-    denoise,
-    pipeline.schedule,
-    seed=config.seed,
-    num_steps=config.rollout.num_steps,
-    solver=config.rollout.solver,
-    order=config.rollout.order,
-    guidance=config.rollout.guidance,
-    prompt_dropout=config.data.prompt_dropout,
-  )
+  deal = loader.make_loader(num_rows, batch_size=train.batch_size, seed=config.seed)
 
   # State: from the base, or from the newest checkpoint.
-  base_params = pipeline.params["unet"]
-  params = jax.device_put(base_params, sharding.params_sharding(mesh, base_params))
+  base = pipeline.params["unet"]
+  base = jax.device_put(base, sharding.params_sharding(mesh, base))
+  tx = _optimizer(config)
   lagging = loss.ROLLOUT and config.rollout.refresh_every > 1
-  make_state = lambda p: steps.init_state(p, tx, lagging_copy=lagging)  # noqa: E731
-  abstract = jax.eval_shape(make_state, params)
-  shardings = sharding.params_sharding(mesh, abstract)
-  state = jax.jit(make_state, out_shardings=shardings)(params)
-  ref = params if loss.REFERENCE else None
+  make_state = lambda params: steps.init_state(params, tx, lagging_copy=lagging)  # noqa: E731
+  abstract = jax.eval_shape(make_state, base)
+  placement = sharding.params_sharding(mesh, abstract)
   ckptr = checkpoint.open_checkpointer(workdir / "checkpoints", keep=train.keep)
+  identity = {"jaxpref": __version__, "data": _fingerprint(prepared.examples)}
   start = 0
-  if checkpoint.latest_step(ckptr) is not None:
+  if checkpoint.latest_step(ckptr) is None:
+    state = jax.jit(make_state, out_shardings=placement)(base)
+  else:
     target = jax.tree.map(
-      lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
+      lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, placement
     )
     restored = checkpoint.restore(ckptr, target)
     start, state = restored.step, restored.state
+    _check_continues(restored.metadata, identity, start, train.num_updates)
     deal.set_state(restored.data_state)
     _log.warning("continuing after update %d of %d", start, train.num_updates)
+  ref = base if loss.REFERENCE else None
+
+  # Programs.
+  train_step, rollout = _programs(prepared, tx, placement)
 
   # The loop.
   writer = metrics.MetricWriter(
@@ -176,57 +143,134 @@ def run(prepared: Prepared, workdir: Path) -> None:
   )
   clock = metrics.Stopwatch()
   images_since = 0
-  for done in range(start + 1, train.num_updates + 1):
-    logged = done % train.log_every == 0 or done == train.num_updates
-    with clock("data"):
-      index = next(deal)
-      batch = sharding.place_batch({k: v[index] for k, v in rows.items()}, mesh)
-    negatives = None
-    if loss.ROLLOUT:
-      with clock("rollout"):
-        policy = state.policy_copy if lagging else state.params
-        negatives = rollout(policy, state.update, batch["cond"], empty_cond, batch["latents"])
-        jax.block_until_ready(negatives)
-    with clock("update"):
-      state, values = train_step(state, ref, empty_cond, batch, negatives)
-      jax.block_until_ready(state.update)
-    images_since += train.batch_size
-    if logged:
-      shares, seconds = clock.shares(), clock.elapsed()
-      values = {name: float(v) for name, v in values.items()}
-      speed = images_since / seconds
-      writer.write(
-        done,
-        values
-        | {"perf/images_per_second": speed}
-        | {f"time/{name}": share for name, share in shares.items()},
-      )
-      writer.progress(done, loss=values["loss"], images_per_second=speed, shares=shares)
-      images_since = 0
-      clock.reset()
-    if done % train.updates_per_iteration == 0 or done == train.num_updates:
-      with clock("checkpoint"):
-        checkpoint.save(ckptr, done, state, deal.get_state(), {"jaxpref": __version__})
-  writer.close()
-  checkpoint.close(ckptr)
+  try:
+    for done in range(start + 1, train.num_updates + 1):
+      with clock("data"):
+        index = next(deal)
+        batch = sharding.place_batch({k: v[index] for k, v in rows.items()}, mesh)
+      negatives = None
+      if loss.ROLLOUT:
+        with clock("rollout"):
+          policy = state.policy_copy if lagging else state.params
+          negatives = rollout(policy, state.update, batch["cond"], empty_cond)
+          jax.block_until_ready(negatives)
+      with clock("update"):
+        state, values = train_step(state, ref, empty_cond, batch, negatives)
+        jax.block_until_ready(state.update)
+      images_since += train.batch_size
+      if done % train.log_every == 0 or done == train.num_updates:
+        shares, speed = clock.shares(), images_since / clock.elapsed()
+        numbers = {name: float(v) for name, v in values.items()}
+        times = {f"time/{name}": share for name, share in shares.items()}
+        writer.write(done, numbers | {"perf/images_per_second": speed} | times)
+        writer.progress(done, loss=numbers["loss"], images_per_second=speed, shares=shares)
+        images_since = 0
+        clock.reset()
+      if done % train.updates_per_iteration == 0 or done == train.num_updates:
+        with clock("checkpoint"):
+          checkpoint.save(ckptr, done, state, deal.get_state(), identity)
+  finally:
+    # Also after an error: the save under way is finished before the workdir is given up.
+    writer.close()
+    checkpoint.close(ckptr)
 
   # The evaluation: base against the averaged weights.
   directory = workdir / "evaluation" / str(train.num_updates)
   evaluated = evaluate.evaluate(
     pipeline,
-    {"base": params, "tuned": state.ema},
+    {"base": base, "tuned": state.ema},
     prepared.prompts,
     config.evaluate,
+    scorer_names=prepared.scorers,
     mesh=mesh,
     directory=directory,
   )
   facts = {
     "updates": train.num_updates,
-    "training images": len(images),
+    "training images": num_rows,
     "seed": config.seed,
     "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     "versions": f"jaxpref {__version__}, jax {jax.__version__}, numpy {np.__version__}",
-    "this session": f"{time.time() - began:.0f} s from update {start}",
+    "wall time": f"{time.time() - began:.0f} s, from update {start}",
   }
   evaluate.write_report(workdir, directory, config, evaluated, facts)
+
+
+def _encode_rows(
+  pipeline: pipeline_lib.Pipeline, examples: Sequence[experts.Example], *, flip: bool
+) -> dict[str, np.ndarray]:
+  images = [e.image for e in examples]
+  captions = [e.caption for e in examples]
+  if flip:
+    images, captions = images + [i[:, ::-1] for i in images], captions * 2
+  return {
+    "latents": encode.encode_images(pipeline, images),
+    "cond": encode.encode_prompts(pipeline, captions),
+  }
+
+
+def _optimizer(config: Any) -> optax.GradientTransformation:
+  optimizer = config.optim
+  schedule = optim.make_schedule(
+    optimizer.schedule,
+    lr=optimizer.lr,
+    warmup_updates=optimizer.warmup_updates,
+    num_updates=config.train.num_updates,
+  )
+  return optim.make_optimizer(
+    schedule,
+    b1=optimizer.b1,
+    b2=optimizer.b2,
+    eps=optimizer.eps,
+    weight_decay=optimizer.weight_decay,
+    clip_norm=optimizer.clip_norm,
+  )
+
+
+def _programs(prepared: Prepared, tx: optax.GradientTransformation, placement: Any):
+  """The train step and the rollout."""
+  config, pipeline = prepared.config, prepared.pipeline
+  denoise = unet_lib.make_denoise(pipeline.modules["unet"])
+  shared = {"seed": config.seed, "prompt_dropout": config.data.prompt_dropout}
+  train_step = steps.make_train_step(
+    denoise,
+    pipeline.schedule,
+    prepared.loss,
+    tx,
+    mesh=prepared.mesh,
+    state_sharding=placement,
+    hyper=prepared.hyper,
+    ema_decay=config.optim.ema_decay,
+    accumulate=config.train.accumulate,
+    refresh_every=config.rollout.refresh_every,
+    **shared,
+  )
+  rollout = rollouts.make_rollout(
+    denoise,
+    pipeline.schedule,
+    latent_shape=pipeline.latent_shape,
+    num_steps=config.rollout.num_steps,
+    solver=config.rollout.solver,
+    order=config.rollout.order,
+    guidance=config.rollout.guidance,
+    **shared,
+  )
+  return train_step, rollout
+
+
+def _fingerprint(examples: Sequence[experts.Example]) -> str:
+  """Changes with any training image or caption."""
+  digest = hashlib.sha256()
+  for example in examples:
+    digest.update(example.caption.encode() + b"\0" + example.image.tobytes())
+  return digest.hexdigest()[:16]
+
+
+def _check_continues(
+  stored: dict[str, Any], identity: dict[str, Any], start: int, num_updates: int
+) -> None:
+  if stored["data"] != identity["data"]:
+    raise UserError("the training images are not those that this workdir's run began with")
+  if start > num_updates:
+    raise UserError(f"this workdir's run has done {start} updates, more than {num_updates}")

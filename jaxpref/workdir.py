@@ -1,6 +1,6 @@
 """The directory of a run: one config, one writer, nothing of another run overwritten.
 
-Opened by `main` before anything is computed, so that a wrong `--workdir` costs seconds.
+Opened by `main` once all input is checked, before training starts.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Two updates of a method on a mesh; prints losses and a digest as JSON. For test_steps."""
+"""Three updates of a method on a mesh; prints losses and a digest as JSON. For test_steps."""
 
 import json
 import sys
@@ -43,12 +43,17 @@ def train(name, *, data, fsdp, accumulate, refresh_every=1, updates=3):
   tx = optim.make_optimizer(
     optim.make_schedule("constant", lr=1e-2, warmup_updates=0, num_updates=9)
   )
+  lagging = loss.ROLLOUT and refresh_every > 1
+  make_state = lambda p: steps.init_state(p, tx, lagging_copy=lagging)  # noqa: E731
+  # Every tensor is split here that can be, however small.
+  split = sharding.params_sharding(mesh, jax.eval_shape(make_state, params), min_bytes=0)
   step = steps.make_train_step(
     denoise,
     schedule,
     loss,
     tx,
     mesh=mesh,
+    state_sharding=split,
     seed=0,
     hyper=dict.fromkeys(loss.HYPER, 0.001),
     ema_decay=0.99,
@@ -60,16 +65,16 @@ def train(name, *, data, fsdp, accumulate, refresh_every=1, updates=3):
     denoise,
     schedule,
     seed=0,
+    latent_shape=(CHANNELS, SIZE, SIZE),
     num_steps=4,
     solver="dpm_solver",
     order=2,
     guidance=1.0,
     prompt_dropout=0.2,
   )
-  params = jax.device_put(params, sharding.params_sharding(mesh, params))
-  lagging = loss.ROLLOUT and refresh_every > 1
-  state = steps.init_state(params, tx, lagging_copy=lagging)
-  ref = jax.tree.map(jnp.copy, params) if loss.REFERENCE else None
+  params = jax.device_put(params, split.params)
+  state = jax.jit(make_state, out_shardings=split)(params)
+  ref = params if loss.REFERENCE else None
   batch = sharding.place_batch(rows, mesh)
   empty = jax.device_put(empty, sharding.replicated(mesh))
   history = []
@@ -77,9 +82,11 @@ def train(name, *, data, fsdp, accumulate, refresh_every=1, updates=3):
     negatives = None
     if loss.ROLLOUT:
       policy = state.policy_copy if lagging else state.params
-      negatives = rollout(policy, state.update, batch["cond"], empty, batch["latents"])
+      negatives = rollout(policy, state.update, batch["cond"], empty)
     state, metrics = step(state, ref, empty, batch, negatives)
     history.append({k: float(v) for k, v in metrics.items()})
+  pieces = {len({s.index for s in x.addressable_shards}) for x in jax.tree.leaves(state)}
+  assert max(pieces) == fsdp, (pieces, fsdp)
   return history, jax.tree.map(np.asarray, state.params)
 
 

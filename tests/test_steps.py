@@ -126,6 +126,7 @@ def test_rollout_keeps_states_of_all_timesteps_alike():
     devices_main.denoise,
     schedule_lib.make_schedule(),
     seed=3,
+    latent_shape=(devices_main.CHANNELS, 2, 2),
     num_steps=20,
     solver="dpm_solver",
     order=2,
@@ -133,15 +134,14 @@ def test_rollout_keeps_states_of_all_timesteps_alike():
     prompt_dropout=0.0,
   )
   cond = jnp.zeros((2000, devices_main.TOKENS, devices_main.WIDTH))
-  like = jnp.zeros((2000, devices_main.CHANNELS, 2, 2))
-  out = rollout(params, jnp.int32(0), cond, empty, like)
+  out = rollout(params, jnp.int32(0), cond, empty)
   t = np.asarray(out.t)
   counts = np.histogram(t, bins=10, range=(0, 1000))[0]
   assert t.min() >= 0 and t.max() <= 999
   assert (np.abs(counts - 200) < 5 * np.sqrt(200)).all()  # uniform, five sigma
   again = devices_main.denoise(params, out.x_t, out.t, cond)
   np.testing.assert_allclose(out.target, again, rtol=1e-4, atol=1e-5)
-  other = rollout(params, jnp.int32(1), cond, empty, like)
+  other = rollout(params, jnp.int32(1), cond, empty)
   assert (np.asarray(other.t) != t).mean() > 0.9
 
 
@@ -165,23 +165,26 @@ def test_the_step_is_compiled_once_and_its_state_donated():
   import optax
 
   tx = optax.sgd(1e-2)
+  make_state = lambda p: steps.init_state(p, tx, lagging_copy=False)  # noqa: E731
+  split = sharding.params_sharding(mesh, jax.eval_shape(make_state, params))
   step = steps.make_train_step(
     devices_main.denoise,
     schedule_lib.make_schedule(),
     losses.load_loss("sft"),
     tx,
     mesh=mesh,
+    state_sharding=split,
     seed=0,
     hyper={},
     ema_decay=0.9,
     prompt_dropout=0.0,
   )
-  state = steps.init_state(jax.device_put(params), tx, lagging_copy=False)
+  state = jax.jit(make_state, out_shardings=split)(params)
   batch = sharding.place_batch(rows, mesh)
-  empty = jax.device_put(empty)
+  empty = jax.device_put(empty, sharding.replicated(mesh))
   old = state.params["in"]
   state, _ = step(state, None, empty, batch, None)
   assert old.is_deleted()
   for _ in range(3):
     state, _ = step(state, None, empty, batch, None)
-  assert step._cache_size() <= 2  # uncommitted first state, then the step's own outputs
+  assert step._cache_size() == 1

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -145,6 +146,25 @@ def test_killed_and_started_again_it_ends_the_same(
   assert [timeless(line) for line in _lines(workdir)] == want
 
 
+def test_a_finished_run_is_only_evaluated_again(finished, tiny_pipeline):
+  before = _parameters(finished)
+  lines = _lines(finished)
+  assert main.main(_arguments(tiny_pipeline, finished)) == 0
+  after = _parameters(finished)
+  assert after[0] == before[0] and _lines(finished) == lines
+  for path, array in before[1].items():
+    np.testing.assert_array_equal(after[1][path], array, err_msg=path)
+  fewer = _arguments(tiny_pipeline, finished, **{"train.num_updates": 3})
+  assert main.main(fewer) == 2
+
+
+def test_no_updates_leave_the_base(tiny_pipeline, tmp_path):
+  arguments = _arguments(tiny_pipeline, tmp_path / "none", **{"train.num_updates": 0})
+  assert main.main(arguments) == 0
+  results = json.loads((tmp_path / "none" / "evaluation" / "0" / "results.json").read_text())
+  assert all(entry["tie"] == 1.0 for entry in results.values())
+
+
 def test_sft_and_a_lagging_copy_run_too(tiny_pipeline, tmp_path):
   assert main.main(_arguments(tiny_pipeline, tmp_path / "sft", method="sft")) == 0
   assert "err/policy_p" not in _lines(tmp_path / "sft")[0]
@@ -182,6 +202,8 @@ REFUSALS = {
   "negative steps": (["--config.train.num_updates=-5"], "'train.num_updates' must be"),
   "missing weights": (["--config.model.path=/nowhere"], "no /nowhere/model_index.json"),
   "odd batch": (["--config.train.accumulate=3"], "does not divide by 3"),
+  "lacking parameter": (["--config.loss.name=dro"], "needs 'loss.margin'"),
+  "too many steps": (["--config.evaluate.num_steps=2000"], "between 1 and 1000"),
   "unknown loss": (["--config.loss.name=dor"], "no loss 'dor'"),
   "unknown schedule": (["--config.optim.schedule=up"], "'optim.schedule' must be one of"),
   "unknown solver": (["--config.rollout.solver=euler"], "solver"),
@@ -196,7 +218,8 @@ REFUSALS = {
 def test_bad_input_is_one_line_and_writes_nothing(case, tiny_pipeline, tmp_path, capsys):
   extra, message = REFUSALS[case]
   workdir = tmp_path / "run"
-  assert main.main([*_arguments(tiny_pipeline, workdir), *extra]) == 2
+  method = "sft" if case == "lacking parameter" else "dro"
+  assert main.main([*_arguments(tiny_pipeline, workdir, method), *extra]) == 2
   printed = capsys.readouterr().err.splitlines()
   errors = [line for line in printed if line.startswith("jaxpref: error: ")]
   assert len(errors) == 1 and message in errors[0]
@@ -226,23 +249,14 @@ def test_a_full_disk_leaves_the_last_checkpoint(tiny_pipeline, tmp_path, capsys,
 
   def fail_late(ckptr, step, *rest):
     if step > 2:
-      full = (1, 1, 0)
-      monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: _Usage(*full))
+      full = types.SimpleNamespace(free=0)
+      monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: full)
     return save(ckptr, step, *rest)
 
   monkeypatch.setattr(checkpoint, "save", fail_late)
   assert main.main(_arguments(tiny_pipeline, workdir)) == 2
   assert "no space left" in capsys.readouterr().err
   assert checkpoint.steps(workdir / "checkpoints") == [2]
-
-
-class _Usage(tuple):
-  """What shutil.disk_usage gives."""
-
-  def __new__(cls, *sizes):
-    return super().__new__(cls, sizes)
-
-  free = property(lambda self: self[2])
 
 
 def test_help_names_every_field(capsys):

@@ -18,7 +18,7 @@ def encode_images(
   """Scaled latents, float32 [N, C, h, w], of uint8 images [H, W, 3]."""
   vae = pipeline.modules["vae"]
   run = jax.jit(lambda p, x: vae_lib.encode(vae, p, x))
-  return _in_batches(run, pipeline.params["vae"], np.stack(images), batch_size)
+  return in_batches(run, pipeline.params["vae"], np.stack(images), batch_size)
 
 
 def encode_prompts(
@@ -28,16 +28,16 @@ def encode_prompts(
   ids = text.tokenize(pipeline.tokenizer, prompts)
   encoder = pipeline.modules["text_encoder"]
   run = jax.jit(lambda p, x: text.encode_text(encoder, p, x))
-  return _in_batches(run, pipeline.params["text_encoder"], ids, batch_size)
+  return in_batches(run, pipeline.params["text_encoder"], ids, batch_size)
 
 
-def _in_batches(run: Any, params: Any, rows: np.ndarray, size: int) -> np.ndarray:
+def in_batches(run: Any, params: Any, rows: np.ndarray, size: int) -> np.ndarray:
+  """`run(params, rows)` in batches of one size, so that a single program serves all."""
   size = min(size, len(rows))
   params = jax.device_put(params)
   done = []
   for start in range(0, len(rows), size):
     part = rows[start : start + size]
-    # The last batch is filled up, so that one compiled program serves all.
     filled = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
     done.append(np.asarray(run(params, jnp.asarray(filled)))[: len(part)])
   return np.concatenate(done)

@@ -1,6 +1,8 @@
 """Base against tuned on the same prompts and noise: pictures, scores, tables, the report."""
 
 import io
+import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,15 @@ from tqdm import tqdm
 
 from jaxpref import metrics, scorers
 from jaxpref import workdir as workdir_lib
+from jaxpref.data.encode import encode_prompts
 from jaxpref.data.shapes import prompts as shapes_prompts
 from jaxpref.errors import UserError
 from jaxpref.evaluation import compare, generate, grid, report
 from jaxpref.models.pipeline import Pipeline
 
 _GRID_PAIRS = 12
+_OTHER = "prompts"  # the category of prompts that are not the shapes world's
+_log = logging.getLogger(__name__)
 
 
 def choose_prompts(
@@ -55,12 +60,38 @@ def choose_prompts(
   return [found[i] for i in order[:num_prompts]]
 
 
+def usable_scorers(
+  names: Sequence[str], prompts: Sequence[str], *, shapes: bool
+) -> tuple[str, ...]:
+  """Those that can judge pictures of these prompts; says what it leaves out.
+
+  Args:
+    names: wanted.
+    prompts: of the evaluation.
+    shapes: whether the pictures are meant to be of the shapes world.
+
+  Raises:
+    UserError: a name is unknown.
+  """
+  scorers.load_scorers(names)
+  foreign = any(_category(prompt) == _OTHER for prompt in prompts)
+  left_out = [
+    name
+    for name in names
+    if name.startswith("shapes.") and (not shapes or (foreign and name == "shapes.correct"))
+  ]
+  if left_out:
+    _log.warning("not scored with %s, which knows only the shapes world", ", ".join(left_out))
+  return tuple(name for name in names if name not in left_out)
+
+
 def evaluate(
   pipeline: Pipeline,
   models: Mapping[str, Any],
   prompts: Sequence[str],
   settings: Any,
   *,
+  scorer_names: Sequence[str],
   mesh: Mesh,
   directory: Path,
 ) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
@@ -71,6 +102,7 @@ def evaluate(
     models: UNet parameters of 'base' and 'tuned'.
     prompts: distinct prompts.
     settings: the configuration's `evaluate` section.
+    scorer_names: what to score with, perhaps nothing.
     mesh: to generate on.
     directory: gets images/, scores.parquet, results.json and grid.png.
 
@@ -78,7 +110,7 @@ def evaluate(
     Results and category table as `compare` gives them, and example pairs for the report.
   """
   directory.mkdir(parents=True, exist_ok=True)
-  functions = scorers.load_scorers(settings.scorers)
+  functions = scorers.load_scorers(scorer_names)
   generator = generate.make_generator(
     pipeline,
     mesh,
@@ -89,11 +121,12 @@ def evaluate(
   repeats = settings.images_per_prompt
   seeds = generate.seeds_of(len(prompts), repeats, seed=settings.seed)
   texts = [p for p in prompts for _ in range(repeats)]
+  cond = encode_prompts(pipeline, texts)
   images: dict[str, np.ndarray] = {}
   for model, params in models.items():
     with tqdm(total=len(texts), desc=f"pictures of the {model} model", unit="image") as bar:
       images[model] = generator(
-        params, texts, seeds, lambda done, bar=bar: bar.update(done - bar.n)
+        params, cond, seeds, lambda done, bar=bar: bar.update(done - bar.n)
       )
     _save_images(directory / "images" / model, images[model], seeds)
   scores = {
@@ -173,7 +206,7 @@ def _category(prompt: str) -> str:
   try:
     return shapes_prompts.parse(prompt).category
   except ValueError:
-    return "prompts"
+    return _OTHER
 
 
 def _png(image: np.ndarray) -> bytes:
@@ -183,9 +216,10 @@ def _png(image: np.ndarray) -> bytes:
 
 
 def _save_images(directory: Path, images: np.ndarray, seeds: np.ndarray) -> None:
-  directory.mkdir(parents=True, exist_ok=True)
+  # Emptied first: an evaluation with other settings may have left pictures of its own.
+  shutil.rmtree(directory, ignore_errors=True)
   for image, seed in zip(images, seeds, strict=True):
-    (directory / f"{seed:08d}.png").write_bytes(_png(image))
+    workdir_lib.write_bytes(directory / f"{seed:08d}.png", _png(image))
 
 
 def _save_grid(

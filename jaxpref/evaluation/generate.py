@@ -30,8 +30,8 @@ def make_generator(
     batch_size: images at once; rounded up to fill the devices.
 
   Returns:
-    `generate(unet_params, prompts, seeds, on_batch=None) -> uint8 [N, H, W, 3]`, where
-    `on_batch(n)` is told how many pictures are done.
+    `generate(unet_params, cond, seeds, on_batch=None) -> uint8 [N, H, W, 3]` with the
+    prompts' embeddings [N, L, D]; `on_batch(n)` is told how many pictures are done.
   """
   denoise = unet_lib.make_denoise(pipeline.modules["unet"])
   vae = pipeline.modules["vae"]
@@ -54,18 +54,17 @@ def make_generator(
 
   def generate(
     params: Any,
-    prompts: Sequence[str],
+    cond: np.ndarray,
     seeds: Sequence[int],
     on_batch: Callable[[int], Any] | None = None,
   ) -> np.ndarray:
-    cond = encode_prompts(pipeline, prompts)
     numbers = np.asarray(seeds, np.uint32)
     done = []
-    for start in range(0, len(prompts), size):
-      rows = np.arange(start, start + size).clip(max=len(prompts) - 1)
+    for start in range(0, len(cond), size):
+      rows = np.arange(start, start + size).clip(max=len(cond) - 1)
       placed = sharding.place_batch((cond[rows], numbers[rows]), mesh)
       images = program(params, vae_params, placed[0], empty_cond, placed[1])
-      real = min(size, len(prompts) - start)
+      real = min(size, len(cond) - start)
       done.append(np.asarray(images)[:real])
       if on_batch:
         on_batch(start + real)

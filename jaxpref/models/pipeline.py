@@ -69,7 +69,7 @@ def load_pipeline(name: str, *, dtype: Any = jnp.float32) -> Pipeline:
 
   Args:
     name: 'shapes' for the bundled one, else a directory in diffusers' layout.
-    dtype: of the computation; parameters are float32.
+    dtype: of the UNet's and text encoder's computation; parameters are float32.
 
   Raises:
     UserError: a file is missing or damaged, or does not fit its configuration.
@@ -84,7 +84,10 @@ def load_pipeline(name: str, *, dtype: Any = jnp.float32) -> Pipeline:
     "text_encoder": text.build_text_encoder,
   }
   modules = {
-    part: make(_read_json(path / part / "config.json"), dtype=dtype)
+    # The VAE runs once a picture and its errors are seen: float32 whatever the rest.
+    part: make(
+      _read_json(path / part / "config.json"), dtype=jnp.float32 if part == "vae" else dtype
+    )
     for part, make in build.items()
   }
   params = {
@@ -101,6 +104,12 @@ def load_pipeline(name: str, *, dtype: Any = jnp.float32) -> Pipeline:
     raise UserError(
       f"{path}/tokenizer has {len(tokenizer)} tokens, its text encoder {vocabulary}: "
       "they do not belong together"
+    )
+  positions = modules["text_encoder"].config.max_position_embeddings
+  if tokenizer.model_max_length > positions:
+    raise UserError(
+      f"{path}/tokenizer makes {tokenizer.model_max_length} tokens, its text encoder takes "
+      f"{positions}: they do not belong together"
     )
   schedule = schedule_lib.schedule_from_config(
     _read_json(path / "scheduler" / "scheduler_config.json")

@@ -14,6 +14,7 @@ import numpy as np
 from jaxpref import checkpoint, metrics, optim
 from jaxpref import config as config_lib
 from jaxpref import workdir as workdir_lib
+from jaxpref.data import encode
 from jaxpref.data.shapes import corpus, prompts
 from jaxpref.diffusion import schedule as schedule_lib
 from jaxpref.errors import UserError
@@ -25,6 +26,12 @@ from jaxpref.pretrain import card, denoiser
 from jaxpref.pretrain import vae as vae_stage
 
 FLAGS = {"workdir": "directory of the run; runs/<name>-<preset> by default"}
+_COUNT = (lambda value: value >= 1, "at least 1")
+RULES = dict.fromkeys(
+  ("corpus.num_images", "log_every", "save_every")
+  + tuple(f"{s}.{n}" for s in ("vae", "denoiser") for n in ("num_updates", "batch_size")),
+  _COUNT,
+)
 
 
 def main(argv: list[str]) -> int:
@@ -32,7 +39,7 @@ def main(argv: list[str]) -> int:
   logging.basicConfig(level=logging.WARNING, format="jaxpref: %(message)s")
   try:
     config, flags = config_lib.parse_args(argv, flags=FLAGS)
-    config_lib.validate(config)
+    config_lib.validate(config, RULES)
     path = flags.get("workdir") or workdir_lib.default_workdir(config)
     workdir = workdir_lib.open_workdir(path, config, resume_safe=("log_every", "save_every"))
     try:
@@ -42,6 +49,9 @@ def main(argv: list[str]) -> int:
   except UserError as error:
     print(f"jaxpref: error: {error}", file=sys.stderr)
     return 2
+  except KeyboardInterrupt:
+    print("jaxpref: interrupted; the same command continues this run", file=sys.stderr)
+    return 130
   return 0
 
 
@@ -105,13 +115,10 @@ def train_vae(config: Any, directory: Path, images: np.ndarray) -> Any:
 
 def encode_corpus(config: Any, params: Any, images: np.ndarray) -> tuple[np.ndarray, float]:
   """Latents of unit variance, float32 [N, C, h, w], and the factor that made them so."""
-  vae = vae_lib.build_vae(
-    vae_stage.vae_config(config.vae, image_size=images.shape[1]), dtype=jnp.float32
-  )
-  encode = jax.jit(lambda x: vae_lib.encode(vae, params, x))
-  size = min(200, len(images))
-  parts = [np.asarray(encode(images[i : i + size])) for i in range(0, len(images), size)]
-  latents = np.concatenate(parts)
+  stage = vae_stage.vae_config(config.vae, image_size=images.shape[1])
+  vae = vae_lib.build_vae(stage, dtype=jnp.float32)
+  run = jax.jit(lambda p, x: vae_lib.encode(vae, p, x))
+  latents = encode.in_batches(run, params, images, 200)
   scaling = round(float(1.0 / latents.std()), 6)
   return latents * np.float32(scaling), scaling
 

@@ -1,0 +1,52 @@
+"""Pictures of a model, the choice of prompts, and pretraining's own promises."""
+
+import numpy as np
+import pytest
+
+from jaxpref import sharding
+from jaxpref.data import encode
+from jaxpref.errors import UserError
+from jaxpref.evaluation import evaluate, generate
+from jaxpref.models import pipeline
+
+
+def test_a_picture_depends_on_its_prompt_and_seed_alone(tiny_pipeline):
+  loaded = pipeline.load_pipeline(str(tiny_pipeline))
+  mesh = sharding.make_mesh()
+  prompts = ["a ring", "two stars", "a red circle", "a cross", "a ring"]
+  seeds = [7, 8, 9, 10, 8]
+  cond = encode.encode_prompts(loaded, prompts)
+  told: list[int] = []
+  images = {}
+  for size in (2, 5):
+    run = generate.make_generator(loaded, mesh, num_steps=2, guidance=2.0, batch_size=size)
+    images[size] = run(loaded.params["unet"], cond, seeds, told.append)
+  assert told == [2, 4, 5, 5]
+  assert images[5].shape == (5, 32, 32, 3) and images[5].dtype == np.uint8
+  # Other batch sizes are other programs: at most one step of 255 apart, by rounding.
+  assert np.abs(images[2].astype(int) - images[5].astype(int)).max() <= 1
+  assert (images[5][0] != images[5][4]).any()  # same prompt, other seed
+  assert (images[5][1] != images[5][4]).any()  # same seed, other prompt
+
+
+def test_seeds_are_all_different():
+  seeds = generate.seeds_of(5, 3, seed=100)
+  assert len(set(seeds.tolist())) == 15 and seeds[0] == 100
+
+
+def test_choose_prompts(tmp_path):
+  captions = ["b", "a", "b", "c"]
+  assert sorted(evaluate.choose_prompts("captions", 9, captions, seed=0)) == ["a", "b", "c"]
+  file = tmp_path / "prompts.txt"
+  file.write_text("one\n\n two \none\n")
+  assert sorted(evaluate.choose_prompts(str(file), 9, [], seed=0)) == ["one", "two"]
+  assert len(evaluate.choose_prompts("shapes", 30, [], seed=0)) == 30
+
+
+@pytest.mark.parametrize(
+  ("source", "number", "message"),
+  [("shapes", 10**6, "test prompts"), ("/nowhere.txt", 3, "cannot read /nowhere.txt")],
+)
+def test_prompts_that_there_are_not(source, number, message):
+  with pytest.raises(UserError, match=message):
+    evaluate.choose_prompts(source, number, [], seed=0)

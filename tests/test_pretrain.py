@@ -1,0 +1,43 @@
+"""Pretraining: a whole run in small, killed and continued, and the pipeline it leaves."""
+
+import json
+
+import numpy as np
+from conftest import ROOT
+
+from jaxpref.models import pipeline
+from jaxpref.pretrain import run as pretrain
+
+
+def _run(workdir, capsys, *extra):
+  arguments = ["--config=configs/shapes_base.py:tiny", f"--workdir={workdir}", *extra]
+  assert pretrain.main(arguments) == 0, capsys.readouterr().err
+  return pipeline.load_pipeline(str(workdir / "pipeline"))
+
+
+def test_a_run_in_small(tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(ROOT)
+  made = _run(tmp_path / "run", capsys)
+  assert made.image_size == 32 and made.latent_shape == (4, 8, 8)
+  # Latents have unit variance after scaling.
+  factor = made.modules["vae"].scaling_factor
+  assert 0 < factor < 1e4
+  card = (tmp_path / "run" / "pipeline" / "README.md").read_text()
+  assert "| missing_object | 10 % |" in card
+  assert (tmp_path / "run" / "pipeline" / "training.png").stat().st_size > 1000
+  steps = [
+    json.loads(line)["step"]
+    for line in (tmp_path / "run" / "denoiser" / "metrics.jsonl").read_text().splitlines()
+  ]
+  assert steps == [1, 2, 3, 4]
+  # The same command again finds everything done and exports the same weights.
+  again = _run(tmp_path / "run", capsys)
+  for part, tree in made.params.items():
+    for a, b in zip(_leaves(tree), _leaves(again.params[part]), strict=True):
+      np.testing.assert_array_equal(a, b)
+
+
+def _leaves(tree):
+  if isinstance(tree, dict):
+    return [leaf for key in sorted(tree) for leaf in _leaves(tree[key])]
+  return [tree]
