@@ -72,8 +72,8 @@ def get_config(preset: str = "shapes") -> ConfigDict:
     c.text.width = 16
     for stage in (c.vae, c.denoiser):
       stage.batch_size = 4
-      stage.num_updates = 4
+      stage.num_updates = 2
       stage.warmup_updates = 1
     c.log_every = 1
-    c.save_every = 2
+    c.save_every = 1
   return c

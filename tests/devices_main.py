@@ -85,7 +85,7 @@ def train(name, *, data, fsdp, accumulate, refresh_every=1, updates=3):
       negatives = rollout(policy, state.update, batch["cond"], empty)
     state, metrics = step(state, ref, empty, batch, negatives)
     history.append({k: float(v) for k, v in metrics.items()})
-  pieces = {len({s.index for s in x.addressable_shards}) for x in jax.tree.leaves(state)}
+  pieces = {len({str(s.index) for s in x.addressable_shards}) for x in jax.tree.leaves(state)}
   assert max(pieces) == fsdp, (pieces, fsdp)
   return history, jax.tree.map(np.asarray, state.params)
 

@@ -41,8 +41,3 @@ def make_denoise(unet: nn.Module) -> Denoise:
       return unet.apply({"params": params}, x_t, t, cond).sample
 
   return denoise
-
-
-def init_unet(unet: nn.Module, key: jax.Array) -> Params:
-  """Random parameters as diffusers initialises them."""
-  return unet.init_weights(key)

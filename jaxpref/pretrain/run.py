@@ -100,7 +100,7 @@ def train_vae(config: Any, directory: Path, images: np.ndarray) -> Any:
     vae_stage.vae_config(settings, image_size=images.shape[1]), dtype=jnp.float32
   )
   key = jax.random.key(config.seed)
-  params = vae_stage.init_vae(vae, jax.random.fold_in(key, 1))
+  params = jax.jit(lambda k: vae_stage.init_vae(vae, k))(jax.random.fold_in(key, 1))
   tx = _optimizer(settings, weight_decay=0.0, clip_norm=1.0)
   state = vae_stage.VaeState(params, tx.init(params), jnp.int32(0))
   step = vae_stage.make_vae_step(
@@ -140,8 +140,10 @@ def train_denoiser(
   )
   key = jax.random.key(config.seed)
   params = {
-    "unet": unet_lib.init_unet(unet, jax.random.fold_in(key, 3)),
-    "text_encoder": text.init_text_encoder(encoder, jax.random.fold_in(key, 4)),
+    "unet": jax.jit(unet.init_weights)(jax.random.fold_in(key, 3)),
+    "text_encoder": jax.jit(lambda k: text.init_text_encoder(encoder, k))(
+      jax.random.fold_in(key, 4)
+    ),
   }
   tx = _optimizer(settings, weight_decay=settings.weight_decay, clip_norm=settings.clip_norm)
   ema = jax.tree.map(jnp.copy, params)
