@@ -1,7 +1,5 @@
 """The pretraining run: corpus, tokenizer, VAE, latents, denoiser, export; each resumable."""
 
-import logging
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,13 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpref import checkpoint, metrics, optim
+from jaxpref import checkpoint, cli, metrics, optim
 from jaxpref import config as config_lib
 from jaxpref import workdir as workdir_lib
 from jaxpref.data import encode
 from jaxpref.data.shapes import corpus, prompts
 from jaxpref.diffusion import schedule as schedule_lib
-from jaxpref.errors import UserError
 from jaxpref.models import pipeline as pipeline_lib
 from jaxpref.models import text
 from jaxpref.models import unet as unet_lib
@@ -25,7 +22,6 @@ from jaxpref.models import vae as vae_lib
 from jaxpref.pretrain import card, denoiser
 from jaxpref.pretrain import vae as vae_stage
 
-FLAGS = {"workdir": "directory of the run; runs/<name>-<preset> by default"}
 _COUNT = (lambda value: value >= 1, "at least 1")
 RULES = dict.fromkeys(
   ("corpus.num_images", "log_every", "save_every")
@@ -36,23 +32,18 @@ RULES = dict.fromkeys(
 
 def main(argv: list[str]) -> int:
   """Entry point; returns the exit status."""
-  logging.basicConfig(level=logging.WARNING, format="jaxpref: %(message)s")
+  return cli.exit_status(_main, argv)
+
+
+def _main(argv: list[str]) -> None:
+  config, flags = config_lib.parse_args(argv, flags=cli.FLAGS)
+  config_lib.validate(config, RULES)
+  path = flags.get("workdir") or workdir_lib.default_workdir(config)
+  workdir = workdir_lib.open_workdir(path, config, resume_safe=("log_every", "save_every"))
   try:
-    config, flags = config_lib.parse_args(argv, flags=FLAGS)
-    config_lib.validate(config, RULES)
-    path = flags.get("workdir") or workdir_lib.default_workdir(config)
-    workdir = workdir_lib.open_workdir(path, config, resume_safe=("log_every", "save_every"))
-    try:
-      print(f"the pipeline is in {run(config, workdir.path)}")
-    finally:
-      workdir_lib.release(workdir)
-  except UserError as error:
-    print(f"jaxpref: error: {error}", file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    print("jaxpref: interrupted; the same command continues this run", file=sys.stderr)
-    return 130
-  return 0
+    print(f"the pipeline is in {run(config, workdir.path)}")
+  finally:
+    workdir_lib.release(workdir)
 
 
 def run(config: Any, workdir: Path) -> Path:

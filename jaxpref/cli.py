@@ -1,0 +1,23 @@
+"""What the package's programs have in common: flags, messages, exit status."""
+
+import logging
+import sys
+from collections.abc import Callable
+
+from jaxpref.errors import UserError
+
+FLAGS = {"workdir": "directory of the run; runs/<name>-<preset> by default"}
+
+
+def exit_status(job: Callable[[list[str]], None], argv: list[str]) -> int:
+  """Runs a program's job: 0, 2 after a one-line error of the user's, 130 if interrupted."""
+  logging.basicConfig(level=logging.WARNING, format="jaxpref: %(message)s", force=True)
+  try:
+    job(argv)
+  except UserError as error:
+    print(f"jaxpref: error: {error}", file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print("jaxpref: interrupted; the same command continues this run", file=sys.stderr)
+    return 130
+  return 0
