@@ -228,7 +228,7 @@ def test_an_unknown_field_cannot_be_set_later(path):
     ("train.num_updates", "-5", "'train.num_updates' must be at least 0, got -5"),
     ("optim.lr", "0", "'optim.lr' must be positive and finite, got 0.0"),
     ("optim.lr", "inf", "'optim.lr' must be positive and finite, got inf"),
-    ("data.num_experts", "0", "'data.num_experts' must be at least 1, got 0"),
+    ("data.num_experts", "-1", "'data.num_experts' must be at least 0, got -1"),
     ("train.batch_size", "0", "'train.batch_size' must be at least 1, got 0"),
   ],
 )

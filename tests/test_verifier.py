@@ -76,7 +76,7 @@ def _halved(image, rng):  # 3 is bicubic
 
 def _jpeg(image, rng):
   file = io.BytesIO()
-  Image.fromarray(image).save(file, "JPEG", quality=60)
+  Image.fromarray(image).save(file, "JPEG", quality=75)
   return np.asarray(Image.open(file))
 
 
