@@ -32,7 +32,7 @@ def tiny_pipeline(tmp_path_factory) -> Path:
   )
   vocab_size = len(text.load_tokenizer(root / "tokenizer"))
   configs = {
-    "vae": vae_stage.vae_config(config.vae, image_size=config.corpus.image_size),
+    "vae": vae_stage.vae_config(config),
     "unet": denoiser.unet_config(config),
     "text_encoder": denoiser.text_config(config, vocab_size=vocab_size),
     "scheduler": denoiser.scheduler_config(config),

@@ -70,8 +70,7 @@ def run(config: Any, workdir: Path) -> Path:
     config, workdir / "denoiser", latents, ids, empty_ids, vocab_size=len(tokenizer)
   )
   configs = {
-    "vae": vae_stage.vae_config(config.vae, image_size=images.shape[1])
-    | {"scaling_factor": scaling},
+    "vae": vae_stage.vae_config(config) | {"scaling_factor": scaling},
     "unet": denoiser.unet_config(config),
     "text_encoder": denoiser.text_config(config, vocab_size=len(tokenizer)),
     "scheduler": denoiser.scheduler_config(config),
@@ -87,9 +86,7 @@ def run(config: Any, workdir: Path) -> Path:
 def train_vae(config: Any, directory: Path, images: np.ndarray) -> Any:
   """The VAE's parameters, trained on the corpus."""
   settings = config.vae
-  vae = vae_lib.build_vae(
-    vae_stage.vae_config(settings, image_size=images.shape[1]), dtype=jnp.float32
-  )
+  vae = vae_lib.build_vae(vae_stage.vae_config(config), dtype=jnp.float32)
   key = jax.random.key(config.seed)
   params = jax.jit(lambda k: vae_stage.init_vae(vae, k))(jax.random.fold_in(key, 1))
   tx = _optimizer(settings, weight_decay=0.0, clip_norm=1.0)
@@ -106,8 +103,7 @@ def train_vae(config: Any, directory: Path, images: np.ndarray) -> Any:
 
 def encode_corpus(config: Any, params: Any, images: np.ndarray) -> tuple[np.ndarray, float]:
   """Latents of unit variance, float32 [N, C, h, w], and the factor that made them so."""
-  stage = vae_stage.vae_config(config.vae, image_size=images.shape[1])
-  vae = vae_lib.build_vae(stage, dtype=jnp.float32)
+  vae = vae_lib.build_vae(vae_stage.vae_config(config), dtype=jnp.float32)
   run = jax.jit(lambda p, x: vae_lib.encode(vae, p, x))
   latents = encode.in_batches(run, params, images, 200)
   scaling = round(float(1.0 / latents.std()), 6)

@@ -19,8 +19,9 @@ class VaeState:
   update: jax.Array
 
 
-def vae_config(settings: Any, *, image_size: int) -> dict[str, Any]:
+def vae_config(config: Any) -> dict[str, Any]:
   """Diffusers' `vae/config.json` for the shapes world; the scaling factor comes later."""
+  settings = config.vae
   levels = len(settings.channels)
   return {
     "_class_name": "AutoencoderKL",
@@ -33,7 +34,7 @@ def vae_config(settings: Any, *, image_size: int) -> dict[str, Any]:
     "act_fn": "silu",
     "latent_channels": settings.latent_channels,
     "norm_num_groups": settings.norm_groups,
-    "sample_size": image_size,
+    "sample_size": config.corpus.image_size,
     "scaling_factor": 1.0,
   }
 
