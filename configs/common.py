@@ -33,7 +33,7 @@ def base(name: str, preset: str) -> ConfigDict:
   c.rollout = ConfigDict()  # how the policy draws its own samples, where the loss asks
   c.rollout.solver = "dpm_solver"  # 'dpm_solver' (++, multistep), 'ddim' or 'ddpm'
   c.rollout.order = 2  # of the DPM-Solver, 1 to 3
-  c.rollout.num_steps = 20  # from noise to image
+  c.rollout.num_steps = 10  # from noise to image
   c.rollout.guidance = 1.0  # classifier-free guidance scale; 1 is none
   c.rollout.refresh_every = 1  # updates after which the sampling copy of the policy is renewed
 
@@ -51,9 +51,9 @@ def base(name: str, preset: str) -> ConfigDict:
   c.train = ConfigDict()
   c.train.batch_size = 32  # rows per update, over all devices and micro-batches
   c.train.accumulate = 1  # micro-batches per update
-  c.train.num_updates = 150
-  c.train.updates_per_iteration = 25  # between checkpoints
-  c.train.log_every = 5  # updates
+  c.train.num_updates = 300
+  c.train.updates_per_iteration = 50  # between checkpoints
+  c.train.log_every = 10  # updates
   c.train.keep = 2  # newest checkpoints kept
 
   c.mesh = ConfigDict()
@@ -66,7 +66,7 @@ def base(name: str, preset: str) -> ConfigDict:
   c.evaluate.images_per_prompt = 2
   c.evaluate.scorers = ("shapes.correct", "shapes.quality")
   c.evaluate.num_steps = 20
-  c.evaluate.guidance = 2.0
+  c.evaluate.guidance = 4.0
   c.evaluate.batch_size = 50  # images at once
   c.evaluate.seed = 1000
   c.evaluate.num_examples = 24  # pairs shown in the report

@@ -9,9 +9,9 @@ its base on held-out prompts. On images of your own, captions beside them:
     --config.data.source=folder --config.data.path=DIR --workdir=runs/mine
 
 After Wu et al., "Ranking-based Preference Optimization for Diffusion Models from Implicit
-User Feedback", 2025: margin 1e-3, DPM-Solver++ of 20 steps, fresh samples at every update,
-prompt dropout 0.2, AdamW. The learning rate, the batch and the number of updates are this
-small model's own.
+User Feedback", 2025: margin 1e-3, DPM-Solver++, fresh samples at every update, prompt
+dropout 0.2, AdamW. The solver's 10 steps (20 there), the learning rate, the batch and the
+number of updates are this small model's own.
 """
 
 from ml_collections import ConfigDict

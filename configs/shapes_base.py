@@ -3,7 +3,9 @@ r"""The base pipeline of the shapes world, trained from scratch on its flawed co
   python -m jaxpref.pretrain --config=configs/shapes_base.py
 
 Three stages: a VAE on the corpus's images, then its text encoder and UNet together on the
-latents, then the export to `<workdir>/pipeline` in diffusers' directory layout. Each stage
+latents, then the export to `<workdir>/pipeline` in diffusers' directory layout. The bundled
+VAE is kept as it is (`vae.path`); it was made by the settings below on an earlier corpus, of
+smaller shapes in any place, which it draws as well. Each stage
 is resumable: the same command continues where it was stopped. What it gives, and how long
 it took, stands in the model card it writes.
 """
@@ -26,9 +28,10 @@ def get_config(preset: str = "shapes") -> ConfigDict:
 
   c.tokenizer = ConfigDict()
   c.tokenizer.vocab_size = 640  # 512 bytes with and without word end, the rest merges
-  c.tokenizer.max_length = 24  # tokens; the longest caption of this world takes 13
+  c.tokenizer.max_length = 16  # tokens; the longest caption of this world takes 13
 
   c.vae = ConfigDict()
+  c.vae.path = "shapes"  # the pipeline whose VAE is kept; with '' one is trained, as follows
   c.vae.channels = (32, 64, 96)  # of each level, 32 x 32 pixels to 8 x 8 latents
   c.vae.latent_channels = 4
   c.vae.norm_groups = 8
@@ -46,26 +49,28 @@ def get_config(preset: str = "shapes") -> ConfigDict:
 
   c.unet = ConfigDict()
   c.unet.channels = (64, 128)
+  c.unet.attention = (False, True)  # levels with self- and cross-attention
   c.unet.heads = (2, 4)
   c.unet.layers_per_block = 1
   c.unet.prediction_type = "v_prediction"
 
   c.denoiser = ConfigDict()
-  c.denoiser.batch_size = 64
-  c.denoiser.num_updates = 6_000
-  c.denoiser.lr = 1e-3
+  c.denoiser.batch_size = 32
+  c.denoiser.num_updates = 7_000
+  c.denoiser.lr = 1.5e-3
   c.denoiser.warmup_updates = 300
-  c.denoiser.decay = 0.3
+  c.denoiser.decay = 0.4
   c.denoiser.weight_decay = 0.01
   c.denoiser.clip_norm = 1.0
   c.denoiser.prompt_dropout = 0.1  # share of rows trained without their prompt
   c.denoiser.ema_decay = 0.999
 
   c.log_every = 100  # updates
-  c.save_every = 200  # updates
+  c.save_every = 500  # updates
 
   if preset == "tiny":
     c.corpus.num_images = 64
+    c.vae.path = ""
     c.vae.channels = (8, 8, 8)
     c.unet.channels = (32, 64)
     c.unet.heads = (1, 2)

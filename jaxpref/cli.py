@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Callable
 
+from jaxpref import runtime
 from jaxpref.errors import UserError
 
 FLAGS = {"workdir": "directory of the run; runs/<name>-<preset> by default"}
@@ -12,6 +13,7 @@ FLAGS = {"workdir": "directory of the run; runs/<name>-<preset> by default"}
 def exit_status(job: Callable[[list[str]], None], argv: list[str]) -> int:
   """Runs a program's job: 0, 2 after a one-line error of the user's, 130 if interrupted."""
   logging.basicConfig(level=logging.WARNING, format="jaxpref: %(message)s", force=True)
+  runtime.use_all_cores()
   try:
     job(argv)
   except UserError as error:

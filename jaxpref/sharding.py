@@ -86,6 +86,11 @@ def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
     )
 
 
+def round_up(rows: int, mesh: Mesh) -> int:
+  """The least number of rows, not below this one, that all devices share alike."""
+  return -(-rows // mesh.size) * mesh.size
+
+
 def place_batch(tree: Any, mesh: Mesh) -> Any:
   """Puts this process's rows of a batch on its devices, as part of the global batch."""
   sharding = batch_sharding(mesh)

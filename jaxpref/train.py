@@ -105,9 +105,11 @@ def run(prepared: Prepared, workdir: Path) -> None:
   began = time.time()
 
   # Data: encoded once, then only indices are dealt.
-  rows = _encode_rows(pipeline, prepared.examples, flip=config.data.flip)
+  rows = _encode_rows(pipeline, mesh, prepared.examples, flip=config.data.flip)
   num_rows = len(rows["latents"])
-  empty_cond = jax.device_put(encode.encode_prompts(pipeline, [""]), sharding.replicated(mesh))
+  empty_cond = jax.device_put(
+    encode.encode_prompts(pipeline, mesh, [""]), sharding.replicated(mesh)
+  )
   deal = loader.make_loader(num_rows, batch_size=train.batch_size, seed=config.seed)
 
   # State: from the base, or from the newest checkpoint.
@@ -198,15 +200,19 @@ def run(prepared: Prepared, workdir: Path) -> None:
 
 
 def _encode_rows(
-  pipeline: pipeline_lib.Pipeline, examples: Sequence[experts.Example], *, flip: bool
+  pipeline: pipeline_lib.Pipeline,
+  mesh: Mesh,
+  examples: Sequence[experts.Example],
+  *,
+  flip: bool,
 ) -> dict[str, np.ndarray]:
   images = [e.image for e in examples]
   captions = [e.caption for e in examples]
   if flip:
     images, captions = images + [i[:, ::-1] for i in images], captions * 2
   return {
-    "latents": encode.encode_images(pipeline, images),
-    "cond": encode.encode_prompts(pipeline, captions),
+    "latents": encode.encode_images(pipeline, mesh, images),
+    "cond": encode.encode_prompts(pipeline, mesh, captions),
   }
 
 

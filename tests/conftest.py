@@ -1,5 +1,6 @@
 """What tests share: a pipeline of a few thousand random parameters, and a small world."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
+# One device, here and in the programs that tests start, unless a test says otherwise: bits
+# are compared between the two.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
 sys.path.insert(0, str(ROOT))  # configs/ is a folder of the repository, not a package of ours
 
 

@@ -15,7 +15,7 @@ def test_a_picture_depends_on_its_prompt_and_seed_alone(tiny_pipeline):
   mesh = sharding.make_mesh()
   prompts = ["a ring", "two stars", "a red circle", "a cross", "a ring"]
   seeds = [7, 8, 9, 10, 8]
-  cond = encode.encode_prompts(loaded, prompts)
+  cond = encode.encode_prompts(loaded, mesh, prompts)
   told: list[int] = []
   images = {}
   for size in (2, 5):

@@ -100,11 +100,11 @@ def test_export_and_import_are_inverse(loaded):
 
 def test_tokenizer_cuts_pads_and_counts(loaded, caplog):
   ids = text.tokenize(loaded.tokenizer, ["a ring", "ring " * 60, ""])
-  assert ids.shape == (3, 24) and ids.dtype == np.int32
+  assert ids.shape == (3, 16) and ids.dtype == np.int32
   start, end = loaded.tokenizer.bos_token_id, loaded.tokenizer.eos_token_id
   assert (ids[:, 0] == start).all() and (ids[:, -1] == end).all()
   assert (ids[2, 1:] == end).all()
-  assert "1 of 3 prompts cut to 24 tokens" in caplog.text
+  assert "1 of 3 prompts cut to 16 tokens" in caplog.text
 
 
 @pytest.fixture

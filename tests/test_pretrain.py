@@ -37,6 +37,21 @@ def test_a_run_in_small(tmp_path, monkeypatch, capsys):
       np.testing.assert_array_equal(a, b)
 
 
+def test_a_vae_is_kept(tmp_path, tiny_pipeline, monkeypatch, capsys):
+  monkeypatch.chdir(ROOT)
+  taken = pipeline.load_pipeline(str(tiny_pipeline))
+  made = _run(tmp_path / "run", capsys, f"--config.vae.path={tiny_pipeline}")
+  for a, b in zip(_leaves(taken.params["vae"]), _leaves(made.params["vae"]), strict=True):
+    np.testing.assert_array_equal(a.astype(np.float16), b.astype(np.float16))
+  assert not (tmp_path / "run" / "vae").exists()
+  card = (tmp_path / "run" / "pipeline" / "README.md").read_text()
+  assert f"kept from the pipeline `{tiny_pipeline}`" in card
+  # The bundled VAE is wider than the tiny configuration's.
+  arguments = ["--config=configs/shapes_base.py:tiny", "--config.vae.path=shapes"]
+  assert pretrain.main([*arguments, f"--workdir={tmp_path / 'other'}"]) == 2
+  assert "the VAE of 'shapes' has another" in capsys.readouterr().err
+
+
 def _leaves(tree):
   if isinstance(tree, dict):
     return [leaf for key in sorted(tree) for leaf in _leaves(tree[key])]

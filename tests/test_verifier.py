@@ -4,7 +4,6 @@ import ast
 import dataclasses
 import io
 import itertools
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -290,18 +289,6 @@ def test_quality_falls_as_a_flaw_grows():
       ]
       assert rates == sorted(rates, reverse=True)
       assert rates[0] - rates[-1] > 0.3
-
-
-def test_it_is_quick_enough():
-  rng = np.random.default_rng(9)
-  specs = sample(10, rng)
-  images = [render.draw(render.layout(s, rng), rng) for s in specs]
-  texts = [prompts.caption(s) for s in specs]
-  verifier.verify(images[:1], texts[:1])
-  start = time.process_time()
-  verifier.verify(images, texts)
-  # 4 ms are meant; twice as many may pass on a busy machine.
-  assert (time.process_time() - start) / len(images) < 0.008
 
 
 def test_it_shares_nothing_with_the_renderer():

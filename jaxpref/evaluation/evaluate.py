@@ -121,7 +121,7 @@ def evaluate(
   repeats = settings.images_per_prompt
   seeds = generate.seeds_of(len(prompts), repeats, seed=settings.seed)
   texts = [p for p in prompts for _ in range(repeats)]
-  cond = np.repeat(encode_prompts(pipeline, prompts), repeats, axis=0)
+  cond = np.repeat(encode_prompts(pipeline, mesh, prompts), repeats, axis=0)
   images: dict[str, np.ndarray] = {}
   for model, params in models.items():
     with tqdm(total=len(texts), desc=f"pictures of the {model} model", unit="image") as bar:

@@ -36,7 +36,7 @@ def make_generator(
   denoise = unet_lib.make_denoise(pipeline.modules["unet"])
   vae = pipeline.modules["vae"]
   schedule = pipeline.schedule
-  size = -(-batch_size // mesh.size) * mesh.size
+  size = sharding.round_up(batch_size, mesh)
 
   @jax.jit
   def program(params, vae_params, cond, empty_cond, seeds):
@@ -50,7 +50,7 @@ def make_generator(
     return vae_lib.decode(vae, vae_params, latents)
 
   vae_params = jax.device_put(pipeline.params["vae"], sharding.replicated(mesh))
-  empty_cond = jax.device_put(encode_prompts(pipeline, [""]), sharding.replicated(mesh))
+  empty_cond = jax.device_put(encode_prompts(pipeline, mesh, [""]), sharding.replicated(mesh))
 
   def generate(
     params: Any,

@@ -14,18 +14,22 @@ from jaxpref.data.shapes import flaws
 
 def write_card(pipeline: Path, workdir: Path, config: Any) -> None:
   """Writes README.md and training.png into the pipeline's directory."""
-  stages = {"vae": "loss", "denoiser": "loss"}
-  figure = Figure(figsize=(9, 3), layout="constrained")
-  for axes, (stage, name) in zip(figure.subplots(1, 2), stages.items(), strict=True):
-    points = metrics.read_curves(workdir / stage)[name]
+  stages = ["denoiser"] if config.vae.path else ["vae", "denoiser"]
+  figure = Figure(figsize=(4.5 * len(stages), 3), layout="constrained")
+  for axes, stage in zip(
+    figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True
+  ):
+    points = metrics.read_curves(workdir / stage)["loss"]
     axes.plot(*zip(*points, strict=True), linewidth=0.8)
-    axes.set(title=stage, xlabel="updates", ylabel=name, yscale="log")
+    axes.set(title=stage, xlabel="updates", ylabel="loss", yscale="log")
     axes.grid(alpha=0.3)
   with matplotlib.rc_context({"svg.hashsalt": "jaxpref"}):
     figure.savefig(pipeline / "training.png", dpi=110)
   rates = "\n".join(f"| {name} | {100 * rate:.0f} % |" for name, rate in flaws.RATES.items())
   stages_done = config.vae, config.denoiser
   vae, denoiser = (f"{s.num_updates} updates of {s.batch_size} images" for s in stages_done)
+  if config.vae.path:
+    vae = f"kept from the pipeline `{config.vae.path}`"
   made = f"jaxpref {__version__}, jax {jax.__version__}, {platform.machine()} "
   made += jax.default_backend()
   size = sum(f.stat().st_size for f in pipeline.rglob("*.safetensors")) / 1e6

@@ -8,13 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from jaxpref import checkpoint, cli, metrics, optim
+from jaxpref import checkpoint, cli, metrics, optim, sharding
 from jaxpref import config as config_lib
 from jaxpref import workdir as workdir_lib
 from jaxpref.data import encode
 from jaxpref.data.shapes import corpus, prompts
 from jaxpref.diffusion import schedule as schedule_lib
+from jaxpref.errors import UserError
 from jaxpref.models import pipeline as pipeline_lib
 from jaxpref.models import text
 from jaxpref.models import unet as unet_lib
@@ -64,10 +66,13 @@ def run(config: Any, workdir: Path) -> Path:
   tokenizer = text.load_tokenizer(tokenizer_dir)
   ids = text.tokenize(tokenizer, captions)
   empty_ids = text.tokenize(tokenizer, [""])
-  vae_params = train_vae(config, workdir / "vae", images)
-  latents, scaling = encode_corpus(config, vae_params, images)
+  mesh = sharding.make_mesh()
+  for settings in (config.vae, config.denoiser):
+    sharding.check_batch(settings.batch_size, 1, mesh)
+  vae_params = train_vae(config, workdir / "vae", images, mesh)
+  latents, scaling = encode_corpus(config, vae_params, images, mesh)
   params = train_denoiser(
-    config, workdir / "denoiser", latents, ids, empty_ids, vocab_size=len(tokenizer)
+    config, workdir / "denoiser", latents, ids, empty_ids, mesh, vocab_size=len(tokenizer)
   )
   configs = {
     "vae": vae_stage.vae_config(config) | {"scaling_factor": scaling},
@@ -83,29 +88,48 @@ def run(config: Any, workdir: Path) -> Path:
   return target
 
 
-def train_vae(config: Any, directory: Path, images: np.ndarray) -> Any:
-  """The VAE's parameters, trained on the corpus."""
+def train_vae(config: Any, directory: Path, images: np.ndarray, mesh: Mesh) -> Any:
+  """The VAE's parameters, trained on the corpus, or taken from another pipeline."""
   settings = config.vae
+  if settings.path:
+    return taken_vae(config)
   vae = vae_lib.build_vae(vae_stage.vae_config(config), dtype=jnp.float32)
   key = jax.random.key(config.seed)
   params = jax.jit(lambda k: vae_stage.init_vae(vae, k))(jax.random.fold_in(key, 1))
   tx = _optimizer(settings, weight_decay=0.0, clip_norm=1.0)
   state = vae_stage.VaeState(params, tx.init(params), jnp.int32(0))
+  state = jax.device_put(state, sharding.replicated(mesh))
   step = vae_stage.make_vae_step(
     vae, tx, jax.random.fold_in(key, 2), kl_weight=settings.kl_weight
   )
 
   def update(state, rows):
-    return step(state, images[rows])
+    return step(state, sharding.place_batch(images[rows], mesh))
 
   return _fit(config, settings, directory, state, update, len(images), purpose=1).params
 
 
-def encode_corpus(config: Any, params: Any, images: np.ndarray) -> tuple[np.ndarray, float]:
+def taken_vae(config: Any) -> Any:
+  """The parameters of the VAE in `config.vae.path`.
+
+  Raises:
+    UserError: it has another architecture than the configuration asks for.
+  """
+  taken = pipeline_lib.load_pipeline(config.vae.path)
+  wanted = vae_lib.build_vae(vae_stage.vae_config(config), dtype=jnp.float32)
+  for name, leaf in pipeline_lib.abstract_params(wanted).items():
+    if jax.tree.map(np.shape, taken.params["vae"].get(name)) != jax.tree.map(np.shape, leaf):
+      raise UserError(f"vae.path: the VAE of {config.vae.path!r} has another {name}")
+  return taken.params["vae"]
+
+
+def encode_corpus(
+  config: Any, params: Any, images: np.ndarray, mesh: Mesh
+) -> tuple[np.ndarray, float]:
   """Latents of unit variance, float32 [N, C, h, w], and the factor that made them so."""
   vae = vae_lib.build_vae(vae_stage.vae_config(config), dtype=jnp.float32)
   run = jax.jit(lambda p, x: vae_lib.encode(vae, p, x))
-  latents = encode.in_batches(run, params, images, 200)
+  latents = encode.in_batches(run, params, images, 200, mesh)
   scaling = round(float(1.0 / latents.std()), 6)
   return latents * np.float32(scaling), scaling
 
@@ -116,6 +140,7 @@ def train_denoiser(
   latents: np.ndarray,
   ids: np.ndarray,
   empty_ids: np.ndarray,
+  mesh: Mesh,
   *,
   vocab_size: int,
 ) -> dict[str, Any]:
@@ -128,13 +153,14 @@ def train_denoiser(
   key = jax.random.key(config.seed)
   params = {
     "unet": jax.jit(unet.init_weights)(jax.random.fold_in(key, 3)),
-    "text_encoder": jax.jit(lambda k: text.init_text_encoder(encoder, k))(
+    "text_encoder": jax.jit(lambda k: denoiser.init_text_encoder(encoder, k))(
       jax.random.fold_in(key, 4)
     ),
   }
   tx = _optimizer(settings, weight_decay=settings.weight_decay, clip_norm=settings.clip_norm)
   ema = jax.tree.map(jnp.copy, params)
   state = denoiser.DenoiserState(params, ema, tx.init(params), jnp.int32(0))
+  state = jax.device_put(state, sharding.replicated(mesh))
   step = denoiser.make_denoiser_step(
     unet,
     encoder,
@@ -147,7 +173,7 @@ def train_denoiser(
   )
 
   def update(state, rows):
-    return step(state, latents[rows], ids[rows])
+    return step(state, *sharding.place_batch((latents[rows], ids[rows]), mesh))
 
   return _fit(config, settings, directory, state, update, len(latents), purpose=2).ema
 

@@ -119,18 +119,9 @@ def _recount(spec: prompts.Spec, scene: render.Scene, rng: np.random.Generator) 
   """One object too many, or one too few where several were asked for."""
   if len(scene.objects) > 1 and spec.category == "counting" and rng.random() < 0.5:
     return _drop(scene, rng)
-  model = scene.objects[rng.integers(len(scene.objects))]
-  crowd = list(scene.objects)
-  while True:
-    # A crowded frame may have no room left: then all are drawn anew, smaller.
-    extra = render.place(
-      prompts.Thing(model.shape), model.color, crowd, rng, total=max(len(crowd) + 1, 3)
-    )
-    if extra is not None:
-      return dataclasses.replace(scene, objects=(*crowd, extra))
-    crowd = [dataclasses.replace(o, radius=max(o.radius * 0.9, 6.5)) for o in crowd]
-    if all(o.radius == 6.5 for o in crowd):
-      crowd = list(render.layout(spec, rng).objects)
+  twin = scene.objects[rng.integers(len(scene.objects))]
+  things = [prompts.Thing(o.shape, o.color) for o in (*scene.objects, twin)]
+  return dataclasses.replace(scene, objects=render.compose(things, rng))
 
 
 def _crop(scene: render.Scene, rng: np.random.Generator) -> render.Scene:

@@ -1,11 +1,16 @@
 """Draws prompts of the shapes world: a scene that satisfies a spec, then its pixels.
 
-Every image is a function of its random generator alone: positions, sizes, angles, tints
-and backgrounds vary, so that the diversity of a set of images can be measured.
+Every image is a function of its random generator alone. As photographers do, it is
+composed: one object stands near the middle, two beside or above each other, more in a
+pattern. Places within that, sizes, tints, lighting and all that the prompt leaves open
+vary, so that the diversity of a set of images can be measured. What a network of a few
+million parameters can learn in an hour sets the limit.
 """
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -16,8 +21,19 @@ SIZE = 64  # pixels, both ways
 _OVERSAMPLE = 4
 _MARGIN = 2.0  # pixels kept free at the frame
 _GAP = 4.0  # pixels kept free between objects
-_RADII = {"small": (6.5, 8.0), None: (9.0, 11.5), "large": (13.5, 16.0)}
-_CROWDED_RADII = {3: (7.0, 8.8), 4: (6.5, 7.6), 5: (6.5, 7.0)}  # by number of objects
+_LATTICE = 4  # pixels between the places that a centre can take
+_RADII = {"small": (7.2, 8.2), None: (11.5, 14.0), "large": (17.0, 20.0)}  # of one object
+# Of several, by their number; no prompt gives a size to one of several.
+_CROWDED_RADII = {2: (8.5, 10.2), 3: (8.5, 10.0), 4: (8.5, 9.6), 5: (6.5, 7.0)}
+# Where the objects stand, by their number, and how far from there, in pixels.
+_PATTERNS: dict[int, tuple[tuple[tuple[int, int], ...], ...]] = {
+  1: (((32, 32),),),
+  2: (((16, 32), (48, 32)), ((32, 16), (32, 48))),
+  3: (((16, 16), (48, 16), (32, 48)), ((16, 48), (48, 48), (32, 16))),
+  4: (((16, 16), (48, 16), (16, 48), (48, 48)),),
+  5: (((16, 16), (48, 16), (16, 48), (48, 48), (32, 32)),),
+}
+_STRAY = {1: 8, 2: 4, 3: 4, 4: 4, 5: 4}
 # Outer radius of each shape over the nominal one, so that all look equally large.
 _REACH = {
   "circle": 1.0,
@@ -31,14 +47,13 @@ _REACH = {
 
 @dataclasses.dataclass(frozen=True)
 class Object:
-  """One drawn object; centre and nominal radius in pixels, angle in radians."""
+  """One drawn object; centre and nominal radius in pixels."""
 
   shape: str
   color: str
   x: float
   y: float
   radius: float
-  angle: float
 
   @property
   def reach(self) -> float:
@@ -59,43 +74,49 @@ class Scene:
 
 def layout(spec: prompts.Spec, rng: np.random.Generator) -> Scene:
   """A random scene in which everything is as `spec` says, and nothing else is."""
-  wanted = [t for t in spec.things for _ in range(t.count)]
   background = spec.background or prompts.BACKGROUNDS[rng.integers(4)]
   free_color = prompts.COLORS[rng.integers(8)]
+  wanted = []
+  for thing in spec.things:
+    color = thing.color or free_color
+    if len(spec.things) == 2 and not thing.color:
+      color = prompts.COLORS[rng.integers(8)]
+    wanted += [dataclasses.replace(thing, color=color)] * thing.count
   while True:
-    objects: list[Object] = []
-    for thing in wanted:
-      color = thing.color or free_color
-      if len(spec.things) == 2 and not thing.color:
-        color = prompts.COLORS[rng.integers(8)]
-      place_at = place(thing, color, objects, rng, total=len(wanted))
-      if place_at is None:
-        break
-      objects.append(place_at)
-    if len(objects) == len(wanted) and related(objects, spec.relation):
-      return Scene(tuple(objects), background)
+    objects = compose(wanted, rng)
+    if related(objects, spec.relation):
+      return Scene(objects, background)
 
 
-def place(
-  thing: prompts.Thing,
-  color: str,
-  others: list[Object],
-  rng: np.random.Generator,
-  *,
-  total: int,
-) -> Object | None:
-  """One more object, of `total`, clear of the frame and the others; None without room."""
-  for _ in range(20):
-    radius = rng.uniform(*_CROWDED_RADII.get(total, _RADII[thing.size]))
-    room = _MARGIN + radius * _REACH[thing.shape]
-    x, y = rng.uniform(room, SIZE - room, 2)
-    new = Object(thing.shape, color, x, y, radius, rng.uniform(-0.2, 0.2))
-    if all(math.hypot(o.x - x, o.y - y) > o.reach + new.reach + _GAP for o in others):
-      return new
-  return None
+def compose(things: Sequence[prompts.Thing], rng: np.random.Generator) -> tuple[Object, ...]:
+  """One object a thing, at most five, clear of the frame and of each other."""
+  total = len(things)
+  patterns = _PATTERNS[total]
+  while True:
+    slots = rng.permutation(patterns[rng.integers(len(patterns))])
+    objects = [_stand(t, slot, total, rng) for t, slot in zip(things, slots, strict=True)]
+    if all(map(_inside, objects)) and all(
+      math.hypot(a.x - b.x, a.y - b.y) > a.reach + b.reach + _GAP
+      for a, b in itertools.combinations(objects, 2)
+    ):
+      return tuple(objects)
 
 
-def related(objects: list[Object], relation: str | None) -> bool:
+def _stand(
+  thing: prompts.Thing, slot: np.ndarray, total: int, rng: np.random.Generator
+) -> Object:
+  radius = rng.uniform(*_CROWDED_RADII.get(total, _RADII[thing.size]))
+  most = _STRAY[total] // _LATTICE
+  x, y = slot + _LATTICE * rng.integers(-most, most + 1, 2)
+  return Object(thing.shape, thing.color or "", float(x), float(y), radius)
+
+
+def _inside(thing: Object) -> bool:
+  room = thing.reach + _MARGIN
+  return all(room <= place <= SIZE - room for place in (thing.x, thing.y))
+
+
+def related(objects: Sequence[Object], relation: str | None) -> bool:
   """Whether the first object clearly stands in `relation` to the second."""
   if relation is None:
     return True
@@ -153,13 +174,7 @@ def _mask(thing: Object) -> np.ndarray:
       high = (centre + radius * thing.reach) * scale
       pen.ellipse([*low, *high], fill=fill)
   else:
-    turn = np.array(
-      [
-        [math.cos(thing.angle), -math.sin(thing.angle)],
-        [math.sin(thing.angle), math.cos(thing.angle)],
-      ]
-    )
-    outline = (centre + thing.reach * _OUTLINES[thing.shape] @ turn.T) * scale
+    outline = (centre + thing.reach * _OUTLINES[thing.shape]) * scale
     pen.polygon([tuple(p) for p in outline], fill=255)
   return np.asarray(canvas.reduce(_OVERSAMPLE), float) / 255
 

@@ -18,7 +18,7 @@ from jaxpref.data.shapes import prompts, quality, segmentation, silhouettes
 
 # Radii of equal area over the image's side; an object between the two is neither.
 SMALL_BELOW = 0.15
-LARGE_ABOVE = 0.165
+LARGE_ABOVE = 0.2
 
 
 @dataclasses.dataclass(frozen=True)

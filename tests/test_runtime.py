@@ -1,0 +1,41 @@
+"""One device a core on machines without an accelerator."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from jaxpref import runtime
+
+FORCED = "--xla_force_host_platform_device_count="
+
+
+@pytest.mark.parametrize(("cores", "devices"), [(1, 1), (2, 2), (3, 2), (6, 4), (64, 8)])
+def test_a_power_of_two_of_devices(monkeypatch, cores, devices):
+  monkeypatch.setattr(runtime, "_cores", lambda: cores)
+  monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
+  runtime.use_all_cores()
+  flags = os.environ["XLA_FLAGS"].split()
+  assert flags[0] == "--xla_cpu_enable_fast_math=false"  # what was there stays
+  assert f"{FORCED}{devices}" in flags
+
+
+@pytest.mark.parametrize("given", [f"{FORCED}8", "--xla_cpu_multi_thread_eigen=true"])
+def test_a_users_choice_stands(monkeypatch, given):
+  monkeypatch.setenv("XLA_FLAGS", given)
+  runtime.use_all_cores()
+  assert os.environ["XLA_FLAGS"] == given
+
+
+def test_jax_sees_them():
+  program = (
+    "import json, os; from jaxpref import runtime; runtime._cores = lambda: 4;"
+    "runtime.use_all_cores(); import jax; print(json.dumps(jax.device_count()))"
+  )
+  env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+  done = subprocess.run(
+    [sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True
+  )
+  assert json.loads(done.stdout) == 4
