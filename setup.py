@@ -29,7 +29,7 @@ setup(
     "filelock",
     "flax>=0.10",
     "grain>=0.2.14",
-    "jax>=0.8.1",
+    "jax>=0.7",
     "jinja2",
     "matplotlib",
     "ml_collections",

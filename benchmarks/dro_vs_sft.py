@@ -18,9 +18,9 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
+from jaxpref import config as config_lib
 from jaxpref.evaluation import compare
 
 METHODS = ("dro", "sft")
@@ -37,15 +37,22 @@ def main() -> None:
   for seed in options.seeds:
     for method in METHODS:
       workdir = options.runs / f"{method}-{seed}"
-      if not (workdir / "report.html").exists():
-        fields = [f"--config.{f}" for f in options.set]
-        command = [
-          *(sys.executable, "-m", "jaxpref.main", f"--config=configs/{method}.py"),
-          *(f"--workdir={workdir}", f"--config.seed={seed}", *fields),
-        ]
+      fields = [f"--config.{f}" for f in (f"seed={seed}", *options.set)]
+      arguments = [f"--config=configs/{method}.py", *fields]
+      if not _is_finished(workdir, arguments):
+        command = [sys.executable, "-m", "jaxpref.main", f"--workdir={workdir}", *arguments]
         subprocess.run(command, check=True)
   options.out.mkdir(parents=True, exist_ok=True)
   report(options)
+
+
+def _is_finished(workdir: Path, arguments: list[str]) -> bool:
+  """Whether this very run has been made; another one there is for `main` to refuse."""
+  config, _ = config_lib.parse_args(arguments, flags={})
+  wanted = config_lib.to_json(config)
+  stored = workdir / "config.json"
+  same = stored.exists() and json.loads(stored.read_text()) == json.loads(wanted)
+  return same and (workdir / "report.html").exists()
 
 
 def report(options: argparse.Namespace) -> None:
@@ -76,22 +83,23 @@ def report(options: argparse.Namespace) -> None:
     f"Made by `python benchmarks/dro_vs_sft.py` on {datetime.date.today()}: "
     f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
     + ", ".join(f"{p} {metadata.version(p)}" for p in ("jax", "flax", "diffusers"))
-    + f"; seeds {', '.join(map(str, options.seeds))}. Each run tunes the bundled pipeline "
-    "on the same 500 experts with the same number of updates, and is scored on the same "
-    "held-out prompts and noise. Mean +- standard deviation over seeds.",
+    + f"; seeds {', '.join(map(str, options.seeds))}"
+    + (f"; {', '.join(options.set)}" if options.set else "")
+    + ". Each run tunes the bundled pipeline on the same experts with the same number of "
+    "updates, and is scored on the same held-out prompts and noise. Mean +- standard "
+    "deviation over seeds.",
     "",
     "| scorer | base | " + " | ".join(m.upper() for m in METHODS) + " |",
     "|---|---|" + "---|" * len(METHODS),
   ]
   for scorer in sorted(base.index):
-    cells = [
-      f"{np.mean(tuned[m, scorer]):.3f} +- {np.std(tuned[m, scorer], ddof=1):.3f}"
-      for m in METHODS
-    ]
+    runs = [pd.Series(tuned[m, scorer]) for m in METHODS]
+    cells = [f"{r.mean():.3f} +- {r.std():.3f}" for r in runs]
     text.append(f"| {scorer} | {base[scorer]:.3f} | " + " | ".join(cells) + " |")
   text += [
     "",
-    "DRO's images against SFT's, pair by pair:",
+    "DRO's images against SFT's, pair by pair, all seeds together. Intervals and p-values "
+    "are over prompts: they hold for these training runs, not for others' seeds.",
     "",
     "| scorer | DRO wins | ties | SFT wins | win rate, 95 % interval | p |",
     "|---|---|---|---|---|---|",

@@ -12,8 +12,8 @@ PRESETS = ("shapes", "tiny")
 def base(name: str, preset: str) -> ConfigDict:
   """Every field with its default and what it means."""
   c = ConfigDict()
-  c.name = name
-  c.preset = preset
+  c.name = name  # of the run and its default workdir
+  c.preset = preset  # chosen with the file, as in configs/dro.py:tiny
   c.seed = 0  # of everything random; same seed, same numbers
 
   c.model = ConfigDict()
@@ -23,7 +23,7 @@ def base(name: str, preset: str) -> ConfigDict:
   c.data = ConfigDict()
   c.data.source = "shapes"  # 'shapes', or 'folder' for images with captions beside them
   c.data.path = ""  # the folder
-  c.data.num_experts = 500  # the best K images by score; of a folder the first K
+  c.data.num_experts = 500  # the best K images by score; of a folder the first K; 0: all
   c.data.prompt_dropout = 0.2  # share of rows trained with an empty prompt
   c.data.flip = False  # add each image's mirror image; not where left and right matter
 
@@ -40,18 +40,18 @@ def base(name: str, preset: str) -> ConfigDict:
   c.optim = ConfigDict()
   c.optim.lr = 3e-4  # peak learning rate
   c.optim.schedule = "constant"  # 'constant', 'linear', 'cosine' or 'trapezoid'
-  c.optim.warmup_updates = 0
-  c.optim.weight_decay = 0.01
-  c.optim.b1 = 0.9
-  c.optim.b2 = 0.999
-  c.optim.eps = 1e-8
+  c.optim.warmup_updates = 0  # of the schedule, from lr / warmup_updates to lr
+  c.optim.weight_decay = 0.01  # AdamW's
+  c.optim.b1 = 0.9  # decay of AdamW's mean of gradients
+  c.optim.b2 = 0.999  # decay of AdamW's mean of their squares
+  c.optim.eps = 1e-8  # AdamW's, added to the root of the latter
   c.optim.clip_norm = 1.0  # global gradient norm
   c.optim.ema_decay = 0.9999  # limit of the moving average's ramp (1 + n) / (10 + n)
 
   c.train = ConfigDict()
   c.train.batch_size = 32  # rows per update, over all devices and micro-batches
   c.train.accumulate = 1  # micro-batches per update
-  c.train.num_updates = 300
+  c.train.num_updates = 300  # of the parameters; a finished run continues if it is raised
   c.train.updates_per_iteration = 50  # between checkpoints
   c.train.log_every = 10  # updates
   c.train.keep = 2  # newest checkpoints kept
@@ -62,13 +62,13 @@ def base(name: str, preset: str) -> ConfigDict:
 
   c.evaluate = ConfigDict()  # at the end, base against tuned, same prompts and noise
   c.evaluate.prompts = "auto"  # 'shapes': held-out ones; 'captions'; a text file; 'auto'
-  c.evaluate.num_prompts = 150
-  c.evaluate.images_per_prompt = 2
-  c.evaluate.scorers = ("shapes.correct", "shapes.quality")
-  c.evaluate.num_steps = 20
-  c.evaluate.guidance = 4.0
+  c.evaluate.num_prompts = 150  # at most
+  c.evaluate.images_per_prompt = 2  # each with noise of its own, the same for both models
+  c.evaluate.scorers = ("shapes.correct", "shapes.quality")  # modules of jaxpref/scorers
+  c.evaluate.num_steps = 20  # of DPM-Solver++ (2M)
+  c.evaluate.guidance = 4.0  # classifier-free guidance scale
   c.evaluate.batch_size = 50  # images at once
-  c.evaluate.seed = 1000
+  c.evaluate.seed = 1000  # of the noise and of the choice of prompts
   c.evaluate.num_examples = 24  # pairs shown in the report
 
   if preset == "tiny":

@@ -1,11 +1,15 @@
 """What the package's programs have in common: flags, messages, exit status."""
 
+import errno
 import logging
 import sys
 from collections.abc import Callable
 
 from jaxpref import runtime
 from jaxpref.errors import UserError
+
+# What the machine refuses: no permission, no space.
+_REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 FLAGS = {"workdir": "directory of the run; runs/<name>-<preset> by default"}
 
@@ -17,6 +21,11 @@ def exit_status(job: Callable[[list[str]], None], argv: list[str]) -> int:
   try:
     job(argv)
   except UserError as error:
+    print(f"jaxpref: error: {error}", file=sys.stderr)
+    return 2
+  except OSError as error:
+    if error.errno not in _REFUSALS:
+      raise
     print(f"jaxpref: error: {error}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:

@@ -1,6 +1,6 @@
 """The command line: a config file, overrides of its fields, and a few flags.
 
-`--config=configs/dro.py` or `--config=configs/dro.py:sd15` calls the file's
+`--config=configs/dro.py` or `--config=configs/dro.py:tiny` calls the file's
 `get_config(preset)`; `--config.optim.lr=1e-4` overrides a field. Everything wrong with
 them is one line. No JAX here, so that `--help` and errors come at once.
 """
@@ -174,6 +174,10 @@ def _load(argument: str) -> tuple[ModuleType, ConfigDict]:
   if spec is None or spec.loader is None:
     raise UserError(f"'{name}' is not a Python file")
   module = importlib.util.module_from_spec(spec)
+  # Config files import each other as `configs.common`, from wherever the program is started.
+  home = str(path.resolve().parent.parent)
+  if home not in sys.path:
+    sys.path.append(home)
   # The file is the user's program: whatever it raises is theirs to see, in one line.
   try:
     spec.loader.exec_module(module)
@@ -224,7 +228,7 @@ def _override(config: ConfigDict, path: str, text: str) -> None:
       f"'{path}' is a section; set one of its fields, e.g. --config.{path}.{first}=..."
     )
   if path == "preset":
-    raise UserError("choose the preset with the file: --config=configs/dro.py:sd15")
+    raise UserError("choose the preset with the file: --config=configs/dro.py:tiny")
   section[key] = _parse(path, text, old, section.get_type(key))
 
 

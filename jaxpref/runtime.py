@@ -1,7 +1,8 @@
-"""How JAX uses a machine that has no accelerator."""
+"""How JAX is set up: its devices on a machine without an accelerator, its cache."""
 
 import os
 import sys
+from pathlib import Path
 
 
 def use_all_cores() -> None:
@@ -16,10 +17,25 @@ def use_all_cores() -> None:
   if "host_platform_device_count" in flags or "multi_thread_eigen" in flags:
     return
   # A power of two, for batches to divide; beyond 8 they would be too thin.
-  count = min(8, 1 << (_cores().bit_length() - 1))
-  os.environ["XLA_FLAGS"] = (
-    f"{flags} --xla_force_host_platform_device_count={count} --xla_cpu_multi_thread_eigen=false"
-  ).strip()
+  cores = _cores()
+  count = min(8, 1 << (cores.bit_length() - 1))
+  flags += f" --xla_force_host_platform_device_count={count}"
+  if count == cores:  # else the operations' own threads use the cores that are left
+    flags += " --xla_cpu_multi_thread_eigen=false"
+  os.environ["XLA_FLAGS"] = flags.strip()
+
+
+def cache_programs() -> None:
+  """Keeps compiled programs for the next run: a resumed one starts at once.
+
+  In `~/.cache/jaxpref/jax` (or XDG_CACHE_HOME), unless JAX_COMPILATION_CACHE_DIR says
+  where.
+  """
+  import jax  # noqa: PLC0415  # `use_all_cores` comes before it
+
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    jax.config.update("jax_compilation_cache_dir", str(cache / "jaxpref" / "jax"))
 
 
 def _cores() -> int:

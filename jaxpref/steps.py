@@ -4,6 +4,7 @@ One jitted, donated program over the mesh. Policy and reference go through the s
 `denoise`, all arms of a batch in one call each.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
@@ -136,9 +137,6 @@ def make_train_step(
 
   def mean_gradients(params, ref, rows):
     """Gradients and metrics of this device's rows, micro-batch by micro-batch."""
-    varying = lambda tree: jax.lax.pcast(tree, "data", to="varying")  # noqa: E731
-    # Varying: else JAX would sum the gradient over devices inside the loop.
-    params = varying(params)
     gradients = jax.grad(micro_loss, has_aux=True)
     if accumulate == 1:
       return jax.lax.pmean(gradients(params, ref, rows), "data")
@@ -148,7 +146,7 @@ def make_train_step(
 
     micros = jax.tree.map(lambda x: x.reshape((accumulate, -1, *x.shape[1:])), rows)
     shapes = jax.eval_shape(gradients, params, ref, jax.tree.map(lambda x: x[0], micros))
-    zeros = varying(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     total, _ = jax.lax.scan(add, zeros, micros)
     return jax.lax.pmean(jax.tree.map(lambda x: x / accumulate, total), "data")
 
@@ -158,9 +156,14 @@ def make_train_step(
     in_specs=(P(), P(), P("data")),
     out_specs=P(),
     axis_names={"data"},
+    # Unchecked, parameters count as each device's own: else JAX would sum the gradient
+    # over devices at every micro-batch.
+    check_vma=False,
   )
 
-  @jax.jit(donate_argnums=0, out_shardings=(state_sharding, sharding.replicated(mesh)))
+  @functools.partial(
+    jax.jit, donate_argnums=0, out_shardings=(state_sharding, sharding.replicated(mesh))
+  )
   def step(state: TrainState, ref, empty_cond, batch, rollout):
     rows = arms_of(batch, rollout, state.update, empty_cond)
     grads, metrics = sharded_gradients(state.params, ref, rows)

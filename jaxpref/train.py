@@ -28,9 +28,11 @@ from jaxpref import (
   metrics,
   optim,
   rollouts,
+  runtime,
   sharding,
   steps,
 )
+from jaxpref import workdir as workdir_lib
 from jaxpref.data import encode, experts, loader
 from jaxpref.diffusion import grid
 from jaxpref.errors import UserError
@@ -61,9 +63,7 @@ def prepare(config: Any) -> Prepared:
   Raises:
     UserError: whatever is wrong with it; the workdir has not been touched then.
   """
-  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    jax.config.update("jax_compilation_cache_dir", str(cache / "jaxpref" / "jax"))
+  runtime.cache_programs()
   mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
   sharding.check_batch(config.train.batch_size, config.train.accumulate, mesh)
   loss = losses.load_loss(config.loss.name)
@@ -121,7 +121,12 @@ def run(prepared: Prepared, workdir: Path) -> None:
   abstract = jax.eval_shape(make_state, base)
   placement = sharding.params_sharding(mesh, abstract)
   ckptr = checkpoint.open_checkpointer(workdir / "checkpoints", keep=train.keep)
-  identity = {"jaxpref": __version__, "data": _fingerprint(prepared.examples)}
+  identity = {
+    "jaxpref": __version__,
+    "data": _fingerprint(prepared.examples),
+    "pipeline": _fingerprint_of_weights(pipeline),
+    "num_updates": train.num_updates,
+  }
   start = 0
   if checkpoint.latest_step(ckptr) is None:
     state = jax.jit(make_state, out_shardings=placement)(base)
@@ -131,10 +136,12 @@ def run(prepared: Prepared, workdir: Path) -> None:
     )
     restored = checkpoint.restore(ckptr, target)
     start, state = restored.step, restored.state
-    _check_continues(restored.metadata, identity, start, train.num_updates)
+    _check_continues(restored.metadata, identity, start, config)
     deal.set_state(restored.data_state)
     _log.warning("continuing after update %d of %d", start, train.num_updates)
   ref = base if loss.REFERENCE else None
+  # Only now: a continuation that is refused changes nothing.
+  workdir_lib.write_config(workdir, config)
 
   # Programs.
   train_step, rollout = _programs(prepared, tx, placement)
@@ -196,7 +203,8 @@ def run(prepared: Prepared, workdir: Path) -> None:
     "versions": f"jaxpref {__version__}, jax {jax.__version__}, numpy {np.__version__}",
     "wall time": f"{time.time() - began:.0f} s, from update {start}",
   }
-  evaluate.write_report(workdir, directory, config, evaluated, facts)
+  held_out = not {e.caption for e in prepared.examples} & set(prepared.prompts)
+  evaluate.write_report(workdir, directory, config, evaluated, facts, held_out=held_out)
 
 
 def _encode_rows(
@@ -273,10 +281,26 @@ def _fingerprint(examples: Sequence[experts.Example]) -> str:
   return digest.hexdigest()[:16]
 
 
+def _fingerprint_of_weights(pipeline: pipeline_lib.Pipeline) -> str:
+  """Changes with any parameter of the base."""
+  digest = hashlib.sha256()
+  for path, leaf in jax.tree.leaves_with_path(pipeline.params):
+    digest.update(jax.tree_util.keystr(path).encode() + np.ascontiguousarray(leaf).data)
+  return digest.hexdigest()[:16]
+
+
 def _check_continues(
-  stored: dict[str, Any], identity: dict[str, Any], start: int, num_updates: int
+  stored: dict[str, Any], identity: dict[str, Any], start: int, config: Any
 ) -> None:
-  if stored["data"] != identity["data"]:
-    raise UserError("the training images are not those that this workdir's run began with")
-  if start > num_updates:
-    raise UserError(f"this workdir's run has done {start} updates, more than {num_updates}")
+  things = {"data": "training images", "pipeline": "base pipeline's weights"}
+  for name, thing in things.items():
+    if stored.get(name) != identity[name]:
+      raise UserError(f"the {thing} are not those that this workdir's run began with")
+  wanted, before = identity["num_updates"], stored["num_updates"]
+  if start > wanted:
+    raise UserError(f"this workdir's run has done {start} updates, more than {wanted}")
+  if wanted != before and config.optim.schedule != "constant":
+    raise UserError(
+      f"train.num_updates was {before}, now {wanted}: that would bend the "
+      f"{config.optim.schedule} schedule of this workdir's run; choose another --workdir"
+    )

@@ -61,9 +61,9 @@ def open_workdir(
   Args:
     path: the directory; parents are made. It must be new, empty (names that begin with
       a dot don't count) or hold a run of the same config.
-    config: the run's config, written to `config.json`.
+    config: the run's config, written to `config.json` of a new run.
     resume_safe: fields or sections, dotted, that may differ from the stored config;
-      such a change is written to `config.json`.
+      `write_config` stores the change.
 
   Returns:
     The locked directory.
@@ -74,7 +74,7 @@ def open_workdir(
   """
   if "://" in str(path):
     raise UserError(f"{path}: not a local path; mount the bucket and name the mount")
-  path = Path(path).absolute()
+  path = Path(path).expanduser().absolute()
   _make_writable(path)
   stored = path / CONFIG
   if not stored.exists() and (others := _visible(path)):
@@ -87,7 +87,8 @@ def open_workdir(
     resumed = stored.exists()
     if resumed:
       _check_same(path, config, tuple(resume_safe))
-    write_json(stored, json.loads(config_lib.to_json(config)))
+    else:
+      write_config(path, config)
   except BaseException:
     os.close(lock)
     raise
@@ -97,6 +98,11 @@ def open_workdir(
 def release(workdir: Workdir) -> None:
   """Gives the lock back before the process ends."""
   os.close(workdir.lock)
+
+
+def write_config(path: str | os.PathLike, config: ConfigDict) -> None:
+  """Writes `config.json`, as with `write_json`."""
+  write_json(Path(path) / CONFIG, json.loads(config_lib.to_json(config)))
 
 
 def write_json(path: str | os.PathLike, obj: Any) -> None:
@@ -151,7 +157,10 @@ def _visible(path: Path) -> list[str]:
 
 
 def _lock(path: Path) -> int:
-  descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+  try:
+    descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+  except OSError as error:
+    raise UserError(f"cannot lock {path}: {error.strerror}") from error
   try:
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError as error:

@@ -131,9 +131,9 @@ def test_constant_scores():
   assert same["interval"] == [0.5, 0.5] and same["p_value"] == 1.0
   assert c.outcome(same) == "undecided"
   # 0.3 - 0.2 and 0.8 - 0.7 differ in the last bit; that is not a variance.
-  base = np.array([[0.2], [0.7], [0.1]])
+  base = np.array([[0.2], [0.7], [0.1]] * 3)
   moved = c.compare(table(base, base + 0.1))["quality-1"]
-  assert moved["p_value"] == 0.0 and moved["interval"] == [1.0, 1.0]
+  assert moved["p_value"] == 2 * 0.5**9 and moved["interval"] == [1.0, 1.0]
   assert c.outcome(moved) == "won"
   assert c.outcome(c.compare(table(base + 0.1, base))["quality-1"]) == "lost"
 

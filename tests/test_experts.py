@@ -73,9 +73,8 @@ def test_experts_are_nearly_all_without_a_flaw():
 def test_load_examples_of_shapes(source, monkeypatch):
   monkeypatch.setattr(builder, "load_preferences", lambda split: source)
   native = experts.load_examples("shapes", path="", num_experts=4, image_size=64)
-  assert [
-    (e.image == b.image).all() for e, b in zip(native, experts.top_k(source, 4), strict=True)
-  ]
+  best = experts.top_k(source, 4)
+  assert all((e.image == b.image).all() for e, b in zip(native, best, strict=True))
   half = experts.load_examples("shapes", path="", num_experts=4, image_size=32)
   for e, h in zip(native, half, strict=True):
     assert h.image.shape == (32, 32, 3)

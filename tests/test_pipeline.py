@@ -143,8 +143,30 @@ def test_tensors_that_do_not_fit_are_all_listed(copy):
   _refused(copy, r"missing conv_in.bias.*surplus extra.weight \(3,\).*conv_out.bias is \(7,\)")
 
 
-def test_damaged_tokenizer(copy):
-  (copy / "tokenizer" / "vocab.json").write_text("{")
+def test_names_of_older_files_are_read(copy, loaded):
+  # As diffusers wrote the VAE's attention until 0.13: Stable Diffusion 1.x's files.
+  older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+  file = copy / "vae" / "diffusion_pytorch_model.safetensors"
+  tensors = load_file(file)
+  for name in [n for n in tensors if ".attentions." in n]:
+    old = name
+    for new_part, old_part in older.items():
+      old = old.replace(f".{new_part}.", f".{old_part}.")
+    tensors[old] = tensors.pop(name)
+  assert "encoder.mid_block.attentions.0.proj_attn.weight" in tensors
+  save_file(tensors, file)
+  read = pipeline.load_pipeline(str(copy)).params["vae"]
+  for ours, theirs in zip(
+    jax.tree.leaves(read), jax.tree.leaves(loaded.params["vae"]), strict=True
+  ):
+    np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+  ("file", "content"), [("vocab.json", "{"), ("merges.txt", "#version: 0.2\nnot words\n")]
+)
+def test_damaged_tokenizer(copy, file, content):
+  (copy / "tokenizer" / file).write_text(content)
   _refused(copy, "holds no CLIP tokenizer")
 
 

@@ -1,10 +1,11 @@
-"""Pretraining: a whole run in small, killed and continued, and the pipeline it leaves."""
+"""Pretraining: a whole run in small, interrupted and continued, the pipeline it leaves."""
 
 import json
 
 import numpy as np
 from conftest import ROOT
 
+from jaxpref import checkpoint
 from jaxpref.models import pipeline
 from jaxpref.pretrain import run as pretrain
 
@@ -31,10 +32,31 @@ def test_a_run_in_small(tmp_path, monkeypatch, capsys):
   ]
   assert steps == [1, 2]
   # The same command again finds everything done and exports the same weights.
-  again = _run(tmp_path / "run", capsys)
-  for part, tree in made.params.items():
-    for a, b in zip(_leaves(tree), _leaves(again.params[part]), strict=True):
-      np.testing.assert_array_equal(a, b)
+  _assert_same(_run(tmp_path / "run", capsys), made)
+
+
+def test_interrupted_and_continued_it_ends_the_same(
+  tmp_path, tiny_pipeline, monkeypatch, capsys
+):
+  monkeypatch.chdir(ROOT)
+  kept = f"--config.vae.path={tiny_pipeline}"
+  whole = _run(tmp_path / "whole", capsys, kept)
+  save = checkpoint.save
+
+  def save_and_stop(*arguments):
+    save(*arguments)
+    raise KeyboardInterrupt
+
+  arguments = ["--config=configs/shapes_base.py:tiny", f"--workdir={tmp_path / 'cut'}", kept]
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint, "save", save_and_stop)
+    assert pretrain.main(arguments) == 130
+  assert checkpoint.steps(tmp_path / "cut" / "denoiser" / "checkpoints") == [1]
+  _assert_same(_run(tmp_path / "cut", capsys, kept), whole)
+  # Checkpoints of another corpus are not continued.
+  monkeypatch.setattr(pretrain, "_fingerprint", lambda *_: "another")
+  assert pretrain.main(arguments) == 2
+  assert "was trained on another corpus" in capsys.readouterr().err
 
 
 def test_a_vae_is_kept(tmp_path, tiny_pipeline, monkeypatch, capsys):
@@ -50,6 +72,12 @@ def test_a_vae_is_kept(tmp_path, tiny_pipeline, monkeypatch, capsys):
   arguments = ["--config=configs/shapes_base.py:tiny", "--config.vae.path=shapes"]
   assert pretrain.main([*arguments, f"--workdir={tmp_path / 'other'}"]) == 2
   assert "the VAE of 'shapes' has another" in capsys.readouterr().err
+
+
+def _assert_same(ours, theirs):
+  for part, tree in theirs.params.items():
+    for a, b in zip(_leaves(ours.params[part]), _leaves(tree), strict=True):
+      np.testing.assert_array_equal(a, b)
 
 
 def _leaves(tree):

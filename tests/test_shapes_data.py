@@ -23,6 +23,26 @@ PICK_A_PIC = {
 SIZES = {"num_train": 40, "num_test": 12, "seed": 1}
 
 
+# ----------------------------------------------------------------------- the flaws
+
+
+def test_flaws_befall_images_at_their_rates():
+  rng = np.random.default_rng(0)
+  for text in ("three blue crosses", "a star left of a ring"):
+    spec = prompts.parse(text)
+    drawn = [flaws.draw_flaws(spec, rng) for _ in range(20_000)]
+    left = 1.0  # the share of images without an earlier flaw of meaning
+    for flaw in flaws.applicable(spec):
+      expected = flaws.RATES[flaw] * (left if flaw in flaws.MEANING else 1.0)
+      if flaw in flaws.MEANING:
+        left *= 1 - flaws.RATES[flaw]
+      # Five standard deviations of a binomial of 20,000, at most.
+      assert abs(np.mean([flaw in f for f in drawn]) - expected) < 0.016, flaw
+    assert np.mean([bool(set(f) & set(flaws.MEANING)) for f in drawn]) == pytest.approx(
+      1 - left, abs=0.018
+    )
+
+
 # ------------------------------------------------------------------- the annotator
 
 

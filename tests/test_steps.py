@@ -10,6 +10,7 @@ import devices_main
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxpref import losses, randomness, rollouts, sharding, steps
@@ -162,8 +163,6 @@ def test_a_missing_row_of_the_mesh_is_refused():
 def test_the_step_is_compiled_once_and_its_state_donated():
   mesh = sharding.make_mesh()
   params, rows, empty = devices_main.initial()
-  import optax
-
   tx = optax.sgd(1e-2)
   make_state = lambda p: steps.init_state(p, tx, lagging_copy=False)  # noqa: E731
   split = sharding.params_sharding(mesh, jax.eval_shape(make_state, params))
@@ -188,3 +187,40 @@ def test_the_step_is_compiled_once_and_its_state_donated():
   for _ in range(3):
     state, _ = step(state, None, empty, batch, None)
   assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_gradients_cross_devices_once_an_update(accumulate):
+  mesh = sharding.make_mesh()
+  params, rows, empty = devices_main.initial()
+  tx = optax.sgd(1e-2)
+  make_state = lambda p: steps.init_state(p, tx, lagging_copy=False)  # noqa: E731
+  step = steps.make_train_step(
+    devices_main.denoise,
+    schedule_lib.make_schedule(),
+    losses.load_loss("sft"),
+    tx,
+    mesh=mesh,
+    state_sharding=sharding.params_sharding(mesh, jax.eval_shape(make_state, params)),
+    seed=0,
+    hyper={},
+    ema_decay=0.9,
+    prompt_dropout=0.0,
+    accumulate=accumulate,
+  )
+  program = jax.make_jaxpr(step)(make_state(params), None, empty, rows, None)
+  everywhere = [path for path, name in primitives(program.jaxpr) if name.startswith("psum")]
+  assert everywhere  # one for the tree, or one a leaf
+  assert not any("scan" in path for path in everywhere)
+  assert accumulate == 1 or any(name == "scan" for _, name in primitives(program.jaxpr))
+
+
+def primitives(jaxpr, path=()):
+  """(enclosing primitives, name) of every primitive of a program, however deep."""
+  for equation in jaxpr.eqns:
+    yield path, equation.primitive.name
+    for value in equation.params.values():
+      for part in value if isinstance(value, tuple | list) else [value]:
+        inner = getattr(part, "jaxpr", part)  # of a closed program
+        if hasattr(inner, "eqns"):
+          yield from primitives(inner, (*path, equation.primitive.name))

@@ -130,9 +130,9 @@ def _suits(wanted, objects, spec):
   for thing, drawn in zip(wanted, objects, strict=True):
     if thing.shape != drawn.shape or thing.color not in (None, drawn.color):
       return False
-    if thing.size and 8 < drawn.radius < 13.5:
+    if thing.size and 8.2 < drawn.radius < 17:
       verdict = None
-    elif thing.size and thing.size != ("small" if drawn.radius <= 8 else "large"):
+    elif thing.size and thing.size != ("small" if drawn.radius <= 8.2 else "large"):
       return False
   if spec.relation:
     dx, dy = objects[0].x - objects[1].x, objects[0].y - objects[1].y
@@ -178,18 +178,18 @@ def test_other_prompts_are_refused_unless_true():
   for spec in sample(8, rng):
     scene = render.layout(spec, rng)
     image = render.draw(scene, rng)
-    for i in rng.integers(len(strangers), size=6):
-      truth = is_true(scene, strangers[i])
-      if truth is not None:
-        seen = verifier.is_correct(image, prompts.caption(strangers[i]))
-        (accepted if truth else refused).append(seen == truth)
+    truths = [is_true(scene, s) for s in strangers]
+    false = [i for i in rng.integers(len(strangers), size=6) if truths[i] is False]
+    for i in false + [i for i, truth in enumerate(truths) if truth]:
+      seen = verifier.is_correct(image, prompts.caption(strangers[i]))
+      (accepted if truths[i] else refused).append(seen == truths[i])
     for name, miss in near_misses(spec, scene, rng):
       if is_true(scene, miss) is False:
         wrong = not verifier.is_correct(image, prompts.caption(miss))
         near.setdefault(name, []).append(wrong)
-  assert len(refused) > 500
+  assert len(refused) > 500 and len(accepted) > 50
   assert np.mean(refused) >= 0.99
-  assert np.mean(accepted or [True]) >= 0.97
+  assert np.mean(accepted) >= 0.97
   assert set(near) == {"shape", "color", "size", "count", "relation", "background"}
   assert np.mean(sum(near.values(), [])) >= 0.97
   assert min(np.mean(v) for v in near.values()) >= 0.9
@@ -295,13 +295,13 @@ def test_it_shares_nothing_with_the_renderer():
   folder = Path(verifier.__file__).parent
   for name in ("verifier", "segmentation", "silhouettes", "quality"):
     tree = ast.parse((folder / f"{name}.py").read_text())
-    imported = {
-      alias.name.rpartition(".")[2]
-      for node in ast.walk(tree)
-      if isinstance(node, ast.Import | ast.ImportFrom)
-      for alias in node.names
-    }
-    assert not imported & {"render", "flaws", "draw_flaws"}
+    imported = set()
+    for node in ast.walk(tree):
+      if isinstance(node, ast.Import | ast.ImportFrom):
+        imported.update((getattr(node, "module", None) or "").split("."))
+        imported.update(part for alias in node.names for part in alias.name.split("."))
+    assert "numpy" in imported  # the names are seen
+    assert not imported & {"render", "flaws", "annotator", "corpus", "builder"}
 
 
 def test_bad_input_is_an_error():

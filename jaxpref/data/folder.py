@@ -18,7 +18,7 @@ from jaxpref.errors import UserError
 
 _log = logging.getLogger(__name__)
 
-_NAMED = 5  # bad files that the warning names
+_NAMED = 50  # bad files that the warning names
 # Pillow would run Ghostscript on EPS, and knows the others by no more than their name.
 _NOT_READ = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 
@@ -51,6 +51,11 @@ def load_folder(path: str | os.PathLike, *, image_size: int, limit: int = 0) -> 
       examples.append(Example(read_image(image, image_size), caption, name))
     except Exception as error:  # of a damaged image Pillow may raise anything
       skipped.append(f"{name} ({_reason(error)})")
+  if limit and len(pairs) > limit:
+    _log.warning(
+      "%s: the first %d of %d pictures are used; data.num_experts=0 takes all",
+      *(root, len(examples), len(pairs)),
+    )
   if skipped:
     more = f" and {len(skipped) - _NAMED} more" if len(skipped) > _NAMED else ""
     named = ", ".join(skipped[:_NAMED]) + more

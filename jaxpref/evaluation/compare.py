@@ -53,7 +53,8 @@ def compare(
       win_rate_decided: win / (win + loss), None if every pair ties; the number to
         read for binary scores, where most pairs tie.
       difference: mean of tuned - base; difference_interval: its 95 % interval.
-      p_value: two-sided paired t-test on per-prompt mean scores.
+      p_value: two-sided paired t-test on per-prompt mean scores; a sign test where all
+        prompts differ by exactly the same, which leaves a t-test no variance.
       prompts: number of prompts; binary: whether every score is 0 or 1.
       selected_training_data: see `selected_by`.
     With one prompt there is no interval ([None, None]) and no p-value.
@@ -325,5 +326,5 @@ def _p_value(tuned: np.ndarray, base: np.ndarray) -> float | None:
   difference = tuned - base
   # The t statistic is 0 / 0 or x / 0 here: all prompts say exactly the same.
   if np.ptp(difference) <= TOLERANCE:
-    return 1.0 if abs(difference.mean()) <= TOLERANCE else 0.0
+    return 1.0 if abs(difference.mean()) <= TOLERANCE else 2.0 ** (1 - len(difference))
   return float(scipy.stats.ttest_rel(tuned, base).pvalue)

@@ -181,6 +181,8 @@ def write_report(
   config: Any,
   evaluated: tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]],
   facts: Mapping[str, Any],
+  *,
+  held_out: bool,
 ) -> Path:
   """Prints the tables and writes `report.html`; returns its path."""
   results, table, examples = evaluated
@@ -194,10 +196,11 @@ def write_report(
     curves=metrics.read_curves(workdir),
     examples=examples,
     facts=facts,
+    held_out=held_out,
   )
   if results:
     print(compare.to_text(results, table))
-    print(report.verdict(results))
+    print(report.verdict(results, held_out=held_out))
   print(f"report: {path}\npictures and scores: {directory}")
   return path
 

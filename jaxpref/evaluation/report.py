@@ -49,6 +49,7 @@ def write_report(
   examples: Sequence[Mapping[str, Any]],
   facts: Mapping[str, Any],
   headline: str | None = None,
+  held_out: bool = True,
 ) -> None:
   """Writes the report of a run as one self-contained HTML file, atomically.
 
@@ -65,6 +66,7 @@ def write_report(
       keys of `results`. Draw them at random: the page says that they were.
     facts: label -> value: versions, device, seed, wall time, updates.
     headline: the scorer that the verdict quotes; see `verdict`.
+    held_out: whether none of the prompts was trained on.
 
   Raises:
     ValueError: an unknown headline or a picture that cannot be read.
@@ -83,7 +85,8 @@ def write_report(
   order = sorted(results, key=lambda k: (k != judge, _weight(results, k)))
   html = environment.from_string(template.read_text("utf-8")).render(
     title=title,
-    verdict=verdict(results, headline=headline),
+    verdict=verdict(results, headline=headline, held_out=held_out),
+    held_out=held_out,
     remarks=remarks(results, headline=headline),
     state=_state(results, judge),
     judge=judge,
@@ -99,13 +102,19 @@ def write_report(
   write_bytes(path, html.encode())
 
 
-def verdict(results: Mapping[str, dict[str, Any]], *, headline: str | None = None) -> str:
+def verdict(
+  results: Mapping[str, dict[str, Any]],
+  *,
+  headline: str | None = None,
+  held_out: bool = True,
+) -> str:
   """Says in one sentence what the comparison shows, whoever won.
 
   Args:
     results: what `compare.compare` returns.
     headline: key of the scorer to quote. By default the first by name that is not
       binary and did not select the training data, else the first of what there is.
+    held_out: whether none of the prompts was trained on.
 
   Raises:
     ValueError: `headline` is not among the results.
@@ -115,7 +124,8 @@ def verdict(results: Mapping[str, dict[str, Any]], *, headline: str | None = Non
   judge = _judge(results, headline)
   entry = results[judge]
   prompts = entry["prompts"]
-  where = f"On {prompts:,} held-out prompt{'s' if prompts != 1 else ''}"
+  kind = "held-out " if held_out else ""
+  where = f"On {prompts:,} {kind}prompt{'s' if prompts != 1 else ''}"
   rate, (low, high), told = entry["win_rate"], entry["interval"], outcome(entry)
   side = "base" if told == "lost" else "tuned"
   if told == "lost":

@@ -20,7 +20,8 @@ _LISTS = re.compile(
   r"(down_blocks|up_blocks|resnets|attentions|transformer_blocks|downsamplers|upsamplers"
   r"|to_out|net)_(\d+)"
 )
-# Names of the VAE's attention as diffusers writes them since 0.14, by Flax's names.
+# Names of the VAE's attention as diffusers writes them since 0.14, by Flax's names, which
+# are those of older files, Stable Diffusion 1.x's among them.
 _VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 # Buffers that older files carry along.
 _IGNORED = ("text_model.embeddings.position_ids",)
@@ -32,6 +33,14 @@ def torch_name(path: tuple[str, ...]) -> str:
   parts = [_VAE_ATTENTION.get(m, _LISTS.sub(r"\1.\2", m)) for m in modules]
   leaf = {"kernel": "weight", "scale": "weight", "embedding": "weight"}.get(leaf, leaf)
   return ".".join([*parts, leaf])
+
+
+def _current_name(name: str) -> str:
+  """The name of a tensor today, whenever its file was written."""
+  parts = name.split(".")
+  if "attentions" in parts:
+    parts = [_VAE_ATTENTION.get(p, p) for p in parts]
+  return ".".join(parts)
 
 
 def to_torch_layout(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
@@ -77,7 +86,7 @@ def import_tensors(
   """
   flat = flax.traverse_util.flatten_dict(abstract)
   names = {torch_name(path): path for path in flat}
-  found = {n: a for n, a in tensors.items() if n not in _IGNORED}
+  found = {_current_name(n): a for n, a in tensors.items() if n not in _IGNORED}
   problems = [f"missing {n} {flat[names[n]].shape}" for n in sorted(names - found.keys())]
   problems += [f"surplus {n} {found[n].shape}" for n in sorted(found.keys() - names.keys())]
   params = {}

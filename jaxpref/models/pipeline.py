@@ -74,7 +74,7 @@ def load_pipeline(name: str, *, dtype: Any = jnp.float32) -> Pipeline:
   Raises:
     UserError: a file is missing or damaged, or does not fit its configuration.
   """
-  path = BUNDLED.get(name, Path(name))
+  path = BUNDLED.get(name, Path(name).expanduser())
   index = _read_json(path / "model_index.json")
   if missing := {"unet", "vae", "text_encoder", "tokenizer", "scheduler"} - index.keys():
     raise UserError(f"{path}/model_index.json lacks {', '.join(sorted(missing))}")

@@ -52,7 +52,8 @@ pictures. It knows nothing but the captions of `jaxpref.data.shapes.prompts`.
 | predicts | {config.unet.prediction_type} |
 | made with | {made} |
 
-Flaws of the corpus, each where a prompt allows it:
+Flaws of the corpus, each drawn where a prompt allows it; of several flaws of meaning only the
+first befalls an image:
 
 | flaw | rate |
 |---|---|

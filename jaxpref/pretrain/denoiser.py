@@ -1,5 +1,6 @@
 """Second stage of the base's pretraining: text encoder and UNet, on the VAE's latents."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -131,7 +132,7 @@ def make_denoiser_step(
     target = schedule_lib.target(schedule, latents, eps, t)
     return schedule_lib.denoising_error(prediction, target).mean()
 
-  @jax.jit(donate_argnums=0)
+  @functools.partial(jax.jit, donate_argnums=0)
   def step(state, latents, ids):
     value, grads = jax.value_and_grad(loss)(
       state.params, latents, ids, jax.random.fold_in(key, state.update)

@@ -1,7 +1,8 @@
 """The pretraining run: corpus, tokenizer, VAE, latents, denoiser, export; each resumable."""
 
+import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxpref import checkpoint, cli, metrics, optim, sharding
+from jaxpref import checkpoint, cli, metrics, optim, runtime, sharding
 from jaxpref import config as config_lib
 from jaxpref import workdir as workdir_lib
 from jaxpref.data import encode
@@ -29,7 +30,7 @@ RULES = dict.fromkeys(
   ("corpus.num_images", "log_every", "save_every")
   + tuple(f"{s}.{n}" for s in ("vae", "denoiser") for n in ("num_updates", "batch_size")),
   _COUNT,
-)
+) | {"corpus.image_size": (lambda value: value in (16, 32, 64), "16, 32 or 64")}
 
 
 def main(argv: list[str]) -> int:
@@ -42,6 +43,7 @@ def _main(argv: list[str]) -> None:
   config_lib.validate(config, RULES)
   path = flags.get("workdir") or workdir_lib.default_workdir(config)
   workdir = workdir_lib.open_workdir(path, config, resume_safe=("log_every", "save_every"))
+  workdir_lib.write_config(workdir.path, config)
   try:
     print(f"the pipeline is in {run(config, workdir.path)}")
   finally:
@@ -49,7 +51,17 @@ def _main(argv: list[str]) -> None:
 
 
 def run(config: Any, workdir: Path) -> Path:
-  """Trains whatever is not there yet; returns the pipeline's directory."""
+  """Trains whatever is not there yet; returns the pipeline's directory.
+
+  Raises:
+    UserError: the batches do not divide by the devices, another pipeline's VAE does not
+      fit, or the workdir's checkpoints were trained on another corpus.
+  """
+  runtime.cache_programs()
+  mesh = sharding.make_mesh()
+  taken = taken_vae(config) if config.vae.path else None
+  for settings in (config.denoiser,) if taken else (config.vae, config.denoiser):
+    sharding.check_batch(settings.batch_size, 1, mesh)
   images, captions = corpus.build_corpus(
     workdir / "corpus",
     num_images=config.corpus.num_images,
@@ -66,13 +78,18 @@ def run(config: Any, workdir: Path) -> Path:
   tokenizer = text.load_tokenizer(tokenizer_dir)
   ids = text.tokenize(tokenizer, captions)
   empty_ids = text.tokenize(tokenizer, [""])
-  mesh = sharding.make_mesh()
-  for settings in (config.vae, config.denoiser):
-    sharding.check_batch(settings.batch_size, 1, mesh)
-  vae_params = train_vae(config, workdir / "vae", images, mesh)
+  identity = {"corpus": _fingerprint(images, captions)}
+  vae_params = taken or train_vae(config, workdir / "vae", images, mesh, identity)
   latents, scaling = encode_corpus(config, vae_params, images, mesh)
   params = train_denoiser(
-    config, workdir / "denoiser", latents, ids, empty_ids, mesh, vocab_size=len(tokenizer)
+    config,
+    workdir / "denoiser",
+    latents,
+    ids,
+    empty_ids,
+    mesh,
+    identity,
+    vocab_size=len(tokenizer),
   )
   configs = {
     "vae": vae_stage.vae_config(config) | {"scaling_factor": scaling},
@@ -88,11 +105,19 @@ def run(config: Any, workdir: Path) -> Path:
   return target
 
 
-def train_vae(config: Any, directory: Path, images: np.ndarray, mesh: Mesh) -> Any:
-  """The VAE's parameters, trained on the corpus, or taken from another pipeline."""
+def _fingerprint(images: np.ndarray, captions: Sequence[str]) -> str:
+  """Changes with any image or caption of the corpus."""
+  digest = hashlib.sha256("\n".join(captions).encode())
+  for start in range(0, len(images), 10_000):
+    digest.update(np.ascontiguousarray(images[start : start + 10_000]).data)
+  return digest.hexdigest()[:16]
+
+
+def train_vae(
+  config: Any, directory: Path, images: np.ndarray, mesh: Mesh, identity: dict[str, str]
+) -> Any:
+  """The VAE's parameters, trained on the corpus."""
   settings = config.vae
-  if settings.path:
-    return taken_vae(config)
   vae = vae_lib.build_vae(vae_stage.vae_config(config), dtype=jnp.float32)
   key = jax.random.key(config.seed)
   params = jax.jit(lambda k: vae_stage.init_vae(vae, k))(jax.random.fold_in(key, 1))
@@ -106,7 +131,8 @@ def train_vae(config: Any, directory: Path, images: np.ndarray, mesh: Mesh) -> A
   def update(state, rows):
     return step(state, sharding.place_batch(images[rows], mesh))
 
-  return _fit(config, settings, directory, state, update, len(images), purpose=1).params
+  rows = len(images)
+  return _fit(config, settings, directory, state, update, rows, identity, purpose=1).params
 
 
 def taken_vae(config: Any) -> Any:
@@ -141,6 +167,7 @@ def train_denoiser(
   ids: np.ndarray,
   empty_ids: np.ndarray,
   mesh: Mesh,
+  identity: dict[str, str],
   *,
   vocab_size: int,
 ) -> dict[str, Any]:
@@ -175,7 +202,8 @@ def train_denoiser(
   def update(state, rows):
     return step(state, *sharding.place_batch((latents[rows], ids[rows]), mesh))
 
-  return _fit(config, settings, directory, state, update, len(latents), purpose=2).ema
+  rows = len(latents)
+  return _fit(config, settings, directory, state, update, rows, identity, purpose=2).ema
 
 
 def _optimizer(settings: Any, *, weight_decay: float, clip_norm: float):
@@ -196,6 +224,7 @@ def _fit(
   state: Any,
   update: Callable[[Any, np.ndarray], tuple[Any, Mapping[str, jax.Array]]],
   num_rows: int,
+  identity: dict[str, str],
   *,
   purpose: int,
 ) -> Any:
@@ -208,22 +237,27 @@ def _fit(
     )
     restored = checkpoint.restore(ckptr, abstract)
     start, state = restored.step, restored.state
+    if restored.metadata != identity:
+      raise UserError(f"{directory} was trained on another corpus; choose another --workdir")
   writer = metrics.MetricWriter(
     directory, total_updates=settings.num_updates, start_step=start or None
   )
   last, since = start, time.perf_counter()
-  for done in range(start + 1, settings.num_updates + 1):
-    rng = np.random.default_rng([config.seed, purpose, done - 1])
-    rows = np.sort(rng.integers(num_rows, size=settings.batch_size))
-    state, values = update(state, rows)
-    if done % config.log_every == 0 or done == settings.num_updates:
-      numbers = {name: float(v) for name, v in values.items()}
-      speed = (done - last) * settings.batch_size / (time.perf_counter() - since)
-      last, since = done, time.perf_counter()
-      writer.write(done, numbers | {"images_per_second": speed})
-      writer.progress(done, loss=numbers["loss"], images_per_second=speed, shares={})
-    if done % config.save_every == 0 or done == settings.num_updates:
-      checkpoint.save(ckptr, done, state, None, {})
-  writer.close()
-  checkpoint.close(ckptr)
+  try:
+    for done in range(start + 1, settings.num_updates + 1):
+      rng = np.random.default_rng([config.seed, purpose, done - 1])
+      rows = np.sort(rng.integers(num_rows, size=settings.batch_size))
+      state, values = update(state, rows)
+      if done % config.log_every == 0 or done == settings.num_updates:
+        numbers = {name: float(v) for name, v in values.items()}
+        speed = (done - last) * settings.batch_size / (time.perf_counter() - since)
+        last, since = done, time.perf_counter()
+        writer.write(done, numbers | {"images_per_second": speed})
+        writer.progress(done, loss=numbers["loss"], images_per_second=speed, shares={})
+      if done % config.save_every == 0 or done == settings.num_updates:
+        checkpoint.save(ckptr, done, state, None, identity)
+  finally:
+    # Also when interrupted: the save under way is finished.
+    writer.close()
+    checkpoint.close(ckptr)
   return state

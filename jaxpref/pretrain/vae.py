@@ -1,5 +1,6 @@
 """First stage of the base's pretraining: the VAE."""
 
+import functools
 from typing import Any
 
 import flax
@@ -80,7 +81,7 @@ def make_vae_step(
 ):
   """`step(state, images) -> (state, metrics)`, jitted, the state donated."""
 
-  @jax.jit(donate_argnums=0)
+  @functools.partial(jax.jit, donate_argnums=0)
   def step(state, images):
     noise_key = jax.random.fold_in(key, state.update)
     grads, metrics = jax.grad(
