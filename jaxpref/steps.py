@@ -69,6 +69,7 @@ def make_train_step(
   prompt_dropout: float,
   accumulate: int = 1,
   refresh_every: int = 1,
+  own_targets: bool = False,
 ) -> Callable:
   """One update as a jitted program.
 
@@ -86,6 +87,9 @@ def make_train_step(
     prompt_dropout: share of rows trained without their prompt.
     accumulate: micro-batches; gradients cross the mesh's `data` axis once, after the last.
     refresh_every: updates after which the lagging policy copy is renewed, if there is one.
+    own_targets: whether a rollout's targets are what the policy itself predicts at this
+      update (refreshed at every one, no guidance). Its error there is 0 and so is the
+      gradient: neither is computed, which halves the policy's part of the work.
 
   Returns:
     `step(state, ref, empty_cond, batch, rollout) -> (state, metrics)`; `ref` is the
@@ -113,19 +117,23 @@ def make_train_step(
     # Arms on axis 1, so that splitting rows over devices keeps pairs together.
     return jnp.stack(x_t, 1), jnp.stack(target, 1), t, cond
 
-  def errors(params, x_t, target, t, cond):
-    """Denoising errors by arm, each [B], from one forward pass."""
-    arms = x_t.shape[1]
-    flat = lambda x: x.reshape((-1, *x.shape[2:]))  # noqa: E731
+  def errors(params, arms, x_t, target, t, cond):
+    """Denoising errors of the first `arms` arms, each [B], from one forward pass."""
+    flat = lambda x: x[:, :arms].reshape((-1, *x.shape[2:]))  # noqa: E731
     prediction = denoise(params, flat(x_t), jnp.repeat(t, arms), jnp.repeat(cond, arms, axis=0))
     err = schedule_lib.denoising_error(prediction, flat(target)).reshape((-1, arms))
-    return {arm: err[:, i] for i, arm in enumerate(loss.ARMS)}
+    return {arm: err[:, i] for i, arm in enumerate(loss.ARMS[:arms])}
 
   def micro_loss(params, ref, rows):
-    err = errors(params, *rows)
+    arms = len(loss.ARMS)
+    if own_targets:
+      err = errors(params, arms - 1, *rows)
+      err[loss.ARMS[-1]] = jnp.zeros_like(err[loss.ARMS[0]])
+    else:
+      err = errors(params, arms, *rows)
     err_ref = {}
     if loss.REFERENCE:
-      err_ref = jax.lax.stop_gradient(errors(ref, *rows))
+      err_ref = jax.lax.stop_gradient(errors(ref, arms, *rows))
     per_sample, metrics = loss.objective(err, err_ref, **hyper)
     metrics = {
       "loss": per_sample,

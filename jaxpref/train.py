@@ -258,6 +258,11 @@ def _programs(prepared: Prepared, tx: optax.GradientTransformation, placement: A
     ema_decay=config.optim.ema_decay,
     accumulate=config.train.accumulate,
     refresh_every=config.rollout.refresh_every,
+    own_targets=(
+      prepared.loss.ROLLOUT
+      and config.rollout.refresh_every == 1
+      and config.rollout.guidance == 1.0
+    ),
     **shared,
   )
   rollout = rollouts.make_rollout(

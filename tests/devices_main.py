@@ -34,7 +34,7 @@ def initial(seed=0):
   return params, rows, draw(1, TOKENS, WIDTH)
 
 
-def train(name, *, data, fsdp, accumulate, refresh_every=1, updates=3):
+def train(name, *, data, fsdp, accumulate, refresh_every=1, updates=3, own=False):
   """Losses by update, the last metrics, and the parameters."""
   mesh = sharding.make_mesh(data=data, fsdp=fsdp)
   params, rows, empty = initial()
@@ -60,6 +60,7 @@ def train(name, *, data, fsdp, accumulate, refresh_every=1, updates=3):
     prompt_dropout=0.2,
     accumulate=accumulate,
     refresh_every=refresh_every,
+    own_targets=own,
   )
   rollout = rollouts.make_rollout(
     denoise,

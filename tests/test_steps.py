@@ -84,6 +84,17 @@ def test_a_fresh_copy_leaves_the_policy_half_without_error(alone):
   assert alone["dro"][0][-1]["err/reference_p"] > 1e-6
 
 
+def test_so_it_need_not_be_computed(alone):
+  history, params = devices_main.train("dro", data=1, fsdp=1, accumulate=1, own=True)
+  for got, want in zip(history, alone["dro"][0], strict=True):
+    assert got.keys() == want.keys() and got["err/policy_p"] == 0.0
+    np.testing.assert_allclose(
+      [got[k] for k in want], list(want.values()), rtol=1e-5, atol=1e-9
+    )
+  for name, array in alone["dro"][1].items():
+    np.testing.assert_allclose(params[name], array, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
 def test_a_lagging_copy_pushes_the_policy_half():
   history, _ = devices_main.train(
     "dro", data=1, fsdp=1, accumulate=1, refresh_every=2, updates=4
