@@ -18,6 +18,7 @@ from PIL import Image
 
 from jaxpref import checkpoint, main
 from jaxpref import config as config_lib
+from jaxpref.data.shapes import prompts
 
 
 @pytest.fixture(autouse=True)
@@ -193,11 +194,15 @@ def test_a_finished_run_is_only_evaluated_again(finished, tiny_pipeline):
   assert (finished / "config.json").read_bytes() == stored
 
 
-def test_no_updates_leave_the_base(tiny_pipeline, tmp_path):
+def test_no_updates_leave_the_base(tiny_pipeline, tmp_path, capsys):
   arguments = _arguments(tiny_pipeline, tmp_path / "none", **{"train.num_updates": 0})
   assert main.main(arguments) == 0
   results = json.loads((tmp_path / "none" / "evaluation" / "0" / "results.json").read_text())
   assert all(entry["tie"] == 1.0 for entry in results.values())
+  printed = capsys.readouterr().out
+  for key in (*results, *prompts.CATEGORIES, "On 6 held-out prompts, it is undecided"):
+    assert key in printed
+  assert f"report: {tmp_path / 'none' / 'report.html'}" in printed
 
 
 def test_sft_and_a_lagging_copy_run_too(tiny_pipeline, tmp_path):
@@ -226,7 +231,9 @@ def test_pictures_of_ones_own(tiny_pipeline, tmp_path, capsys):
   (folder / "broken.txt").write_text("nothing")
   fields = {"data.source": "folder", "data.path": folder}
   assert main.main(_arguments(tiny_pipeline, tmp_path / "run", **fields)) == 0
-  assert (tmp_path / "run" / "report.html").exists()
+  assert "1 file cannot be used: broken.jpg (not an image)" in capsys.readouterr().err
+  html = (tmp_path / "run" / "report.html").read_text()
+  assert any(text in html for text in photographs.values())
   images = tmp_path / "run" / "evaluation" / "4" / "images" / "tuned"
   assert len(list(images.iterdir())) == 4
 
