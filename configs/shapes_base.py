@@ -56,7 +56,7 @@ def get_config(preset: str = "shapes") -> ConfigDict:
 
   c.denoiser = ConfigDict()
   c.denoiser.batch_size = 32
-  c.denoiser.num_updates = 7_000
+  c.denoiser.num_updates = 24_000
   c.denoiser.lr = 1.5e-3
   c.denoiser.warmup_updates = 300
   c.denoiser.decay = 0.4
