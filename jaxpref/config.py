@@ -228,7 +228,7 @@ def _override(config: ConfigDict, path: str, text: str) -> None:
       f"'{path}' is a section; set one of its fields, e.g. --config.{path}.{first}=..."
     )
   if path == "preset":
-    raise UserError("choose the preset with the file: --config=configs/dro.py:tiny")
+    raise UserError(f"choose the preset with the file: --config=FILE:{text}")
   section[key] = _parse(path, text, old, section.get_type(key))
 
 

@@ -117,7 +117,7 @@ def test_values_take_the_type_of_the_default(path, field, text, value):
       "'data.shares' takes a list of float, e.g. [0.5, 0.5], got \"open('x')\"",
     ),
     ("optim", "1", "'optim' is a section; set one of its fields, e.g. --config.optim."),
-    ("preset", "sd15", "choose the preset with the file: --config=configs/dro.py:sd15"),
+    ("preset", "sd15", "choose the preset with the file: --config=FILE:sd15"),
   ],
 )
 def test_ill_typed_values(path, field, text, message):

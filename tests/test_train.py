@@ -138,12 +138,11 @@ def test_eight_devices_end_where_one_does(finished, tiny_pipeline, tmp_path):
     for name in ("loss", "err/policy_e", "err/reference_e"):
       assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
   ours, theirs = _parameters(workdir)[1], _parameters(finished)[1]
-  for path, array in theirs.items():
-    if "/params/" in path:
-      # An Adam step is lr long whatever the gradient: where that is near nothing, its sign
-      # is rounding's, in each of the four updates.
-      np.testing.assert_allclose(ours[path], array, atol=8 * 3e-4, err_msg=path)
-      assert np.mean(np.abs(ours[path] - array) > 3e-5) < 0.02, path
+  paths = [path for path in theirs if path.startswith("/params/")]
+  apart = np.concatenate([np.abs(ours[path] - theirs[path]).ravel() for path in paths])
+  # An Adam step is lr long whatever the gradient: where that is near nothing, its sign is
+  # rounding's, in each of the four updates.
+  assert apart.max() < 8 * 3e-4 and np.mean(apart > 3e-5) < 0.02
 
 
 @pytest.mark.parametrize("killed_after", [1, 3])
@@ -313,4 +312,5 @@ def test_help_names_every_field(capsys):
   from configs import dro
 
   for field, value in config_lib.leaves(dro.get_config()):
-    assert lines[field].split(f"{value}")[-1].strip(), f"{field} is not explained"
+    meaning = lines[field].removeprefix(f"  --config.{field}={value}").strip()
+    assert meaning, f"{field} is not explained"

@@ -56,6 +56,9 @@ def test_new_empty_and_resumed(tmp_path):
   changed = make_config(**{"train.num_updates": 20, "evaluate.seed": 7})
   second = workdir_lib.open_workdir(path, changed)
   assert second.resumed
+  # Until the caller has accepted the change, nothing is written.
+  assert json.loads((path / "config.json").read_text())["train"]["num_updates"] == 10
+  workdir_lib.write_config(path, changed)
   assert json.loads((path / "config.json").read_text())["train"]["num_updates"] == 20
   workdir_lib.release(second)
 
