@@ -126,11 +126,9 @@ def make_train_step(
 
   def micro_loss(params, ref, rows):
     arms = len(loss.ARMS)
+    err = errors(params, arms - own_targets, *rows)
     if own_targets:
-      err = errors(params, arms - 1, *rows)
       err[loss.ARMS[-1]] = jnp.zeros_like(err[loss.ARMS[0]])
-    else:
-      err = errors(params, arms, *rows)
     err_ref = {}
     if loss.REFERENCE:
       err_ref = jax.lax.stop_gradient(errors(ref, arms, *rows))

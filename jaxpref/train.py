@@ -290,7 +290,8 @@ def _fingerprint_of_weights(pipeline: pipeline_lib.Pipeline) -> str:
   """Changes with any parameter of the base."""
   digest = hashlib.sha256()
   for path, leaf in jax.tree.leaves_with_path(pipeline.params):
-    digest.update(jax.tree_util.keystr(path).encode() + np.ascontiguousarray(leaf).data)
+    digest.update(jax.tree_util.keystr(path).encode())
+    digest.update(np.ascontiguousarray(leaf).data)
   return digest.hexdigest()[:16]
 
 

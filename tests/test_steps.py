@@ -171,9 +171,8 @@ def test_a_missing_row_of_the_mesh_is_refused():
     sharding.check_batch(9, 2, mesh)
 
 
-def test_the_step_is_compiled_once_and_its_state_donated():
-  mesh = sharding.make_mesh()
-  params, rows, empty = devices_main.initial()
+def sft_step(mesh, params, accumulate=1):
+  """The train step of SFT, and a new state for it."""
   tx = optax.sgd(1e-2)
   make_state = lambda p: steps.init_state(p, tx, lagging_copy=False)  # noqa: E731
   split = sharding.params_sharding(mesh, jax.eval_shape(make_state, params))
@@ -188,8 +187,15 @@ def test_the_step_is_compiled_once_and_its_state_donated():
     hyper={},
     ema_decay=0.9,
     prompt_dropout=0.0,
+    accumulate=accumulate,
   )
-  state = jax.jit(make_state, out_shardings=split)(params)
+  return step, jax.jit(make_state, out_shardings=split)(params)
+
+
+def test_the_step_is_compiled_once_and_its_state_donated():
+  mesh = sharding.make_mesh()
+  params, rows, empty = devices_main.initial()
+  step, state = sft_step(mesh, params)
   batch = sharding.place_batch(rows, mesh)
   empty = jax.device_put(empty, sharding.replicated(mesh))
   old = state.params["in"]
@@ -202,24 +208,9 @@ def test_the_step_is_compiled_once_and_its_state_donated():
 
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_gradients_cross_devices_once_an_update(accumulate):
-  mesh = sharding.make_mesh()
   params, rows, empty = devices_main.initial()
-  tx = optax.sgd(1e-2)
-  make_state = lambda p: steps.init_state(p, tx, lagging_copy=False)  # noqa: E731
-  step = steps.make_train_step(
-    devices_main.denoise,
-    schedule_lib.make_schedule(),
-    losses.load_loss("sft"),
-    tx,
-    mesh=mesh,
-    state_sharding=sharding.params_sharding(mesh, jax.eval_shape(make_state, params)),
-    seed=0,
-    hyper={},
-    ema_decay=0.9,
-    prompt_dropout=0.0,
-    accumulate=accumulate,
-  )
-  program = jax.make_jaxpr(step)(make_state(params), None, empty, rows, None)
+  step, state = sft_step(sharding.make_mesh(), params, accumulate)
+  program = jax.make_jaxpr(step)(state, None, empty, rows, None)
   everywhere = [path for path, name in primitives(program.jaxpr) if name.startswith("psum")]
   assert everywhere  # one for the tree, or one a leaf
   assert not any("scan" in path for path in everywhere)
