@@ -4,8 +4,7 @@
 
 Runs `jaxpref.main` for each method and seed into `runs/dro_vs_sft/` (finished runs are
 kept, so that an interrupted campaign goes on where it stopped) and writes `results.json`
-and a table in `dro_vs_sft.md`. Options: `--seeds 0 1 2`, and `--set FIELD=VALUE ...` for
-fields of both configurations.
+and a table in `dro_vs_sft.md`. `--help` lists the options.
 """
 
 import argparse
@@ -22,28 +21,47 @@ import pandas as pd
 
 from jaxpref import config as config_lib
 from jaxpref.evaluation import compare
+from jaxpref.models import pipeline
 
 METHODS = ("dro", "sft")
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
   """Runs what is missing, then compares."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--out", type=Path, default=Path("docs/dro_vs_sft"))
-  parser.add_argument("--runs", type=Path, default=Path("runs/dro_vs_sft"))
-  parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-  parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE")
-  options = parser.parse_args()
+  add = parser.add_argument
+  add("--out", type=Path, default=Path("docs/dro_vs_sft"), help="for the table and results")
+  add("--runs", type=Path, default=Path("runs/dro_vs_sft"), help="for the runs' workdirs")
+  add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+  add("--preset", default="shapes", help="of both configurations")
+  add("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="in both configurations")
+  options = parser.parse_args(argv)
+  check_base(options)
   for seed in options.seeds:
     for method in METHODS:
       workdir = options.runs / f"{method}-{seed}"
-      fields = [f"--config.{f}" for f in (f"seed={seed}", *options.set)]
-      arguments = [f"--config=configs/{method}.py", *fields]
+      arguments = _arguments(method, options, f"seed={seed}")
       if not _is_finished(workdir, arguments):
         command = [sys.executable, "-m", "jaxpref.main", f"--workdir={workdir}", *arguments]
         subprocess.run(command, check=True)
   options.out.mkdir(parents=True, exist_ok=True)
   report(options)
+
+
+def _arguments(method: str, options: argparse.Namespace, *fields: str) -> list[str]:
+  settings = (f"--config.{field}" for field in (*fields, *options.set))
+  return [f"--config=configs/{method}.py:{options.preset}", *settings]
+
+
+def check_base(options: argparse.Namespace) -> None:
+  """Refuses a directory of runs that tuned another base, and remembers this one's."""
+  config, _ = config_lib.parse_args(_arguments(METHODS[0], options), flags={})
+  weights = pipeline.fingerprint(pipeline.load_pipeline(config.model.path).params)
+  record = options.runs / "base.txt"
+  if record.exists() and record.read_text() != weights:
+    sys.exit(f"the runs in {options.runs} tuned another base; choose another --runs")
+  options.runs.mkdir(parents=True, exist_ok=True)
+  record.write_text(weights)
 
 
 def _is_finished(workdir: Path, arguments: list[str]) -> bool:
@@ -126,4 +144,4 @@ def _scores(workdir: Path) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-  main()
+  main(sys.argv[1:])

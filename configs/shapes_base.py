@@ -1,22 +1,23 @@
 r"""The base pipeline of the shapes world, trained from scratch on its flawed corpus.
 
   python -m jaxpref.pretrain --config=configs/shapes_base.py
+  python -m jaxpref.pretrain --config=configs/shapes_base.py:more
 
 Three stages: a VAE on the corpus's images, then its text encoder and UNet together on the
-latents, then the export to `<workdir>/pipeline` in diffusers' directory layout. The bundled
-VAE is kept as it is (`vae.path`); it was made by the settings below on an earlier corpus, of
-smaller shapes in any place, which it draws as well. Each stage
-is resumable: the same command continues where it was stopped. What it gives, and how long
-it took, stands in the model card it writes.
+latents, then the export to `<workdir>/pipeline` in diffusers' directory layout, with a model
+card. The bundled VAE is kept as it is (`vae.path`); it was made by the settings below on an
+earlier corpus, of smaller shapes in any place, which it draws as well. The preset `more`
+trains the first run's text encoder and UNet on, on as many new images. Each stage is
+resumable: the same command continues where it was stopped.
 """
 
 from ml_collections import ConfigDict
 
-PRESETS = ("shapes", "tiny")
+PRESETS = ("shapes", "more", "tiny")
 
 
 def get_config(preset: str = "shapes") -> ConfigDict:
-  """Settings of the run; `tiny` is the same program in seconds, for tests."""
+  """Settings of the run; `more` goes on from it, `tiny` is it in seconds, for tests."""
   c = ConfigDict()
   c.name = "shapes_base"
   c.preset = preset
@@ -55,6 +56,7 @@ def get_config(preset: str = "shapes") -> ConfigDict:
   c.unet.prediction_type = "v_prediction"
 
   c.denoiser = ConfigDict()
+  c.denoiser.path = ""  # the pipeline whose text encoder and UNet are trained on; '' for none
   c.denoiser.batch_size = 32
   c.denoiser.num_updates = 24_000
   c.denoiser.lr = 1.5e-3
@@ -67,6 +69,13 @@ def get_config(preset: str = "shapes") -> ConfigDict:
 
   c.log_every = 100  # updates
   c.save_every = 500  # updates
+
+  if preset == "more":
+    c.seed = 1  # another corpus, other noise
+    c.denoiser.path = "runs/shapes_base-shapes/pipeline"
+    c.denoiser.num_updates = 21_000
+    c.denoiser.lr = 1e-3
+    c.denoiser.decay = 0.9
 
   if preset == "tiny":
     c.corpus.num_images = 64

@@ -224,7 +224,11 @@ def _finish(ckptr: Checkpointer, path: Path, response: ocp.AsyncResponse) -> Non
   if jax.process_index() == 0:
     write_json(path / CHECKSUMS, {name: _digest(path / name) for name in _files(path)})
     for step in steps(ckptr.directory)[: -ckptr.keep]:
-      _remove(ckptr.directory / str(step))
+      try:
+        _remove(ckptr.directory / str(step))
+      except OSError as error:
+        # The new checkpoint is whole; what cannot be removed only takes space.
+        _log.warning("the old checkpoint of step %d stays: %s", step, error)
 
 
 def _files(path: Path) -> list[str]:

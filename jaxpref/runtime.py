@@ -4,6 +4,9 @@ import os
 import sys
 from pathlib import Path
 
+# Of the control group: microseconds of CPU time, or "max", in each period of so many.
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
 
 def use_all_cores() -> None:
   """Makes each CPU core a device of its own, unless XLA_FLAGS already decides.
@@ -39,7 +42,12 @@ def cache_programs() -> None:
 
 
 def _cores() -> int:
-  """Cores that this process may run on."""
-  if sys.platform == "linux":
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1
+  """Cores that this process may keep busy: those it may run on, or its container's share."""
+  if sys.platform != "linux":
+    return os.cpu_count() or 1
+  cores = len(os.sched_getaffinity(0))
+  try:
+    quota, period = _QUOTA.read_text().split()
+  except (OSError, ValueError):
+    return cores
+  return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))

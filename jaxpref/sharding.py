@@ -72,17 +72,24 @@ def params_sharding(mesh: Mesh, tree: Any, *, min_bytes: int = 1 << 20) -> Any:
   return jax.tree.map(one, tree)
 
 
-def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
+def check_batch(
+  batch_size: int, mesh: Mesh, *, accumulate: int = 1, section: str = "train"
+) -> None:
   """Whether a batch splits into equal micro-batches on equal devices.
+
+  Args:
+    batch_size: rows.
+    mesh: from `make_mesh`.
+    accumulate: micro-batches.
+    section: of the configuration, for the message.
 
   Raises:
     UserError: it does not.
   """
-  parts = accumulate * mesh.size
-  if batch_size % parts:
+  if batch_size % (accumulate * mesh.size):
+    micro = f"{accumulate} micro-batches ({section}.accumulate) x " if accumulate > 1 else ""
     raise UserError(
-      f"train.batch_size = {batch_size} does not divide by {accumulate} micro-batches "
-      f"(train.accumulate) x {mesh.size} devices"
+      f"{section}.batch_size = {batch_size} does not divide by {micro}{mesh.size} devices"
     )
 
 

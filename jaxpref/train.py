@@ -10,7 +10,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -65,11 +65,11 @@ def prepare(config: Any) -> Prepared:
   """
   runtime.cache_programs()
   mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
-  sharding.check_batch(config.train.batch_size, config.train.accumulate, mesh)
+  sharding.check_batch(config.train.batch_size, mesh, accumulate=config.train.accumulate)
   loss = losses.load_loss(config.loss.name)
   hyper = losses.hyper_of(loss, config.loss)
   pipeline = pipeline_lib.load_pipeline(config.model.path, dtype=jnp.dtype(config.model.dtype))
-  # Their errors are about the numbers of steps.
+  # More steps than the schedule has are refused here, not at the first picture.
   grid.offset_grid(pipeline.schedule, config.rollout.num_steps, jnp.zeros(1, jnp.int32))
   grid.uniform_grid(pipeline.schedule, config.evaluate.num_steps, 1, steps_offset=1)
   data = config.data
@@ -88,9 +88,7 @@ def prepare(config: Any) -> Prepared:
     [e.caption for e in examples],
     seed=config.evaluate.seed,
   )
-  usable = evaluate.usable_scorers(
-    config.evaluate.scorers, prompts, shapes=data.source == "shapes"
-  )
+  usable = evaluate.usable_scorers(config.evaluate.scorers, prompts)
   return Prepared(config, mesh, loss, hyper, pipeline, examples, prompts, usable)
 
 
@@ -124,7 +122,7 @@ def run(prepared: Prepared, workdir: Path) -> None:
   identity = {
     "jaxpref": __version__,
     "data": _fingerprint(prepared.examples),
-    "pipeline": _fingerprint_of_weights(pipeline),
+    "pipeline": pipeline_lib.fingerprint(pipeline.params),
     "num_updates": train.num_updates,
   }
   start = 0
@@ -177,6 +175,7 @@ def run(prepared: Prepared, workdir: Path) -> None:
         clock.reset()
       if done % train.updates_per_iteration == 0 or done == train.num_updates:
         with clock("checkpoint"):
+          _check_finite(values, done)
           checkpoint.save(ckptr, done, state, deal.get_state(), identity)
   finally:
     # Also after an error: the save under way is finished before the workdir is given up.
@@ -286,13 +285,14 @@ def _fingerprint(examples: Sequence[experts.Example]) -> str:
   return digest.hexdigest()[:16]
 
 
-def _fingerprint_of_weights(pipeline: pipeline_lib.Pipeline) -> str:
-  """Changes with any parameter of the base."""
-  digest = hashlib.sha256()
-  for path, leaf in jax.tree.leaves_with_path(pipeline.params):
-    digest.update(jax.tree_util.keystr(path).encode())
-    digest.update(np.ascontiguousarray(leaf).data)
-  return digest.hexdigest()[:16]
+def _check_finite(values: Mapping[str, jax.Array], done: int) -> None:
+  """Before a save: what has diverged must not take a good checkpoint's place."""
+  for name in ("loss", "optim/grad_norm"):
+    if not np.isfinite(value := float(values[name])):
+      raise UserError(
+        f"{name} is {value} at update {done}: the run has diverged, which a lower optim.lr "
+        "may prevent; the checkpoints before are intact"
+      )
 
 
 def _check_continues(

@@ -91,6 +91,16 @@ def test_only_the_newest_are_kept(tmp_path):
     checkpoint.save(ckptr, 4, make_state(), {"n": (1, 2)}, {})
 
 
+def test_what_cannot_be_removed_stays_and_harms_nothing(tmp_path, monkeypatch, caplog):
+  def busy(path):
+    raise OSError(f"{path} is busy")
+
+  monkeypatch.setattr(checkpoint, "_remove", busy)
+  save_all(tmp_path, 1, 2, keep=1)
+  assert checkpoint.steps(tmp_path) == [1, 2]
+  assert "the old checkpoint of step 1 stays" in caplog.text
+
+
 def test_the_state_may_be_donated_while_it_is_saved(tmp_path):
   ckptr = checkpoint.open_checkpointer(tmp_path, keep=1)
   state = {"x": jax.jit(lambda: jnp.arange(1 << 20, dtype=jnp.float32))()}

@@ -5,9 +5,11 @@ import pytest
 
 from jaxpref import sharding
 from jaxpref.data import encode
+from jaxpref.data.shapes import prompts as shapes_prompts
 from jaxpref.errors import UserError
 from jaxpref.evaluation import evaluate, generate
 from jaxpref.models import pipeline
+from jaxpref.scorers import shapes
 
 
 def test_a_picture_depends_on_its_prompt_and_seed_alone(tiny_pipeline):
@@ -27,6 +29,18 @@ def test_a_picture_depends_on_its_prompt_and_seed_alone(tiny_pipeline):
   assert np.abs(images[2].astype(int) - images[5].astype(int)).max() <= 1
   assert (images[5][0] != images[5][4]).any()  # same prompt, other seed
   assert (images[5][1] != images[5][4]).any()  # same seed, other prompt
+
+
+def test_the_bundled_pipeline_draws_what_it_is_asked_for():
+  base = pipeline.load_pipeline("shapes")
+  mesh = sharding.make_mesh()
+  texts = shapes_prompts.held_out(64)
+  program = generate.make_generator(base, mesh, num_steps=12, guidance=4.0, batch_size=64)
+  cond = encode.encode_prompts(base, mesh, texts)
+  images = program(base.params["unet"], cond, generate.seeds_of(64, 1, seed=0))
+  # Any two prompts agree by chance far less often.
+  assert shapes.correct(images, texts).mean() > 0.2
+  assert shapes.correct(images, texts[1:] + texts[:1]).mean() < 0.1
 
 
 def test_seeds_are_all_different():

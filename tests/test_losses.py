@@ -77,5 +77,11 @@ def test_unknown_loss_is_one_line_and_names_what_there_is(name):
   assert "\n" not in str(error.value)
 
 
+def test_arms_that_no_step_feeds_are_refused(monkeypatch):
+  monkeypatch.setattr(losses.load_loss("dro"), "ARMS", ("w", "l", "p"))
+  with pytest.raises(UserError, match="ARMS"):
+    losses.load_loss("dro")
+
+
 def test_a_loss_from_elsewhere_loads_by_its_dotted_path():
   assert losses.load_loss("jaxpref.losses.dro").dro_loss is losses.dro_loss

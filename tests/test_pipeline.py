@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from configs import shapes_base
 from jaxpref.errors import UserError
 from jaxpref.models import convert, pipeline, text, unet, vae
+from jaxpref.pretrain import denoiser
 
 try:
   import torch
@@ -176,6 +178,18 @@ def test_tokenizer_of_another_model(copy):
   vocabulary["extra</w>"] = len(vocabulary)
   file.write_text(json.dumps(vocabulary))
   _refused(copy, "do not belong together")
+
+
+def test_parts_of_different_models(copy):
+  settings = shapes_base.get_config("tiny")
+  settings.text.width = 24
+  config = denoiser.unet_config(settings)
+  other = pipeline.abstract_params(unet.build_unet(config, dtype=jnp.float32))
+  zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), other)
+  tensors = convert.export_tensors(zeros, np.float32)
+  save_file(tensors, copy / "unet" / "diffusion_pytorch_model.safetensors")
+  (copy / "unet" / "config.json").write_text(json.dumps(config))
+  _refused(copy, "takes texts of width 24 and latents of 4 channels")
 
 
 def test_damaged_configuration(copy):

@@ -56,7 +56,7 @@ def test_interrupted_and_continued_it_ends_the_same(
   # Checkpoints of another corpus are not continued.
   monkeypatch.setattr(pretrain, "_fingerprint", lambda *_: "another")
   assert pretrain.main(arguments) == 2
-  assert "was trained on another corpus" in capsys.readouterr().err
+  assert "was trained on another corpus or from other weights" in capsys.readouterr().err
 
 
 def test_a_vae_is_kept(tmp_path, tiny_pipeline, monkeypatch, capsys):
@@ -71,7 +71,24 @@ def test_a_vae_is_kept(tmp_path, tiny_pipeline, monkeypatch, capsys):
   # The bundled VAE is wider than the tiny configuration's.
   arguments = ["--config=configs/shapes_base.py:tiny", "--config.vae.path=shapes"]
   assert pretrain.main([*arguments, f"--workdir={tmp_path / 'other'}"]) == 2
-  assert "the VAE of 'shapes' has another" in capsys.readouterr().err
+  assert "vae.path: 'shapes' has another vae" in capsys.readouterr().err
+
+
+def test_a_pipeline_is_trained_on(tmp_path, tiny_pipeline, monkeypatch, capsys):
+  monkeypatch.chdir(ROOT)
+  before = pipeline.load_pipeline(str(tiny_pipeline))
+  options = [f"--config.{part}.path={tiny_pipeline}" for part in ("vae", "denoiser")]
+  made = _run(tmp_path / "run", capsys, *options, "--config.denoiser.lr=1e-6")
+  # Two updates at a learning rate of nothing: the weights it began with, as float16.
+  for part in ("unet", "text_encoder"):
+    pairs = zip(_leaves(before.params[part]), _leaves(made.params[part]), strict=True)
+    assert all(np.allclose(a, b, atol=2e-5, rtol=1e-3) for a, b in pairs)
+  card = (tmp_path / "run" / "pipeline" / "README.md").read_text()
+  assert f"2 updates of 4 images, from the weights in `{tiny_pipeline}`" in card
+  arguments = ["--config=configs/shapes_base.py:tiny", "--config.denoiser.path=shapes"]
+  assert pretrain.main([*arguments, f"--workdir={tmp_path / 'other'}"]) == 2
+  assert "denoiser.path: 'shapes' has another unet" in capsys.readouterr().err
+  assert not (tmp_path / "other").exists()
 
 
 def _assert_same(ours, theirs):

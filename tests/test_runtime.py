@@ -29,6 +29,16 @@ def test_a_users_choice_stands(monkeypatch, given):
   assert os.environ["XLA_FLAGS"] == given
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
+def test_a_containers_share_counts(monkeypatch, tmp_path):
+  monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+  monkeypatch.setattr(runtime, "_QUOTA", tmp_path / "cpu.max")
+  assert runtime._cores() == 64  # no such file
+  for text, cores in {"max 100000": 64, "250000 100000": 2, "50000 100000": 1}.items():
+    (tmp_path / "cpu.max").write_text(text + "\n")
+    assert runtime._cores() == cores
+
+
 def test_jax_sees_them():
   program = (
     "import json, os; from jaxpref import runtime; runtime._cores = lambda: 4;"

@@ -168,7 +168,7 @@ def test_a_missing_row_of_the_mesh_is_refused():
     sharding.make_mesh(data=3)
   mesh = sharding.make_mesh()
   with pytest.raises(UserError, match="train.batch_size = 9 does not divide by 2"):
-    sharding.check_batch(9, 2, mesh)
+    sharding.check_batch(9, mesh, accumulate=2)
 
 
 def sft_step(mesh, params, accumulate=1):

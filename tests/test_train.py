@@ -3,22 +3,27 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import types
 
+import flax
 import jax
 import numpy as np
 import pytest
 from conftest import ROOT
 from orbax.checkpoint import v1 as ocp
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from jaxpref import checkpoint, main
 from jaxpref import config as config_lib
 from jaxpref.data.shapes import prompts
+from jaxpref.evaluation import evaluate
+from jaxpref.models import pipeline as pipeline_lib
 
 
 @pytest.fixture(autouse=True)
@@ -126,71 +131,154 @@ def test_another_seed_gives_another_run(finished, tiny_pipeline, tmp_path):
   assert any((ours[p] != theirs[p]).any() for p in theirs)
 
 
+# The command line, where every tensor that can be is split over `fsdp`, however small.
+SPLIT = """
+import sys
+from jaxpref import main, sharding
+whole = sharding.params_sharding
+def split(mesh, tree):
+  places = whole(mesh, tree, min_bytes=0)
+  assert "fsdp" in str(places), "nothing is split"
+  return places
+sharding.params_sharding = split
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+def _start(arguments, log, *, devices):
+  flags = f"--xla_force_host_platform_device_count={devices}"
+  program = ["-m", "jaxpref.main"] if devices == 1 else ["-c", SPLIT]
+  return subprocess.Popen(
+    [sys.executable, *program, *arguments],
+    cwd=ROOT,
+    env=os.environ | {"XLA_FLAGS": flags},
+    stdout=log.open("a"),
+    stderr=subprocess.STDOUT,
+  )
+
+
+def _run(arguments, log, *, devices):
+  assert _start(arguments, log, devices=devices).wait(300) == 0, log.read_text()[-2000:]
+
+
 def test_eight_devices_end_where_one_does(finished, tiny_pipeline, tmp_path):
   workdir = tmp_path / "eight"
-  fields = {"mesh.fsdp": 2}
-  command = [sys.executable, "-m", "jaxpref.main"]
-  command += _arguments(tiny_pipeline, workdir, **fields)
-  env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-  done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-  assert done.returncode == 0, done.stderr[-2000:]
+  arguments = _arguments(tiny_pipeline, workdir, **{"mesh.fsdp": 2})
+  _run(arguments, tmp_path / "log", devices=8)
   for ours, theirs in zip(_lines(workdir), _lines(finished), strict=True):
     for name in ("loss", "err/policy_e", "err/reference_e"):
       assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
   ours, theirs = _parameters(workdir)[1], _parameters(finished)[1]
   paths = [path for path in theirs if path.startswith("/params/")]
   apart = np.concatenate([np.abs(ours[path] - theirs[path]).ravel() for path in paths])
-  # An Adam step is lr long whatever the gradient: where that is near nothing, its sign is
-  # rounding's, in each of the four updates.
-  assert apart.max() < 8 * 3e-4 and np.mean(apart > 3e-5) < 0.02
+  # An Adam step is lr = 3e-4 long whatever the gradient: where that is near nothing, its
+  # sign is rounding's. So not the largest distance, but how many are far.
+  assert np.mean(apart > 3e-5) < 0.02
 
 
-@pytest.mark.parametrize("killed_after", [1, 3])
+@pytest.mark.parametrize(("killed_after", "devices"), [(1, 1), (3, 2)])
 def test_killed_and_started_again_it_ends_the_same(
-  finished, tiny_pipeline, tmp_path, capfd, killed_after
+  finished, tiny_pipeline, tmp_path, killed_after, devices
 ):
-  workdir = tmp_path / "run"
-  command = [sys.executable, "-m", "jaxpref.main", *_arguments(tiny_pipeline, workdir)]
-  with (tmp_path / "log").open("w") as log:
-    process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and process.poll() is None:
-      file = workdir / "metrics.jsonl"
-      saved = killed_after < 2 or (workdir / "checkpoints" / "2" / "checksums.json").exists()
-      if saved and file.exists() and file.read_bytes().count(b"\n") >= killed_after:
-        break
-      time.sleep(0.002)
-    assert process.poll() is None, (tmp_path / "log").read_text()[-2000:]
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+  workdir, log = tmp_path / "run", tmp_path / "log"
+  fields = {"mesh.fsdp": devices}
+  arguments = _arguments(tiny_pipeline, workdir, **fields)
+  process = _start(arguments, log, devices=devices)
+  deadline = time.monotonic() + 240
+  while time.monotonic() < deadline and process.poll() is None:
+    file = workdir / "metrics.jsonl"
+    saved = killed_after < 2 or (workdir / "checkpoints" / "2" / "checksums.json").exists()
+    if saved and file.exists() and file.read_bytes().count(b"\n") >= killed_after:
+      break
+    time.sleep(0.002)
+  assert process.poll() is None, log.read_text()[-2000:]
+  os.kill(process.pid, signal.SIGKILL)
+  process.wait()
   assert not (workdir / "report.html").exists()
-  capfd.readouterr()
-  assert main.main(_arguments(tiny_pipeline, workdir)) == 0
-  if killed_after == 3:
-    assert "continuing after update" in capfd.readouterr().err
-  ours, theirs = _parameters(workdir), _parameters(finished)
+  _run(arguments, log, devices=devices)
+  assert ("continuing after update" in log.read_text()) == (killed_after == 3)
+  whole = finished
+  if devices > 1:
+    whole = tmp_path / "whole"
+    _run(_arguments(tiny_pipeline, whole, **fields), log, devices=devices)
+  ours, theirs = _parameters(workdir), _parameters(whole)
   assert ours[0] == theirs[0]
   for path, array in theirs[1].items():
     np.testing.assert_array_equal(ours[1][path], array, err_msg=path)
   timeless = lambda line: {  # noqa: E731
     k: v for k, v in line.items() if k != "time" and not k.startswith(("time/", "perf/"))
   }
-  want = [timeless(line) for line in _lines(finished)]
+  want = [timeless(line) for line in _lines(whole)]
   assert [timeless(line) for line in _lines(workdir)] == want
 
 
-def test_a_finished_run_is_only_evaluated_again(finished, tiny_pipeline):
+def test_a_finished_run_is_only_evaluated_again(finished, tiny_pipeline, monkeypatch):
   before = _parameters(finished)
   lines = _lines(finished)
+  compared = {}
+  judge = evaluate.evaluate
+
+  def spy(base, models, *rest, **options):
+    compared.update(models)
+    return judge(base, models, *rest, **options)
+
+  monkeypatch.setattr(evaluate, "evaluate", spy)
   assert main.main(_arguments(tiny_pipeline, finished)) == 0
   after = _parameters(finished)
   assert after[0] == before[0] and _lines(finished) == lines
   for path, array in before[1].items():
     np.testing.assert_array_equal(after[1][path], array, err_msg=path)
+  # The averages, against the weights of the pipeline.
+  flat = flax.traverse_util.flatten_dict(compared["tuned"], sep="/")
+  for path, array in flat.items():
+    np.testing.assert_array_equal(array, before[1][f"/ema/{path}"], err_msg=path)
+  want = pipeline_lib.load_pipeline(str(tiny_pipeline)).params["unet"]
+  jax.tree.map(np.testing.assert_array_equal, compared["base"], want)
   stored = (finished / "config.json").read_bytes()
   fewer = _arguments(tiny_pipeline, finished, **{"train.num_updates": 3})
   assert main.main(fewer) == 2
   assert (finished / "config.json").read_bytes() == stored
+
+
+def test_what_a_run_began_with_must_stay(tiny_pipeline, tmp_path, capsys):
+  copy = shutil.copytree(tiny_pipeline, tmp_path / "pipeline")
+  fields = {"optim.schedule": "cosine", "train.num_updates": 2}
+  arguments = _arguments(copy, tmp_path / "run", **fields)
+  assert main.main(arguments) == 0
+  longer = _arguments(copy, tmp_path / "run", **fields | {"train.num_updates": 4})
+  assert main.main(longer) == 2
+  assert "train.num_updates was 2, now 4: that would bend" in capsys.readouterr().err
+  weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+  tensors = load_file(weights)
+  tensors["conv_in.bias"] += 1e-3
+  save_file(tensors, weights)
+  assert main.main(arguments) == 2
+  assert "the base pipeline's weights are not those" in capsys.readouterr().err
+
+
+def test_what_diverges_is_not_saved(tiny_pipeline, tmp_path, capsys):
+  arguments = _arguments(tiny_pipeline, tmp_path / "run", **{"optim.lr": 1e30})
+  assert main.main(arguments) == 2
+  assert "the run has diverged" in capsys.readouterr().err
+  assert checkpoint.steps(tmp_path / "run" / "checkpoints") == []
+
+
+def test_the_other_ways_to_sample_and_compute(tiny_pipeline, tmp_path):
+  fields = {
+    "data.flip": True,
+    "model.dtype": "bfloat16",
+    "rollout.solver": "ddim",
+    "rollout.guidance": 2.0,
+    "optim.schedule": "cosine",
+  }
+  assert main.main(_arguments(tiny_pipeline, tmp_path / "run", **fields)) == 0
+  lines = _lines(tmp_path / "run")
+  assert all(line["err/policy_p"] > 0 for line in lines)
+  assert all(
+    p.dtype == np.float32
+    for n, p in _parameters(tmp_path / "run")[1].items()
+    if n.startswith("/params/")
+  )
 
 
 def test_no_updates_leave_the_base(tiny_pipeline, tmp_path, capsys):
@@ -230,7 +318,9 @@ def test_pictures_of_ones_own(tiny_pipeline, tmp_path, capsys):
   (folder / "broken.txt").write_text("nothing")
   fields = {"data.source": "folder", "data.path": folder}
   assert main.main(_arguments(tiny_pipeline, tmp_path / "run", **fields)) == 0
-  assert "1 file cannot be used: broken.jpg (not an image)" in capsys.readouterr().err
+  printed = capsys.readouterr().err
+  assert "1 file cannot be used: broken.jpg (not an image)" in printed
+  assert "not scored with shapes.correct, shapes.quality" in printed
   html = (tmp_path / "run" / "report.html").read_text()
   assert any(text in html for text in photographs.values())
   images = tmp_path / "run" / "evaluation" / "4" / "images" / "tuned"

@@ -11,9 +11,8 @@ import numpy as np
 import pandas as pd
 from jax.sharding import Mesh
 from PIL import Image
-from tqdm import tqdm
 
-from jaxpref import metrics, scorers
+from jaxpref import metrics, progress, scorers
 from jaxpref import workdir as workdir_lib
 from jaxpref.data.encode import encode_prompts
 from jaxpref.data.shapes import prompts as shapes_prompts
@@ -60,26 +59,19 @@ def choose_prompts(
   return [found[i] for i in order[:num_prompts]]
 
 
-def usable_scorers(
-  names: Sequence[str], prompts: Sequence[str], *, shapes: bool
-) -> tuple[str, ...]:
+def usable_scorers(names: Sequence[str], prompts: Sequence[str]) -> tuple[str, ...]:
   """Those that can judge pictures of these prompts; says what it leaves out.
 
   Args:
     names: wanted.
     prompts: of the evaluation.
-    shapes: whether the pictures are meant to be of the shapes world.
 
   Raises:
     UserError: a name is unknown.
   """
   scorers.load_scorers(names)
   foreign = any(_category(prompt) == _OTHER for prompt in prompts)
-  left_out = [
-    name
-    for name in names
-    if name.startswith("shapes.") and (not shapes or (foreign and name == "shapes.correct"))
-  ]
+  left_out = [name for name in names if foreign and name.startswith("shapes.")]
   if left_out:
     _log.warning("not scored with %s, which knows only the shapes world", ", ".join(left_out))
   return tuple(name for name in names if name not in left_out)
@@ -124,7 +116,9 @@ def evaluate(
   cond = np.repeat(encode_prompts(pipeline, mesh, prompts), repeats, axis=0)
   images: dict[str, np.ndarray] = {}
   for model, params in models.items():
-    with tqdm(total=len(texts), desc=f"pictures of the {model} model", unit="image") as bar:
+    with progress.progress_bar(
+      total=len(texts), desc=f"pictures of the {model} model", unit="image"
+    ) as bar:
       images[model] = generator(
         params, cond, seeds, lambda done, bar=bar: bar.update(done - bar.n)
       )

@@ -2,8 +2,9 @@
 
 Besides its math a loss module says what a training step must feed it:
 
-  ARMS: suffixes of the halves of a batch, in order, such as ('e', 'p').
-  ROLLOUT: whether the policy's own samples make the last arm.
+  ARMS: suffixes of the halves of a batch, in order: the data's, such as 'e', and with
+    ROLLOUT the policy's own samples', such as 'p'.
+  ROLLOUT: whether there is that second arm.
   REFERENCE: whether the frozen reference's errors are needed.
   HYPER: names of the configuration's fields under `loss` that `objective` takes.
   objective(err, ref, **hyper) -> (loss [B], metrics): `err` and `ref` are dicts from arm to
@@ -44,6 +45,8 @@ def load_loss(name: str) -> ModuleType:
     raise UserError(f"no loss {name!r}; there are {known}, or a module's dotted path") from None
   if lacking := [n for n in _CONTRACT if not hasattr(module, n)]:
     raise UserError(f"loss {name!r} is no loss module: it lacks {', '.join(lacking)}")
+  if len(module.ARMS) != 1 + module.ROLLOUT:
+    raise UserError(f"loss {name!r}: ARMS are the data's and, with ROLLOUT, the policy's own")
   return module
 
 

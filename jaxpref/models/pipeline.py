@@ -5,6 +5,7 @@ name is a directory.
 """
 
 import dataclasses
+import hashlib
 import json
 import shutil
 import tempfile
@@ -64,6 +65,11 @@ class Pipeline:
     return self.modules["unet"].sample_size * 2 ** (levels - 1)
 
 
+def find_pipeline(name: str) -> Path:
+  """The directory that `name` stands for: that of a bundled pipeline, else the path itself."""
+  return BUNDLED.get(name, Path(name).expanduser())
+
+
 def load_pipeline(name: str, *, dtype: Any = jnp.float32) -> Pipeline:
   """Reads a pipeline.
 
@@ -74,7 +80,7 @@ def load_pipeline(name: str, *, dtype: Any = jnp.float32) -> Pipeline:
   Raises:
     UserError: a file is missing or damaged, or does not fit its configuration.
   """
-  path = BUNDLED.get(name, Path(name).expanduser())
+  path = find_pipeline(name)
   index = _read_json(path / "model_index.json")
   if missing := {"unet", "vae", "text_encoder", "tokenizer", "scheduler"} - index.keys():
     raise UserError(f"{path}/model_index.json lacks {', '.join(sorted(missing))}")
@@ -111,10 +117,26 @@ def load_pipeline(name: str, *, dtype: Any = jnp.float32) -> Pipeline:
       f"{path}/tokenizer makes {tokenizer.model_max_length} tokens, its text encoder takes "
       f"{positions}: they do not belong together"
     )
+  taken = modules["unet"].cross_attention_dim, modules["unet"].in_channels
+  given = modules["text_encoder"].config.hidden_size, modules["vae"].latent_channels
+  if taken != given:
+    raise UserError(
+      f"{path}/unet takes texts of width {taken[0]} and latents of {taken[1]} channels, its "
+      f"text encoder and VAE make {given[0]} and {given[1]}: they do not belong together"
+    )
   schedule = schedule_lib.schedule_from_config(
     _read_json(path / "scheduler" / "scheduler_config.json")
   )
   return Pipeline(path, modules, params, tokenizer, schedule)
+
+
+def fingerprint(params: Any) -> str:
+  """Changes with any name or value in a tree of numpy arrays."""
+  digest = hashlib.sha256()
+  for path, leaf in jax.tree.leaves_with_path(params):
+    digest.update(jax.tree_util.keystr(path).encode())
+    digest.update(np.ascontiguousarray(leaf).data)
+  return digest.hexdigest()[:16]
 
 
 def abstract_params(module: nn.Module) -> Any:
@@ -148,6 +170,7 @@ def save_pipeline(
     _write_json(work / part / "config.json", configs[part])
     tensors = convert.export_tensors(params[part], dtype)
     save_file(tensors, work / part / name, metadata={"format": "pt"})
+    (work / part / name).chmod(0o644)  # safetensors keeps its files to their owner
   (work / "scheduler").mkdir()
   _write_json(work / "scheduler" / "scheduler_config.json", configs["scheduler"])
   shutil.copytree(tokenizer_dir, work / "tokenizer")

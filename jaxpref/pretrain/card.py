@@ -1,6 +1,7 @@
 """The model card that stands beside the exported pipeline, with its training curves."""
 
 import platform
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 
 from jaxpref import __version__, metrics
 from jaxpref.data.shapes import flaws
+from jaxpref.models import pipeline as pipeline_lib
 
 
 def write_card(pipeline: Path, workdir: Path, config: Any) -> None:
@@ -28,8 +30,17 @@ def write_card(pipeline: Path, workdir: Path, config: Any) -> None:
   rates = "\n".join(f"| {name} | {100 * rate:.0f} % |" for name, rate in flaws.RATES.items())
   stages_done = config.vae, config.denoiser
   vae, denoiser = (f"{s.num_updates} updates of {s.batch_size} images" for s in stages_done)
+  command = "    python -m jaxpref.pretrain --config=configs/shapes_base.py"
+  commands, curves = command, "![training curves](training.png)"
   if config.vae.path:
     vae = f"kept from the pipeline `{config.vae.path}`"
+  if config.denoiser.path:
+    denoiser += f", from the weights in `{config.denoiser.path}`"
+    commands += f"\n{command}:{config.preset}"
+    before = pipeline_lib.find_pipeline(config.denoiser.path) / "training.png"
+    if before.exists():
+      shutil.copyfile(before, pipeline / "training-before.png")
+      curves = "![training curves before](training-before.png)\n\n" + curves
   made = f"jaxpref {__version__}, jax {jax.__version__}, {platform.machine()} "
   made += jax.default_backend()
   size = sum(f.stat().st_size for f in pipeline.rglob("*.safetensors")) / 1e6
@@ -39,7 +50,7 @@ def write_card(pipeline: Path, workdir: Path, config: Any) -> None:
 A text-to-image latent diffusion pipeline of {size:.1f} MB, in diffusers' layout, for pictures
 of coloured shapes, {config.corpus.image_size} pixels wide and high. Made from scratch by
 
-    python -m jaxpref.pretrain --config=configs/shapes_base.py
+{commands}
 
 It exists to be tuned: its corpus is flawed, as data from the web is, and so are its
 pictures. It knows nothing but the captions of `jaxpref.data.shapes.prompts`.
@@ -59,7 +70,7 @@ first befalls an image:
 |---|---|
 {rates}
 
-![training curves](training.png)
+{curves}
 
 No person, photograph or text of others went into it; weights and pictures may be used freely.
 """,

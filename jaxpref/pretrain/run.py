@@ -1,6 +1,9 @@
 """The pretraining run: corpus, tokenizer, VAE, latents, denoiser, export; each resumable."""
 
+import dataclasses
+import functools
 import hashlib
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -41,27 +44,81 @@ def main(argv: list[str]) -> int:
 def _main(argv: list[str]) -> None:
   config, flags = config_lib.parse_args(argv, flags=cli.FLAGS)
   config_lib.validate(config, RULES)
+  prepared = prepare(config)  # what can be refused is refused before anything is written
   path = flags.get("workdir") or workdir_lib.default_workdir(config)
   workdir = workdir_lib.open_workdir(path, config, resume_safe=("log_every", "save_every"))
   workdir_lib.write_config(workdir.path, config)
   try:
-    print(f"the pipeline is in {run(config, workdir.path)}")
+    print(f"the pipeline is in {run(prepared, workdir.path)}")
   finally:
     workdir_lib.release(workdir)
 
 
-def run(config: Any, workdir: Path) -> Path:
-  """Trains whatever is not there yet; returns the pipeline's directory.
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """A run's configuration, its mesh, and the pipelines it takes weights from, if any."""
+
+  config: Any
+  mesh: Mesh
+  vae_from: pipeline_lib.Pipeline | None
+  denoiser_from: pipeline_lib.Pipeline | None
+
+
+def prepare(config: Any) -> Prepared:
+  """Everything a run reads.
 
   Raises:
-    UserError: the batches do not divide by the devices, another pipeline's VAE does not
-      fit, or the workdir's checkpoints were trained on another corpus.
+    UserError: a batch does not divide by the devices, or weights to be taken from another
+      pipeline are not there or do not fit.
   """
   runtime.cache_programs()
   mesh = sharding.make_mesh()
-  taken = taken_vae(config) if config.vae.path else None
-  for settings in (config.denoiser,) if taken else (config.vae, config.denoiser):
-    sharding.check_batch(settings.batch_size, 1, mesh)
+  for stage in ("denoiser",) if config.vae.path else ("vae", "denoiser"):
+    sharding.check_batch(config[stage].batch_size, mesh, section=stage)
+  vae_from = _load(config, "vae", ["vae"])
+  return Prepared(config, mesh, vae_from, _load(config, "denoiser", ["unet", "text_encoder"]))
+
+
+def _load(config: Any, stage: str, parts: Sequence[str]) -> pipeline_lib.Pipeline | None:
+  """The pipeline in the stage's `path`, if one is given, whose parts are those it trains."""
+  path = config[stage].path
+  if not path:
+    return None
+  pipeline = pipeline_lib.load_pipeline(path)
+  modules = _modules(_configs(config, vocab_size=len(pipeline.tokenizer)))
+  for part in parts:
+    wanted = pipeline_lib.abstract_params(modules[part])
+    if jax.tree.map(np.shape, pipeline.params[part]) != jax.tree.map(np.shape, wanted):
+      raise UserError(f"{stage}.path: {path!r} has another {part} than this configuration")
+  return pipeline
+
+
+def _configs(config: Any, *, vocab_size: int) -> dict[str, dict[str, Any]]:
+  """Configuration files of the pipeline's parts; the VAE's scaling factor comes later."""
+  return {
+    "vae": vae_stage.vae_config(config),
+    "unet": denoiser.unet_config(config),
+    "text_encoder": denoiser.text_config(config, vocab_size=vocab_size),
+    "scheduler": denoiser.scheduler_config(config),
+  }
+
+
+def _modules(configs: Mapping[str, Any]) -> dict[str, Any]:
+  return {
+    "vae": vae_lib.build_vae(configs["vae"], dtype=jnp.float32),
+    "unet": unet_lib.build_unet(configs["unet"], dtype=jnp.float32),
+    "text_encoder": text.build_text_encoder(configs["text_encoder"], dtype=jnp.float32),
+  }
+
+
+def run(prepared: Prepared, workdir: Path) -> Path:
+  """Trains whatever is not there yet; returns the pipeline's directory.
+
+  Raises:
+    UserError: the workdir's checkpoints were trained on another corpus or from other
+      weights.
+  """
+  config, mesh = prepared.config, prepared.mesh
   images, captions = corpus.build_corpus(
     workdir / "corpus",
     num_images=config.corpus.num_images,
@@ -69,34 +126,41 @@ def run(config: Any, workdir: Path) -> Path:
     seed=config.seed,
   )
   tokenizer_dir = workdir / "tokenizer"
-  text.train_tokenizer(
-    [prompts.caption(s) for specs in prompts.all_prompts("train").values() for s in specs],
-    tokenizer_dir,
-    vocab_size=config.tokenizer.vocab_size,
-    max_length=config.tokenizer.max_length,
-  )
+  if prepared.denoiser_from:  # its text encoder knows its own tokens
+    source = prepared.denoiser_from.path / "tokenizer"
+    shutil.copytree(source, tokenizer_dir, dirs_exist_ok=True)
+  else:
+    text.train_tokenizer(
+      [prompts.caption(s) for specs in prompts.all_prompts("train").values() for s in specs],
+      tokenizer_dir,
+      vocab_size=config.tokenizer.vocab_size,
+      max_length=config.tokenizer.max_length,
+    )
   tokenizer = text.load_tokenizer(tokenizer_dir)
-  ids = text.tokenize(tokenizer, captions)
-  empty_ids = text.tokenize(tokenizer, [""])
+  configs = _configs(config, vocab_size=len(tokenizer))
+  modules = _modules(configs)
   identity = {"corpus": _fingerprint(images, captions)}
-  vae_params = taken or train_vae(config, workdir / "vae", images, mesh, identity)
-  latents, scaling = encode_corpus(config, vae_params, images, mesh)
+  if prepared.vae_from:
+    vae_params = prepared.vae_from.params["vae"]
+  else:
+    vae_params = train_vae(
+      config, modules["vae"], workdir / "vae", images, mesh=mesh, identity=identity
+    )
+  latents, scaling = encode_corpus(modules["vae"], vae_params, images, mesh)
+  configs["vae"]["scaling_factor"] = scaling
+  first = _first_params(prepared, modules)
   params = train_denoiser(
     config,
+    modules,
+    first,
     workdir / "denoiser",
     latents,
-    ids,
-    empty_ids,
-    mesh,
-    identity,
-    vocab_size=len(tokenizer),
+    text.tokenize(tokenizer, captions),
+    schedule=schedule_lib.schedule_from_config(configs["scheduler"]),
+    empty_ids=text.tokenize(tokenizer, [""]),
+    mesh=mesh,
+    identity=identity | {"first": pipeline_lib.fingerprint(first | {"vae": vae_params})},
   )
-  configs = {
-    "vae": vae_stage.vae_config(config) | {"scaling_factor": scaling},
-    "unet": denoiser.unet_config(config),
-    "text_encoder": denoiser.text_config(config, vocab_size=len(tokenizer)),
-    "scheduler": denoiser.scheduler_config(config),
-  }
   target = workdir / "pipeline"
   pipeline_lib.save_pipeline(
     target, params | {"vae": vae_params}, configs=configs, tokenizer_dir=tokenizer_dir
@@ -114,11 +178,16 @@ def _fingerprint(images: np.ndarray, captions: Sequence[str]) -> str:
 
 
 def train_vae(
-  config: Any, directory: Path, images: np.ndarray, mesh: Mesh, identity: dict[str, str]
+  config: Any,
+  vae: Any,
+  directory: Path,
+  images: np.ndarray,
+  *,
+  mesh: Mesh,
+  identity: dict[str, str],
 ) -> Any:
   """The VAE's parameters, trained on the corpus."""
   settings = config.vae
-  vae = vae_lib.build_vae(vae_stage.vae_config(config), dtype=jnp.float32)
   key = jax.random.key(config.seed)
   params = jax.jit(lambda k: vae_stage.init_vae(vae, k))(jax.random.fold_in(key, 1))
   tx = _optimizer(settings, weight_decay=0.0, clip_norm=1.0)
@@ -135,66 +204,54 @@ def train_vae(
   return _fit(config, settings, directory, state, update, rows, identity, purpose=1).params
 
 
-def taken_vae(config: Any) -> Any:
-  """The parameters of the VAE in `config.vae.path`.
-
-  Raises:
-    UserError: it has another architecture than the configuration asks for.
-  """
-  taken = pipeline_lib.load_pipeline(config.vae.path)
-  wanted = vae_lib.build_vae(vae_stage.vae_config(config), dtype=jnp.float32)
-  for name, leaf in pipeline_lib.abstract_params(wanted).items():
-    if jax.tree.map(np.shape, taken.params["vae"].get(name)) != jax.tree.map(np.shape, leaf):
-      raise UserError(f"vae.path: the VAE of {config.vae.path!r} has another {name}")
-  return taken.params["vae"]
-
-
 def encode_corpus(
-  config: Any, params: Any, images: np.ndarray, mesh: Mesh
+  vae: Any, params: Any, images: np.ndarray, mesh: Mesh
 ) -> tuple[np.ndarray, float]:
   """Latents of unit variance, float32 [N, C, h, w], and the factor that made them so."""
-  vae = vae_lib.build_vae(vae_stage.vae_config(config), dtype=jnp.float32)
   run = jax.jit(lambda p, x: vae_lib.encode(vae, p, x))
   latents = encode.in_batches(run, params, images, 200, mesh)
   scaling = round(float(1.0 / latents.std()), 6)
   return latents * np.float32(scaling), scaling
 
 
+def _first_params(prepared: Prepared, modules: Mapping[str, Any]) -> dict[str, Any]:
+  """What text encoder and UNet begin with: another pipeline's weights, or random ones."""
+  if prepared.denoiser_from:
+    return {p: prepared.denoiser_from.params[p] for p in ("unet", "text_encoder")}
+  key = jax.random.key(prepared.config.seed)
+  init = functools.partial(denoiser.init_text_encoder, modules["text_encoder"])
+  return {
+    "unet": jax.jit(modules["unet"].init_weights)(jax.random.fold_in(key, 3)),
+    "text_encoder": jax.jit(init)(jax.random.fold_in(key, 4)),
+  }
+
+
 def train_denoiser(
   config: Any,
+  modules: Mapping[str, Any],
+  first: dict[str, Any],
   directory: Path,
   latents: np.ndarray,
   ids: np.ndarray,
+  *,
+  schedule: schedule_lib.NoiseSchedule,
   empty_ids: np.ndarray,
   mesh: Mesh,
   identity: dict[str, str],
-  *,
-  vocab_size: int,
 ) -> dict[str, Any]:
-  """Averaged parameters {'unet', 'text_encoder'}, trained together."""
+  """Averaged parameters {'unet', 'text_encoder'}, trained together from `first` on."""
   settings = config.denoiser
-  unet = unet_lib.build_unet(denoiser.unet_config(config), dtype=jnp.float32)
-  encoder = text.build_text_encoder(
-    denoiser.text_config(config, vocab_size=vocab_size), dtype=jnp.float32
-  )
-  key = jax.random.key(config.seed)
-  params = {
-    "unet": jax.jit(unet.init_weights)(jax.random.fold_in(key, 3)),
-    "text_encoder": jax.jit(lambda k: denoiser.init_text_encoder(encoder, k))(
-      jax.random.fold_in(key, 4)
-    ),
-  }
   tx = _optimizer(settings, weight_decay=settings.weight_decay, clip_norm=settings.clip_norm)
-  ema = jax.tree.map(jnp.copy, params)
-  state = denoiser.DenoiserState(params, ema, tx.init(params), jnp.int32(0))
+  ema = jax.tree.map(jnp.copy, first)
+  state = denoiser.DenoiserState(first, ema, tx.init(first), jnp.int32(0))
   state = jax.device_put(state, sharding.replicated(mesh))
   step = denoiser.make_denoiser_step(
-    unet,
-    encoder,
-    schedule_lib.schedule_from_config(denoiser.scheduler_config(config)),
+    modules["unet"],
+    modules["text_encoder"],
+    schedule,
     tx,
     jnp.asarray(empty_ids),
-    jax.random.fold_in(key, 5),
+    jax.random.fold_in(jax.random.key(config.seed), 5),
     prompt_dropout=settings.prompt_dropout,
     ema_decay=settings.ema_decay,
   )
@@ -238,20 +295,26 @@ def _fit(
     restored = checkpoint.restore(ckptr, abstract)
     start, state = restored.step, restored.state
     if restored.metadata != identity:
-      raise UserError(f"{directory} was trained on another corpus; choose another --workdir")
+      raise UserError(
+        f"{directory} was trained on another corpus or from other weights; choose another "
+        "--workdir"
+      )
   writer = metrics.MetricWriter(
     directory, total_updates=settings.num_updates, start_step=start or None
   )
-  last, since = start, time.perf_counter()
+  since = time.perf_counter()
+  unwritten: list[Mapping[str, jax.Array]] = []
   try:
     for done in range(start + 1, settings.num_updates + 1):
       rng = np.random.default_rng([config.seed, purpose, done - 1])
       rows = np.sort(rng.integers(num_rows, size=settings.batch_size))
       state, values = update(state, rows)
+      unwritten.append(values)
       if done % config.log_every == 0 or done == settings.num_updates:
-        numbers = {name: float(v) for name, v in values.items()}
-        speed = (done - last) * settings.batch_size / (time.perf_counter() - since)
-        last, since = done, time.perf_counter()
+        # Means: the loss of one batch hides the slope of thousands.
+        numbers = {name: float(np.mean([v[name] for v in unwritten])) for name in values}
+        speed = len(unwritten) * settings.batch_size / (time.perf_counter() - since)
+        unwritten, since = [], time.perf_counter()
         writer.write(done, numbers | {"images_per_second": speed})
         writer.progress(done, loss=numbers["loss"], images_per_second=speed, shares={})
       if done % config.save_every == 0 or done == settings.num_updates:

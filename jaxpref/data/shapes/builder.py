@@ -26,8 +26,8 @@ import filelock
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
-from tqdm import tqdm
 
+from jaxpref import progress
 from jaxpref.data.shapes import annotator, flaws, palette, prompts, render
 from jaxpref.errors import UserError
 
@@ -94,7 +94,9 @@ class ShapesPreferences(tfds.core.GeneratorBasedBuilder):
     seed = self.builder_config.seed
     drawn = (prompts.draw_prompt(_rng(seed, split, i), split) for i in range(num_pairs))
     copies = Counter(prompts.caption(spec) for spec in drawn)
-    for i in tqdm(range(num_pairs), desc=f"drawing pairs to {split} on", unit="pair"):
+    for i in progress.progress_bar(
+      range(num_pairs), desc=f"drawing pairs to {split} on", unit="pair"
+    ):
       row = draw_pair(i, split=split, seed=seed)
       yield i, {**row, "num_example_per_prompt": copies[row["caption"]]}
 

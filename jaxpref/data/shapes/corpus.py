@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from jaxpref import progress
 from jaxpref.data.shapes import flaws, palette, prompts, render
 
 
@@ -33,7 +33,7 @@ def build_corpus(
     partial = stem.with_suffix(".partial.npy")
     images = np.lib.format.open_memmap(partial, "w+", np.uint8, (num_images, size, size, 3))
     captions = []
-    for i in tqdm(range(num_images), desc="drawing the corpus", unit="image"):
+    for i in progress.progress_bar(range(num_images), desc="drawing the corpus", unit="image"):
       rng = np.random.default_rng([seed, i])
       spec = prompts.draw_prompt(rng, "train")
       image, _ = flaws.corpus_image(spec, rng)
