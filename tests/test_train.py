@@ -101,9 +101,9 @@ def test_a_run_leaves_what_it_promises(finished, capsys):
     "time/update",
   ):
     assert all(np.isfinite(line[name]) for line in lines), name
-  assert lines[0]["loss"] == pytest.approx(1e-3, rel=1e-3)  # m, where policy = reference
+  assert lines[0]["loss"] == pytest.approx(0.05, rel=1e-3)  # m, where policy = reference
   assert checkpoint.steps(finished / "checkpoints") == [2, 4]
-  assert json.loads((finished / "config.json").read_text())["loss"]["margin"] == 1e-3
+  assert json.loads((finished / "config.json").read_text())["loss"]["margin"] == 0.05
   results = json.loads((finished / "evaluation" / "4" / "results.json").read_text())
   for entry in results.values():
     assert entry["base"].keys() >= {"mean", "std", "n"}
