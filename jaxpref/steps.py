@@ -145,7 +145,7 @@ def make_train_step(
     """Gradients and metrics of this device's rows, micro-batch by micro-batch."""
     gradients = jax.grad(micro_loss, has_aux=True)
     if accumulate == 1:
-      return jax.lax.pmean(gradients(params, ref, rows), "data")
+      return gradients(params, ref, rows)
 
     def add(total, micro):
       return jax.tree.map(jnp.add, total, gradients(params, ref, micro)), None
@@ -154,10 +154,10 @@ def make_train_step(
     shapes = jax.eval_shape(gradients, params, ref, jax.tree.map(lambda x: x[0], micros))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     total, _ = jax.lax.scan(add, zeros, micros)
-    return jax.lax.pmean(jax.tree.map(lambda x: x / accumulate, total), "data")
+    return jax.tree.map(lambda x: x / accumulate, total)
 
-  sharded_gradients = jax.shard_map(
-    mean_gradients,
+  reduced_gradients = jax.shard_map(
+    lambda *arguments: jax.lax.pmean(mean_gradients(*arguments), "data"),
     mesh=mesh,
     in_specs=(P(), P(), P("data")),
     out_specs=P(),
@@ -166,13 +166,17 @@ def make_train_step(
     # over devices at every micro-batch.
     check_vma=False,
   )
+  if mesh.shape["data"] == 1 < mesh.shape["fsdp"]:
+    # There is nothing to reduce, and XLA's partitioner refuses a manual axis of one device
+    # beside tensors that are split over another.
+    reduced_gradients = mean_gradients
 
   @functools.partial(
     jax.jit, donate_argnums=0, out_shardings=(state_sharding, sharding.replicated(mesh))
   )
   def step(state: TrainState, ref, empty_cond, batch, rollout):
     rows = arms_of(batch, rollout, state.update, empty_cond)
-    grads, metrics = sharded_gradients(state.params, ref, rows)
+    grads, metrics = reduced_gradients(state.params, ref, rows)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     update = state.update + 1
