@@ -33,7 +33,7 @@ PANEL_WIDTH, PANEL_HEIGHT = 340, 150
 _LEFT, _RIGHT, _TOP, _BOTTOM = 42, 8, 8, 20
 _BUCKETS = 120
 _ONE_PANEL = ("err", "time")  # prefixes whose metrics share a unit, so also a panel
-_TINY = 128  # pictures up to this size are shown doubled, pixel by pixel
+_TINY = 128  # pictures up to this size are enlarged, pixel by pixel
 
 Curve = Sequence[tuple[float, float]]
 
@@ -347,7 +347,7 @@ def _picture(data: bytes) -> dict[str, Any]:
   except OSError as error:
     raise ValueError("an example is neither a PNG nor a JPEG picture") from error
   tiny = max(width, height) <= _TINY
-  scale = 2 if tiny else min(1.0, 288 / width)
+  scale = max(2, 128 // max(width, height)) if tiny else min(1.0, 288 / width)
   return {
     "uri": f"data:{mime};base64,{base64.b64encode(data).decode()}",
     "width": round(width * scale),
