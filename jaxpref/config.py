@@ -40,6 +40,7 @@ def _one_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
 
 _POSITIVE = (lambda value: 0 < value < math.inf, "positive and finite")
 _DECAY = (lambda value: 0 <= value < 1, "at least 0 and below 1")
+_SEED = (lambda value: 0 <= value < 2**31, "at least 0 and below 2^31")
 _AXIS = (lambda value: value >= 1 or value == -1, "at least 1, or -1 for the rest")
 
 RULES: Rules = {
@@ -52,7 +53,8 @@ RULES: Rules = {
   **dict.fromkeys(("optim.lr", "optim.eps"), _POSITIVE),
   **dict.fromkeys(("optim.b1", "optim.b2", "optim.ema_decay"), _DECAY),
   **dict.fromkeys(("mesh.data", "mesh.fsdp"), _AXIS),
-  **dict.fromkeys(("seed", "evaluate.seed", "evaluate.num_examples"), _at_least(0)),
+  **dict.fromkeys(("seed", "evaluate.seed"), _SEED),
+  "evaluate.num_examples": _at_least(0),
   **dict.fromkeys(("rollout.guidance", "evaluate.guidance"), _at_least(0)),
   **dict.fromkeys(("optim.warmup_updates", "optim.weight_decay"), _at_least(0)),
   "train.num_updates": _at_least(0),

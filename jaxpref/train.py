@@ -42,6 +42,8 @@ from jaxpref.models import unet as unet_lib
 
 _log = logging.getLogger(__name__)
 
+_CLOSED = "loss.margin, if dro/active is 0 too"
+
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
@@ -169,6 +171,8 @@ def run(prepared: Prepared, workdir: Path) -> None:
         shares, speed = clock.shares(), images_since / clock.elapsed()
         numbers = {name: float(v) for name, v in values.items()}
         times = {f"time/{name}": share for name, share in shares.items()}
+        if numbers["optim/grad_norm"] == 0.0 and done < train.num_updates:
+          _log.warning("update %d learned nothing, its gradient is 0: see %s", done, _CLOSED)
         writer.write(done, numbers | {"perf/images_per_second": speed} | times)
         writer.progress(done, loss=numbers["loss"], images_per_second=speed, shares=shares)
         images_since = 0
@@ -291,7 +295,7 @@ def _check_finite(values: Mapping[str, jax.Array], done: int) -> None:
     if not np.isfinite(value := float(values[name])):
       raise UserError(
         f"{name} is {value} at update {done}: the run has diverged, which a lower optim.lr "
-        "may prevent; the checkpoints before are intact"
+        "may prevent; nothing of it is saved"
       )
 
 

@@ -180,6 +180,31 @@ def test_tokenizer_of_another_model(copy):
   _refused(copy, "do not belong together")
 
 
+@pytest.mark.parametrize(
+  ("file", "fields", "message"),
+  [
+    ("model_index.json", None, "holds no JSON object"),
+    ("scheduler/scheduler_config.json", None, "holds no JSON object"),
+    ("unet/config.json", {"block_out_channels": "abc"}, "describes no unet"),
+    ("text_encoder/config.json", {"hidden_size": "wide"}, "describes no text_encoder"),
+    ("unet/config.json", {"sample_size": [8, 8]}, "describes no unet"),
+    ("vae/config.json", {"scaling_factor": None}, "scaling_factor is None"),
+  ],
+)
+def test_configurations_of_another_kind(copy, file, fields, message):
+  content = [] if fields is None else json.loads((copy / file).read_text()) | fields
+  (copy / file).write_text(json.dumps(content))
+  _refused(copy, message)
+
+
+def test_weights_that_are_not_finite(copy):
+  file = copy / "unet" / "diffusion_pytorch_model.safetensors"
+  tensors = load_file(file)
+  tensors["conv_in.bias"][0] = np.nan
+  save_file(tensors, file)
+  _refused(copy, "not all finite: conv_in/bias")
+
+
 def test_parts_of_different_models(copy):
   settings = shapes_base.get_config("tiny")
   settings.text.width = 24

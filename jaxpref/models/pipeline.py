@@ -89,21 +89,25 @@ def load_pipeline(name: str, *, dtype: Any = jnp.float32) -> Pipeline:
     "vae": vae_lib.build_vae,
     "text_encoder": text.build_text_encoder,
   }
-  modules = {
-    # The VAE runs once a picture and its errors are seen: float32 whatever the rest.
-    part: make(
-      _read_json(path / part / "config.json"), dtype=jnp.float32 if part == "vae" else dtype
-    )
-    for part, make in build.items()
-  }
-  params = {
-    part: convert.import_tensors(
-      _read_tensors(path / part / _WEIGHTS[part]),
-      abstract_params(modules[part]),
-      where=str(path / part),
-    )
-    for part in build
-  }
+  modules, params = {}, {}
+  for part, make in build.items():
+    file = path / part / "config.json"
+    config = _read_json(file)
+    try:
+      # The VAE runs once a picture and its errors are seen: float32 whatever the rest.
+      modules[part] = make(config, dtype=jnp.float32 if part == "vae" else dtype)
+      shapes = abstract_params(modules[part])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # of the libraries
+      reason = str(error).partition("\n")[0]
+      raise UserError(f"{file} describes no {part} that can be built: {reason}") from error
+    tensors = _read_tensors(path / part / _WEIGHTS[part])
+    params[part] = convert.import_tensors(tensors, shapes, where=str(path / part))
+    for keys, tensor in jax.tree.leaves_with_path(params[part]):
+      if not np.isfinite(tensor).all():
+        where = jax.tree_util.keystr(keys, simple=True, separator="/")
+        raise UserError(f"the weights in {path / part} are not all finite: {where}")
+  if not isinstance(factor := modules["vae"].scaling_factor, int | float) or factor <= 0:
+    raise UserError(f"{path}/vae/config.json: scaling_factor is {factor}, not positive")
   tokenizer = text.load_tokenizer(path / "tokenizer")
   vocabulary = modules["text_encoder"].config.vocab_size
   if len(tokenizer) != vocabulary:
@@ -205,11 +209,14 @@ _INDEX = {
 
 def _read_json(path: Path) -> dict[str, Any]:
   try:
-    return json.loads(path.read_text())
+    value = json.loads(path.read_text())
   except FileNotFoundError as error:
     raise UserError(f"no {path}: not a complete pipeline in diffusers' layout") from error
   except (OSError, ValueError) as error:
     raise UserError(f"cannot read {path}: {error}") from error
+  if not isinstance(value, dict):
+    raise UserError(f"{path} holds no JSON object")
+  return value
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
