@@ -42,8 +42,6 @@ from jaxpref.models import unet as unet_lib
 
 _log = logging.getLogger(__name__)
 
-_CLOSED = "loss.margin, if dro/active is 0 too"
-
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
@@ -172,7 +170,11 @@ def run(prepared: Prepared, workdir: Path) -> None:
         numbers = {name: float(v) for name, v in values.items()}
         times = {f"time/{name}": share for name, share in shares.items()}
         if numbers["optim/grad_norm"] == 0.0 and done < train.num_updates:
-          _log.warning("update %d learned nothing, its gradient is 0: see %s", done, _CLOSED)
+          _log.warning(
+            "update %d learned nothing, its gradient is 0: see loss.margin, if dro/active is "
+            "0 too",
+            done,
+          )
         writer.write(done, numbers | {"perf/images_per_second": speed} | times)
         writer.progress(done, loss=numbers["loss"], images_per_second=speed, shares=shares)
         images_since = 0

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -21,9 +20,8 @@ def tiny_pipeline(tmp_path_factory) -> Path:
   """A pipeline directory as the shapes world's, tiny and untrained."""
   from configs import shapes_base
   from jaxpref.data.shapes import prompts
-  from jaxpref.models import pipeline, text, unet, vae
-  from jaxpref.pretrain import denoiser
-  from jaxpref.pretrain import vae as vae_stage
+  from jaxpref.models import pipeline, text
+  from jaxpref.pretrain import run as pretrain
 
   config = shapes_base.get_config("tiny")
   root = tmp_path_factory.mktemp("tiny")
@@ -35,17 +33,8 @@ def tiny_pipeline(tmp_path_factory) -> Path:
     max_length=config.tokenizer.max_length,
   )
   vocab_size = len(text.load_tokenizer(root / "tokenizer"))
-  configs = {
-    "vae": vae_stage.vae_config(config),
-    "unet": denoiser.unet_config(config),
-    "text_encoder": denoiser.text_config(config, vocab_size=vocab_size),
-    "scheduler": denoiser.scheduler_config(config),
-  }
-  modules = {
-    "vae": vae.build_vae(configs["vae"], dtype=jnp.float32),
-    "unet": unet.build_unet(configs["unet"], dtype=jnp.float32),
-    "text_encoder": text.build_text_encoder(configs["text_encoder"], dtype=jnp.float32),
-  }
+  configs = pretrain.pipeline_configs(config, vocab_size=vocab_size)
+  modules = pipeline.build_modules(configs)
   rng = np.random.default_rng(0)
 
   def draw(leaf):  # not the modules' own init, whose zeros and ones would hide mistakes

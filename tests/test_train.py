@@ -171,9 +171,9 @@ def test_eight_devices_end_where_one_does(finished, tiny_pipeline, tmp_path):
   ours, theirs = _parameters(workdir)[1], _parameters(finished)[1]
   paths = [path for path in theirs if path.startswith("/params/")]
   apart = np.concatenate([np.abs(ours[path] - theirs[path]).ravel() for path in paths])
-  # An Adam step is lr = 3e-4 long whatever the gradient: where that is near nothing, its
-  # sign is rounding's. So not the largest distance, but how many are far.
-  assert np.mean(apart > 3e-5) < 0.02
+  # An Adam step is lr long whatever the gradient: where that is near nothing, its sign is
+  # rounding's, in each of the four updates.
+  assert apart.max() < 8 * 3e-4 and np.mean(apart > 3e-5) < 0.02
 
 
 @pytest.mark.parametrize(("killed_after", "devices"), [(1, 1), (3, 2)])

@@ -65,6 +65,18 @@ class Pipeline:
     return self.modules["unet"].sample_size * 2 ** (levels - 1)
 
 
+_BUILD: dict[str, Callable] = {
+  "unet": unet_lib.build_unet,
+  "vae": vae_lib.build_vae,
+  "text_encoder": text.build_text_encoder,
+}
+
+
+def build_modules(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, nn.Module]:
+  """The modules of these configurations, by part as `save_pipeline` takes them, in float32."""
+  return {part: make(configs[part], dtype=jnp.float32) for part, make in _BUILD.items()}
+
+
 def find_pipeline(name: str) -> Path:
   """The directory that `name` stands for: that of a bundled pipeline, else the path itself."""
   return BUNDLED.get(name, Path(name).expanduser())
@@ -84,13 +96,8 @@ def load_pipeline(name: str, *, dtype: Any = jnp.float32) -> Pipeline:
   index = _read_json(path / "model_index.json")
   if missing := {"unet", "vae", "text_encoder", "tokenizer", "scheduler"} - index.keys():
     raise UserError(f"{path}/model_index.json lacks {', '.join(sorted(missing))}")
-  build: dict[str, Callable] = {
-    "unet": unet_lib.build_unet,
-    "vae": vae_lib.build_vae,
-    "text_encoder": text.build_text_encoder,
-  }
   modules, params = {}, {}
-  for part, make in build.items():
+  for part, make in _BUILD.items():
     file = path / part / "config.json"
     config = _read_json(file)
     try:

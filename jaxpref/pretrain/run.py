@@ -23,7 +23,6 @@ from jaxpref.diffusion import schedule as schedule_lib
 from jaxpref.errors import UserError
 from jaxpref.models import pipeline as pipeline_lib
 from jaxpref.models import text
-from jaxpref.models import unet as unet_lib
 from jaxpref.models import vae as vae_lib
 from jaxpref.pretrain import card, denoiser
 from jaxpref.pretrain import vae as vae_stage
@@ -85,7 +84,9 @@ def _load(config: Any, stage: str, parts: Sequence[str]) -> pipeline_lib.Pipelin
   if not path:
     return None
   pipeline = pipeline_lib.load_pipeline(path)
-  modules = _modules(_configs(config, vocab_size=len(pipeline.tokenizer)))
+  modules = pipeline_lib.build_modules(
+    pipeline_configs(config, vocab_size=len(pipeline.tokenizer))
+  )
   for part in parts:
     wanted = pipeline_lib.abstract_params(modules[part])
     if jax.tree.map(np.shape, pipeline.params[part]) != jax.tree.map(np.shape, wanted):
@@ -93,21 +94,13 @@ def _load(config: Any, stage: str, parts: Sequence[str]) -> pipeline_lib.Pipelin
   return pipeline
 
 
-def _configs(config: Any, *, vocab_size: int) -> dict[str, dict[str, Any]]:
+def pipeline_configs(config: Any, *, vocab_size: int) -> dict[str, dict[str, Any]]:
   """Configuration files of the pipeline's parts; the VAE's scaling factor comes later."""
   return {
     "vae": vae_stage.vae_config(config),
     "unet": denoiser.unet_config(config),
     "text_encoder": denoiser.text_config(config, vocab_size=vocab_size),
     "scheduler": denoiser.scheduler_config(config),
-  }
-
-
-def _modules(configs: Mapping[str, Any]) -> dict[str, Any]:
-  return {
-    "vae": vae_lib.build_vae(configs["vae"], dtype=jnp.float32),
-    "unet": unet_lib.build_unet(configs["unet"], dtype=jnp.float32),
-    "text_encoder": text.build_text_encoder(configs["text_encoder"], dtype=jnp.float32),
   }
 
 
@@ -137,8 +130,8 @@ def run(prepared: Prepared, workdir: Path) -> Path:
       max_length=config.tokenizer.max_length,
     )
   tokenizer = text.load_tokenizer(tokenizer_dir)
-  configs = _configs(config, vocab_size=len(tokenizer))
-  modules = _modules(configs)
+  configs = pipeline_configs(config, vocab_size=len(tokenizer))
+  modules = pipeline_lib.build_modules(configs)
   identity = {"corpus": _fingerprint(images, captions)}
   if prepared.vae_from:
     vae_params = prepared.vae_from.params["vae"]
