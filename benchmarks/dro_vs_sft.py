@@ -56,7 +56,7 @@ def _arguments(method: str, options: argparse.Namespace, *fields: str) -> list[s
 def check_base(options: argparse.Namespace) -> None:
   """Refuses a directory of runs that tuned another base, and remembers this one's."""
   config, _ = config_lib.parse_args(_arguments(METHODS[0], options), flags={})
-  weights = pipeline.fingerprint(pipeline.load_pipeline(config.model.path).params)
+  weights = pipeline.load_pipeline(config.model.path).digest
   record = options.runs / "base.txt"
   if record.exists() and record.read_text() != weights:
     sys.exit(f"the runs in {options.runs} tuned another base; choose another --runs")

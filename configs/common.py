@@ -17,7 +17,8 @@ def base(name: str, preset: str) -> ConfigDict:
   c.seed = 0  # of everything random; same seed, same numbers
 
   c.model = ConfigDict()
-  c.model.path = "shapes"  # 'shapes', or a directory in diffusers' layout
+  c.model.path = "shapes"  # 'shapes', a directory in diffusers' layout, or a hub id
+  c.model.variant = ""  # of its weights, such as fp16; '': the full ones, where there are
   c.model.dtype = "float32"  # of the computation; parameters and moments are float32
 
   c.data = ConfigDict()

@@ -183,8 +183,7 @@ def restore(ckptr: Checkpointer, abstract_state: Any) -> Restored:
       state = ocp.load_checkpointables(path, {"state": abstract_state})["state"]
       record = ocp.metadata(path).custom_metadata
     except (OSError, ValueError, KeyError) as error:
-      # Orbax wraps what happened in an error about its registry of handlers.
-      reason = str(error.__cause__ or error).strip().partition("\n")[0].rstrip(":")
+      reason = _reason(error)
       if (path / CHECKSUMS).exists():
         raise UserError(f"the checkpoint {path} does not fit: {reason}") from error
       damaged[step] = reason
@@ -197,26 +196,58 @@ def restore(ckptr: Checkpointer, abstract_state: Any) -> Restored:
   raise UserError(f"no good checkpoint in {ckptr.directory} ({found or 'it is empty'})")
 
 
-def restore_subtree(directory: str | Path, step: int, abstract: Any) -> Any:
-  """Restores only a part of a state, such as its parameters.
+def find_good(directory: str | Path, *, step: int | None = None) -> tuple[int, dict[str, Any]]:
+  """A checkpoint whose files are as they were written, for `restore_subtree`.
 
   Args:
     directory: the directory of steps.
-    step: which one.
-    abstract: nested dict of `jax.ShapeDtypeStruct` by the state's field names.
+    step: which one; by default the newest that is good.
+
+  Returns:
+    Its step and its metadata.
 
   Raises:
-    UserError: the checkpoint is missing or damaged.
+    UserError: there is no such checkpoint, or it is damaged.
+  """
+  directory = Path(directory).absolute()
+  found = steps(directory) if directory.is_dir() else []
+  if not found or step not in (None, *found):
+    which = "" if step is None else f" of step {step}, only of {found}"
+    raise UserError(f"there is no checkpoint{which} in {directory}")
+  problems = []
+  for candidate in reversed(found) if step is None else (step,):
+    path = directory / str(candidate)
+    if (problem := _verify(path)) is None:
+      return candidate, ocp.metadata(path).custom_metadata["metadata"]
+    problems.append(f"step {candidate}: {problem}")
+    _log.warning("checkpoint of step %d is damaged (%s), not used", candidate, problem)
+  raise UserError(f"no good checkpoint in {directory} ({'; '.join(problems)})")
+
+
+def restore_subtree(directory: str | Path, step: int, abstract: Any) -> Any:
+  """Restores only a part of a state, such as its averaged parameters; changes nothing.
+
+  Args:
+    directory: the directory of steps.
+    step: from `find_good`.
+    abstract: nested dict of `jax.ShapeDtypeStruct` with shardings by the state's field names.
+
+  Raises:
+    UserError: the checkpoint holds another structure or other shapes.
   """
   path = Path(directory).absolute() / str(step)
-  if not path.is_dir():
-    raise UserError(f"no checkpoint of step {step} in {directory}")
-  if problem := _verify(path):
-    raise UserError(f"the checkpoint {path} is damaged: {problem}")
   context = ocp.Context()
   context.pytree.loading.partial_load = True
-  with context:
-    return ocp.load_checkpointables(path, {"state": abstract})["state"]
+  try:
+    with context:
+      return ocp.load_checkpointables(path, {"state": abstract})["state"]
+  except (OSError, ValueError, KeyError) as error:
+    raise UserError(f"the checkpoint {path} does not fit: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+  """The first line of what happened, which Orbax wraps in an error about its handlers."""
+  return str(error.__cause__ or error).strip().partition("\n")[0].rstrip(":")
 
 
 def _finish(ckptr: Checkpointer, path: Path, response: ocp.AsyncResponse) -> None:

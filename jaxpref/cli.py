@@ -1,5 +1,6 @@
 """What the package's programs have in common: flags, messages, exit status."""
 
+import argparse
 import errno
 import logging
 import sys
@@ -10,6 +11,18 @@ from jaxpref.errors import UserError
 
 # What the machine refuses: no permission, no space.
 _REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+
+
+class Parser(argparse.ArgumentParser):
+  """Flags of a program without a configuration file; what is wrong is one line."""
+
+  def __init__(self, doc: str):
+    super().__init__(description=doc, allow_abbrev=False)
+
+  def error(self, message: str):
+    """Raises what argparse would print with a page of usage."""
+    raise UserError(f"{message}; --help lists the flags")
+
 
 FLAGS = {"workdir": "directory of the run; runs/<name>-<preset> by default"}
 

@@ -4,6 +4,7 @@ Nothing random is carried along, so a resumed run draws what an uninterrupted on
 """
 
 import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,21 +22,24 @@ def key_of(seed: int, purpose: str, step: int | jax.Array) -> jax.Array:
   return jax.random.fold_in(named, step)
 
 
-def drop_prompts(
-  seed: int, update: jax.Array, cond: jax.Array, empty_cond: jax.Array, *, rate: float
-) -> jax.Array:
-  """Replaces the prompts of a random share of rows by the empty prompt.
+def drop_prompts(seed: int, update: jax.Array, cond: Any, uncond: Any, *, rate: float) -> Any:
+  """Takes the prompts away from a random share of rows.
 
   Args:
     seed: of the run.
     update: number of updates done; the same rows are dropped wherever it is asked.
-    cond: text embeddings [B, L, D].
-    empty_cond: of the empty prompt, [1, L, D].
+    cond: what the denoiser is told, a tree of arrays [B, ...].
+    uncond: the same without a prompt, [1, ...].
     rate: share of rows, 0 to 1.
 
   Returns:
-    Text embeddings [B, L, D].
+    A tree like `cond`.
   """
-  key = key_of(seed, "prompt_dropout", update)
-  dropped = jax.random.bernoulli(key, rate, (cond.shape[0], 1, 1))
-  return jnp.where(dropped, empty_cond.astype(cond.dtype), cond)
+  rows = jax.tree.leaves(cond)[0].shape[0]
+  dropped = jax.random.bernoulli(key_of(seed, "prompt_dropout", update), rate, (rows,))
+
+  def one(with_prompt, without):
+    where = dropped.reshape((-1,) + (1,) * (with_prompt.ndim - 1))
+    return jnp.where(where, without.astype(with_prompt.dtype), with_prompt)
+
+  return jax.tree.map(one, cond, uncond)

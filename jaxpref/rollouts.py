@@ -62,21 +62,21 @@ def make_rollout(
     prompt_dropout: as in the train step, which drops the same rows' prompts.
 
   Returns:
-    `rollout(params, update, cond [B, L, D], empty_cond [1, L, D])`.
+    `rollout(params, update, cond, uncond)` of trees of [B, ...] and [1, ...].
   """
 
   @jax.jit
-  def rollout(params: Any, update, cond, empty_cond) -> Rollout:
-    rows = cond.shape[0]
+  def rollout(params: Any, update, cond, uncond) -> Rollout:
+    rows = jax.tree.leaves(cond)[0].shape[0]
     key = randomness.key_of(seed, "rollout", update)
-    cond = randomness.drop_prompts(seed, update, cond, empty_cond, rate=prompt_dropout)
+    cond = randomness.drop_prompts(seed, update, cond, uncond, rate=prompt_dropout)
     spacing = schedule.num_timesteps // num_steps
     offsets = jax.random.randint(jax.random.fold_in(key, 0), (rows,), 0, spacing)
     picks = jax.random.randint(jax.random.fold_in(key, 1), (rows,), 0, num_steps)
     noise_keys = jax.random.split(jax.random.fold_in(key, 2), rows)
     x_T = sample_lib.initial_noise(noise_keys, latent_shape)  # noqa: N806
     guided = guidance_lib.classifier_free(
-      lambda x_t, t, c: denoise(params, x_t, t, c), cond, empty_cond, guidance
+      lambda x_t, t, c: denoise(params, x_t, t, c), cond, uncond, guidance
     )
     _, seen = sample_lib.sample(
       guided,
@@ -85,7 +85,7 @@ def make_rollout(
       schedule,
       solver=solver,
       order=order,
-      key=noise_keys if solver == "ddpm" else None,
+      key=noise_keys,
       trajectory=True,
     )
     at_pick = jax.vmap(lambda steps, k: steps[k], in_axes=(1, 0))

@@ -72,6 +72,11 @@ def params_sharding(mesh: Mesh, tree: Any, *, min_bytes: int = 1 << 20) -> Any:
   return jax.tree.map(one, tree)
 
 
+def place_params(tree: Any, mesh: Mesh) -> Any:
+  """Puts parameters where `params_sharding` says; what lies there already stays."""
+  return jax.device_put(tree, params_sharding(mesh, tree))
+
+
 def check_batch(
   batch_size: int, mesh: Mesh, *, accumulate: int = 1, section: str = "train"
 ) -> None:

@@ -92,16 +92,16 @@ def make_train_step(
       gradient: neither is computed, which halves the policy's part of the work.
 
   Returns:
-    `step(state, ref, empty_cond, batch, rollout) -> (state, metrics)`; `ref` is the
-    reference's parameters or None, `batch` {'latents': [B, C, h, w], 'cond': [B, L, D]},
+    `step(state, ref, uncond, batch, rollout) -> (state, metrics)`; `ref` is the
+    reference's parameters or None, `batch` {'latents': [B, C, h, w], 'cond': tree of [B, ...]},
     `rollout` a `Rollout` or None, metrics are scalars.
   """
 
-  def arms_of(batch, rollout: Rollout | None, update, empty_cond):
+  def arms_of(batch, rollout: Rollout | None, update, uncond):
     """Rows by arm: x_t, t, target, and the prompts that all arms share."""
     key = randomness.key_of(seed, "train", update)
     x0 = batch["latents"]
-    cond = randomness.drop_prompts(seed, update, batch["cond"], empty_cond, rate=prompt_dropout)
+    cond = randomness.drop_prompts(seed, update, batch["cond"], uncond, rate=prompt_dropout)
     if rollout is None:
       t = jax.random.randint(
         jax.random.fold_in(key, 0), x0.shape[:1], 0, schedule.num_timesteps
@@ -120,7 +120,8 @@ def make_train_step(
   def errors(params, arms, x_t, target, t, cond):
     """Denoising errors of the first `arms` arms, each [B], from one forward pass."""
     flat = lambda x: x[:, :arms].reshape((-1, *x.shape[2:]))  # noqa: E731
-    prediction = denoise(params, flat(x_t), jnp.repeat(t, arms), jnp.repeat(cond, arms, axis=0))
+    repeated = jax.tree.map(lambda c: jnp.repeat(c, arms, axis=0), cond)
+    prediction = denoise(params, flat(x_t), jnp.repeat(t, arms), repeated)
     err = schedule_lib.denoising_error(prediction, flat(target)).reshape((-1, arms))
     return {arm: err[:, i] for i, arm in enumerate(loss.ARMS[:arms])}
 
@@ -174,8 +175,8 @@ def make_train_step(
   @functools.partial(
     jax.jit, donate_argnums=0, out_shardings=(state_sharding, sharding.replicated(mesh))
   )
-  def step(state: TrainState, ref, empty_cond, batch, rollout):
-    rows = arms_of(batch, rollout, state.update, empty_cond)
+  def step(state: TrainState, ref, uncond, batch, rollout):
+    rows = arms_of(batch, rollout, state.update, uncond)
     grads, metrics = reduced_gradients(state.params, ref, rows)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)

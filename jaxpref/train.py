@@ -68,10 +68,15 @@ def prepare(config: Any) -> Prepared:
   sharding.check_batch(config.train.batch_size, mesh, accumulate=config.train.accumulate)
   loss = losses.load_loss(config.loss.name)
   hyper = losses.hyper_of(loss, config.loss)
-  pipeline = pipeline_lib.load_pipeline(config.model.path, dtype=jnp.dtype(config.model.dtype))
+  pipeline = pipeline_lib.load_pipeline(
+    config.model.path,
+    dtype=jnp.dtype(config.model.dtype),
+    mesh=mesh,
+    variant=config.model.variant,
+  )
   # More steps than the schedule has are refused here, not at the first picture.
   grid.offset_grid(pipeline.schedule, config.rollout.num_steps, jnp.zeros(1, jnp.int32))
-  grid.uniform_grid(pipeline.schedule, config.evaluate.num_steps, 1, steps_offset=1)
+  grid.uniform_grid(pipeline.schedule, config.evaluate.num_steps, 1, **pipeline.spacing)
   data = config.data
   examples = experts.load_examples(
     data.source,
@@ -105,14 +110,11 @@ def run(prepared: Prepared, workdir: Path) -> None:
   # Data: encoded once, then only indices are dealt.
   rows = _encode_rows(pipeline, mesh, prepared.examples, flip=config.data.flip)
   num_rows = len(rows["latents"])
-  empty_cond = jax.device_put(
-    encode.encode_prompts(pipeline, mesh, [""]), sharding.replicated(mesh)
-  )
+  uncond = jax.device_put(encode.encode_no_prompt(pipeline, mesh), sharding.replicated(mesh))
   deal = loader.make_loader(num_rows, batch_size=train.batch_size, seed=config.seed)
 
   # State: from the base, or from the newest checkpoint.
   base = pipeline.params["unet"]
-  base = jax.device_put(base, sharding.params_sharding(mesh, base))
   tx = _optimizer(config)
   lagging = loss.ROLLOUT and config.rollout.refresh_every > 1
   make_state = lambda params: steps.init_state(params, tx, lagging_copy=lagging)  # noqa: E731
@@ -122,7 +124,7 @@ def run(prepared: Prepared, workdir: Path) -> None:
   identity = {
     "jaxpref": __version__,
     "data": _fingerprint(prepared.examples),
-    "pipeline": pipeline_lib.fingerprint(pipeline.params),
+    "pipeline": pipeline.digest,
     "num_updates": train.num_updates,
   }
   start = 0
@@ -154,15 +156,15 @@ def run(prepared: Prepared, workdir: Path) -> None:
     for done in range(start + 1, train.num_updates + 1):
       with clock("data"):
         index = next(deal)
-        batch = sharding.place_batch({k: v[index] for k, v in rows.items()}, mesh)
+        batch = sharding.place_batch(jax.tree.map(lambda x, i=index: x[i], rows), mesh)
       negatives = None
       if loss.ROLLOUT:
         with clock("rollout"):
           policy = state.policy_copy if lagging else state.params
-          negatives = rollout(policy, state.update, batch["cond"], empty_cond)
+          negatives = rollout(policy, state.update, batch["cond"], uncond)
           jax.block_until_ready(negatives)
       with clock("update"):
-        state, values = train_step(state, ref, empty_cond, batch, negatives)
+        state, values = train_step(state, ref, uncond, batch, negatives)
         jax.block_until_ready(state.update)
       images_since += train.batch_size
       if done % train.log_every == 0 or done == train.num_updates:
@@ -218,7 +220,7 @@ def _encode_rows(
   examples: Sequence[experts.Example],
   *,
   flip: bool,
-) -> dict[str, np.ndarray]:
+) -> dict[str, Any]:
   images = [e.image for e in examples]
   captions = [e.caption for e in examples]
   if flip:

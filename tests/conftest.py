@@ -20,7 +20,7 @@ def tiny_pipeline(tmp_path_factory) -> Path:
   """A pipeline directory as the shapes world's, tiny and untrained."""
   from configs import shapes_base
   from jaxpref.data.shapes import prompts
-  from jaxpref.models import pipeline, text
+  from jaxpref.models import pipeline, save, text
   from jaxpref.pretrain import run as pretrain
 
   config = shapes_base.get_config("tiny")
@@ -42,11 +42,11 @@ def tiny_pipeline(tmp_path_factory) -> Path:
     return (rng.standard_normal(leaf.shape) / np.sqrt(fan)).astype(np.float32)
 
   params = {k: jax.tree.map(draw, pipeline.abstract_params(m)) for k, m in modules.items()}
-  pipeline.save_pipeline(
+  save.save_pipeline(
     root / "pipeline",
     params,
     configs=configs,
-    tokenizer_dir=root / "tokenizer",
+    tokenizers_from=root,
     dtype=np.float32,
   )
   return root / "pipeline"

@@ -220,11 +220,26 @@ def test_restore_subtree(tmp_path):
   target = {"ema": abstract(make_state().ema)}
   part = checkpoint.restore_subtree(tmp_path, 1, target)
   assert same(part, {"ema": make_state(1).ema})
-  with pytest.raises(UserError, match="no checkpoint of step 9"):
-    checkpoint.restore_subtree(tmp_path, 9, target)
+  wider = jax.ShapeDtypeStruct((6,), jnp.bfloat16, sharding=SHARDING)
+  wrong = {"ema": {**target["ema"], "scale": wider}}
+  with pytest.raises(UserError, match=f"checkpoint {tmp_path}/1 does not fit: "):
+    checkpoint.restore_subtree(tmp_path, 1, wrong)
+
+
+def test_find_good(tmp_path, caplog):
+  with pytest.raises(UserError, match="there is no checkpoint in"):
+    checkpoint.find_good(tmp_path)
+  checkpoint.close(save_all(tmp_path, 1, 2))
+  assert checkpoint.find_good(tmp_path) == (2, {"a": 2})
+  assert checkpoint.find_good(tmp_path, step=1) == (1, {"a": 1})
+  with pytest.raises(UserError, match=r"no checkpoint of step 9, only of \[1, 2\]"):
+    checkpoint.find_good(tmp_path, step=9)
   os.truncate(largest(tmp_path / "2"), 10)
-  with pytest.raises(UserError, match="2 is damaged: state/.* has 10 of"):
-    checkpoint.restore_subtree(tmp_path, 2, target)
+  with pytest.raises(UserError, match="step 2: state/.* has 10 of"):
+    checkpoint.find_good(tmp_path, step=2)
+  assert checkpoint.find_good(tmp_path)[0] == 1
+  assert "checkpoint of step 2 is damaged" in caplog.text
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]  # nothing renamed
 
 
 def test_too_little_space_is_said_before_the_save(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from configs import shapes_base
 from jaxpref.errors import UserError
-from jaxpref.models import convert, pipeline, text, unet, vae
+from jaxpref.models import convert, pipeline, save, text, unet, vae, weights
 from jaxpref.pretrain import denoiser
 
 try:
@@ -46,7 +46,7 @@ def test_unet_equals_pytorch(tiny_pipeline, loaded):
   cond = rng.standard_normal((2, 24, 16)).astype(np.float32)
   t = np.array([3, 981])
   denoise = jax.jit(unet.make_denoise(loaded.modules["unet"]))
-  ours = denoise(loaded.params["unet"], x, t, cond)
+  ours = denoise(loaded.params["unet"], x, t, {"text": cond})
   with torch.no_grad():
     theirs = model(torch.tensor(x), torch.tensor(t), torch.tensor(cond)).sample
   _close(ours, theirs)
@@ -57,7 +57,7 @@ def test_text_encoder_equals_pytorch(tiny_pipeline, loaded):
   from transformers import CLIPTextModel
 
   model = CLIPTextModel.from_pretrained(tiny_pipeline / "text_encoder").eval()
-  ids = text.tokenize(loaded.tokenizer, ["a red circle", "two stars above nothing"])
+  ids = text.tokenize(loaded.tokenizers[0], ["a red circle", "two stars above nothing"])
   ours = text.encode_text(loaded.modules["text_encoder"], loaded.params["text_encoder"], ids)
   with torch.no_grad():
     theirs = model(torch.tensor(ids, dtype=torch.long)).last_hidden_state
@@ -86,24 +86,26 @@ def test_pytorch_diffusers_loads_the_whole_directory(tiny_pipeline):
   from diffusers import StableDiffusionPipeline
 
   whole, problems = StableDiffusionPipeline.from_pretrained(tiny_pipeline), []
-  for part, name in pipeline._WEIGHTS.items():
-    stored = load_file(tiny_pipeline / part / name)
+  for part in ("unet", "vae", "text_encoder"):
+    (file,) = (tiny_pipeline / part).glob("*.safetensors")
+    stored = load_file(file)
     wanted = {k for k, _ in getattr(whole, part).named_parameters()}
     problems += sorted(wanted ^ stored.keys())
   assert not problems
 
 
-def test_export_and_import_are_inverse(loaded):
+def test_export_and_import_are_inverse(loaded, tmp_path):
   for part, module in loaded.modules.items():
-    tensors = convert.export_tensors(loaded.params[part], np.float32)
-    again = convert.import_tensors(tensors, pipeline.abstract_params(module), where=part)
+    save_file(convert.export_tensors(loaded.params[part], np.float32), tmp_path / part)
+    tensors = weights.open_file(tmp_path / part)
+    again, _ = convert.import_tensors(tensors, pipeline.abstract_params(module), where=part)
     jax.tree.map(np.testing.assert_array_equal, again, dict(loaded.params[part]))
 
 
 def test_tokenizer_cuts_pads_and_counts(loaded, caplog):
-  ids = text.tokenize(loaded.tokenizer, ["a ring", "ring " * 60, ""])
+  ids = text.tokenize(loaded.tokenizers[0], ["a ring", "ring " * 60, ""])
   assert ids.shape == (3, 16) and ids.dtype == np.int32
-  start, end = loaded.tokenizer.bos_token_id, loaded.tokenizer.eos_token_id
+  start, end = loaded.tokenizers[0].bos_token_id, loaded.tokenizers[0].eos_token_id
   assert (ids[:, 0] == start).all() and (ids[:, -1] == end).all()
   assert (ids[2, 1:] == end).all()
   assert "1 of 3 prompts cut to 16 tokens" in caplog.text
@@ -233,9 +235,7 @@ def test_saving_replaces_a_directory_whole(tiny_pipeline, loaded, tmp_path):
   configs["scheduler"] = json.loads(
     (tiny_pipeline / "scheduler" / "scheduler_config.json").read_text()
   )
-  pipeline.save_pipeline(
-    target, loaded.params, configs=configs, tokenizer_dir=tiny_pipeline / "tokenizer"
-  )
+  save.save_pipeline(target, loaded.params, configs=configs, tokenizers_from=tiny_pipeline)
   assert not (target / "old").exists()
   assert [p.name for p in tmp_path.iterdir()] == ["out"]
   halved = pipeline.load_pipeline(str(target)).params["unet"]["conv_in"]["kernel"]

@@ -1,9 +1,10 @@
-"""Images and captions to latents and text embeddings, once, before training."""
+"""Images and captions to latents and what the denoiser is told of a text; before training."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -11,6 +12,7 @@ from jaxpref import sharding
 from jaxpref.models import text
 from jaxpref.models import vae as vae_lib
 from jaxpref.models.pipeline import Pipeline
+from jaxpref.models.unet import Cond
 
 
 def encode_images(
@@ -23,30 +25,70 @@ def encode_images(
 
 
 def encode_prompts(
-  pipeline: Pipeline, mesh: Mesh, prompts: Sequence[str], *, batch_size: int = 100
-) -> np.ndarray:
-  """Text embeddings, [N, L, D]."""
-  ids = text.tokenize(pipeline.tokenizer, prompts)
-  encoder = pipeline.modules["text_encoder"]
-  run = jax.jit(lambda p, x: text.encode_text(encoder, p, x))
-  return in_batches(run, pipeline.params["text_encoder"], ids, batch_size, mesh)
+  pipeline: Pipeline,
+  mesh: Mesh,
+  prompts: Sequence[str],
+  *,
+  size: tuple[int, int] | None = None,
+  batch_size: int = 100,
+) -> Cond:
+  """What the UNet is told of each prompt, numpy [N, ...].
+
+  Args:
+    pipeline: with the text encoders.
+    mesh: to encode on.
+    prompts: any texts.
+    size: height and width of the pictures in pixels, which SDXL is told as their original
+      and target sizes, uncropped; by default those it was trained for.
+    batch_size: prompts at once.
+  """
+  parts = [part for part in pipeline.modules if part.startswith("text_encoder")]
+  encoders = [pipeline.modules[part] for part in parts]
+  params = [pipeline.params[part] for part in parts]
+  ids = [text.tokenize(tokenizer, prompts) for tokenizer in pipeline.tokenizers]
+  height, width = size or (pipeline.image_size, pipeline.image_size)
+
+  @jax.jit
+  def run(params, ids):
+    if not pipeline.is_xl:
+      return {"text": text.encode_text(encoders[0], params[0], ids[0])}
+    hidden, pooled = text.encode_text_xl(encoders, params, ids)
+    sizes = jnp.array([height, width, 0, 0, height, width], jnp.float32)
+    time_ids = jnp.broadcast_to(sizes, (hidden.shape[0], 6))
+    return {"text": hidden, "pooled": pooled, "time_ids": time_ids}
+
+  return in_batches(run, params, ids, batch_size, mesh)
 
 
-def in_batches(run: Any, params: Any, rows: np.ndarray, size: int, mesh: Mesh) -> np.ndarray:
+def encode_no_prompt(
+  pipeline: Pipeline, mesh: Mesh, *, size: tuple[int, int] | None = None
+) -> Cond:
+  """What the UNet is told where there is no prompt, as its family was trained, [1, ...]."""
+  cond = dict(encode_prompts(pipeline, mesh, [""], size=size))
+  if pipeline.zeroes_uncond:
+    cond |= {name: np.zeros_like(cond[name]) for name in ("text", "pooled")}
+  return cond
+
+
+def in_batches(run: Any, params: Any, rows: Any, size: int, mesh: Mesh) -> Any:
   """`run(params, rows)` in batches of one size, so that a single program serves all.
 
   Args:
     run: jitted; the rows it gets are spread over the mesh.
-    params: what it takes besides, as numpy or jax arrays.
-    rows: [N, ...].
+    params: what it takes besides, a tree.
+    rows: a tree of numpy arrays [N, ...].
     size: rows at once, at most; rounded up to fill the devices.
     mesh: from `sharding.make_mesh`.
+
+  Returns:
+    What `run` returns, a tree of numpy arrays [N, ...].
   """
-  size = sharding.round_up(min(size, len(rows)), mesh)
-  params = jax.device_put(params, sharding.replicated(mesh))
+  total = len(jax.tree.leaves(rows)[0])
+  size = sharding.round_up(min(size, total), mesh)
+  params = sharding.place_params(params, mesh)
   done = []
-  for start in range(0, len(rows), size):
-    part = rows[start : start + size]
-    filled = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
-    done.append(np.asarray(run(params, sharding.place_batch(filled, mesh)))[: len(part)])
-  return np.concatenate(done)
+  for start in range(0, total, size):
+    index = np.arange(start, start + size).clip(max=total - 1)
+    out = run(params, sharding.place_batch(jax.tree.map(lambda x, i=index: x[i], rows), mesh))
+    done.append(jax.tree.map(lambda x, s=start: np.asarray(x)[: total - s], out))
+  return jax.tree.map(lambda *parts: np.concatenate(parts), *done)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pandas as pd
 from jax.sharding import Mesh
@@ -113,7 +114,9 @@ def evaluate(
   repeats = settings.images_per_prompt
   seeds = generate.seeds_of(len(prompts), repeats, seed=settings.seed)
   texts = [p for p in prompts for _ in range(repeats)]
-  cond = np.repeat(encode_prompts(pipeline, mesh, prompts), repeats, axis=0)
+  cond = jax.tree.map(
+    lambda x: np.repeat(x, repeats, axis=0), encode_prompts(pipeline, mesh, prompts)
+  )
   images: dict[str, np.ndarray] = {}
   for model, params in models.items():
     with progress.progress_bar(

@@ -8,19 +8,32 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxpref import randomness, sharding
-from jaxpref.data.encode import encode_prompts
+from jaxpref.data import encode
 from jaxpref.diffusion import grid as grid_lib
 from jaxpref.diffusion import guidance as guidance_lib
 from jaxpref.diffusion import sample as sample_lib
+from jaxpref.errors import UserError
 from jaxpref.models import unet as unet_lib
 from jaxpref.models import vae as vae_lib
 from jaxpref.models.pipeline import Pipeline
 
+DECODES = ("whole", "sliced", "tiled")
+
 
 def make_generator(
-  pipeline: Pipeline, mesh: Mesh, *, num_steps: int, guidance: float, batch_size: int
+  pipeline: Pipeline,
+  mesh: Mesh,
+  *,
+  num_steps: int,
+  guidance: float,
+  batch_size: int,
+  solver: str = "dpm_solver",
+  order: int = 2,
+  size: tuple[int, int] | None = None,
+  negative: str = "",
+  decode: str = "whole",
 ) -> Callable[..., np.ndarray]:
-  """A program that turns prompts and seeds into pictures with DPM-Solver++ (2M).
+  """A program that turns prompts and seeds into pictures.
 
   Args:
     pipeline: everything but the UNet's parameters.
@@ -28,49 +41,98 @@ def make_generator(
     num_steps: solver steps.
     guidance: classifier-free guidance scale.
     batch_size: images at once; rounded up to fill the devices.
+    solver: 'dpm_solver' (++, multistep), 'ddim' or 'ddpm', on the timesteps that the
+      pipeline's scheduler configuration asks for.
+    order: of the DPM-Solver.
+    size: height and width in pixels; by default those the UNet was trained for.
+    negative: a prompt to be guided away from.
+    decode: the VAE's images 'whole' batches at once, 'sliced' one by one, or one by one
+      and 'tiled'.
 
   Returns:
     `generate(unet_params, cond, seeds, on_batch=None) -> uint8 [N, H, W, 3]` with the
-    prompts' embeddings [N, L, D]; `on_batch(n)` is told how many pictures are done.
+    prompts' conditioning, [N, ...]; `on_batch(n)` is told how many pictures are done.
+
+  Raises:
+    UserError: the number of steps, the size or the way to decode cannot be.
   """
+  if decode not in DECODES:
+    raise UserError(f"decode must be one of {', '.join(DECODES)}, got {decode!r}")
   denoise = unet_lib.make_denoise(pipeline.modules["unet"])
   vae = pipeline.modules["vae"]
   schedule = pipeline.schedule
-  size = sharding.round_up(batch_size, mesh)
+  latent_shape = latent_shape_of(pipeline, size)
+  rows = sharding.round_up(batch_size, mesh)
+  spacing = dict(pipeline.spacing)
+  if solver != "dpm_solver":
+    spacing |= {"visit_lowest": True, "karras": False}
+    if solver == "ddim" and not pipeline.configs["scheduler"].get("set_alpha_to_one", True):
+      spacing["final"] = "sigma_min"
+  grid_lib.uniform_grid(schedule, num_steps, 1, **spacing)  # refuses before anything runs
 
   @jax.jit
-  def program(params, vae_params, cond, empty_cond, seeds):
-    grid = grid_lib.uniform_grid(schedule, num_steps, size, steps_offset=1)
+  def program(params, vae_params, cond, uncond, seeds):
+    grid = grid_lib.uniform_grid(schedule, num_steps, rows, **spacing)
     keys = jax.vmap(lambda s: randomness.key_of(0, "generate", s))(seeds)
     guided = guidance_lib.classifier_free(
-      lambda x_t, t, c: denoise(params, x_t, t, c), cond, empty_cond, guidance
+      lambda x_t, t, c: denoise(params, x_t, t, c), cond, uncond, guidance
     )
-    noise = sample_lib.initial_noise(keys, pipeline.latent_shape)
-    latents = sample_lib.sample(guided, noise, grid, schedule)
+    noise = sample_lib.initial_noise(keys, latent_shape)
+    latents = sample_lib.sample(
+      guided, noise, grid, schedule, solver=solver, order=order, key=keys
+    )
+    if decode == "tiled":
+      return latents
+    if decode == "sliced":
+      return vae_lib.decode_sliced(vae, vae_params, latents, at_once=mesh.size)
     return vae_lib.decode(vae, vae_params, latents)
 
-  vae_params = jax.device_put(pipeline.params["vae"], sharding.replicated(mesh))
-  empty_cond = jax.device_put(encode_prompts(pipeline, mesh, [""]), sharding.replicated(mesh))
+  vae_params = sharding.place_params(pipeline.params["vae"], mesh)
+  uncond = (
+    encode.encode_prompts(pipeline, mesh, [negative], size=size)
+    if negative
+    else encode.encode_no_prompt(pipeline, mesh, size=size)
+  )
+  uncond = jax.device_put(uncond, sharding.replicated(mesh))
 
   def generate(
     params: Any,
-    cond: np.ndarray,
+    cond: Any,
     seeds: Sequence[int],
     on_batch: Callable[[int], Any] | None = None,
   ) -> np.ndarray:
     numbers = np.asarray(seeds, np.uint32)
     done = []
-    for start in range(0, len(cond), size):
-      rows = np.arange(start, start + size).clip(max=len(cond) - 1)
-      placed = sharding.place_batch((cond[rows], numbers[rows]), mesh)
-      images = program(params, vae_params, placed[0], empty_cond, placed[1])
-      real = min(size, len(cond) - start)
+    for start in range(0, len(numbers), rows):
+      index = np.arange(start, start + rows).clip(max=len(numbers) - 1)
+      batch = jax.tree.map(lambda x, i=index: x[i], (cond, numbers))
+      placed_cond, placed_seeds = sharding.place_batch(batch, mesh)
+      images = program(params, vae_params, placed_cond, uncond, placed_seeds)
+      real = min(rows, len(numbers) - start)
+      if decode == "tiled":
+        tiled = [vae_lib.decode_tiled(vae, vae_params, images[i : i + 1]) for i in range(real)]
+        images = np.concatenate(tiled)
       done.append(np.asarray(images)[:real])
       if on_batch:
         on_batch(start + real)
     return np.concatenate(done)
 
   return generate
+
+
+def latent_shape_of(pipeline: Pipeline, size: tuple[int, int] | None) -> tuple[int, int, int]:
+  """Channels, height and width of a latent for pictures of `size` (height, width) pixels.
+
+  Raises:
+    UserError: the pipeline makes no pictures of that size.
+  """
+  if size is None:
+    return pipeline.latent_shape
+  unit = pipeline.vae_factor * 2 ** (len(pipeline.modules["unet"].block_out_channels) - 1)
+  if any(n < unit or n % unit for n in size):
+    raise UserError(f"height and width must be multiples of {unit}, got {size[0]} x {size[1]}")
+  height, width = (n // pipeline.vae_factor for n in size)
+  return pipeline.latent_shape[0], height, width
 
 
 def seeds_of(num_prompts: int, images_per_prompt: int, *, seed: int) -> np.ndarray:

@@ -11,3 +11,7 @@ import logging
 import diffusers.utils.logging  # noqa: F401
 
 logging.getLogger("diffusers").setLevel(logging.ERROR)
+
+from jaxpref.models.pipeline import Pipeline, load_pipeline  # noqa: E402
+
+__all__ = ["Pipeline", "load_pipeline"]

@@ -5,8 +5,10 @@ calls `down_blocks_0/resnets_1/conv1/kernel` [kh, kw, in, out] is PyTorch's
 `down_blocks.0.resnets.1.conv1.weight` [out, in, kh, kw].
 """
 
+import hashlib
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax
@@ -14,6 +16,9 @@ import jax
 import numpy as np
 
 from jaxpref.errors import UserError
+from jaxpref.models.weights import StoredTensor
+
+_log = logging.getLogger(__name__)
 
 # Flax joins list indices by underscore; these are the lists (conv1, linear_1 are names).
 _LISTS = re.compile(
@@ -63,23 +68,45 @@ def _to_flax_layout(
 
 
 def export_tensors(params: Mapping[str, Any], dtype: Any) -> dict[str, np.ndarray]:
-  """A Flax tree as PyTorch tensors by name, contiguous, in `dtype`."""
-  flat = flax.traverse_util.flatten_dict(jax.device_get(params))
-  return {
-    torch_name(path): np.ascontiguousarray(to_torch_layout(path, np.asarray(a)), dtype)
-    for path, a in flat.items()
-  }
+  """A Flax tree as PyTorch tensors by name, contiguous, in `dtype`.
+
+  Raises:
+    UserError: finite weights are too large for `dtype`.
+  """
+  tensors = {}
+  for path, leaf in flax.traverse_util.flatten_dict(params).items():
+    array = np.asarray(jax.device_get(leaf))
+    with np.errstate(over="ignore"):
+      cast = np.ascontiguousarray(to_torch_layout(path, array), dtype)
+    if np.isinf(cast).sum() > np.isinf(array).sum():
+      raise UserError(
+        f"{torch_name(path)} has weights too large for {np.dtype(dtype).name}; write them in "
+        "bfloat16 or float32"
+      )
+    tensors[torch_name(path)] = cast
+  return tensors
 
 
 def import_tensors(
-  tensors: Mapping[str, np.ndarray], abstract: Mapping[str, Any], *, where: str
-) -> dict[str, Any]:
+  tensors: Mapping[str, StoredTensor],
+  abstract: Mapping[str, Any],
+  *,
+  where: str,
+  place: Callable[[tuple[str, ...], np.ndarray], Any] = lambda path, array: array,
+) -> tuple[dict[str, Any], str]:
   """PyTorch tensors as the Flax tree `abstract`, in its dtypes.
+
+  Names and shapes are checked before anything is read; then one tensor at a time is read,
+  turned and placed, so that the host never holds more than that one besides what is placed.
 
   Args:
     tensors: by PyTorch's names.
     abstract: tree of `jax.ShapeDtypeStruct`, as `jax.eval_shape` of the module's init.
-    where: named in the error.
+    where: named in messages.
+    place: (path, array) -> leaf, such as to put it on devices.
+
+  Returns:
+    The tree, and a digest that changes with any name or stored value.
 
   Raises:
     UserError: tensors are missing, left over, or of another shape; names them all.
@@ -87,16 +114,63 @@ def import_tensors(
   flat = flax.traverse_util.flatten_dict(abstract)
   names = {torch_name(path): path for path in flat}
   found = {_current_name(n): a for n, a in tensors.items() if n not in _IGNORED}
-  problems = [f"missing {n} {flat[names[n]].shape}" for n in sorted(names - found.keys())]
-  problems += [f"surplus {n} {found[n].shape}" for n in sorted(found.keys() - names.keys())]
-  params = {}
-  for name in names.keys() & found.keys():
+  check_tensors({n: a.shape for n, a in found.items()}, abstract, where=where)
+  digest = hashlib.sha256()
+  params, bad = {}, {}
+  for name in sorted(names):
     path, want = names[name], flat[names[name]]
-    array = _to_flax_layout(path, found[name], want.shape)
-    if array.shape == want.shape:
-      params[path] = np.ascontiguousarray(array, want.dtype)
-    else:
-      problems.append(f"{name} is {array.shape}, the configuration says {want.shape}")
+    stored = found[name].read()
+    digest.update(f"{name} {stored.dtype} ".encode())
+    digest.update(np.ascontiguousarray(stored).reshape(-1).view(np.uint8))
+    array = np.ascontiguousarray(_to_flax_layout(path, stored, want.shape), want.dtype)
+    if count := array.size - int(np.isfinite(array).sum()):
+      bad[name] = count
+    params[path] = place(path, array)
+  if bad:
+    first = ", ".join(f"{n} ({c})" for n, c in list(bad.items())[:3])
+    more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+    _log.warning(
+      "%s: %d values in %d tensors are not finite: %s%s",
+      *(where, sum(bad.values()), len(bad), first, more),
+    )
+  return flax.traverse_util.unflatten_dict(params), digest.hexdigest()
+
+
+def check_tensors(
+  shapes: Mapping[str, tuple[int, ...]], abstract: Mapping[str, Any], *, where: str
+) -> None:
+  """Whether PyTorch tensors of these shapes fill the Flax tree `abstract` exactly.
+
+  Args:
+    shapes: by PyTorch's names of today.
+    abstract: as for `import_tensors`.
+    where: named in the error.
+
+  Raises:
+    UserError: tensors are missing, left over, or of another shape; names them all.
+  """
+  wanted = {
+    torch_name(path): torch_shape(path, leaf.shape)
+    for path, leaf in flax.traverse_util.flatten_dict(abstract).items()
+  }
+  problems = [f"missing {n} {wanted[n]}" for n in sorted(wanted - shapes.keys())]
+  problems += [f"surplus {n} {shapes[n]}" for n in sorted(shapes.keys() - wanted.keys())]
+  problems += [
+    f"{name} is {shapes[name]}, the configuration says {wanted[name]}"
+    for name in sorted(wanted.keys() & shapes.keys())
+    if _squeezed(shapes[name]) != _squeezed(wanted[name])
+  ]
   if problems:
     raise UserError(f"{where} does not fit its configuration: " + "; ".join(problems))
-  return flax.traverse_util.unflatten_dict(params)
+
+
+def torch_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+  """The shape of a Flax parameter in PyTorch's order of axes."""
+  if path[-1] != "kernel":
+    return tuple(shape)
+  return (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else tuple(reversed(shape))
+
+
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+  """A linear layer's shape for that of a 1 x 1 convolution, which may stand for it."""
+  return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape

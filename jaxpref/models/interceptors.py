@@ -3,7 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from diffusers.models.attention_flax import FlaxGEGLU
+from diffusers.models.attention_flax import FlaxGEGLU, FlaxTransformer2DModel
 
 
 def exact_gelu(next_fun, args, kwargs, context: nn.module.InterceptorContext):
@@ -16,3 +16,13 @@ def exact_gelu(next_fun, args, kwargs, context: nn.module.InterceptorContext):
     hidden * jax.nn.gelu(gate, approximate=False),
     deterministic=kwargs.get("deterministic", True),
   )
+
+
+def transformer_norm(next_fun, args, kwargs, context: nn.module.InterceptorContext):
+  """A spatial transformer's GroupNorm with PyTorch's epsilon; the stock module's is 1e-5."""
+  module = context.module
+  if not (
+    isinstance(module, nn.GroupNorm) and isinstance(module.parent, FlaxTransformer2DModel)
+  ):
+    return next_fun(*args, **kwargs)
+  return module.clone(epsilon=1e-6, parent=None).apply(module.variables, *args, **kwargs)

@@ -1,14 +1,12 @@
-"""Text-to-image pipelines in diffusers' directory layout, read and written without PyTorch.
+"""Text-to-image pipelines in diffusers' directory layout, read without PyTorch.
 
-`load_pipeline("shapes")` is the small pipeline that ships with this package; any other
-name is a directory.
+Stable Diffusion 1.x and 2.x, and SDXL, which has a second text encoder. `load_pipeline`
+takes the name of a bundled pipeline, a directory, or an id of the Hugging Face hub.
 """
 
 import dataclasses
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,21 +15,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from jax.sharding import Mesh
 
+from jaxpref import sharding
 from jaxpref.diffusion import schedule as schedule_lib
 from jaxpref.errors import UserError
-from jaxpref.models import convert, text
+from jaxpref.models import convert, hub, text, weights
 from jaxpref.models import unet as unet_lib
 from jaxpref.models import vae as vae_lib
-
-BUNDLED = {"shapes": Path(__file__).parent.parent / "pipelines" / "shapes"}
-_WEIGHTS = {
-  "unet": "diffusion_pytorch_model.safetensors",
-  "vae": "diffusion_pytorch_model.safetensors",
-  "text_encoder": "model.safetensors",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,17 +31,22 @@ class Pipeline:
 
   Attributes:
     path: the directory it was read from.
-    modules: 'unet', 'vae' and 'text_encoder', Flax linen modules.
-    params: float32 numpy trees under the same names.
-    tokenizer: of transformers.
+    configs: contents of its configuration files: 'model_index', 'scheduler', and one for
+      each module.
+    modules: 'unet', 'vae', 'text_encoder', for SDXL also 'text_encoder_2'; Flax linen.
+    params: float32 trees under the same names, on the mesh's devices or numpy.
+    tokenizers: of transformers, one for each text encoder, in their order.
     schedule: the noise schedule it was trained with.
+    digest: changes with any name or stored value of the weights.
   """
 
   path: Path
+  configs: Mapping[str, Mapping[str, Any]]
   modules: Mapping[str, nn.Module]
   params: Mapping[str, Any]
-  tokenizer: Any
+  tokenizers: tuple[Any, ...]
   schedule: schedule_lib.NoiseSchedule
+  digest: str
 
   @property
   def latent_shape(self) -> tuple[int, int, int]:
@@ -59,86 +55,179 @@ class Pipeline:
     return unet.in_channels, unet.sample_size, unet.sample_size
 
   @property
+  def vae_factor(self) -> int:
+    """Pixels along an axis for each latent."""
+    return 2 ** (len(self.modules["vae"].block_out_channels) - 1)
+
+  @property
   def image_size(self) -> int:
     """Pixels, both ways, of an image at the size the UNet was trained for."""
-    levels = len(self.modules["vae"].block_out_channels)
-    return self.modules["unet"].sample_size * 2 ** (levels - 1)
+    return self.modules["unet"].sample_size * self.vae_factor
+
+  @property
+  def is_xl(self) -> bool:
+    """Whether the UNet takes SDXL's conditioning: two encoders, pooled text, sizes."""
+    return "text_encoder_2" in self.modules
+
+  @property
+  def zeroes_uncond(self) -> bool:
+    """Whether no prompt means zeros, as SDXL was trained, rather than the empty prompt."""
+    return self.is_xl and self.configs["model_index"].get("force_zeros_for_empty_prompt", True)
+
+  @property
+  def spacing(self) -> dict[str, Any]:
+    """How the scheduler's configuration wants timesteps spaced, for `grid.uniform_grid`.
+
+    What it leaves open is filled as diffusers' DPM-Solver does, whichever scheduler wrote
+    the file.
+    """
+    config = self.configs["scheduler"]
+    return {
+      "spacing": config.get("timestep_spacing", "linspace"),
+      "steps_offset": config.get("steps_offset", 0),
+      "karras": bool(config.get("use_karras_sigmas")),
+    }
 
 
 _BUILD: dict[str, Callable] = {
   "unet": unet_lib.build_unet,
   "vae": vae_lib.build_vae,
   "text_encoder": text.build_text_encoder,
+  "text_encoder_2": text.build_text_encoder,
 }
 
 
-def build_modules(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, nn.Module]:
-  """The modules of these configurations, by part as `save_pipeline` takes them, in float32."""
-  return {part: make(configs[part], dtype=jnp.float32) for part, make in _BUILD.items()}
+def build_modules(
+  configs: Mapping[str, Mapping[str, Any]], *, dtype: Any = jnp.float32
+) -> dict[str, nn.Module]:
+  """The modules of these configurations.
+
+  Args:
+    configs: by part, as `save_pipeline` takes them.
+    dtype: of the computation of all but the VAE: that runs once a picture, its errors are
+      seen, and SDXL's overflows in float16.
+  """
+  return {
+    part: make(configs[part], dtype=jnp.float32 if part == "vae" else dtype)
+    for part, make in _BUILD.items()
+    if part in configs
+  }
 
 
-def find_pipeline(name: str) -> Path:
-  """The directory that `name` stands for: that of a bundled pipeline, else the path itself."""
-  return BUNDLED.get(name, Path(name).expanduser())
-
-
-def load_pipeline(name: str, *, dtype: Any = jnp.float32) -> Pipeline:
+def load_pipeline(
+  name: str, *, dtype: Any = jnp.float32, mesh: Mesh | None = None, variant: str = ""
+) -> Pipeline:
   """Reads a pipeline.
 
   Args:
-    name: 'shapes' for the bundled one, else a directory in diffusers' layout.
-    dtype: of the UNet's and text encoder's computation; parameters are float32.
+    name: 'shapes' for the bundled one, a directory in diffusers' layout, or an id of the
+      Hugging Face hub.
+    dtype: of the UNet's and text encoders' computation; parameters are float32.
+    mesh: each tensor goes to its devices as soon as it is read, placed as by
+      `sharding.params_sharding`; without one parameters are numpy arrays.
+    variant: of the weights, such as 'fp16'; with '' the full ones if there are any.
 
   Raises:
-    UserError: a file is missing or damaged, or does not fit its configuration.
+    UserError: a file is missing or damaged, is not what it should be, or does not fit its
+      configuration.
   """
-  path = find_pipeline(name)
-  index = _read_json(path / "model_index.json")
-  if missing := {"unet", "vae", "text_encoder", "tokenizer", "scheduler"} - index.keys():
-    raise UserError(f"{path}/model_index.json lacks {', '.join(sorted(missing))}")
-  modules, params = {}, {}
+  path = hub.find_pipeline(name, variant=variant)
+  configs = _read_configs(path)
+  modules, shapes = {}, {}
   for part, make in _BUILD.items():
-    file = path / part / "config.json"
-    config = _read_json(file)
-    try:
-      # The VAE runs once a picture and its errors are seen: float32 whatever the rest.
-      modules[part] = make(config, dtype=jnp.float32 if part == "vae" else dtype)
-      shapes = abstract_params(modules[part])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # of the libraries
-      reason = str(error).partition("\n")[0]
-      raise UserError(f"{file} describes no {part} that can be built: {reason}") from error
-    tensors = _read_tensors(path / part / _WEIGHTS[part])
-    params[part] = convert.import_tensors(tensors, shapes, where=str(path / part))
-    for keys, tensor in jax.tree.leaves_with_path(params[part]):
-      if not np.isfinite(tensor).all():
-        where = jax.tree_util.keystr(keys, simple=True, separator="/")
-        raise UserError(f"the weights in {path / part} are not all finite: {where}")
-  if not isinstance(factor := modules["vae"].scaling_factor, int | float) or factor <= 0:
-    raise UserError(f"{path}/vae/config.json: scaling_factor is {factor}, not positive")
-  tokenizer = text.load_tokenizer(path / "tokenizer")
-  vocabulary = modules["text_encoder"].config.vocab_size
-  if len(tokenizer) != vocabulary:
+    if part in configs:
+      file = path / part / "config.json"
+      try:
+        modules[part] = make(configs[part], dtype=jnp.float32 if part == "vae" else dtype)
+        shapes[part] = abstract_params(modules[part])
+      except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+      except (AttributeError, KeyError, TypeError, ValueError) as error:  # of the libraries
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{file} describes no {part} that can be built: {reason}") from error
+  schedule = schedule_lib.schedule_from_config(configs["scheduler"])
+  encoders = [part for part in modules if part.startswith("text_encoder")]
+  tokenizers = tuple(
+    _load_tokenizer(path, part.replace("text_encoder", "tokenizer"), modules[part])
+    for part in encoders
+  )
+  _check_fit(path, configs)
+
+  def place(_, array):
+    if mesh is None:
+      return array
+    where = sharding.params_sharding(mesh, array)
+    return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+
+  params, digests = {}, []
+  for part in modules:
+    params[part], digest = convert.import_tensors(
+      weights.open_part(path / part, variant=variant),
+      shapes[part],
+      where=str(path / part),
+      place=place,
+    )
+    digests.append(digest)
+  digest = hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16]
+  return Pipeline(path, configs, modules, params, tokenizers, schedule, digest)
+
+
+def _read_configs(path: Path) -> dict[str, dict[str, Any]]:
+  index = _read_json(path / "model_index.json")
+  parts = ["unet", "vae", "text_encoder"]
+  if "text_encoder_2" in index:
+    parts.append("text_encoder_2")
+  tokenizers = (part.replace("text_encoder", "tokenizer") for part in parts)
+  if missing := {*parts, *tokenizers, "scheduler"} - index.keys():
+    raise UserError(f"{path}/model_index.json lacks {', '.join(sorted(missing))}")
+  configs = {part: _read_json(path / part / "config.json") for part in parts}
+  scheduler = _read_json(path / "scheduler" / "scheduler_config.json")
+  return {"model_index": index, "scheduler": scheduler, **configs}
+
+
+def _load_tokenizer(path: Path, name: str, encoder: Any) -> Any:
+  tokenizer = text.load_tokenizer(path / name)
+  config = encoder.config
+  if len(tokenizer) != config.vocab_size:
     raise UserError(
-      f"{path}/tokenizer has {len(tokenizer)} tokens, its text encoder {vocabulary}: "
+      f"{path}/{name} has {len(tokenizer)} tokens, its text encoder {config.vocab_size}: "
       "they do not belong together"
     )
-  positions = modules["text_encoder"].config.max_position_embeddings
-  if tokenizer.model_max_length > positions:
+  if tokenizer.model_max_length > config.max_position_embeddings:
     raise UserError(
-      f"{path}/tokenizer makes {tokenizer.model_max_length} tokens, its text encoder takes "
-      f"{positions}: they do not belong together"
+      f"{path}/{name} makes {tokenizer.model_max_length} tokens, its text encoder takes "
+      f"{config.max_position_embeddings}: they do not belong together"
     )
-  taken = modules["unet"].cross_attention_dim, modules["unet"].in_channels
-  given = modules["text_encoder"].config.hidden_size, modules["vae"].latent_channels
+  return tokenizer
+
+
+def _check_fit(path: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
+  """Whether the parts belong to one model."""
+  unet, vae = configs["unet"], configs["vae"]
+  factor = vae.get("scaling_factor", 0.18215)
+  if not isinstance(factor, int | float) or factor <= 0:
+    raise UserError(f"{path}/vae/config.json: scaling_factor is {factor}, not positive")
+  encoders = [c for part, c in configs.items() if part.startswith("text_encoder")]
+  xl = unet.get("addition_embed_type") == "text_time"
+  if xl != (len(encoders) == 2):
+    raise UserError(
+      f"{path}/unet takes {'two texts' if xl else 'one text'}, the pipeline has "
+      f"{len(encoders)} text encoder(s): they do not belong together"
+    )
+  taken = unet["cross_attention_dim"], unet["in_channels"]
+  given = sum(c["hidden_size"] for c in encoders), vae["latent_channels"]
   if taken != given:
     raise UserError(
       f"{path}/unet takes texts of width {taken[0]} and latents of {taken[1]} channels, its "
       f"text encoder and VAE make {given[0]} and {given[1]}: they do not belong together"
     )
-  schedule = schedule_lib.schedule_from_config(
-    _read_json(path / "scheduler" / "scheduler_config.json")
-  )
-  return Pipeline(path, modules, params, tokenizer, schedule)
+  if xl:
+    width = 6 * unet["addition_time_embed_dim"] + encoders[1]["projection_dim"]
+    if (wanted := unet["projection_class_embeddings_input_dim"]) != width:
+      raise UserError(
+        f"{path}/unet takes {wanted} numbers beside the text, its second text encoder and six "
+        f"sizes make {width}: they do not belong together"
+      )
 
 
 def fingerprint(params: Any) -> str:
@@ -157,63 +246,6 @@ def abstract_params(module: nn.Module) -> Any:
   return jax.eval_shape(lambda k: text.init_text_encoder(module, k), jax.random.key(0))
 
 
-def save_pipeline(
-  target: Path,
-  params: Mapping[str, Any],
-  *,
-  configs: Mapping[str, Mapping[str, Any]],
-  tokenizer_dir: Path,
-  dtype: Any = np.float16,
-) -> None:
-  """Writes a pipeline that diffusers loads, whole or not at all.
-
-  Args:
-    target: directory; one that exists is replaced once the new one is complete.
-    params: trees by part.
-    configs: 'unet', 'vae', 'text_encoder' and 'scheduler' configurations.
-    tokenizer_dir: copied.
-    dtype: of the weights on disk.
-  """
-  target.parent.mkdir(parents=True, exist_ok=True)
-  work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-  for part, name in _WEIGHTS.items():
-    (work / part).mkdir()
-    _write_json(work / part / "config.json", configs[part])
-    tensors = convert.export_tensors(params[part], dtype)
-    save_file(tensors, work / part / name, metadata={"format": "pt"})
-    (work / part / name).chmod(0o644)  # safetensors keeps its files to their owner
-  (work / "scheduler").mkdir()
-  _write_json(work / "scheduler" / "scheduler_config.json", configs["scheduler"])
-  shutil.copytree(tokenizer_dir, work / "tokenizer")
-  _write_json(work / "model_index.json", _INDEX)
-  work.chmod(0o755)
-  replace_directory(work, target)
-
-
-def replace_directory(new: Path, target: Path) -> None:
-  """Puts `new` in the place of `target`, which is kept until the new one stands."""
-  old = target.with_name(f".{target.name}-old")
-  shutil.rmtree(old, ignore_errors=True)
-  if target.exists():
-    target.rename(old)
-  new.replace(target)
-  shutil.rmtree(old, ignore_errors=True)
-
-
-_INDEX = {
-  "_class_name": "StableDiffusionPipeline",
-  "_diffusers_version": "0.39.0",
-  "feature_extractor": [None, None],
-  "requires_safety_checker": False,
-  "safety_checker": [None, None],
-  "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
-  "text_encoder": ["transformers", "CLIPTextModel"],
-  "tokenizer": ["transformers", "CLIPTokenizer"],
-  "unet": ["diffusers", "UNet2DConditionModel"],
-  "vae": ["diffusers", "AutoencoderKL"],
-}
-
-
 def _read_json(path: Path) -> dict[str, Any]:
   try:
     value = json.loads(path.read_text())
@@ -224,16 +256,3 @@ def _read_json(path: Path) -> dict[str, Any]:
   if not isinstance(value, dict):
     raise UserError(f"{path} holds no JSON object")
   return value
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-  path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-
-
-def _read_tensors(path: Path) -> dict[str, np.ndarray]:
-  try:
-    return load_file(path)
-  except FileNotFoundError as error:
-    raise UserError(f"no weights at {path}") from error
-  except (OSError, SafetensorError) as error:
-    raise UserError(f"{path} is damaged or truncated: {error}") from error

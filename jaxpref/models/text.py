@@ -14,7 +14,10 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, trainers
 from tokenizers import models as bpe_models
 from transformers import CLIPTextConfig, CLIPTokenizerFast
-from transformers.models.clip.modeling_flax_clip import FlaxCLIPTextModule
+from transformers.models.clip.modeling_flax_clip import (
+  FlaxCLIPTextModelWithProjectionModule,
+  FlaxCLIPTextModule,
+)
 
 from jaxpref.errors import UserError
 
@@ -24,8 +27,13 @@ _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def build_text_encoder(config: Mapping[str, Any], *, dtype: Any) -> nn.Module:
-  """The text encoder of a `text_encoder/config.json`, without parameters."""
-  return FlaxCLIPTextModule(CLIPTextConfig(**config), dtype=dtype)
+  """The text encoder of a `text_encoder/config.json`, without parameters.
+
+  With a projection of the pooled text where `architectures` says so, as in SDXL's second.
+  """
+  projected = "CLIPTextModelWithProjection" in (config.get("architectures") or ())
+  module = FlaxCLIPTextModelWithProjectionModule if projected else FlaxCLIPTextModule
+  return module(CLIPTextConfig(**config), dtype=dtype)
 
 
 def init_text_encoder(encoder: nn.Module, key: jax.Array) -> Any:
@@ -39,8 +47,33 @@ def encode_text(encoder: nn.Module, params: Any, ids: jax.Array) -> jax.Array:
 
   As in Stable Diffusion there is no padding mask: padding is encoded like any token.
   """
-  out: Any = encoder.apply({"params": params}, ids, jnp.ones_like(ids), _positions(ids))
-  return out.last_hidden_state
+  return _apply(encoder, params, ids).last_hidden_state
+
+
+def encode_text_xl(
+  encoders: Sequence[nn.Module], params: Sequence[Any], ids: Sequence[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+  """What SDXL reads of a text, from its two encoders (arXiv 2307.01952).
+
+  Args:
+    encoders: the second one with a projection.
+    params: of either.
+    ids: token ids [B, L] of either's tokenizer.
+
+  Returns:
+    The penultimate hidden states of both side by side, without the last normalisation,
+    [B, L, D1 + D2], and the second's projected text, [B, P].
+  """
+  out = [
+    _apply(e, p, i, output_hidden_states=True)
+    for e, p, i in zip(encoders, params, ids, strict=True)
+  ]
+  return jnp.concatenate([o.hidden_states[-2] for o in out], axis=-1), out[1].text_embeds
+
+
+def _apply(encoder: nn.Module, params: Any, ids: jax.Array, **kwargs) -> Any:
+  mask = jnp.ones_like(ids)
+  return encoder.apply({"params": params}, ids, mask, _positions(ids), **kwargs)
 
 
 def _positions(ids: jax.Array) -> jax.Array:
@@ -79,7 +112,10 @@ def load_tokenizer(directory: Path) -> Any:
     UserError: it is missing, damaged, or not CLIP's.
   """
   try:
-    json.loads((directory / "vocab.json").read_text())
+    # Either form: tokenizer.json alone, or vocabulary and merges. The library says of a
+    # damaged vocabulary only that it is no path.
+    if not (directory / "tokenizer.json").exists():
+      json.loads((directory / "vocab.json").read_text())
     tokenizer = CLIPTokenizerFast.from_pretrained(str(directory), local_files_only=True)
   except Exception as error:  # the tokenizers library raises nothing more special
     raise UserError(f"{directory} holds no CLIP tokenizer: {_first_line(error)}") from error

@@ -5,27 +5,77 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from diffusers import FlaxUNet2DConditionModel
 
+from jaxpref.errors import UserError
 from jaxpref.models import interceptors
 
 Params = Mapping[str, Any]
-# (params, x_t [B, C, H, W], t [B], cond [B, L, D]) -> prediction [B, C, H, W]
-Denoise = Callable[[Params, jax.Array, jax.Array, jax.Array], jax.Array]
+# What a text says to a UNet, a row a prompt: 'text' [B, L, D], and for SDXL 'pooled' [B, P]
+# and 'time_ids' [B, 6]: original height and width, top and left of the crop, target height
+# and width, in pixels.
+Cond = Mapping[str, Any]
+# (params, x_t [B, C, H, W], t [B], cond) -> prediction [B, C, H, W]
+Denoise = Callable[[Params, jax.Array, jax.Array, Cond], jax.Array]
+
+# Switches of PyTorch's class that the Flax module lacks, and the value it has built in.
+_SUPPORTED = {
+  "act_fn": "silu",
+  "attention_type": "default",
+  "center_input_sample": False,
+  "class_embed_type": None,
+  "conv_in_kernel": 3,
+  "conv_out_kernel": 3,
+  "cross_attention_norm": None,
+  "downsample_padding": 1,
+  "dual_cross_attention": False,
+  "encoder_hid_dim": None,
+  "mid_block_only_cross_attention": None,
+  "mid_block_scale_factor": 1,
+  "norm_eps": 1e-5,
+  "norm_num_groups": 32,
+  "num_class_embeds": None,
+  "resnet_out_scale_factor": 1.0,
+  "resnet_skip_time_act": False,
+  "resnet_time_scale_shift": "default",
+  "reverse_transformer_layers_per_block": None,
+  "time_cond_proj_dim": None,
+  "time_embedding_act_fn": None,
+  "time_embedding_dim": None,
+  "time_embedding_type": "positional",
+  "timestep_post_act": None,
+}
 
 
 def build_unet(config: Mapping[str, Any], *, dtype: Any) -> Any:
   """The UNet of a diffusers `unet/config.json`, without parameters.
 
   Args:
-    config: the file's contents; names that the module does not know are ignored, as
+    config: the file's contents; names that neither library knows are ignored, as
       diffusers does.
     dtype: of the computation; parameters are float32 whatever it is.
+
+  Raises:
+    UserError: the configuration asks for what the Flax module cannot do.
   """
+  refuse_unsupported(config, _SUPPORTED)
   known = FlaxUNet2DConditionModel.__dataclass_fields__
   # JSON has lists where flax wants hashable fields.
   fields = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
   return FlaxUNet2DConditionModel(**{**fields, "dtype": dtype})
+
+
+def refuse_unsupported(config: Mapping[str, Any], supported: Mapping[str, Any]) -> None:
+  """Raises a UserError that names fields of `config` with another value than `supported`."""
+  others = {
+    k: config[k]
+    for k, v in supported.items()
+    if k in config and config[k] != v and not (v in (None, False) and not config[k])
+  }
+  if others:
+    given = ", ".join(f"{k} = {v!r} (only {supported[k]!r})" for k, v in others.items())
+    raise UserError(f"diffusers' Flax modules do not support {given}")
 
 
 def make_denoise(unet: nn.Module) -> Denoise:
@@ -36,8 +86,41 @@ def make_denoise(unet: nn.Module) -> Denoise:
   """
 
   def denoise(params, x_t, t, cond):
+    added = None
+    if "pooled" in cond:
+      added = {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]}
     # Interceptors live on a global stack that is read while tracing, hence inside.
-    with nn.intercept_methods(interceptors.exact_gelu):
-      return unet.apply({"params": params}, x_t, t, cond).sample
+    with (
+      nn.intercept_methods(interceptors.exact_gelu),
+      nn.intercept_methods(interceptors.transformer_norm),
+    ):
+      return unet.apply({"params": params}, x_t, t, cond["text"], added).sample
 
   return denoise
+
+
+def widen_input(
+  config: Mapping[str, Any], params: Mapping[str, Any], channels: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """A UNet that also reads further input channels, and so far makes nothing of them.
+
+  The improver's surgery: the weights of the new channels are zero, so that the output is
+  the original's whatever they hold, until training says otherwise.
+
+  Args:
+    config: of the UNet, as in its `config.json`.
+    params: its parameters.
+    channels: of the input then, those of today included; those come first.
+
+  Returns:
+    The new configuration and parameters.
+
+  Raises:
+    ValueError: it has as many channels already.
+  """
+  kernel = params["conv_in"]["kernel"]  # [3, 3, in, out]
+  if (more := channels - kernel.shape[2]) < 1:
+    raise ValueError(f"the UNet reads {kernel.shape[2]} channels, cannot widen to {channels}")
+  wide = jnp.pad(kernel, ((0, 0), (0, 0), (0, more), (0, 0)))
+  conv_in = {**params["conv_in"], "kernel": wide}
+  return {**config, "in_channels": channels}, {**params, "conv_in": conv_in}

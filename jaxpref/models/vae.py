@@ -1,5 +1,6 @@
 """diffusers' Flax VAE as pure functions between images and latents."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,13 +8,39 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from diffusers import FlaxAutoencoderKL
+from diffusers.configuration_utils import flax_register_to_config
+
+from jaxpref.models.unet import refuse_unsupported
+
+# Switches of PyTorch's class that the Flax module lacks, and the value it has built in.
+_SUPPORTED = {
+  "act_fn": "silu",
+  "mid_block_add_attention": True,
+  "use_quant_conv": True,
+  "use_post_quant_conv": True,
+  "latents_mean": None,
+  "latents_std": None,
+}
+
+
+@flax_register_to_config
+class AutoencoderKL(FlaxAutoencoderKL):
+  """diffusers' VAE, and the `shift_factor` that its Flax class does not know."""
+
+  shift_factor: float = 0.0
 
 
 def build_vae(config: Mapping[str, Any], *, dtype: Any) -> Any:
-  """The VAE of a diffusers `vae/config.json`, without parameters."""
-  known = FlaxAutoencoderKL.__dataclass_fields__
+  """The VAE of a diffusers `vae/config.json`, without parameters.
+
+  Raises:
+    UserError: the configuration asks for what the Flax module cannot do.
+  """
+  refuse_unsupported(config, _SUPPORTED)
+  known = AutoencoderKL.__dataclass_fields__
   fields = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
-  return FlaxAutoencoderKL(**{**fields, "dtype": dtype})
+  fields["shift_factor"] = config.get("shift_factor") or 0.0
+  return AutoencoderKL(**{**fields, "dtype": dtype})
 
 
 def to_unit(images: jax.Array) -> jax.Array:
@@ -45,13 +72,106 @@ def encode_moments(vae: nn.Module, params: Any, images: jax.Array):
   return jnp.transpose(posterior.mean, to_nchw), jnp.transpose(posterior.logvar, to_nchw)
 
 
-def encode(vae: nn.Module, params: Any, images: jax.Array) -> jax.Array:
-  """The latents a denoiser sees: the posterior's mode, scaled; uint8 images in."""
-  mean, _ = encode_moments(vae, params, to_unit(images))
-  return mean * vae.scaling_factor
+def encode(
+  vae: nn.Module, params: Any, images: jax.Array, keys: jax.Array | None = None
+) -> jax.Array:
+  """The latents a denoiser sees: (z - shift) scale.
+
+  Args:
+    vae: from `build_vae`.
+    params: its parameters.
+    images: uint8 [B, H, W, 3].
+    keys: typed keys [B] to draw z from the posterior, each image's by its own; without
+      them z is the posterior's mode.
+
+  Returns:
+    float [B, C, h, w].
+  """
+  z, logvar = encode_moments(vae, params, to_unit(images))
+  if keys is not None:
+    noise = jax.vmap(lambda k: jax.random.normal(k, z.shape[1:], z.dtype))(keys)
+    z = z + jnp.exp(0.5 * logvar) * noise
+  return (z - vae.shift_factor) * vae.scaling_factor
 
 
 def decode(vae: nn.Module, params: Any, latents: jax.Array) -> jax.Array:
   """Images of scaled latents: [B, C, h, w] to uint8 [B, H, W, 3]."""
-  out: Any = vae.apply({"params": params}, latents / vae.scaling_factor, method=vae.decode)
-  return to_bytes(out.sample)
+  return to_bytes(_decode_unit(vae, params, latents))
+
+
+def decode_sliced(
+  vae: nn.Module, params: Any, latents: jax.Array, *, at_once: int = 1
+) -> jax.Array:
+  """Like `decode`, `at_once` images at a time: the decoder's memory is theirs alone.
+
+  Images are dealt like cards, so that with a batch split over as many devices each decodes
+  its own. `at_once` divides the batch.
+  """
+  hands = latents.reshape(at_once, -1, *latents.shape[1:]).swapaxes(0, 1)
+  images = jax.lax.map(lambda z: decode(vae, params, z), hands).swapaxes(0, 1)
+  return images.reshape(latents.shape[0], *images.shape[2:])
+
+
+@functools.partial(jax.jit, static_argnums=0)  # else each tile would be a program of its own
+def _decode_unit(vae: nn.Module, params: Any, latents: jax.Array) -> jax.Array:
+  """Images [B, 3, H, W] in about [-1, 1] of scaled latents [B, C, h, w]."""
+  z = latents / vae.scaling_factor + vae.shift_factor
+  out: Any = vae.apply({"params": params}, z, method=vae.decode)
+  return out.sample
+
+
+def decode_tiled(
+  vae: nn.Module,
+  params: Any,
+  latents: jax.Array,
+  *,
+  tile: int | None = None,
+  overlap: float = 0.25,
+) -> jax.Array:
+  """Like `decode`, tile by tile: for images whose decoder would not fit in memory.
+
+  Neighbours overlap and are blended linearly, as diffusers' tiled VAE does. What a tile
+  does not see of its surroundings can show as a faint change of tone.
+
+  Args:
+    vae: from `build_vae`.
+    params: its parameters.
+    latents: [B, C, h, w].
+    tile: height and width of a tile in latents; by default those the VAE was trained on.
+    overlap: share of a tile that its neighbour decodes too, from 0 to below 1.
+
+  Returns:
+    uint8 [B, 8 h, 8 w, 3], with a VAE that halves three times.
+  """
+  factor = 2 ** (len(vae.block_out_channels) - 1)
+  tile = tile or vae.sample_size // factor
+  step, blend = int(tile * (1 - overlap)), int(tile * overlap) * factor
+  tops, lefts = (range(0, n, step) for n in latents.shape[2:])
+  rows = [
+    [_decode_unit(vae, params, latents[:, :, i : i + tile, j : j + tile]) for j in lefts]
+    for i in tops
+  ]
+  bands = []
+  for i, row in enumerate(rows):
+    for j in range(len(row)):
+      if i > 0:
+        row[j] = _blend(rows[i - 1][j], row[j], blend, axis=2)
+      if j > 0:
+        row[j] = _blend(row[j - 1], row[j], blend, axis=3)
+    shown = [part[:, :, : step * factor, : step * factor] for part in row]
+    bands.append(jnp.concatenate(shown, axis=3))
+  return to_bytes(jnp.concatenate(bands, axis=2))
+
+
+def _blend(before: jax.Array, after: jax.Array, extent: int, *, axis: int) -> jax.Array:
+  """`after`, whose first `extent` places along `axis` fade in from the last of `before`."""
+  extent = min(extent, before.shape[axis], after.shape[axis])
+  if extent == 0:
+    return after
+  shape = [1] * after.ndim
+  shape[axis] = extent
+  weight = (jnp.arange(extent) / extent).reshape(shape)
+  take = lambda x, start, stop: jax.lax.slice_in_dim(x, start, stop, axis=axis)  # noqa: E731
+  last = take(before, before.shape[axis] - extent, before.shape[axis])
+  mixed = last * (1 - weight) + take(after, 0, extent) * weight
+  return jnp.concatenate([mixed, take(after, extent, after.shape[axis])], axis=axis)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from jaxpref import __version__, metrics
 from jaxpref.data.shapes import flaws
-from jaxpref.models import pipeline as pipeline_lib
+from jaxpref.models import hub
 
 
 def write_card(pipeline: Path, workdir: Path, config: Any) -> None:
@@ -37,7 +37,7 @@ def write_card(pipeline: Path, workdir: Path, config: Any) -> None:
   if config.denoiser.path:
     denoiser += f", from the weights in `{config.denoiser.path}`"
     commands += f"\n{command}:{config.preset}"
-    before = pipeline_lib.find_pipeline(config.denoiser.path) / "training.png"
+    before = hub.find_pipeline(config.denoiser.path) / "training.png"
     if before.exists():
       shutil.copyfile(before, pipeline / "training-before.png")
       curves = "![training curves before](training-before.png)\n\n" + curves

@@ -128,7 +128,7 @@ def make_denoiser_step(
     eps = jax.random.normal(keys["eps"], latents.shape)
     cond = text.encode_text(encoder, params["text_encoder"], ids)
     x_t = schedule_lib.add_noise(schedule, latents, eps, t)
-    prediction = denoise(params["unet"], x_t, t, cond)
+    prediction = denoise(params["unet"], x_t, t, {"text": cond})
     target = schedule_lib.target(schedule, latents, eps, t)
     return schedule_lib.denoising_error(prediction, target).mean()
 

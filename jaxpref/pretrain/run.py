@@ -22,7 +22,7 @@ from jaxpref.data.shapes import corpus, prompts
 from jaxpref.diffusion import schedule as schedule_lib
 from jaxpref.errors import UserError
 from jaxpref.models import pipeline as pipeline_lib
-from jaxpref.models import text
+from jaxpref.models import save, text
 from jaxpref.models import vae as vae_lib
 from jaxpref.pretrain import card, denoiser
 from jaxpref.pretrain import vae as vae_stage
@@ -85,7 +85,7 @@ def _load(config: Any, stage: str, parts: Sequence[str]) -> pipeline_lib.Pipelin
     return None
   pipeline = pipeline_lib.load_pipeline(path)
   modules = pipeline_lib.build_modules(
-    pipeline_configs(config, vocab_size=len(pipeline.tokenizer))
+    pipeline_configs(config, vocab_size=len(pipeline.tokenizers[0]))
   )
   for part in parts:
     wanted = pipeline_lib.abstract_params(modules[part])
@@ -155,8 +155,8 @@ def run(prepared: Prepared, workdir: Path) -> Path:
     identity=identity | {"first": pipeline_lib.fingerprint(first | {"vae": vae_params})},
   )
   target = workdir / "pipeline"
-  pipeline_lib.save_pipeline(
-    target, params | {"vae": vae_params}, configs=configs, tokenizer_dir=tokenizer_dir
+  save.save_pipeline(
+    target, params | {"vae": vae_params}, configs=configs, tokenizers_from=workdir
   )
   card.write_card(target, workdir, config)
   return target

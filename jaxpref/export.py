@@ -1,0 +1,73 @@
+"""`python -m jaxpref.export --workdir=W --out=DIR`: what a run has tuned, for other programs.
+
+Writes a directory that PyTorch's diffusers loads, or with --single-file one safetensors file
+that ComfyUI and A1111's web UI load. Nothing that exists is overwritten.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from jaxpref import cli
+from jaxpref.errors import UserError
+
+DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
+
+
+def main(argv: list[str]) -> int:
+  """Exports as the flags say; returns the exit status."""
+  return cli.exit_status(_run, argv)
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = cli.Parser("Writes the model that a run has tuned for other programs.")
+  add = parser.add_argument
+  add("--workdir", required=True, help="of the run, or a pipeline to be rewritten")
+  add("--out", required=True, type=Path, help="directory, or file with --single-file; new")
+  add("--dtype", default="float16", choices=tuple(DTYPES), help="of the weights written")
+  add(
+    "--ema",
+    action=argparse.BooleanOptionalAction,
+    default=True,
+    help="the averaged weights, which the report compares; --no-ema: the last ones",
+  )
+  add("--step", type=int, help="of the checkpoint; the newest good one by default")
+  add(
+    "--single-file",
+    action="store_true",
+    help="one file by the names that ComfyUI and A1111's web UI read",
+  )
+  return parser
+
+
+def _run(argv: list[str]) -> None:
+  flags = _parser().parse_args(argv)
+  out = flags.out.expanduser()
+  if out.exists() or out.is_symlink():
+    raise UserError(f"{out} exists; choose another --out")
+  if flags.single_file and out.suffix != ".safetensors":
+    raise UserError(f"--single-file writes a file: --out={out}.safetensors")
+  # Late: errors on the command line should not wait for JAX.
+  from jaxpref import tuned  # noqa: PLC0415
+  from jaxpref.models import save  # noqa: PLC0415
+
+  pipeline = tuned.load(flags.workdir, ema=flags.ema, step=flags.step)
+  dtype = DTYPES[flags.dtype]
+  if flags.single_file:
+    save.save_single_file(out, pipeline.params, configs=pipeline.configs, dtype=dtype)
+  else:
+    save.save_pipeline(
+      out,
+      pipeline.params,
+      configs=pipeline.configs,
+      tokenizers_from=pipeline.path,
+      dtype=dtype,
+    )
+  print(f"the pipeline is in {out}")
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,119 @@
+"""Pipelines written for other programs, without PyTorch: whole, or not at all."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from jaxpref.models import convert, single_file, weights
+
+# Components that pictures do not need; their places in the index are emptied.
+_LEFT_OUT = ("feature_extractor", "image_encoder", "safety_checker")
+# The index of a pipeline that never had one.
+_INDEX = {
+  "_class_name": "StableDiffusionPipeline",
+  "_diffusers_version": "0.39.0",
+  "feature_extractor": [None, None],
+  "requires_safety_checker": False,
+  "safety_checker": [None, None],
+  "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+  "text_encoder": ["transformers", "CLIPTextModel"],
+  "tokenizer": ["transformers", "CLIPTokenizer"],
+  "unet": ["diffusers", "UNet2DConditionModel"],
+  "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+def save_pipeline(
+  target: Path,
+  params: Mapping[str, Any],
+  *,
+  configs: Mapping[str, Mapping[str, Any]],
+  tokenizers_from: Path,
+  dtype: Any = np.float16,
+) -> None:
+  """Writes a pipeline that diffusers loads, whole or not at all.
+
+  Args:
+    target: directory; one that exists is replaced once the new one is complete.
+    params: trees by part.
+    configs: one for each part of `params`, 'scheduler', and perhaps 'model_index'.
+    tokenizers_from: the directory whose `tokenizer/`, and `tokenizer_2/`, are copied.
+    dtype: of the weights on disk.
+
+  Raises:
+    UserError: a weight is too large for `dtype`, or a file cannot be written.
+  """
+  target.parent.mkdir(parents=True, exist_ok=True)
+  work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+  try:
+    for part, tree in params.items():
+      (work / part).mkdir()
+      _write_json(work / part / "config.json", configs[part])
+      tensors = convert.export_tensors(tree, dtype)
+      file = work / part / f"{weights.stem_of(part)}.safetensors"
+      save_file(tensors, file, metadata={"format": "pt"})
+      file.chmod(0o644)  # safetensors keeps its files to their owner
+      tokenizer = part.replace("text_encoder", "tokenizer")
+      if tokenizer != part:
+        shutil.copytree(tokenizers_from / tokenizer, work / tokenizer)
+    (work / "scheduler").mkdir()
+    _write_json(work / "scheduler" / "scheduler_config.json", configs["scheduler"])
+    index = dict(configs.get("model_index", _INDEX))
+    left_out: dict[str, Any] = {p: [None, None] for p in _LEFT_OUT if p in index}
+    if "safety_checker" in index:
+      left_out["requires_safety_checker"] = False
+    _write_json(work / "model_index.json", index | left_out)
+    work.chmod(0o755)
+    replace_directory(work, target)
+  except BaseException:
+    shutil.rmtree(work, ignore_errors=True)
+    raise
+
+
+def save_single_file(
+  target: Path,
+  params: Mapping[str, Any],
+  *,
+  configs: Mapping[str, Mapping[str, Any]],
+  dtype: Any = np.float16,
+) -> None:
+  """Writes a pipeline's weights as one file, by the names of the original code.
+
+  Args:
+    target: the file; whole or not at all.
+    params: trees by part.
+    configs: configurations of the parts.
+    dtype: of the weights on disk.
+
+  Raises:
+    UserError: a weight is too large for `dtype`.
+  """
+  tensors = {part: convert.export_tensors(tree, dtype) for part, tree in params.items()}
+  target.parent.mkdir(parents=True, exist_ok=True)
+  work = target.with_name(f".{target.name}.tmp")
+  try:
+    save_file(single_file.to_single_file(tensors, configs), work, metadata={"format": "pt"})
+    work.chmod(0o644)  # safetensors keeps its files to their owner
+    work.replace(target)
+  finally:
+    work.unlink(missing_ok=True)
+
+
+def replace_directory(new: Path, target: Path) -> None:
+  """Puts `new` in the place of `target`, which is kept until the new one stands."""
+  old = target.with_name(f".{target.name}-old")
+  shutil.rmtree(old, ignore_errors=True)
+  if target.exists():
+    target.rename(old)
+  new.replace(target)
+  shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+  path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,147 @@
+"""Safetensors of one part of a pipeline: where they lie, and tensors read one at a time.
+
+diffusers and transformers write one file, or shards with an index, either of them perhaps
+with a variant such as fp16 in its name. Pickled weights are refused: reading one can run
+any program that its author put there.
+"""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from jaxpref.errors import UserError
+
+_STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+# Parts of the names of a low-rank adapter's tensors, as several programs write them.
+_LORA = ("lora_A", "lora_B", "lora_down", "lora_up", "lora.down", "lora.up", "_lora.")
+_FILE_NAME = re.compile(r"[\w-][\w.-]*")
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+  """A tensor on disk.
+
+  Attributes:
+    file: an open safetensors file, closed when the last of its tensors is forgotten.
+    path: of that file.
+    name: in it.
+    shape: as stored.
+  """
+
+  file: Any
+  path: Path
+  name: str
+  shape: tuple[int, ...]
+
+  def read(self) -> np.ndarray:
+    """The tensor, in the dtype it is stored in.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    try:
+      return self.file.get_tensor(self.name)
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
+      raise UserError(f"{self.path}: {self.name} cannot be read: {error}") from error
+
+
+def stem_of(part: str) -> str:
+  """The name of a part's weight files, without their endings."""
+  return _STEMS.get(part, "model")
+
+
+def open_part(directory: Path, *, variant: str = "") -> dict[str, StoredTensor]:
+  """The tensors of one part of a pipeline, by name, none of them read yet.
+
+  Args:
+    directory: such as `PIPELINE/unet`.
+    variant: such as 'fp16'; with '' the full weights if they are there, else fp16's.
+
+  Raises:
+    UserError: there are no weights, only pickled ones, a file is damaged or misses tensors
+      that the index promises, or the index names a file elsewhere.
+  """
+  stem = stem_of(directory.name)
+  for wanted in (variant,) if variant else ("", "fp16"):
+    dot = f".{wanted}" if wanted else ""
+    single = directory / f"{stem}{dot}.safetensors"
+    index = directory / f"{stem}.safetensors.index{dot}.json"
+    if single.exists():
+      return open_file(single)
+    if index.exists():
+      return _open_shards(index)
+  for path in sorted(directory.glob("*")) if directory.is_dir() else ():
+    if path.suffix in PICKLES:
+      raise pickled(path)
+  full = directory / f"{stem}{f'.{variant}' if variant else ''}.safetensors"
+  raise UserError(f"no weights at {full}")
+
+
+def pickled(path: Path) -> UserError:
+  """Why pickled weights are not read, and what to do."""
+  return UserError(
+    f"{path} is pickled, and reading it could run any program inside it; convert it once, "
+    "where PyTorch is and the file is trusted: load it with diffusers or transformers and call "
+    "save_pretrained(DIR, safe_serialization=True)"
+  )
+
+
+def open_file(path: Path) -> dict[str, StoredTensor]:
+  """The tensors of one file.
+
+  Raises:
+    UserError: it is missing, damaged or truncated, or holds a low-rank adapter.
+  """
+  try:
+    file = safe_open(path, framework="numpy")
+    names = list(file.keys())
+    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+  except FileNotFoundError as error:
+    raise UserError(f"no weights at {path}") from error
+  except (OSError, SafetensorError) as error:
+    raise UserError(f"{path} is damaged or truncated: {error}") from error
+  if any(mark in name for name in shapes for mark in _LORA):
+    raise UserError(
+      f"{path} holds a low-rank adapter (LoRA), not a model: name the pipeline that it was "
+      "trained on, and fuse the adapter into that with diffusers first if it is to be tuned"
+    )
+  return {name: StoredTensor(file, path, name, shape) for name, shape in shapes.items()}
+
+
+def _open_shards(index: Path) -> dict[str, StoredTensor]:
+  try:
+    places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    files = sorted(set(places.values()))
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    raise UserError(f"{index} is no index of weight files: {error!r}") from error
+  shards = {}
+  for name in files:
+    # A name with a directory in it could point at any file of this machine.
+    if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
+      raise UserError(f"{index} names {name!r}, which is not a file beside it")
+    if Path(name).suffix in PICKLES:
+      raise pickled(index.with_name(name))
+    shards[name] = open_file(index.with_name(name))
+  tensors = {tensor: shards[file].get(tensor) for tensor, file in places.items()}
+  if lacking := [f"{t} (in {places[t]})" for t, stored in tensors.items() if stored is None]:
+    raise UserError(f"{index} promises tensors that its files lack: {', '.join(lacking)}")
+  return {name: stored for name, stored in tensors.items() if stored is not None}
+
+
+def refuse_file(path: Path) -> UserError:
+  """Why a file where a pipeline's directory belongs is not read, and what to do."""
+  if path.suffix in PICKLES:
+    return pickled(path)
+  if path.suffix != ".safetensors":
+    return UserError(f"{path} is a file, not a pipeline's directory")
+  open_file(path)  # which has more to say of a damaged file or an adapter
+  return UserError(
+    f"{path} is a single file; convert it once, where PyTorch is, to diffusers' directory "
+    "layout: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(DIR)"
+  )

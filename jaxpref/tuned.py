@@ -1,0 +1,73 @@
+"""The model that a run has tuned: its base pipeline with the UNet of a checkpoint."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from jaxpref import checkpoint, sharding
+from jaxpref.errors import UserError
+from jaxpref.models import pipeline as pipeline_lib
+from jaxpref.workdir import CONFIG
+
+
+def is_workdir(name: str) -> bool:
+  """Whether `name` is a run's directory rather than a pipeline's."""
+  path = Path(name).expanduser()
+  return (path / CONFIG).is_file() and (path / "checkpoints").is_dir()
+
+
+def load(
+  name: str,
+  *,
+  ema: bool = True,
+  step: int | None = None,
+  dtype: Any = jnp.float32,
+  mesh: Mesh | None = None,
+  variant: str = "",
+) -> pipeline_lib.Pipeline:
+  """A pipeline, or what a run has made of one.
+
+  Args:
+    name: a run's workdir, or what `load_pipeline` takes.
+    ema: of a run, the averaged parameters, which are those its report compares; else the
+      parameters themselves.
+    step: of a run, the checkpoint after so many updates; by default the newest good one.
+    dtype: of the computation.
+    mesh: to place parameters on; see `load_pipeline`.
+    variant: of the weights; of a run's base its configuration says.
+
+  Raises:
+    UserError: there is no such thing, or it is damaged, or the base pipeline is not the
+      one that the run began with.
+  """
+  if not is_workdir(name):
+    return pipeline_lib.load_pipeline(name, dtype=dtype, mesh=mesh, variant=variant)
+  workdir = Path(name).expanduser()
+  try:
+    model = json.loads((workdir / CONFIG).read_text(encoding="utf-8"))["model"]
+    base = {"name": model["path"], "variant": model.get("variant", "")}
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    raise UserError(f"{workdir / CONFIG} is no run's configuration: {error!r}") from error
+  pipeline = pipeline_lib.load_pipeline(**base, dtype=dtype, mesh=mesh)
+  found, metadata = checkpoint.find_good(workdir / "checkpoints", step=step)
+  if metadata.get("pipeline") != pipeline.digest:
+    raise UserError(f"the weights in {pipeline.path} are not those that {workdir} began with")
+  field = "ema" if ema else "params"
+  abstract = pipeline_lib.abstract_params(pipeline.modules["unet"])
+  if mesh is None:
+    host = SingleDeviceSharding(jax.local_devices()[0])
+    where = jax.tree.map(lambda _: host, abstract)
+  else:
+    where = sharding.params_sharding(mesh, abstract)
+  target = jax.tree.map(
+    lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, where
+  )
+  state = checkpoint.restore_subtree(workdir / "checkpoints", found, {field: target})
+  tuned = {**pipeline.params, "unet": state[field]}
+  digest = f"{pipeline.digest}-{field}-{found}-{metadata.get('data', '')}"
+  return dataclasses.replace(pipeline, params=tuned, digest=digest)

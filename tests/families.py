@@ -1,0 +1,92 @@
+"""Stable Diffusion 1.5, 2.1 and XL at a width that a test can afford.
+
+The real configurations (`golden/model_configs`, as their public repositories state them)
+with every switch kept - heads by block, linear projections, layers by block, text_time
+conditioning, activations, schedules - and fewer channels, layers and words.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxpref.models import pipeline, save, text
+
+CONFIGS = Path(__file__).parent / "golden" / "model_configs"
+FAMILIES = ("sd15", "sd21", "sdxl")
+PROMPTS = ["a red circle left of two blue squares", "Three small stars, painted!"]
+WIDTHS = (32, 48)  # of the text encoders
+
+
+def real_configs(family: str) -> dict[str, dict[str, Any]]:
+  """The configuration files of a family, by part."""
+  files = {p.stem: json.loads(p.read_text()) for p in (CONFIGS / family).glob("*.json")}
+  if "model_index" not in files:  # that of the older model, but for the scheduler
+    files["model_index"] = real_configs("sd15")["model_index"]
+    files["model_index"]["scheduler"] = ["diffusers", files["scheduler"]["_class_name"]]
+  return files
+
+
+def reduced_configs(
+  family: str, *, vocab_size: int, shallow: bool = False
+) -> dict[str, dict[str, Any]]:
+  """The same, narrow; and with as few layers as can be, where a test trains."""
+  configs = real_configs(family)
+  unet, vae = configs["unet"], configs["vae"]
+  channels = [32, 64, 64, 64][: len(unet["block_out_channels"])]
+  heads = unet["attention_head_dim"]
+  encoders = [name for name in configs if name.startswith("text_encoder")]
+  unet |= {
+    "block_out_channels": channels,
+    "attention_head_dim": 4 if isinstance(heads, int) else [1, 2, 4, 4][: len(heads)],
+    "cross_attention_dim": sum(WIDTHS[: len(encoders)]),
+    "sample_size": 8 * 2 ** (len(channels) - 3),
+  }
+  if "transformer_layers_per_block" in unet:
+    unet["transformer_layers_per_block"] = [1, 2, 3]
+  if family == "sdxl":
+    unet |= {
+      "addition_time_embed_dim": 8,
+      "projection_class_embeddings_input_dim": 48 + WIDTHS[1],
+    }
+  vae |= {"block_out_channels": [32, 32, 64, 64], "sample_size": 8 * unet["sample_size"]}
+  if shallow:
+    unet["layers_per_block"] = vae["layers_per_block"] = 1
+    if "transformer_layers_per_block" in unet:
+      unet["transformer_layers_per_block"] = [1, 1, 1]
+  for i, name in enumerate(sorted(encoders)):
+    configs[name] |= {
+      "hidden_size": WIDTHS[i],
+      "intermediate_size": 4 * WIDTHS[i],
+      "num_attention_heads": 4,
+      "num_hidden_layers": 3 + i,
+      "projection_dim": WIDTHS[i],
+      "vocab_size": vocab_size,
+    }
+  return configs
+
+
+def write_pipeline(family: str, directory: Path, *, shallow: bool = False) -> Path:
+  """A reduced pipeline with random weights, in diffusers' layout; returns its directory."""
+  text.train_tokenizer(PROMPTS, directory / "tokenizer", vocab_size=560, max_length=77)
+  vocab_size = len(text.load_tokenizer(directory / "tokenizer"))
+  configs = reduced_configs(family, vocab_size=vocab_size, shallow=shallow)
+  if "text_encoder_2" in configs:  # its padding is another word than the end mark
+    text.train_tokenizer(PROMPTS, directory / "tokenizer_2", vocab_size=560, max_length=77)
+    file = directory / "tokenizer_2" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"pad_token": "!"}))
+  rng = np.random.default_rng(0)
+
+  def draw(leaf):
+    fan = np.prod(leaf.shape[:-1]) if len(leaf.shape) > 1 else 25.0
+    return (rng.standard_normal(leaf.shape) / np.sqrt(fan)).astype(np.float32)
+
+  modules = pipeline.build_modules(configs)
+  params = {k: jax.tree.map(draw, pipeline.abstract_params(m)) for k, m in modules.items()}
+  target = directory / family
+  save.save_pipeline(
+    target, params, configs=configs, tokenizers_from=directory, dtype=np.float32
+  )
+  return target

@@ -1,0 +1,60 @@
+"""The real models at full width, by shapes alone: each tensor has its place, both ways."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import families
+import flax
+import numpy as np
+import pytest
+
+from jaxpref.models import convert, pipeline
+
+live = pytest.mark.skipif(
+  importlib.util.find_spec("torch") is None and not os.environ.get("CI"),
+  reason="PyTorch is not installed",
+)
+LAYOUTS = Path(__file__).parent / "golden" / "layouts"
+COUNTS = {  # of the published models
+  ("sd15", "unet"): 859_520_964,
+  ("sd15", "vae"): 83_653_863,
+  ("sd15", "text_encoder"): 123_060_480,
+  ("sd21", "unet"): 865_910_724,
+  ("sd21", "text_encoder"): 340_387_840,
+  ("sdxl", "unet"): 2_567_463_684,
+  ("sdxl", "text_encoder_2"): 694_659_840,
+}
+
+
+def _layout(family: str) -> dict[str, dict[str, tuple[int, ...]]]:
+  parts: dict[str, dict[str, tuple[int, ...]]] = {}
+  for line in (LAYOUTS / f"{family}.txt").read_text().splitlines():
+    part, name, *shape = line.split()
+    parts.setdefault(part, {})[name] = tuple(map(int, shape))
+  return parts
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_every_tensor_has_its_place(family):
+  layout = _layout(family)
+  modules = pipeline.build_modules(families.real_configs(family))
+  assert modules.keys() == layout.keys()
+  for part, module in modules.items():
+    abstract = pipeline.abstract_params(module)
+    # From PyTorch: nothing missing, nothing left over, every shape as it should be.
+    convert.check_tensors(layout[part], abstract, where=part)
+    # To PyTorch: the very names and shapes.
+    flat = flax.traverse_util.flatten_dict(abstract)
+    written = {convert.torch_name(p): convert.torch_shape(p, a.shape) for p, a in flat.items()}
+    assert len(written) == len(flat) and written == layout[part]
+    count = sum(int(np.prod(shape)) for shape in layout[part].values())
+    assert count == COUNTS.get((family, part), count)
+
+
+@live
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_layouts_are_pytorchs(family):
+  from golden import make_layouts
+
+  assert make_layouts.layout(family) == (LAYOUTS / f"{family}.txt").read_text()

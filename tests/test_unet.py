@@ -1,0 +1,50 @@
+"""What is done to the UNet from outside."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from diffusers.models.attention_flax import FlaxTransformer2DModel
+
+from jaxpref.models import interceptors, pipeline, unet
+
+
+def test_a_widened_input_is_ignored_until_it_is_trained(tiny_pipeline):
+  loaded = pipeline.load_pipeline(str(tiny_pipeline))
+  config, params = loaded.configs["unet"], loaded.params["unet"]
+  wide_config, wide_params = unet.widen_input(config, params, 8)
+  assert wide_config["in_channels"] == 8 and config["in_channels"] == 4
+  wide = unet.build_unet(wide_config, dtype=jnp.float32)
+  shapes = jax.tree.map(np.shape, pipeline.abstract_params(wide))
+  assert jax.tree.map(np.shape, wide_params) == shapes
+  rng = np.random.default_rng(0)
+  x, condition = rng.standard_normal((2, 2, *loaded.latent_shape)).astype(np.float32)
+  t, cond = np.array([5, 700]), {"text": rng.standard_normal((2, 16, 16)).astype(np.float32)}
+  plain = jax.jit(unet.make_denoise(loaded.modules["unet"]))(params, x, t, cond)
+  denoise = jax.jit(unet.make_denoise(wide))
+  for given in (np.zeros_like(condition), condition, 100 * condition):
+    both = np.concatenate([x, given], axis=1)
+    np.testing.assert_allclose(denoise(wide_params, both, t, cond), plain, atol=1e-6)
+
+  def error(p, x):
+    return jnp.square(denoise(p, x, t, cond)).mean()
+
+  grads = jax.grad(error)(wide_params, np.concatenate([x, condition], axis=1))
+  assert np.abs(grads["conv_in"]["kernel"][:, :, 4:]).max() > 0  # it can learn
+  with pytest.raises(ValueError, match="cannot widen"):
+    unet.widen_input(wide_config, wide_params, 8)
+
+
+def test_a_transformers_norm_has_pytorchs_epsilon():
+  """Seen where the input is so faint that epsilon counts."""
+  module = FlaxTransformer2DModel(in_channels=32, n_heads=1, d_head=32, depth=0)
+  x = 1e-3 * np.random.default_rng(0).standard_normal((1, 4, 4, 32)).astype(np.float32)
+  params = module.init(jax.random.key(0), x, None)["params"]
+  eye = {"kernel": jnp.eye(32)[None, None], "bias": jnp.zeros(32)}
+  params = {**params, "proj_in": eye, "proj_out": eye}
+  with nn.intercept_methods(interceptors.transformer_norm):
+    out = module.apply({"params": params}, x, None)
+  grouped = np.float64(x)  # groups of one channel each
+  mean, var = grouped.mean((1, 2), keepdims=True), grouped.var((1, 2), keepdims=True)
+  np.testing.assert_allclose(out, x + (grouped - mean) / np.sqrt(var + 1e-6), rtol=1e-4)
