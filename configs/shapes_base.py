@@ -2,22 +2,25 @@ r"""The base pipeline of the shapes world, trained from scratch on its flawed co
 
   python -m jaxpref.pretrain --config=configs/shapes_base.py
   python -m jaxpref.pretrain --config=configs/shapes_base.py:more
+  python -m jaxpref.pretrain --config=configs/shapes_base.py:decoder
 
 Three stages: a VAE on the corpus's images, then its text encoder and UNet together on the
 latents, then the export to `<workdir>/pipeline` in diffusers' directory layout, with a model
-card. The bundled VAE is kept as it is (`vae.path`); it was made by the settings below on an
-earlier corpus, of smaller shapes in any place, which it draws as well. The preset `more`
-trains the first run's text encoder and UNet on, on as many new images. Each stage is
-resumable: the same command continues where it was stopped.
+card. Each is resumable: the same command continues where it was stopped.
+
+The presets `more` and `decoder` train on what there is: `more` the text encoder and UNet of
+the bundled pipeline, on as many new images; `decoder` the VAE's decoder alone, towards
+sharper edges, which leaves latents and UNet as they are. How the bundled pipeline was made is
+on its model card.
 """
 
 from ml_collections import ConfigDict
 
-PRESETS = ("shapes", "more", "tiny")
+PRESETS = ("shapes", "more", "decoder", "tiny")
 
 
 def get_config(preset: str = "shapes") -> ConfigDict:
-  """Settings of the run; `more` goes on from it, `tiny` is it in seconds, for tests."""
+  """Settings of the run; `more` and `decoder` go on, `tiny` is it in seconds, for tests."""
   c = ConfigDict()
   c.name = "shapes_base"
   c.preset = preset
@@ -32,11 +35,12 @@ def get_config(preset: str = "shapes") -> ConfigDict:
   c.tokenizer.max_length = 16  # tokens; the longest caption of this world takes 13
 
   c.vae = ConfigDict()
-  c.vae.path = "shapes"  # the pipeline whose VAE is kept; with '' one is trained, as follows
+  c.vae.path = ""  # the pipeline whose VAE is kept, and of it only the decoder trained on
   c.vae.channels = (32, 64, 96)  # of each level, 32 x 32 pixels to 8 x 8 latents
   c.vae.latent_channels = 4
   c.vae.norm_groups = 8
   c.vae.kl_weight = 1e-5
+  c.vae.edge_weight = 0.0  # of the error of steps between neighbouring pixels
   c.vae.batch_size = 24
   c.vae.num_updates = 3_600
   c.vae.lr = 2e-3
@@ -70,16 +74,22 @@ def get_config(preset: str = "shapes") -> ConfigDict:
   c.log_every = 100  # updates
   c.save_every = 500  # updates
 
-  if preset == "more":
+  if preset in ("more", "decoder"):
     c.seed = 1  # another corpus, other noise
-    c.denoiser.path = "runs/shapes_base-shapes/pipeline"
+    c.vae.path = c.denoiser.path = "shapes"
+    c.vae.num_updates = c.denoiser.num_updates = 0
+  if preset == "more":
     c.denoiser.num_updates = 21_000
     c.denoiser.lr = 1e-3
     c.denoiser.decay = 0.9
+  if preset == "decoder":
+    c.vae.edge_weight = 1.0
+    c.vae.num_updates = 3_000
+    c.vae.lr = 1e-3
+    c.vae.decay = 0.9
 
   if preset == "tiny":
     c.corpus.num_images = 64
-    c.vae.path = ""
     c.vae.channels = (8, 8, 8)
     c.unet.channels = (32, 64)
     c.unet.heads = (1, 2)

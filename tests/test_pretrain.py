@@ -25,7 +25,7 @@ def test_a_run_in_small(tmp_path, monkeypatch, capsys):
   assert 0 < factor < 1e4
   card = (tmp_path / "run" / "pipeline" / "README.md").read_text()
   assert "| missing_object | 10 % |" in card
-  assert (tmp_path / "run" / "pipeline" / "training.png").stat().st_size > 1000
+  assert (tmp_path / "run" / "pipeline" / "training-1.png").stat().st_size > 1000
   steps = [
     json.loads(line)["step"]
     for line in (tmp_path / "run" / "denoiser" / "metrics.jsonl").read_text().splitlines()
@@ -39,35 +39,66 @@ def test_interrupted_and_continued_it_ends_the_same(
   tmp_path, tiny_pipeline, monkeypatch, capsys
 ):
   monkeypatch.chdir(ROOT)
-  kept = f"--config.vae.path={tiny_pipeline}"
-  whole = _run(tmp_path / "whole", capsys, kept)
+  kept = [f"--config.vae.path={tiny_pipeline}", "--config.vae.num_updates=0"]
+  whole = _run(tmp_path / "whole", capsys, *kept)
   save = checkpoint.save
 
   def save_and_stop(*arguments):
     save(*arguments)
     raise KeyboardInterrupt
 
-  arguments = ["--config=configs/shapes_base.py:tiny", f"--workdir={tmp_path / 'cut'}", kept]
+  arguments = ["--config=configs/shapes_base.py:tiny", f"--workdir={tmp_path / 'cut'}"]
+  arguments += kept
   with monkeypatch.context() as patch:
     patch.setattr(checkpoint, "save", save_and_stop)
     assert pretrain.main(arguments) == 130
   assert checkpoint.steps(tmp_path / "cut" / "denoiser" / "checkpoints") == [1]
-  _assert_same(_run(tmp_path / "cut", capsys, kept), whole)
+  _assert_same(_run(tmp_path / "cut", capsys, *kept), whole)
   # Checkpoints of another corpus are not continued.
   monkeypatch.setattr(pretrain, "_fingerprint", lambda *_: "another")
   assert pretrain.main(arguments) == 2
   assert "was trained on another corpus or from other weights" in capsys.readouterr().err
 
 
+def test_a_decoder_is_trained_on(tmp_path, tiny_pipeline, monkeypatch, capsys):
+  monkeypatch.chdir(ROOT)
+  taken = pipeline.load_pipeline(str(tiny_pipeline))
+  options = [f"--config.{part}.path={tiny_pipeline}" for part in ("vae", "denoiser")]
+  options += ["--config.vae.edge_weight=1", "--config.denoiser.num_updates=0"]
+  made = _run(tmp_path / "run", capsys, *options)
+  half = lambda tree: [leaf.astype(np.float16) for leaf in _leaves(tree)]  # noqa: E731
+  for part, tree in taken.params.items():
+    for name in tree:
+      same = all(map(np.array_equal, half(tree[name]), half(made.params[part][name])))
+      assert same == (name not in ("decoder", "post_quant_conv")), name
+  assert made.configs["vae"] == taken.configs["vae"]  # scaling_factor, too
+  curves = [
+    json.loads(x) for x in (tmp_path / "run/vae/metrics.jsonl").read_text().splitlines()
+  ]
+  parts = [c["l1"] + c["mse"] + 1e-5 * c["kl"] + c["edges"] for c in curves]
+  np.testing.assert_allclose([c["loss"] for c in curves], parts, rtol=1e-5)
+  # Trained on once more, the card tells of both rounds.
+  again = str(tmp_path / "run" / "pipeline")
+  options = [f"--config.{part}.path={again}" for part in ("vae", "denoiser")]
+  _run(tmp_path / "again", capsys, *options, "--config.vae.num_updates=0")
+  card = tmp_path / "again" / "pipeline" / "README.md"
+  assert "### 2" in card.read_text() and card.with_name("training-1.png").exists()
+  assert f"that of `{tiny_pipeline}`, its decoder trained on for 2 updates" in card.read_text()
+  arguments = ["--config=configs/shapes_base.py:tiny", "--config.vae.num_updates=0"]
+  assert pretrain.main([*arguments, f"--workdir={tmp_path / 'none'}"]) == 2
+  assert "vae.num_updates is 0 and vae.path names no trained one" in capsys.readouterr().err
+
+
 def test_a_vae_is_kept(tmp_path, tiny_pipeline, monkeypatch, capsys):
   monkeypatch.chdir(ROOT)
   taken = pipeline.load_pipeline(str(tiny_pipeline))
-  made = _run(tmp_path / "run", capsys, f"--config.vae.path={tiny_pipeline}")
+  kept = [f"--config.vae.path={tiny_pipeline}", "--config.vae.num_updates=0"]
+  made = _run(tmp_path / "run", capsys, *kept)
   for a, b in zip(_leaves(taken.params["vae"]), _leaves(made.params["vae"]), strict=True):
     np.testing.assert_array_equal(a.astype(np.float16), b.astype(np.float16))
   assert not (tmp_path / "run" / "vae").exists()
   card = (tmp_path / "run" / "pipeline" / "README.md").read_text()
-  assert f"kept from the pipeline `{tiny_pipeline}`" in card
+  assert f"| VAE | that of `{tiny_pipeline}` |" in card
   # The bundled VAE is wider than the tiny configuration's.
   arguments = ["--config=configs/shapes_base.py:tiny", "--config.vae.path=shapes"]
   assert pretrain.main([*arguments, f"--workdir={tmp_path / 'other'}"]) == 2
@@ -84,7 +115,7 @@ def test_a_pipeline_is_trained_on(tmp_path, tiny_pipeline, monkeypatch, capsys):
     pairs = zip(_leaves(before.params[part]), _leaves(made.params[part]), strict=True)
     assert all(np.allclose(a, b, atol=2e-5, rtol=1e-3) for a, b in pairs)
   card = (tmp_path / "run" / "pipeline" / "README.md").read_text()
-  assert f"2 updates of 4 images, from the weights in `{tiny_pipeline}`" in card
+  assert f"that of `{tiny_pipeline}`, trained on for 2 updates of 4 images" in card
   arguments = ["--config=configs/shapes_base.py:tiny", "--config.denoiser.path=shapes"]
   assert pretrain.main([*arguments, f"--workdir={tmp_path / 'other'}"]) == 2
   assert "denoiser.path: 'shapes' has another unet" in capsys.readouterr().err

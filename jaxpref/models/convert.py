@@ -121,7 +121,7 @@ def import_tensors(
     path, want = names[name], flat[names[name]]
     stored = found[name].read()
     digest.update(f"{name} {stored.dtype} ".encode())
-    digest.update(np.ascontiguousarray(stored).reshape(-1).view(np.uint8))
+    digest.update(np.ascontiguousarray(stored).reshape(-1).view(np.uint8).data)
     array = np.ascontiguousarray(_to_flax_layout(path, stored, want.shape), want.dtype)
     if count := array.size - int(np.isfinite(array).sum()):
       bad[name] = count

@@ -1,5 +1,10 @@
-"""The model card that stands beside the exported pipeline, with its training curves."""
+"""The model card that stands beside the exported pipeline, with its training curves.
 
+A pipeline that was trained on from another carries that one's history along, in
+`history.json`: the card shows all of it.
+"""
+
+import json
 import platform
 import shutil
 from pathlib import Path
@@ -13,55 +18,42 @@ from jaxpref import __version__, metrics
 from jaxpref.data.shapes import flaws
 from jaxpref.models import hub
 
+HISTORY = "history.json"
+
 
 def write_card(pipeline: Path, workdir: Path, config: Any) -> None:
-  """Writes README.md and training.png into the pipeline's directory."""
-  stages = ["denoiser"] if config.vae.path else ["vae", "denoiser"]
-  figure = Figure(figsize=(4.5 * len(stages), 3), layout="constrained")
-  for axes, stage in zip(
-    figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True
-  ):
-    points = metrics.read_curves(workdir / stage)["loss"]
-    axes.plot(*zip(*points, strict=True), linewidth=0.8)
-    axes.set(title=stage, xlabel="updates", ylabel="loss", yscale="log")
-    axes.grid(alpha=0.3)
-  with matplotlib.rc_context({"svg.hashsalt": "jaxpref"}):
-    figure.savefig(pipeline / "training.png", dpi=110)
-  rates = "\n".join(f"| {name} | {100 * rate:.0f} % |" for name, rate in flaws.RATES.items())
-  stages_done = config.vae, config.denoiser
-  vae, denoiser = (f"{s.num_updates} updates of {s.batch_size} images" for s in stages_done)
-  command = "    python -m jaxpref.pretrain --config=configs/shapes_base.py"
-  commands, curves = command, "![training curves](training.png)"
-  if config.vae.path:
-    vae = f"kept from the pipeline `{config.vae.path}`"
-  if config.denoiser.path:
-    denoiser += f", from the weights in `{config.denoiser.path}`"
-    commands += f"\n{command}:{config.preset}"
-    before = hub.find_pipeline(config.denoiser.path) / "training.png"
-    if before.exists():
-      shutil.copyfile(before, pipeline / "training-before.png")
-      curves = "![training curves before](training-before.png)\n\n" + curves
+  """Writes README.md, history.json and the curves into the pipeline's directory."""
+  history = _history(pipeline, config)
+  number = len(history) + 1
+  stages = [stage for stage in ("vae", "denoiser") if config[stage].num_updates]
+  curves = f"training-{number}.png"
+  _draw(workdir, stages, pipeline / curves)
   made = f"jaxpref {__version__}, jax {jax.__version__}, {platform.machine()} "
   made += jax.default_backend()
+  history.append(
+    {
+      "command": _command(config),
+      "vae": _summary(config.vae, "its decoder trained on for "),
+      "denoiser": _summary(config.denoiser, "trained on for "),
+      "corpus": f"{config.corpus.num_images} images, seed {config.seed}",
+      "made with": made,
+      "curves": curves,
+    }
+  )
+  (pipeline / HISTORY).write_text(json.dumps(history, indent=2) + "\n", encoding="utf-8")
   size = sum(f.stat().st_size for f in pipeline.rglob("*.safetensors")) / 1e6
+  rates = "\n".join(f"| {name} | {100 * rate:.0f} % |" for name, rate in flaws.RATES.items())
+  rounds = "\n".join(_round(i, entry) for i, entry in enumerate(history, 1))
   (pipeline / "README.md").write_text(
     f"""# The shapes world's base pipeline
 
 A text-to-image latent diffusion pipeline of {size:.1f} MB, in diffusers' layout, for pictures
-of coloured shapes, {config.corpus.image_size} pixels wide and high. Made from scratch by
-
-{commands}
+of coloured shapes, {config.corpus.image_size} pixels wide and high; predicts
+{config.unet.prediction_type}.
 
 It exists to be tuned: its corpus is flawed, as data from the web is, and so are its
-pictures. It knows nothing but the captions of `jaxpref.data.shapes.prompts`.
-
-| | |
-|---|---|
-| VAE | {vae} |
-| UNet and text encoder | {denoiser} |
-| corpus | {config.corpus.num_images} images of 64 pixels, averaged down; seed {config.seed} |
-| predicts | {config.unet.prediction_type} |
-| made with | {made} |
+pictures. It knows nothing but the captions of `jaxpref.data.shapes.prompts`. No person,
+photograph or text of others went into it; weights and pictures may be used freely.
 
 Flaws of the corpus, each drawn where a prompt allows it; of several flaws of meaning only the
 first befalls an image:
@@ -70,9 +62,64 @@ first befalls an image:
 |---|---|
 {rates}
 
-{curves}
-
-No person, photograph or text of others went into it; weights and pictures may be used freely.
+How it was made:
+{rounds}
 """,
     encoding="utf-8",
   )
+
+
+def _history(pipeline: Path, config: Any) -> list[dict[str, str]]:
+  """That of the pipeline which was trained on, its curves copied."""
+  source = config.denoiser.path or config.vae.path
+  if not source or not (path := hub.find_pipeline(source) / HISTORY).exists():
+    return []
+  history = json.loads(path.read_text(encoding="utf-8"))
+  for entry in history:
+    shutil.copyfile(path.with_name(entry["curves"]), pipeline / entry["curves"])
+  return history
+
+
+def _command(config: Any) -> str:
+  words = [f"python -m jaxpref.pretrain --config=configs/shapes_base.py:{config.preset}"]
+  words.append(f"--config.seed={config.seed}")
+  for stage in ("vae", "denoiser"):
+    words.append(f"--config.{stage}.path={config[stage].path}")
+    words.append(f"--config.{stage}.num_updates={config[stage].num_updates}")
+  return " \\\n      ".join(words)
+
+
+def _summary(stage: Any, on: str) -> str:
+  trained = f"{stage.num_updates} updates of {stage.batch_size} images"
+  if not stage.path:
+    return trained
+  kept = f"that of `{stage.path}`"
+  return f"{kept}, {on}{trained}" if stage.num_updates else kept
+
+
+def _draw(workdir: Path, stages: list[str], target: Path) -> None:
+  figure = Figure(figsize=(4.5 * max(len(stages), 1), 3), layout="constrained")
+  for i, stage in enumerate(stages):
+    axes = figure.add_subplot(1, len(stages), i + 1)
+    points = metrics.read_curves(workdir / stage)["loss"]
+    axes.plot(*zip(*points, strict=True), linewidth=0.8)
+    axes.set(title=stage, xlabel="updates", ylabel="loss", yscale="log")
+    axes.grid(alpha=0.3)
+  with matplotlib.rc_context({"svg.hashsalt": "jaxpref"}):
+    figure.savefig(target, dpi=110)
+
+
+def _round(number: int, entry: dict[str, str]) -> str:
+  return f"""
+### {number}
+
+    {entry["command"]}
+
+| | |
+|---|---|
+| VAE | {entry["vae"]} |
+| UNet and text encoder | {entry["denoiser"]} |
+| corpus | {entry["corpus"]}, of 64 pixels averaged down |
+| made with | {entry["made with"]} |
+
+![training curves]({entry["curves"]})"""

@@ -27,12 +27,17 @@ from jaxpref.models import vae as vae_lib
 from jaxpref.pretrain import card, denoiser
 from jaxpref.pretrain import vae as vae_stage
 
-_COUNT = (lambda value: value >= 1, "at least 1")
-RULES = dict.fromkeys(
-  ("corpus.num_images", "log_every", "save_every")
-  + tuple(f"{s}.{n}" for s in ("vae", "denoiser") for n in ("num_updates", "batch_size")),
-  _COUNT,
-) | {"corpus.image_size": (lambda value: value in (16, 32, 64), "16, 32 or 64")}
+STAGES = ("vae", "denoiser")
+RULES = {
+  **dict.fromkeys(
+    ("corpus.num_images", "log_every", "save_every", *(f"{s}.batch_size" for s in STAGES)),
+    (lambda value: value >= 1, "at least 1"),
+  ),
+  **dict.fromkeys(
+    (f"{s}.num_updates" for s in STAGES), (lambda value: value >= 0, "at least 0")
+  ),
+  "corpus.image_size": (lambda value: value in (16, 32, 64), "16, 32 or 64"),
+}
 
 
 def main(argv: list[str]) -> int:
@@ -72,8 +77,11 @@ def prepare(config: Any) -> Prepared:
   """
   runtime.cache_programs()
   mesh = sharding.make_mesh()
-  for stage in ("denoiser",) if config.vae.path else ("vae", "denoiser"):
-    sharding.check_batch(config[stage].batch_size, mesh, section=stage)
+  for stage in STAGES:
+    if config[stage].num_updates:
+      sharding.check_batch(config[stage].batch_size, mesh, section=stage)
+    elif not config[stage].path:
+      raise UserError(f"{stage}.num_updates is 0 and {stage}.path names no trained one")
   vae_from = _load(config, "vae", ["vae"])
   return Prepared(config, mesh, vae_from, _load(config, "denoiser", ["unet", "text_encoder"]))
 
@@ -133,13 +141,16 @@ def run(prepared: Prepared, workdir: Path) -> Path:
   configs = pipeline_configs(config, vocab_size=len(tokenizer))
   modules = pipeline_lib.build_modules(configs)
   identity = {"corpus": _fingerprint(images, captions)}
-  if prepared.vae_from:
-    vae_params = prepared.vae_from.params["vae"]
-  else:
+  kept = prepared.vae_from.params["vae"] if prepared.vae_from else None
+  vae_params = kept
+  if config.vae.num_updates:
     vae_params = train_vae(
-      config, modules["vae"], workdir / "vae", images, mesh=mesh, identity=identity
+      config, modules["vae"], kept, workdir / "vae", images, mesh=mesh, identity=identity
     )
   latents, scaling = encode_corpus(modules["vae"], vae_params, images, mesh)
+  if prepared.denoiser_from and prepared.vae_from:  # which knows these latents
+    before = prepared.vae_from.configs["vae"]["scaling_factor"]
+    latents, scaling = latents * np.float32(before / scaling), before
   configs["vae"]["scaling_factor"] = scaling
   first = _first_params(prepared, modules)
   params = train_denoiser(
@@ -173,28 +184,41 @@ def _fingerprint(images: np.ndarray, captions: Sequence[str]) -> str:
 def train_vae(
   config: Any,
   vae: Any,
+  kept: Any,
   directory: Path,
   images: np.ndarray,
   *,
   mesh: Mesh,
   identity: dict[str, str],
 ) -> Any:
-  """The VAE's parameters, trained on the corpus."""
+  """The VAE's parameters, trained on the corpus; of one that is kept, the decoder's."""
   settings = config.vae
   key = jax.random.key(config.seed)
-  params = jax.jit(lambda k: vae_stage.init_vae(vae, k))(jax.random.fold_in(key, 1))
+  if kept is None:
+    params = jax.jit(lambda k: vae_stage.init_vae(vae, k))(jax.random.fold_in(key, 1))
+    frozen = {}
+  else:
+    identity = identity | {"first": pipeline_lib.fingerprint(kept)}
+    params = {name: kept[name] for name in vae_stage.DECODER}
+    frozen = {name: tree for name, tree in kept.items() if name not in params}
+    frozen = jax.device_put(frozen, sharding.replicated(mesh))
   tx = _optimizer(settings, weight_decay=0.0, clip_norm=1.0)
   state = vae_stage.VaeState(params, tx.init(params), jnp.int32(0))
   state = jax.device_put(state, sharding.replicated(mesh))
   step = vae_stage.make_vae_step(
-    vae, tx, jax.random.fold_in(key, 2), kl_weight=settings.kl_weight
+    vae,
+    tx,
+    jax.random.fold_in(key, 2),
+    kl_weight=settings.kl_weight,
+    edge_weight=settings.edge_weight,
   )
 
   def update(state, rows):
-    return step(state, sharding.place_batch(images[rows], mesh))
+    return step(state, frozen, sharding.place_batch(images[rows], mesh))
 
   rows = len(images)
-  return _fit(config, settings, directory, state, update, rows, identity, purpose=1).params
+  state = _fit(config, settings, directory, state, update, rows, identity, purpose=1)
+  return {**frozen, **state.params}
 
 
 def encode_corpus(
