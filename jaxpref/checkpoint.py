@@ -7,6 +7,7 @@ cut or altered later is noticed at the restore, which goes back to the newest go
 
 import dataclasses
 import errno
+import hashlib
 import json
 import logging
 import math
@@ -196,15 +197,20 @@ def restore(ckptr: Checkpointer, abstract_state: Any) -> Restored:
   raise UserError(f"no good checkpoint in {ckptr.directory} ({found or 'it is empty'})")
 
 
-def find_good(directory: str | Path, *, step: int | None = None) -> tuple[int, dict[str, Any]]:
-  """A checkpoint whose files are as they were written, for `restore_subtree`.
+class Good(NamedTuple):
+  """A checkpoint whose files are as they were written; `digest` changes with any of them."""
+
+  step: int
+  metadata: dict[str, Any]
+  digest: str
+
+
+def find_good(directory: str | Path, *, step: int | None = None) -> Good:
+  """A checkpoint that can be trusted, for `restore_subtree`.
 
   Args:
     directory: the directory of steps.
     step: which one; by default the newest that is good.
-
-  Returns:
-    Its step and its metadata.
 
   Raises:
     UserError: there is no such checkpoint, or it is damaged.
@@ -217,8 +223,13 @@ def find_good(directory: str | Path, *, step: int | None = None) -> tuple[int, d
   problems = []
   for candidate in reversed(found) if step is None else (step,):
     path = directory / str(candidate)
-    if (problem := _verify(path)) is None:
-      return candidate, ocp.metadata(path).custom_metadata["metadata"]
+    if not (path / CHECKSUMS).exists():
+      problem: str | None = f"{CHECKSUMS} is missing"  # not finished yet, or cut short
+    else:
+      problem = _verify(path)
+    if problem is None:
+      digest = hashlib.sha256((path / CHECKSUMS).read_bytes()).hexdigest()[:16]
+      return Good(candidate, ocp.metadata(path).custom_metadata["metadata"], digest)
     problems.append(f"step {candidate}: {problem}")
     _log.warning("checkpoint of step %d is damaged (%s), not used", candidate, problem)
   raise UserError(f"no good checkpoint in {directory} ({'; '.join(problems)})")

@@ -186,7 +186,7 @@ def is_drawn(file: Path, settings: Mapping[str, Any]) -> bool:
       found = json.loads(image.info[_SETTINGS])
   except (OSError, ValueError, KeyError, UnidentifiedImageError) as error:
     raise UserError(f"{file} is not a picture of this program; choose another --out") from error
-  for name in settings:
+  for name in settings.keys() - {"model"}:  # its weights tell, wherever it lies
     if found.get(name) != settings[name]:
       raise UserError(
         f"{file} is of other settings: {name} was {found.get(name)!r}, now {settings[name]!r}; "

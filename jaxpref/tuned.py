@@ -54,8 +54,8 @@ def load(
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(f"{workdir / CONFIG} is no run's configuration: {error!r}") from error
   pipeline = pipeline_lib.load_pipeline(**base, dtype=dtype, mesh=mesh)
-  found, metadata = checkpoint.find_good(workdir / "checkpoints", step=step)
-  if metadata.get("pipeline") != pipeline.digest:
+  found = checkpoint.find_good(workdir / "checkpoints", step=step)
+  if found.metadata.get("pipeline") != pipeline.digest:
     raise UserError(f"the weights in {pipeline.path} are not those that {workdir} began with")
   field = "ema" if ema else "params"
   abstract = pipeline_lib.abstract_params(pipeline.modules["unet"])
@@ -67,7 +67,7 @@ def load(
   target = jax.tree.map(
     lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, where
   )
-  state = checkpoint.restore_subtree(workdir / "checkpoints", found, {field: target})
+  state = checkpoint.restore_subtree(workdir / "checkpoints", found.step, {field: target})
   tuned = {**pipeline.params, "unet": state[field]}
-  digest = f"{pipeline.digest}-{field}-{found}-{metadata.get('data', '')}"
+  digest = f"{field}-{found.step}-{found.digest}"
   return dataclasses.replace(pipeline, params=tuned, digest=digest)

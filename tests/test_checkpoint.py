@@ -230,8 +230,8 @@ def test_find_good(tmp_path, caplog):
   with pytest.raises(UserError, match="there is no checkpoint in"):
     checkpoint.find_good(tmp_path)
   checkpoint.close(save_all(tmp_path, 1, 2))
-  assert checkpoint.find_good(tmp_path) == (2, {"a": 2})
-  assert checkpoint.find_good(tmp_path, step=1) == (1, {"a": 1})
+  assert checkpoint.find_good(tmp_path)[:2] == (2, {"a": 2})
+  assert checkpoint.find_good(tmp_path, step=1)[:2] == (1, {"a": 1})
   with pytest.raises(UserError, match=r"no checkpoint of step 9, only of \[1, 2\]"):
     checkpoint.find_good(tmp_path, step=9)
   os.truncate(largest(tmp_path / "2"), 10)

@@ -115,11 +115,12 @@ def test_pytorch_draws_the_picture_that_we_draw(tuned_run, tmp_path):
   for i, seed in enumerate(test_families.SEEDS):
     out = tmp_path / f"pictures-{i}"
     flags = [f"--prompts={PROMPT}", f"--seed={seed}", "--steps=10", "--guidance=4"]
-    flags.append("--batch-size=1")
+    flags += ["--batch-size=1", "--negative=two blue squares"]
     assert generate.main([f"--model={workdir}", f"--out={out}", *flags]) == 0
     ours.append(np.asarray(Image.open(out / "00000-00.png"), float))
   theirs = pipe(
     [PROMPT] * 2,
+    negative_prompt=["two blue squares"] * 2,
     latents=torch.tensor(noise),
     num_inference_steps=10,
     guidance_scale=4.0,

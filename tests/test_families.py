@@ -105,6 +105,20 @@ def ours(directory):
   return {name: np.asarray(value) for name, value in out.items()}, images
 
 
+def test_no_prompt_is_what_the_family_was_trained_with(family, directory):
+  loaded = pipeline.load_pipeline(str(directory))
+  mesh = sharding.make_mesh()
+  none = encode.encode_no_prompt(loaded, mesh, size=(64, 32))
+  empty = encode.encode_prompts(loaded, mesh, [""], size=(64, 32))
+  assert none.keys() == empty.keys()
+  if family == "sdxl":
+    assert not none["text"].any() and not none["pooled"].any()
+    assert empty["text"].any() and empty["pooled"].any()
+    np.testing.assert_array_equal(none["time_ids"], [[64, 32, 0, 0, 64, 32]])
+  else:
+    np.testing.assert_array_equal(none["text"], empty["text"])
+
+
 def _distance(a, b):
   return np.linalg.norm(np.float64(a) - b) / np.linalg.norm(np.float64(b))
 

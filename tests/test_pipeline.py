@@ -57,7 +57,7 @@ def test_text_encoder_equals_pytorch(tiny_pipeline, loaded):
   from transformers import CLIPTextModel
 
   model = CLIPTextModel.from_pretrained(tiny_pipeline / "text_encoder").eval()
-  ids = text.tokenize(loaded.tokenizers[0], ["a red circle", "two stars above nothing"])
+  (ids,) = text.tokenize(loaded.tokenizers, ["a red circle", "two stars above nothing"])
   ours = text.encode_text(loaded.modules["text_encoder"], loaded.params["text_encoder"], ids)
   with torch.no_grad():
     theirs = model(torch.tensor(ids, dtype=torch.long)).last_hidden_state
@@ -103,12 +103,29 @@ def test_export_and_import_are_inverse(loaded, tmp_path):
 
 
 def test_tokenizer_cuts_pads_and_counts(loaded, caplog):
-  ids = text.tokenize(loaded.tokenizers[0], ["a ring", "ring " * 60, ""])
+  ids, again = text.tokenize(loaded.tokenizers * 2, ["a ring", "ring " * 60, ""])
+  np.testing.assert_array_equal(ids, again)
   assert ids.shape == (3, 16) and ids.dtype == np.int32
   start, end = loaded.tokenizers[0].bos_token_id, loaded.tokenizers[0].eos_token_id
   assert (ids[:, 0] == start).all() and (ids[:, -1] == end).all()
   assert (ids[2, 1:] == end).all()
-  assert "1 of 3 prompts cut to 16 tokens" in caplog.text
+  assert [r.getMessage() for r in caplog.records] == ["1 of 3 prompts cut to 16 tokens"]
+
+
+def test_slow_and_fast_tokenizers_agree(tiny_pipeline, tmp_path):
+  from transformers import CLIPTokenizer
+
+  texts = ["A Red  circle,", "l'été: 3 stars!", "naïve 日本", "it's", "", "ring " * 40]
+  slow = CLIPTokenizer.from_pretrained(tiny_pipeline / "tokenizer")
+  want = slow(texts, truncation=True, padding="max_length")["input_ids"]
+  fast = text.load_tokenizer(tiny_pipeline / "tokenizer")
+  np.testing.assert_array_equal(text.tokenize([fast], texts)[0], want)
+  # And the newer form of one file, as `save_pretrained` of a fast tokenizer writes it.
+  fast.save_pretrained(tmp_path)
+  for name in ("vocab.json", "merges.txt"):
+    (tmp_path / name).unlink()
+  again = text.load_tokenizer(tmp_path)
+  np.testing.assert_array_equal(text.tokenize([again], texts)[0], want)
 
 
 @pytest.fixture

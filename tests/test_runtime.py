@@ -49,3 +49,20 @@ def test_jax_sees_them():
     [sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True
   )
   assert json.loads(done.stdout) == 4
+
+
+def test_importing_says_nothing():
+  """No deprecation notices of what the models are built from, torch or not."""
+  program = "import jaxpref; from jaxpref.models import load_pipeline; import jaxpref.generate"
+  done = subprocess.run(
+    [sys.executable, "-W", "default", "-c", program], capture_output=True, text=True, check=True
+  )
+  assert done.stdout == done.stderr == ""
+
+
+def test_the_package_itself_imports_nothing_heavy():
+  program = "import sys, jaxpref; print(*sorted({m.partition('.')[0] for m in sys.modules}))"
+  done = subprocess.run(
+    [sys.executable, "-c", program], capture_output=True, text=True, check=True
+  )
+  assert not {"jax", "flax", "diffusers", "torch", "numpy"} & set(done.stdout.split())

@@ -14,14 +14,21 @@ from jaxpref.models import vae as vae_lib
 from jaxpref.models.pipeline import Pipeline
 from jaxpref.models.unet import Cond
 
+_PIXELS_AT_ONCE = 1 << 21  # for a device; the VAE's first level takes 512 bytes for each
+
 
 def encode_images(
   pipeline: Pipeline, mesh: Mesh, images: Sequence[np.ndarray], *, batch_size: int = 50
 ) -> np.ndarray:
-  """Scaled latents, float32 [N, C, h, w], of uint8 images [H, W, 3]."""
+  """Scaled latents, float32 [N, C, h, w], of uint8 images [H, W, 3].
+
+  `batch_size` images at once, fewer where they are large.
+  """
   vae = pipeline.modules["vae"]
   run = jax.jit(lambda p, x: vae_lib.encode(vae, p, x))
-  return in_batches(run, pipeline.params["vae"], np.stack(images), batch_size, mesh)
+  fits = mesh.size * _PIXELS_AT_ONCE // (images[0].shape[0] * images[0].shape[1])
+  size = min(batch_size, max(fits, 1))
+  return in_batches(run, pipeline.params["vae"], np.stack(images), size, mesh)
 
 
 def encode_prompts(
@@ -45,7 +52,7 @@ def encode_prompts(
   parts = [part for part in pipeline.modules if part.startswith("text_encoder")]
   encoders = [pipeline.modules[part] for part in parts]
   params = [pipeline.params[part] for part in parts]
-  ids = [text.tokenize(tokenizer, prompts) for tokenizer in pipeline.tokenizers]
+  ids = text.tokenize(pipeline.tokenizers, prompts)
   height, width = size or (pipeline.image_size, pipeline.image_size)
 
   @jax.jit

@@ -151,7 +151,7 @@ def load_pipeline(
     _load_tokenizer(path, part.replace("text_encoder", "tokenizer"), modules[part])
     for part in encoders
   )
-  _check_fit(path, configs)
+  _check_fit(path, modules)
 
   def place(_, array):
     if mesh is None:
@@ -201,29 +201,31 @@ def _load_tokenizer(path: Path, name: str, encoder: Any) -> Any:
   return tokenizer
 
 
-def _check_fit(path: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
+def _check_fit(path: Path, modules: Mapping[str, Any]) -> None:
   """Whether the parts belong to one model."""
-  unet, vae = configs["unet"], configs["vae"]
-  factor = vae.get("scaling_factor", 0.18215)
+  unet, vae = modules["unet"], modules["vae"]
+  factor, shift = vae.scaling_factor, vae.shift_factor
   if not isinstance(factor, int | float) or factor <= 0:
     raise UserError(f"{path}/vae/config.json: scaling_factor is {factor}, not positive")
-  encoders = [c for part, c in configs.items() if part.startswith("text_encoder")]
-  xl = unet.get("addition_embed_type") == "text_time"
+  if not isinstance(shift, int | float):
+    raise UserError(f"{path}/vae/config.json: shift_factor is {shift}, not a number")
+  encoders = [m.config for part, m in modules.items() if part.startswith("text_encoder")]
+  xl = unet.addition_embed_type == "text_time"
   if xl != (len(encoders) == 2):
     raise UserError(
       f"{path}/unet takes {'two texts' if xl else 'one text'}, the pipeline has "
       f"{len(encoders)} text encoder(s): they do not belong together"
     )
-  taken = unet["cross_attention_dim"], unet["in_channels"]
-  given = sum(c["hidden_size"] for c in encoders), vae["latent_channels"]
+  taken = unet.cross_attention_dim, unet.in_channels
+  given = sum(c.hidden_size for c in encoders), vae.latent_channels
   if taken != given:
     raise UserError(
       f"{path}/unet takes texts of width {taken[0]} and latents of {taken[1]} channels, its "
       f"text encoder and VAE make {given[0]} and {given[1]}: they do not belong together"
     )
   if xl:
-    width = 6 * unet["addition_time_embed_dim"] + encoders[1]["projection_dim"]
-    if (wanted := unet["projection_class_embeddings_input_dim"]) != width:
+    width = 6 * unet.addition_time_embed_dim + encoders[1].projection_dim
+    if (wanted := unet.projection_class_embeddings_input_dim) != width:
       raise UserError(
         f"{path}/unet takes {wanted} numbers beside the text, its second text encoder and six "
         f"sizes make {width}: they do not belong together"

@@ -80,18 +80,24 @@ def _positions(ids: jax.Array) -> jax.Array:
   return jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
 
 
-def tokenize(tokenizer: Any, texts: Sequence[str]) -> np.ndarray:
-  """Token ids, int32 [B, L], cut and padded to the tokenizer's length; logs what it cut."""
-  length = tokenizer.model_max_length
-  # The count of what is cut is ours to tell, once, not a warning for each text.
+def tokenize(tokenizers: Sequence[Any], texts: Sequence[str]) -> list[np.ndarray]:
+  """Token ids by tokenizer, int32 [B, L], cut and padded to its length.
+
+  How many texts were cut, by any of them, is logged once.
+  """
+  cut = np.zeros(len(texts), bool)
+  ids = []
+  # The count of what is cut is ours to tell, not a warning for each text.
   with _quiet("transformers.tokenization_utils_base"):
-    full = tokenizer(list(texts), truncation=False, padding=False)["input_ids"]
-    ids = tokenizer(list(texts), truncation=True, padding="max_length", max_length=length)[
-      "input_ids"
-    ]
-  if cut := sum(len(row) > length for row in full):
-    logging.warning("%d of %d prompts cut to %d tokens", cut, len(texts), length)
-  return np.asarray(ids, np.int32)
+    for tokenizer in tokenizers:
+      length = tokenizer.model_max_length
+      full = tokenizer(list(texts), truncation=False, padding=False)["input_ids"]
+      cut |= np.array([len(row) > length for row in full])
+      fitted = tokenizer(list(texts), truncation=True, padding="max_length", max_length=length)
+      ids.append(np.asarray(fitted["input_ids"], np.int32))
+  if cut.any():
+    logging.warning("%d of %d prompts cut to %d tokens", cut.sum(), len(texts), length)
+  return ids
 
 
 @contextlib.contextmanager

@@ -159,9 +159,9 @@ def run(prepared: Prepared, workdir: Path) -> Path:
     first,
     workdir / "denoiser",
     latents,
-    text.tokenize(tokenizer, captions),
+    text.tokenize([tokenizer], captions)[0],
     schedule=schedule_lib.schedule_from_config(configs["scheduler"]),
-    empty_ids=text.tokenize(tokenizer, [""]),
+    empty_ids=text.tokenize([tokenizer], [""])[0],
     mesh=mesh,
     identity=identity | {"first": pipeline_lib.fingerprint(first | {"vae": vae_params})},
   )

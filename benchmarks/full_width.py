@@ -1,0 +1,190 @@
+"""A real model at full width with random weights: load, take DRO steps, draw; time and memory.
+
+  python benchmarks/full_width.py --configs=tests/golden/model_configs/sdxl --out=sdxl.json
+
+Writes the pipeline once (float16) under --work, then measures in one process and prints a
+JSON object: seconds of loading, of compiling and of each phase of an update, the devices'
+peak memory. Random weights cost what trained ones do.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import resource
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpref import losses, optim, rollouts, runtime, sharding, steps
+from jaxpref.data import encode
+from jaxpref.evaluation import generate
+from jaxpref.models import pipeline as pipeline_lib
+from jaxpref.models import save, text
+from jaxpref.models import unet as unet_lib
+
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler", "model_index")
+
+
+def main(argv: list[str]) -> None:
+  """Measures as the flags say."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  add = parser.add_argument
+  add("--configs", type=Path, required=True, help="directory with unet.json, vae.json, ...")
+  add("--work", type=Path, default=Path("runs/full_width"), help="for the random pipeline")
+  add("--out", type=Path, help="JSON file for the numbers; printed anyway")
+  add("--dtype", default="bfloat16", help="of the computation")
+  add("--batch-size", type=int, default=2, help="rows of the DRO step")
+  add("--updates", type=int, default=3, help="timed after one that compiles")
+  add("--num-steps", type=int, default=20, help="of the solver, in rollouts and pictures")
+  options = parser.parse_args(argv)
+  runtime.use_all_cores()
+  model = options.work / options.configs.name
+  if not model.exists():
+    write_random(options.configs, model)
+  numbers = measure(model, options)
+  print(json.dumps(numbers, indent=2))
+  if options.out:
+    options.out.write_text(json.dumps(numbers, indent=2) + "\n")
+
+
+def write_random(configs_dir: Path, target: Path) -> None:
+  """A pipeline of these configurations with random weights and a tokenizer to match."""
+  files = {p: configs_dir / f"{p}.json" for p in PARTS}
+  configs = {p: json.loads(f.read_text()) for p, f in files.items() if f.exists()}
+  for part in [p for p in configs if p.startswith("text_encoder")]:
+    directory = (
+      target.parent / f"{target.name}-tokenizers" / part.replace("text_encoder", "tokenizer")
+    )
+    text.train_tokenizer(["a red circle"], directory, vocab_size=560, max_length=77)
+    fill_vocabulary(directory / "vocab.json", configs[part]["vocab_size"])
+  rng = np.random.default_rng(0)
+
+  def draw(leaf):
+    fan = np.prod(leaf.shape[:-1]) if len(leaf.shape) > 1 else 25.0
+    return rng.standard_normal(leaf.shape, np.float32) / np.float32(np.sqrt(fan))
+
+  modules = pipeline_lib.build_modules(configs)
+  params = {p: jax.tree.map(draw, pipeline_lib.abstract_params(m)) for p, m in modules.items()}
+  save.save_pipeline(
+    target,
+    params,
+    configs=configs,
+    tokenizers_from=target.parent / f"{target.name}-tokenizers",
+  )
+
+
+def fill_vocabulary(file: Path, size: int) -> None:
+  """Words that no text has, before the two marks, up to `size`."""
+  words = list(json.loads(file.read_text()))
+  fill = [f"filler{i}" for i in range(size - len(words))]
+  words = [*words[:-2], *fill, *words[-2:]]
+  file.write_text(json.dumps({word: i for i, word in enumerate(words)}, ensure_ascii=False))
+
+
+def measure(model: Path, options: argparse.Namespace) -> dict:
+  """Loads, trains and draws."""
+  mesh = sharding.make_mesh()
+  numbers = {
+    "model": model.name,
+    "date": str(datetime.date.today()),
+    "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    "versions": {p: metadata.version(p) for p in ("jax", "flax", "diffusers")},
+    "python": platform.python_version(),
+    "dtype": options.dtype,
+    "rows": options.batch_size,
+    "solver steps": options.num_steps,
+  }
+  seconds = numbers["seconds"] = {}
+  began = time.perf_counter()
+  pipeline = pipeline_lib.load_pipeline(str(model), dtype=jnp.dtype(options.dtype), mesh=mesh)
+  jax.block_until_ready(pipeline.params)
+  seconds["load"] = time.perf_counter() - began
+  numbers["parameters"] = {
+    part: sum(leaf.size for leaf in jax.tree.leaves(tree))
+    for part, tree in pipeline.params.items()
+  }
+  numbers["host peak GB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+  _dro(pipeline, mesh, options, seconds)
+  _draw(pipeline, mesh, options, seconds)
+  stats = jax.devices()[0].memory_stats() or {}
+  if "peak_bytes_in_use" in stats:
+    numbers["device peak GB"] = stats["peak_bytes_in_use"] / 1e9
+  return numbers
+
+
+def _dro(pipeline, mesh, options, seconds) -> None:
+  loss = losses.load_loss("dro")
+  tx = optim.make_optimizer(lambda _: 1e-5, weight_decay=0.01, clip_norm=1.0)
+  ref = pipeline.params["unet"]
+  make_state = lambda p: steps.init_state(p, tx, lagging_copy=False)  # noqa: E731
+  placement = sharding.params_sharding(mesh, jax.eval_shape(make_state, ref))
+  state = jax.jit(make_state, out_shardings=placement)(ref)
+  denoise = unet_lib.make_denoise(pipeline.modules["unet"])
+  shared = {"seed": 0, "prompt_dropout": 0.2}
+  step = steps.make_train_step(
+    denoise,
+    pipeline.schedule,
+    loss,
+    tx,
+    mesh=mesh,
+    state_sharding=placement,
+    hyper={"margin": 1e-3},
+    ema_decay=0.9999,
+    own_targets=True,
+    **shared,
+  )
+  rollout = rollouts.make_rollout(
+    denoise,
+    pipeline.schedule,
+    latent_shape=pipeline.latent_shape,
+    num_steps=options.num_steps,
+    solver="dpm_solver",
+    order=2,
+    guidance=1.0,
+    **shared,
+  )
+  rows = options.batch_size
+  size = pipeline.image_size
+  image = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
+  cond = encode.encode_prompts(pipeline, mesh, ["a red circle"] * rows)
+  latents = encode.encode_images(pipeline, mesh, [image] * rows, batch_size=1)
+  batch = sharding.place_batch({"latents": latents, "cond": cond}, mesh)
+  uncond = jax.device_put(encode.encode_no_prompt(pipeline, mesh), sharding.replicated(mesh))
+  took = {"rollout": [], "update": []}
+  for _ in range(1 + options.updates):
+    began = time.perf_counter()
+    negatives = jax.block_until_ready(
+      rollout(state.params, state.update, batch["cond"], uncond)
+    )
+    took["rollout"].append(time.perf_counter() - began)
+    began = time.perf_counter()
+    state, values = step(state, ref, uncond, batch, negatives)
+    jax.block_until_ready(state)
+    took["update"].append(time.perf_counter() - began)
+    if not np.isfinite(value := float(values["loss"])):
+      sys.exit(f"the loss is {value}")
+  for name, times in took.items():
+    seconds[f"{name}, the first, with its compilation"] = times[0]
+    seconds[f"{name}, median"] = float(np.median(times[1:])) if times[1:] else None
+
+
+def _draw(pipeline, mesh, options, seconds) -> None:
+  generator = generate.make_generator(
+    pipeline, mesh, num_steps=options.num_steps, guidance=5.0, batch_size=1, decode="sliced"
+  )
+  rows = mesh.size
+  cond = encode.encode_prompts(pipeline, mesh, ["a red circle"] * rows)
+  for name in ("pictures, the first, with compilation", "pictures"):
+    began = time.perf_counter()
+    generator(pipeline.params["unet"], cond, np.arange(rows))
+    seconds[name] = time.perf_counter() - began
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])
