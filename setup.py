@@ -29,10 +29,12 @@ setup(
     "filelock",
     "flax>=0.10",
     "grain>=0.2.14",
+    "huggingface_hub",
     "jax>=0.7",
     "jinja2",
     "matplotlib",
     "ml_collections",
+    "ml_dtypes",
     "numpy",
     "optax",
     "orbax-checkpoint>=0.12,<0.13",  # its v1 interface still moves

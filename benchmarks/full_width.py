@@ -10,6 +10,7 @@ peak memory. Random weights cost what trained ones do.
 import argparse
 import datetime
 import json
+import multiprocessing
 import platform
 import resource
 import sys
@@ -46,7 +47,13 @@ def main(argv: list[str]) -> None:
   runtime.use_all_cores()
   model = options.work / options.configs.name
   if not model.exists():
-    write_random(options.configs, model)
+    # In a process of its own, whose memory is not the loader's.
+    context = multiprocessing.get_context("spawn")
+    writer = context.Process(target=write_random, args=(options.configs, model))
+    writer.start()
+    writer.join()
+    if writer.exitcode:
+      sys.exit("the random pipeline could not be written")
   numbers = measure(model, options)
   print(json.dumps(numbers, indent=2))
   if options.out:

@@ -67,7 +67,7 @@ def base(name: str, preset: str) -> ConfigDict:
   c.evaluate.images_per_prompt = 2  # each with noise of its own, the same for both models
   c.evaluate.scorers = ("shapes.correct", "shapes.quality")  # modules of jaxpref/scorers
   c.evaluate.num_steps = 20  # of DPM-Solver++ (2M)
-  c.evaluate.guidance = 2.5  # classifier-free guidance scale
+  c.evaluate.guidance = 2.0  # classifier-free guidance scale
   c.evaluate.batch_size = 50  # images at once
   c.evaluate.seed = 3000  # of the noise and of the choice of prompts
   c.evaluate.num_examples = 24  # pairs shown in the report

@@ -9,8 +9,11 @@ from collections.abc import Callable
 from jaxpref import runtime
 from jaxpref.errors import UserError
 
-# What the machine refuses: no permission, no space.
-_REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+# What the machine refuses: no permission, no space, no such name.
+_REFUSALS = (
+  *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+  *(errno.ENAMETOOLONG, errno.ENOTDIR),
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,8 +30,16 @@ class Parser(argparse.ArgumentParser):
 FLAGS = {"workdir": "directory of the run; runs/<name>-<preset> by default"}
 
 
-def exit_status(job: Callable[[list[str]], None], argv: list[str]) -> int:
-  """Runs a program's job: 0, 2 after a one-line error of the user's, 130 if interrupted."""
+def exit_status(
+  job: Callable[[list[str]], None], argv: list[str], *, continues: bool = True
+) -> int:
+  """Runs a program's job: 0, 2 after a one-line error of the user's, 130 if interrupted.
+
+  Args:
+    job: takes the arguments.
+    argv: without the program's name.
+    continues: whether the same command goes on where an interrupted one stopped.
+  """
   logging.basicConfig(level=logging.WARNING, format="jaxpref: %(message)s", force=True)
   runtime.use_all_cores()
   try:
@@ -42,6 +53,7 @@ def exit_status(job: Callable[[list[str]], None], argv: list[str]) -> int:
     print(f"jaxpref: error: {error}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
-    print("jaxpref: interrupted; the same command continues this run", file=sys.stderr)
+    rest = "the same command continues this run" if continues else "nothing was written"
+    print(f"jaxpref: interrupted; {rest}", file=sys.stderr)
     return 130
   return 0

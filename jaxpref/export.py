@@ -13,13 +13,14 @@ import numpy as np
 
 from jaxpref import cli
 from jaxpref.errors import UserError
+from jaxpref.paths import user_path
 
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 
 
 def main(argv: list[str]) -> int:
   """Exports as the flags say; returns the exit status."""
-  return cli.exit_status(_run, argv)
+  return cli.exit_status(_run, argv, continues=False)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -45,7 +46,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(argv: list[str]) -> None:
   flags = _parser().parse_args(argv)
-  out = flags.out.expanduser()
+  out = user_path(flags.out)
+  if there := next((p for p in out.parents if p.exists() and not p.is_dir()), None):
+    raise UserError(f"{there} is a file, not a directory")
   if out.exists() or out.is_symlink():
     raise UserError(f"{out} exists; choose another --out")
   if flags.single_file and out.suffix != ".safetensors":
@@ -57,7 +60,7 @@ def _run(argv: list[str]) -> None:
   pipeline = tuned.load(flags.workdir, ema=flags.ema, step=flags.step)
   dtype = DTYPES[flags.dtype]
   if flags.single_file:
-    save.save_single_file(out, pipeline.params, configs=pipeline.configs, dtype=dtype)
+    save.save_single_file(out, pipeline.params, modules=pipeline.modules, dtype=dtype)
   else:
     save.save_pipeline(
       out,

@@ -8,6 +8,7 @@ PNG that carries them. Started again, the same command draws what is missing.
 import argparse
 import io
 import json
+import math
 import re
 import sys
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from jaxpref import cli
 from jaxpref.errors import UserError
+from jaxpref.paths import user_path
 
 SOLVERS = {"dpm_solver": "DPM++ 2M", "ddim": "DDIM", "ddpm": "DDPM"}
 _SETTINGS, _A1111 = "jaxpref", "parameters"  # the PNG's texts
@@ -75,9 +77,9 @@ def _run(argv: list[str]) -> None:
   total = len(prompts) * flags.images_per_prompt
   if not 0 <= flags.seed < 2**32 - total:
     raise UserError(f"--seed must be at least 0 and below 2^32 less {total} pictures")
-  if flags.guidance < 0:
-    raise UserError(f"--guidance must be at least 0, got {flags.guidance}")
-  out = flags.out.expanduser()
+  if not 0 <= flags.guidance < math.inf:
+    raise UserError(f"--guidance must be finite and at least 0, got {flags.guidance}")
+  out = user_path(flags.out)
   if out.exists() and not out.is_dir():
     raise UserError(f"{out} is a file, not a directory")
   # Late: errors on the command line should not wait for JAX.
@@ -161,11 +163,17 @@ def read_prompts(text: str) -> list[str]:
   Raises:
     UserError: the file is missing, unreadable or empty.
   """
-  path = Path(text).expanduser()
+  if not (text := text.strip()):
+    raise UserError("--prompts is empty")
   try:
-    if text.strip() and path.suffix != ".txt" and not path.is_file():
-      return [text.strip()]
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    path = Path(text).expanduser()
+    is_file = path.is_file()
+  except (OSError, RuntimeError):  # longer than a name can be, or a ~ that is no home
+    return [text]
+  if not is_file and path.suffix != ".txt":
+    return [text]
+  try:
+    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f"--prompts: cannot read {text!r}: {error}") from error
   if not (prompts := [line for line in lines if line]):
@@ -183,8 +191,8 @@ def is_drawn(file: Path, settings: Mapping[str, Any]) -> bool:
     return False
   try:
     with Image.open(file) as image:
-      found = json.loads(image.info[_SETTINGS])
-  except (OSError, ValueError, KeyError, UnidentifiedImageError) as error:
+      found = dict(json.loads(image.info[_SETTINGS]))
+  except (OSError, ValueError, KeyError, TypeError, UnidentifiedImageError) as error:
     raise UserError(f"{file} is not a picture of this program; choose another --out") from error
   for name in settings.keys() - {"model"}:  # its weights tell, wherever it lies
     if found.get(name) != settings[name]:

@@ -11,14 +11,10 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxpref import checkpoint, sharding
 from jaxpref.errors import UserError
+from jaxpref.models import hub
 from jaxpref.models import pipeline as pipeline_lib
+from jaxpref.paths import user_path
 from jaxpref.workdir import CONFIG
-
-
-def is_workdir(name: str) -> bool:
-  """Whether `name` is a run's directory rather than a pipeline's."""
-  path = Path(name).expanduser()
-  return (path / CONFIG).is_file() and (path / "checkpoints").is_dir()
 
 
 def load(
@@ -39,22 +35,21 @@ def load(
     step: of a run, the checkpoint after so many updates; by default the newest good one.
     dtype: of the computation.
     mesh: to place parameters on; see `load_pipeline`.
-    variant: of the weights; of a run's base its configuration says.
+    variant: of a pipeline's weights; of a run's base its configuration says.
 
   Raises:
     UserError: there is no such thing, or it is damaged, or the base pipeline is not the
-      one that the run began with.
+      one that the run began with, or an argument does not apply.
   """
-  if not is_workdir(name):
+  if not _is_workdir(name):
+    if step is not None or not ema:
+      raise UserError(f"--step and --no-ema are a run's, and {name} is none")
     return pipeline_lib.load_pipeline(name, dtype=dtype, mesh=mesh, variant=variant)
-  workdir = Path(name).expanduser()
-  try:
-    model = json.loads((workdir / CONFIG).read_text(encoding="utf-8"))["model"]
-    base = {"name": model["path"], "variant": model.get("variant", "")}
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-    raise UserError(f"{workdir / CONFIG} is no run's configuration: {error!r}") from error
-  pipeline = pipeline_lib.load_pipeline(**base, dtype=dtype, mesh=mesh)
+  workdir = user_path(name)
+  if variant:
+    raise UserError(f"--variant is a pipeline's; the base of the run {workdir} has its own")
   found = checkpoint.find_good(workdir / "checkpoints", step=step)
+  pipeline = _load_base(workdir, dtype, mesh)
   if found.metadata.get("pipeline") != pipeline.digest:
     raise UserError(f"the weights in {pipeline.path} are not those that {workdir} began with")
   field = "ema" if ema else "params"
@@ -68,6 +63,28 @@ def load(
     lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, where
   )
   state = checkpoint.restore_subtree(workdir / "checkpoints", found.step, {field: target})
-  tuned = {**pipeline.params, "unet": state[field]}
+  params = {"unet": state[field], **pipeline.params}
   digest = f"{field}-{found.step}-{found.digest}"
-  return dataclasses.replace(pipeline, params=tuned, digest=digest)
+  return dataclasses.replace(pipeline, params=params, digest=digest)
+
+
+def _is_workdir(name: str) -> bool:
+  path = user_path(name)
+  return (path / CONFIG).is_file() and (path / "checkpoints").is_dir()
+
+
+def _load_base(workdir: Path, dtype: Any, mesh: Mesh | None) -> pipeline_lib.Pipeline:
+  """The run's base without its UNet, which is read for its digest alone."""
+  try:
+    model = json.loads((workdir / CONFIG).read_text(encoding="utf-8"))["model"]
+    base, variant = model["path"], model.get("variant", "")
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    raise UserError(f"{workdir / CONFIG} is no run's configuration: {error!r}") from error
+  try:
+    return pipeline_lib.load_pipeline(
+      base, dtype=dtype, mesh=mesh, variant=variant, without=["unet"]
+    )
+  except UserError as error:
+    anywhere = base in hub.BUNDLED or Path(base).is_absolute()
+    where = repr(base) if anywhere else f"{base!r} as seen from where it ran"
+    raise UserError(f"the base of the run {workdir}, {where}: {error}") from error

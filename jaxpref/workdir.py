@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from jaxpref import config as config_lib
 from jaxpref.errors import UserError
+from jaxpref.paths import user_path
 
 CONFIG = "config.json"
 LOCK = ".lock"
@@ -74,7 +75,7 @@ def open_workdir(
   """
   if "://" in str(path):
     raise UserError(f"{path}: not a local path; mount the bucket and name the mount")
-  path = Path(path).expanduser().absolute()
+  path = user_path(path).absolute()
   _make_writable(path)
   stored = path / CONFIG
   if not stored.exists() and (others := _visible(path)):

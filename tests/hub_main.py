@@ -6,6 +6,7 @@ A program of its own, because huggingface_hub reads its settings once, when it i
 import http.server
 import json
 import os
+import shutil
 import sys
 import threading
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 ROOT, HOME = Path(sys.argv[1]), sys.argv[2]
 REPO, SHA = "someone/a-model", "0" * 40
 asked: list[str] = []
+broken: list[bool] = []
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -32,6 +34,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
     elif path.startswith(f"api/models/{REPO}"):
       about = {"id": REPO, "sha": SHA, "siblings": [{"rfilename": f} for f in files]}
       self._answer(200, json.dumps(about).encode())
+    elif broken and self.path.endswith("unet/config.json"):
+      self._answer(503, b"")
     else:
       name = path.split("/", 4)[4]  # someone/a-model/resolve/<commit>/<name>
       if self.command == "GET":
@@ -84,4 +88,10 @@ try:
   hub.find_pipeline("someone/never-seen")
 except UserError as error:
   results["unknown"] = str(error)
+broken.append(True)
+shutil.rmtree(HOME)
+try:
+  hub.find_pipeline(REPO)
+except UserError as error:
+  results["broken"] = str(error)
 print(json.dumps(results))

@@ -138,7 +138,7 @@ def test_pytorch_reads_the_single_file(family, tmp_path):
   model = families.write_pipeline(family, tmp_path)
   loaded = pipeline.load_pipeline(str(model))
   file = tmp_path / "one.safetensors"
-  save.save_single_file(file, loaded.params, configs=loaded.configs, dtype=np.float32)
+  save.save_single_file(file, loaded.params, modules=loaded.modules, dtype=np.float32)
   kind = StableDiffusionXLPipeline if loaded.is_xl else StableDiffusionPipeline
   read = kind.from_single_file(str(file), config=str(model), local_files_only=True)
   whole = kind.from_pretrained(model)
@@ -275,7 +275,7 @@ def test_ways_to_decode_agree(tiny_pipeline, tmp_path, decode):
   [
     (["--prompts=a"], "required: --out"),
     (["--prompts=nowhere.txt", "--out=x"], "cannot read 'nowhere.txt'"),
-    (["--prompts= ", "--out=x"], "cannot read"),
+    (["--prompts= ", "--out=x"], "--prompts is empty"),
     (["--prompts=a", "--out=x", "--steps=0"], "must be at least 1"),
     (["--prompts=a", "--out=x", "--steps=-3"], "must be at least 1"),
     (["--prompts=a", "--out=x", "--steps=many"], "--steps"),
@@ -283,7 +283,10 @@ def test_ways_to_decode_agree(tiny_pipeline, tmp_path, decode):
     (["--prompts=a", "--out=x", "--size=33"], "multiples of 8, got 33 x 33"),
     (["--prompts=a", "--out=x", "--size=big"], "must be like 512 or 512x768"),
     (["--prompts=a", "--out=x", "--seed=-1"], "--seed must be at least 0"),
-    (["--prompts=a", "--out=x", "--guidance=-1"], "--guidance must be at least 0"),
+    (["--prompts=a", "--out=x", "--guidance=-1"], "--guidance must be finite and at least 0"),
+    (["--prompts=a", "--out=x", "--guidance=nan"], "--guidance must be finite"),
+    (["--prompts=a", "--out=x", "--step=3"], "--step and --no-ema are a run's"),
+    (["--prompts=a", "--out=~nobody-here/x"], "no such user's home"),
     (["--prompts=a", "--out=x", "--guidence=1"], "unrecognized arguments"),
     (["--prompts=a", "--out=setup.py"], "is a file, not a directory"),
   ],

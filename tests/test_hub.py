@@ -44,6 +44,8 @@ def test_a_download_takes_what_is_needed_and_works_offline_afterwards(tiny_pipel
   assert "neither a directory nor a public repository" in results["unknown"]
   offline = results["offline, not cached"]
   assert "someone/never-seen is no directory" in offline and "cannot be asked" in offline
+  assert len(offline) < 250
+  assert "the download of someone/a-model failed: " in results["broken"]
   assert "\n" not in offline + results["unknown"]
 
 
@@ -59,21 +61,62 @@ def test_needed_files_of_shards_and_variants():
     "vae/diffusion_pytorch_model.fp16.safetensors",
     "unet/config.json",
     "model_index.json",
+    "text_encoder/config.json",
+    "text_encoder/model.safetensors",
     "safety_checker/model.safetensors",
+    "vae/config.json",
   ]
-  found = hub.needed_files(files)
+  found = hub.needed_files(files, where="x")
   assert found == [
     "model_index.json",
     "unet/config.json",
     f"{stem}.safetensors.index.json",
     *full,
+    "vae/config.json",
     "vae/diffusion_pytorch_model.fp16.safetensors",
+    "text_encoder/config.json",
+    "text_encoder/model.safetensors",
   ]
-  assert set(half) < set(hub.needed_files(files, variant="fp16"))
-  assert not set(full) & set(hub.needed_files(files, variant="fp16"))
+  with pytest.raises(UserError, match="x has no weights of the variant fp16 for its text_enc"):
+    hub.needed_files(files, variant="fp16", where="x")
+  halved = hub.needed_files(
+    [*files, "text_encoder/model.fp16.safetensors"], variant="fp16", where="x"
+  )
+  assert set(half) < set(halved) and not set(full) & set(halved)
+  older = [f"{stem}-0000{i}-of-00002.fp16.safetensors" for i in (1, 2)]
+  renamed = [older[half.index(f)] if f in half else f for f in files if f not in full]
+  renamed.remove(f"{stem}.safetensors.index.json")
+  assert set(older) < set(hub.needed_files(renamed, where="x"))
+
+
+@pytest.mark.parametrize(
+  ("files", "message"),
+  [
+    (["pytorch_lora_weights.safetensors"], "x has no model_index.json.*pytorch_lora_weights"),
+    (["README.md"], "x has no model_index.json, so it is no pipeline in diffusers' layout$"),
+    (["model_index.json"], "x has no unet/config.json"),
+    (
+      ["model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.bin"],
+      "x/unet/diffusion_pytorch_model.bin is pickled",
+    ),
+  ],
+)
+def test_repositories_that_are_no_pipeline_are_not_downloaded(files, message):
+  with pytest.raises(UserError, match=message):
+    hub.needed_files(files, where="x")
 
 
 def test_what_is_no_hub_id_is_a_directory(tmp_path):
   for name in (str(tmp_path / "nowhere"), "./a/b", "nowhere", "a/b/c"):
-    with pytest.raises(UserError, match="model_index.json"):
+    with pytest.raises(UserError, match="there is no directory .*no id of the"):
       pipeline.load_pipeline(name)
+  with pytest.raises(UserError, match="is neither a directory nor an id"):
+    pipeline.load_pipeline("runs/my--run")
+  with pytest.raises(UserError, match="no such user"):
+    pipeline.load_pipeline("~nobody-here/x")
+  (tmp_path / "pipeline").mkdir()
+  with pytest.raises(UserError, match="not a complete pipeline"):
+    pipeline.load_pipeline(str(tmp_path))
+  (tmp_path / "pipeline" / "model_index.json").write_text("{}")
+  with pytest.raises(UserError, match="is a pretraining run: its pipeline is .*/pipeline"):
+    pipeline.load_pipeline(str(tmp_path))

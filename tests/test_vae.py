@@ -76,14 +76,14 @@ def test_slices_are_the_whole(loaded, at_once):
 
 def test_one_tile_is_the_whole(loaded):
   module, params = loaded.modules["vae"], loaded.params["vae"]
-  latents = np.random.default_rng(2).standard_normal((1, 4, 6, 6), np.float32)
-  np.testing.assert_array_equal(
-    vae.decode_tiled(module, params, latents, overlap=0.0), vae.decode(module, params, latents)
-  )
+  for side in (6, 8):  # 8 is a tile
+    latents = np.random.default_rng(2).standard_normal((1, 4, side, side), np.float32)
+    whole = vae.decode(module, params, latents)
+    np.testing.assert_array_equal(vae.decode_tiled(module, params, latents), whole)
 
 
 @live
-@pytest.mark.parametrize("shape", [(20, 13), (8, 9), (6, 6)])
+@pytest.mark.parametrize("shape", [(20, 13), (8, 8)])
 def test_tiles_are_pytorchs(tiny_pipeline, loaded, shape):
   from diffusers import AutoencoderKL
 
@@ -91,7 +91,7 @@ def test_tiles_are_pytorchs(tiny_pipeline, loaded, shape):
   model.enable_tiling()
   latents = np.random.default_rng(3).standard_normal((2, 4, *shape), np.float32)
   with torch.no_grad():
-    theirs = model.tiled_decode(torch.tensor(latents)).sample
+    theirs = model.decode(torch.tensor(latents)).sample
   module = dataclasses.replace(loaded.modules["vae"], scaling_factor=1.0)
   ours = vae.decode_tiled(module, loaded.params["vae"], latents)
   want = np.asarray(vae.to_bytes(jnp.asarray(theirs.numpy())), int)

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -271,3 +273,50 @@ def test_the_host_holds_one_tensor_above_the_shards(tmp_path):
   largest = needed // 48
   # As stored, turned, and once more for the allocator; all 48 as stored would be 24 of them.
   assert peak - before < needed + 6 * largest
+
+
+def test_tensors_lie_where_the_mesh_wants_them(tmp_path):
+  """On eight devices, large ones split over them, small ones whole; the same values."""
+  program = """
+import jax, numpy as np
+from jaxpref import sharding
+from jaxpref.models import load_pipeline
+mesh = sharding.make_mesh(data=2, fsdp=4)
+split, whole = load_pipeline("shapes", mesh=mesh), load_pipeline("shapes")
+assert split.digest == whole.digest
+wanted = sharding.params_sharding(mesh, whole.params)
+jax.tree.map(lambda a, s: None if a.sharding == s else 1 / 0, dict(split.params), wanted)
+jax.tree.map(np.testing.assert_array_equal, dict(split.params), dict(whole.params))
+sizes = {a.addressable_shards[0].data.size * 4 == a.size for a in jax.tree.leaves(split.params)}
+assert sizes == {True, False}
+without = load_pipeline("shapes", mesh=mesh, without=["unet"])
+assert without.digest == whole.digest and "unet" not in without.params
+"""
+  env = os.environ | {
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    "JAX_PLATFORMS": "cpu",
+  }
+  done = subprocess.run(
+    [sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False
+  )
+  assert done.returncode == 0, done.stderr
+
+
+def test_what_is_no_weight_is_refused(copy):
+  file = copy / "unet" / f"{UNET}.safetensors"
+  tensors = load_file(file)
+  save_file({**tensors, "conv_in.bias": np.zeros(32, np.int8)}, file)
+  refused(copy, r"of a kind that is not read: conv_in.bias \(I8\)")
+  file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+  refused(copy, "only git-lfs's pointer")
+  file.unlink()
+  file.mkdir()
+  refused(copy, "is a directory, not a file of weights")
+
+
+def test_a_tensor_by_two_names(copy):
+  file = copy / "vae" / f"{UNET}.safetensors"
+  tensors = load_file(file)
+  name = "encoder.mid_block.attentions.0.to_q.weight"
+  save_file({**tensors, name.replace("to_q", "query"): tensors[name]}, file)
+  refused(copy, f"holds {name} twice")

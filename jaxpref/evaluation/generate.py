@@ -65,9 +65,12 @@ def make_generator(
   rows = sharding.round_up(batch_size, mesh)
   spacing = dict(pipeline.spacing)
   if solver != "dpm_solver":
-    spacing |= {"visit_lowest": True, "karras": False}
-    if solver == "ddim" and not pipeline.configs["scheduler"].get("set_alpha_to_one", True):
-      spacing["final"] = "sigma_min"
+    one = solver != "ddim" or pipeline.configs["scheduler"].get("set_alpha_to_one", True)
+    spacing |= {
+      "visit_lowest": True,
+      "karras": False,
+      "final": "zero" if one else "sigma_min",
+    }
   grid_lib.uniform_grid(schedule, num_steps, 1, **spacing)  # refuses before anything runs
 
   @jax.jit

@@ -28,6 +28,8 @@ _LISTS = re.compile(
 # Names of the VAE's attention as diffusers writes them since 0.14, by Flax's names, which
 # are those of older files, Stable Diffusion 1.x's among them.
 _VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+# Safetensors' names of what numpy and ml_dtypes know as floats of two bytes and more.
+_FLOATS = ("F64", "F32", "F16", "BF16")
 # Buffers that older files carry along.
 _IGNORED = ("text_model.embeddings.position_ids",)
 
@@ -113,7 +115,12 @@ def import_tensors(
   """
   flat = flax.traverse_util.flatten_dict(abstract)
   names = {torch_name(path): path for path in flat}
-  found = {_current_name(n): a for n, a in tensors.items() if n not in _IGNORED}
+  found: dict[str, StoredTensor] = {}
+  for name, tensor in tensors.items():
+    if name not in _IGNORED and found.setdefault(_current_name(name), tensor) is not tensor:
+      raise UserError(f"{where} holds {_current_name(name)} twice, by its old and its new name")
+  if odd := [f"{n} ({a.dtype})" for n, a in found.items() if a.dtype not in _FLOATS]:
+    raise UserError(f"{where} holds tensors of a kind that is not read: {', '.join(odd[:3])}")
   check_tensors({n: a.shape for n, a in found.items()}, abstract, where=where)
   digest = hashlib.sha256()
   params, bad = {}, {}

@@ -9,6 +9,7 @@ from huggingface_hub import errors as hub_errors
 
 from jaxpref.errors import UserError
 from jaxpref.models import weights
+from jaxpref.paths import user_path
 
 BUNDLED = {"shapes": Path(__file__).parent.parent / "pipelines" / "shapes"}
 INDEX = "model_index.json"
@@ -37,63 +38,104 @@ def find_pipeline(name: str, *, variant: str = "") -> Path:
   """
   if name in BUNDLED:
     return BUNDLED[name]
-  path = Path(name).expanduser()
+  path = user_path(name)
   if path.is_file():
     raise weights.refuse_file(path)
-  if path.is_dir() and not (path / INDEX).exists():
-    for file in sorted(path.glob("*.safetensors")):  # an adapter's directory, for example
-      raise weights.refuse_file(file)
-  if path.is_dir() or not _HUB_ID.fullmatch(name):
+  if path.is_dir():
+    if not (path / INDEX).exists():
+      _refuse_directory(path)
     return path
+  if not _HUB_ID.fullmatch(name):
+    raise UserError(f"there is no directory {path}, and it is no id of the Hugging Face hub")
   return _download(name, variant)
+
+
+def _refuse_directory(path: Path) -> None:
+  """Raises what a directory without an index may be instead."""
+  if (path / "pipeline" / INDEX).exists():
+    raise UserError(f"{path} is a pretraining run: its pipeline is {path / 'pipeline'}")
+  for file in sorted(path.glob("*")):  # an adapter's directory, for example
+    if file.suffix in (".safetensors", *weights.PICKLES):
+      raise weights.refuse_file(file)
+  raise UserError(f"no {path / INDEX}: not a complete pipeline in diffusers' layout")
 
 
 def _download(repo: str, variant: str) -> Path:
   try:
     files = huggingface_hub.HfApi().list_repo_files(repo)
-    wanted = needed_files(files, variant=variant)
-    return Path(huggingface_hub.snapshot_download(repo, allow_patterns=wanted))
   except hub_errors.RepositoryNotFoundError as error:
     raise UserError(
       f"{repo} is neither a directory nor a public repository of the Hugging Face hub; for a "
       "private or gated one, log in with `hf auth login`"
     ) from error
+  except hub_errors.HFValidationError as error:
+    raise UserError(f"{repo} is neither a directory nor an id of the hub: {error}") from error
   except (hub_errors.HfHubHTTPError, OSError) as error:
-    cached = _cached(repo)
-    if cached is None:
-      reason = (str(error).splitlines() or [type(error).__name__])[0]
-      raise UserError(
-        f"{repo} is no directory, is not in the cache of the Hugging Face hub, and the hub "
-        f"cannot be asked ({reason})"
-      ) from error
-    return cached
+    if (cached := _cached(repo, variant)) is not None:
+      return cached
+    raise UserError(
+      f"{repo} is no directory, is not whole in the cache of the Hugging Face hub, and the "
+      f"hub cannot be asked: {_root(error)}"
+    ) from error
+  wanted = needed_files(files, variant=variant, where=repo)
+  try:
+    return Path(huggingface_hub.snapshot_download(repo, allow_patterns=wanted))
+  except (hub_errors.HfHubHTTPError, OSError) as error:
+    raise UserError(f"the download of {repo} failed: {_root(error)}") from error
 
 
-def _cached(repo: str) -> Path | None:
-  """A snapshot that an earlier download has left, if there is one."""
+def _root(error: BaseException) -> str:
+  """The first line of what went wrong in the end."""
+  while (deeper := error.__cause__ or error.__context__) is not None:
+    error = deeper
+  return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _cached(repo: str, variant: str) -> Path | None:
+  """The snapshot that an earlier download has left, if it is whole."""
   try:
     path = Path(huggingface_hub.snapshot_download(repo, local_files_only=True))
-  except OSError:
+    files = [p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()]
+    needed_files(files, variant=variant, where=repo)
+  except (OSError, UserError):
     return None
-  return path if (path / INDEX).exists() else None
+  return path
 
 
-def needed_files(files: Iterable[str], *, variant: str = "") -> list[str]:
+def needed_files(files: Iterable[str], *, variant: str = "", where: str) -> list[str]:
   """Those of a repository's files that `load_pipeline` reads.
 
   Args:
     files: all its paths.
     variant: of the weights; with '' the full ones, of parts that have none fp16's.
+    where: named in errors.
+
+  Raises:
+    UserError: they make no pipeline, or some of its weights are pickled or have no such
+      variant.
   """
   there = set(files)
+  if INDEX not in there:
+    found = sorted(f for f in there if f.endswith((".safetensors", *weights.PICKLES)))
+    rest = f": it holds {', '.join(found[:3])}" if found else ""
+    raise UserError(f"{where} has no {INDEX}, so it is no pipeline in diffusers' layout{rest}")
   wanted = [INDEX, "scheduler/scheduler_config.json"]
   for part in _WEIGHTED:
+    if f"{part}/config.json" not in there:
+      if part != "text_encoder_2":
+        raise UserError(f"{where} has no {part}/config.json: not a complete pipeline")
+      continue
     wanted.append(f"{part}/config.json")
-    for kind in (variant,) if variant else ("", "fp16"):
-      found = _weight_files(there, f"{part}/{weights.stem_of(part)}", kind)
-      wanted += found
-      if found:
-        break
+    kinds = (variant,) if variant else ("", "fp16")
+    stem = f"{part}/{weights.stem_of(part)}"
+    found = next((f for kind in kinds if (f := _weight_files(there, stem, kind))), [])
+    if not found:
+      pickles = [f for f in sorted(there) if f.startswith(part) and f.endswith(weights.PICKLES)]
+      if pickles:
+        raise weights.pickled(Path(where) / pickles[0])
+      kind = f" of the variant {variant}" if variant else ""
+      raise UserError(f"{where} has no weights{kind} for its {part}")
+    wanted += found
   for tokenizer in ("tokenizer", "tokenizer_2"):
     wanted += [f"{tokenizer}/{file}" for file in _TOKENIZER_FILES]
   return [file for file in wanted if file in there]
@@ -104,6 +146,9 @@ def _weight_files(there: set[str], stem: str, variant: str) -> list[str]:
   if (single := f"{stem}{dot}.safetensors") in there:
     return [single]
   if (index := f"{stem}.safetensors.index{dot}.json") in there:
-    shard = re.compile(rf"{re.escape(stem + dot)}-\d+-of-\d+\.safetensors")
-    return [index, *sorted(file for file in there if shard.fullmatch(file))]
+    number, dot = r"-\d+-of-\d+", re.escape(dot)
+    # The variant stood behind the number until diffusers 0.29.
+    shard = re.compile(rf"{re.escape(stem)}(?:{dot}{number}|{number}{dot})\.safetensors")
+    shards = sorted(file for file in there if shard.fullmatch(file))
+    return [index, *shards] if shards else []
   return []

@@ -7,7 +7,7 @@ takes the name of a bundled pipeline, a directory, or an id of the Hugging Face 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxpref import sharding
+from jaxpref.diffusion import grid
 from jaxpref.diffusion import schedule as schedule_lib
 from jaxpref.errors import UserError
 from jaxpref.models import convert, hub, text, weights
@@ -83,12 +84,18 @@ class Pipeline:
     """
     config = self.configs["scheduler"]
     return {
-      "spacing": config.get("timestep_spacing", "linspace"),
-      "steps_offset": config.get("steps_offset", 0),
+      "spacing": config.get("timestep_spacing") or "linspace",
+      "steps_offset": config.get("steps_offset") or 0,
       "karras": bool(config.get("use_karras_sigmas")),
+      "final": config.get("final_sigmas_type") or "zero",
     }
 
 
+# Ways to space timesteps that the samplers lack; and the choices among those they have.
+_OTHER_SPACINGS = ("use_beta_sigmas", "use_exponential_sigmas", "use_lu_lambdas")
+_SPACING = {"timestep_spacing": grid.SPACINGS, "final_sigmas_type": grid.FINALS}
+# What the libraries raise of configurations that describe nothing.
+_LIBRARY_ERRORS = (AttributeError, TypeError, ValueError, LookupError, ArithmeticError)
 _BUILD: dict[str, Callable] = {
   "unet": unet_lib.build_unet,
   "vae": vae_lib.build_vae,
@@ -100,22 +107,31 @@ _BUILD: dict[str, Callable] = {
 def build_modules(
   configs: Mapping[str, Mapping[str, Any]], *, dtype: Any = jnp.float32
 ) -> dict[str, nn.Module]:
-  """The modules of these configurations.
+  """The modules of these configurations, by part.
 
   Args:
-    configs: by part, as `save_pipeline` takes them.
-    dtype: of the computation of all but the VAE: that runs once a picture, its errors are
-      seen, and SDXL's overflows in float16.
+    configs: as `save_pipeline` takes them.
+    dtype: of the computation, but for the VAE's.
   """
   return {
-    part: make(configs[part], dtype=jnp.float32 if part == "vae" else dtype)
+    part: make(configs[part], dtype=_dtype_of(part, dtype))
     for part, make in _BUILD.items()
     if part in configs
   }
 
 
+def _dtype_of(part: str, dtype: Any) -> Any:
+  # The VAE runs once a picture, its errors are seen, and SDXL's overflows in float16.
+  return jnp.float32 if part == "vae" else dtype
+
+
 def load_pipeline(
-  name: str, *, dtype: Any = jnp.float32, mesh: Mesh | None = None, variant: str = ""
+  name: str,
+  *,
+  dtype: Any = jnp.float32,
+  mesh: Mesh | None = None,
+  variant: str = "",
+  without: Sequence[str] = (),
 ) -> Pipeline:
   """Reads a pipeline.
 
@@ -126,6 +142,7 @@ def load_pipeline(
     mesh: each tensor goes to its devices as soon as it is read, placed as by
       `sharding.params_sharding`; without one parameters are numpy arrays.
     variant: of the weights, such as 'fp16'; with '' the full ones if there are any.
+    without: parts whose parameters are read for the digest alone and not kept.
 
   Raises:
     UserError: a file is missing or damaged, is not what it should be, or does not fit its
@@ -138,14 +155,14 @@ def load_pipeline(
     if part in configs:
       file = path / part / "config.json"
       try:
-        modules[part] = make(configs[part], dtype=jnp.float32 if part == "vae" else dtype)
+        modules[part] = make(configs[part], dtype=_dtype_of(part, dtype))
         shapes[part] = abstract_params(modules[part])
       except UserError as error:
         raise UserError(f"{file}: {error}") from error
-      except (AttributeError, KeyError, TypeError, ValueError) as error:  # of the libraries
+      except _LIBRARY_ERRORS as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{file} describes no {part} that can be built: {reason}") from error
-  schedule = schedule_lib.schedule_from_config(configs["scheduler"])
+  schedule = _schedule(path / "scheduler" / "scheduler_config.json", configs["scheduler"])
   encoders = [part for part in modules if part.startswith("text_encoder")]
   tokenizers = tuple(
     _load_tokenizer(path, part.replace("text_encoder", "tokenizer"), modules[part])
@@ -159,30 +176,52 @@ def load_pipeline(
     where = sharding.params_sharding(mesh, array)
     return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
 
+  def forget(*_):
+    return None
+
   params, digests = {}, []
   for part in modules:
     params[part], digest = convert.import_tensors(
       weights.open_part(path / part, variant=variant),
       shapes[part],
       where=str(path / part),
-      place=place,
+      place=forget if part in without else place,
     )
     digests.append(digest)
+  for part in without:
+    del params[part]
   digest = hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16]
   return Pipeline(path, configs, modules, params, tokenizers, schedule, digest)
 
 
 def _read_configs(path: Path) -> dict[str, dict[str, Any]]:
   index = _read_json(path / "model_index.json")
+  there = {name for name, component in index.items() if component != [None, None]}
   parts = ["unet", "vae", "text_encoder"]
-  if "text_encoder_2" in index:
+  if "text_encoder_2" in there:
     parts.append("text_encoder_2")
   tokenizers = (part.replace("text_encoder", "tokenizer") for part in parts)
-  if missing := {*parts, *tokenizers, "scheduler"} - index.keys():
+  if missing := {*parts, *tokenizers, "scheduler"} - there:
     raise UserError(f"{path}/model_index.json lacks {', '.join(sorted(missing))}")
   configs = {part: _read_json(path / part / "config.json") for part in parts}
   scheduler = _read_json(path / "scheduler" / "scheduler_config.json")
   return {"model_index": index, "scheduler": scheduler, **configs}
+
+
+def _schedule(file: Path, config: Mapping[str, Any]) -> schedule_lib.NoiseSchedule:
+  try:
+    schedule = schedule_lib.schedule_from_config(config)
+  except UserError as error:
+    raise UserError(f"{file}: {error}") from error
+  if odd := [f for f in _OTHER_SPACINGS if config.get(f)]:
+    raise UserError(f"{file}: {odd[0]} = {config[odd[0]]!r} is not supported")
+  for field, known in _SPACING.items():
+    if (value := config.get(field)) is not None and value not in known:
+      raise UserError(f"{file}: {field} is {value!r}, not one of {', '.join(known)}")
+  offset = config.get("steps_offset")
+  if offset is not None and (type(offset) is not int or not 0 <= offset < 1000):
+    raise UserError(f"{file}: steps_offset is {offset!r}, not a number of steps")
+  return schedule
 
 
 def _load_tokenizer(path: Path, name: str, encoder: Any) -> Any:
@@ -205,7 +244,7 @@ def _check_fit(path: Path, modules: Mapping[str, Any]) -> None:
   """Whether the parts belong to one model."""
   unet, vae = modules["unet"], modules["vae"]
   factor, shift = vae.scaling_factor, vae.shift_factor
-  if not isinstance(factor, int | float) or factor <= 0:
+  if not isinstance(factor, int | float) or not factor > 0:
     raise UserError(f"{path}/vae/config.json: scaling_factor is {factor}, not positive")
   if not isinstance(shift, int | float):
     raise UserError(f"{path}/vae/config.json: shift_factor is {shift}, not a number")

@@ -27,6 +27,13 @@ _INDEX = {
   "unet": ["diffusers", "UNet2DConditionModel"],
   "vae": ["diffusers", "AutoencoderKL"],
 }
+_INDEX_XL = {
+  **{k: v for k, v in _INDEX.items() if "safety" not in k},
+  "_class_name": "StableDiffusionXLPipeline",
+  "force_zeros_for_empty_prompt": True,
+  "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+  "tokenizer_2": ["transformers", "CLIPTokenizer"],
+}
 
 
 def save_pipeline(
@@ -64,7 +71,8 @@ def save_pipeline(
         shutil.copytree(tokenizers_from / tokenizer, work / tokenizer)
     (work / "scheduler").mkdir()
     _write_json(work / "scheduler" / "scheduler_config.json", configs["scheduler"])
-    index = dict(configs.get("model_index", _INDEX))
+    xl = "text_encoder_2" in params
+    index = dict(configs.get("model_index", _INDEX_XL if xl else _INDEX))
     left_out: dict[str, Any] = {p: [None, None] for p in _LEFT_OUT if p in index}
     if "safety_checker" in index:
       left_out["requires_safety_checker"] = False
@@ -80,7 +88,7 @@ def save_single_file(
   target: Path,
   params: Mapping[str, Any],
   *,
-  configs: Mapping[str, Mapping[str, Any]],
+  modules: Mapping[str, Any],
   dtype: Any = np.float16,
 ) -> None:
   """Writes a pipeline's weights as one file, by the names of the original code.
@@ -88,7 +96,7 @@ def save_single_file(
   Args:
     target: the file; whole or not at all.
     params: trees by part.
-    configs: configurations of the parts.
+    modules: of the parts.
     dtype: of the weights on disk.
 
   Raises:
@@ -98,7 +106,7 @@ def save_single_file(
   target.parent.mkdir(parents=True, exist_ok=True)
   work = target.with_name(f".{target.name}.tmp")
   try:
-    save_file(single_file.to_single_file(tensors, configs), work, metadata={"format": "pt"})
+    save_file(single_file.to_single_file(tensors, modules), work, metadata={"format": "pt"})
     work.chmod(0o644)  # safetensors keeps its files to their owner
     work.replace(target)
   finally:

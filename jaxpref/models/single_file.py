@@ -54,22 +54,20 @@ _OPEN_CLIP_ENDS = {
 }
 
 
-def to_single_file(
-  parts: Mapping[str, Tensors], configs: Mapping[str, Mapping[str, Any]]
-) -> Tensors:
+def to_single_file(parts: Mapping[str, Tensors], modules: Mapping[str, Any]) -> Tensors:
   """All parts' tensors under their original names.
 
   Args:
     parts: PyTorch tensors by diffusers' names: 'unet', 'vae', 'text_encoder', for SDXL also
       'text_encoder_2'.
-    configs: configurations of the parts.
+    modules: of the parts.
 
   Raises:
     UserError: the pipeline is of no family that has such names.
   """
-  levels = len(configs["vae"]["block_out_channels"])
+  levels = len(modules["vae"].block_out_channels)
   out = {
-    f"model.diffusion_model.{_unet_name(name, configs['unet'])}": tensor
+    f"model.diffusion_model.{_unet_name(name, modules['unet'])}": tensor
     for name, tensor in parts["unet"].items()
   }
   for name, tensor in parts["vae"].items():
@@ -80,7 +78,7 @@ def to_single_file(
     out |= _prefixed("conditioner.embedders.0.transformer.", parts["text_encoder"])
     second = _open_clip(parts["text_encoder_2"])
     return out | _prefixed("conditioner.embedders.1.model.", second)
-  if configs["text_encoder"]["hidden_act"] == "gelu":  # SD 2.x's, from OpenCLIP
+  if modules["text_encoder"].config.hidden_act == "gelu":  # SD 2.x's, from OpenCLIP
     second = _open_clip(parts["text_encoder"])
     return out | _prefixed("cond_stage_model.model.", second)
   return out | _prefixed("cond_stage_model.transformer.", parts["text_encoder"])
@@ -90,11 +88,11 @@ def _prefixed(prefix: str, tensors: Tensors) -> Tensors:
   return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
 
 
-def _unet_name(name: str, config: Mapping[str, Any]) -> str:
+def _unet_name(name: str, unet: Any) -> str:
   stem, _, leaf = name.rpartition(".")
   if stem in _UNET_ENDS:
     return f"{_UNET_ENDS[stem]}.{leaf}"
-  layers = config["layers_per_block"]
+  layers = unet.layers_per_block
   if match := re.fullmatch(r"mid_block\.(\w+\.\d+)\.(.+)", name):
     return f"middle_block.{_MIDDLE[match[1]]}.{_unet_inner(match[1], match[2])}"
   match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", name)
@@ -108,7 +106,7 @@ def _unet_name(name: str, config: Mapping[str, Any]) -> str:
       return f"input_blocks.{(block + 1) * (layers + 1)}.0.op.{leaf}"
     place = f"input_blocks.{1 + block * (layers + 1) + number}"
   else:
-    attends = config["up_block_types"][block].startswith("CrossAttn")
+    attends = unet.up_block_types[block].startswith("CrossAttn")
     if kind == "upsamplers":
       last = block * (layers + 1) + layers
       return f"output_blocks.{last}.{2 if attends else 1}.conv.{leaf}"

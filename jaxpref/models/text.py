@@ -125,8 +125,11 @@ def load_tokenizer(directory: Path) -> Any:
     tokenizer = CLIPTokenizerFast.from_pretrained(str(directory), local_files_only=True)
   except Exception as error:  # the tokenizers library raises nothing more special
     raise UserError(f"{directory} holds no CLIP tokenizer: {_first_line(error)}") from error
-  if tokenizer.model_max_length > 10_000:  # transformers' stand-in for "not stated"
-    raise UserError(f"{directory}/tokenizer_config.json states no model_max_length")
+  length = tokenizer.model_max_length
+  if not isinstance(length, int) or not 2 < length < 10_000:  # beyond: "not stated"
+    raise UserError(f"{directory}/tokenizer_config.json states no model_max_length of use")
+  if tokenizer.pad_token is None:
+    raise UserError(f"{directory}/tokenizer_config.json states no pad_token")
   return tokenizer
 
 

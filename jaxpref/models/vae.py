@@ -138,14 +138,16 @@ def decode_tiled(
     params: its parameters.
     latents: [B, C, h, w].
     tile: height and width of a tile in latents; by default those the VAE was trained on.
-    overlap: share of a tile that its neighbour decodes too, from 0 to below 1.
+    overlap: share of a tile that its neighbour decodes too, from 0 to a half.
 
   Returns:
     uint8 [B, 8 h, 8 w, 3], with a VAE that halves three times.
   """
   factor = 2 ** (len(vae.block_out_channels) - 1)
   tile = tile or vae.sample_size // factor
-  step, blend = int(tile * (1 - overlap)), int(tile * overlap) * factor
+  if max(latents.shape[2:]) <= tile:
+    return decode(vae, params, latents)
+  step, blend = max(int(tile * (1 - overlap)), 1), int(tile * overlap) * factor
   tops, lefts = (range(0, n, step) for n in latents.shape[2:])
   rows = [
     [_decode_unit(vae, params, latents[:, :, i : i + tile, j : j + tile]) for j in lefts]

@@ -32,12 +32,14 @@ class StoredTensor:
     path: of that file.
     name: in it.
     shape: as stored.
+    dtype: as stored, in safetensors' names, such as F16.
   """
 
   file: Any
   path: Path
   name: str
   shape: tuple[int, ...]
+  dtype: str
 
   def read(self) -> np.ndarray:
     """The tensor, in the dtype it is stored in.
@@ -98,20 +100,26 @@ def open_file(path: Path) -> dict[str, StoredTensor]:
   Raises:
     UserError: it is missing, damaged or truncated, or holds a low-rank adapter.
   """
+  if path.is_dir():
+    raise UserError(f"{path} is a directory, not a file of weights")
   try:
+    if path.stat().st_size < 1000 and path.read_bytes().startswith(b"version https://git-lfs"):
+      raise UserError(f"{path} is only git-lfs's pointer to the weights; run `git lfs pull`")
     file = safe_open(path, framework="numpy")
-    names = list(file.keys())
-    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    slices = {name: file.get_slice(name) for name in list(file.keys())}
   except FileNotFoundError as error:
     raise UserError(f"no weights at {path}") from error
   except (OSError, SafetensorError) as error:
     raise UserError(f"{path} is damaged or truncated: {error}") from error
-  if any(mark in name for name in shapes for mark in _LORA):
+  if any(mark in name for name in slices for mark in _LORA):
     raise UserError(
       f"{path} holds a low-rank adapter (LoRA), not a model: name the pipeline that it was "
       "trained on, and fuse the adapter into that with diffusers first if it is to be tuned"
     )
-  return {name: StoredTensor(file, path, name, shape) for name, shape in shapes.items()}
+  return {
+    name: StoredTensor(file, path, name, tuple(s.get_shape()), s.get_dtype())
+    for name, s in slices.items()
+  }
 
 
 def _open_shards(index: Path) -> dict[str, StoredTensor]:
