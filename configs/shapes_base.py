@@ -84,7 +84,8 @@ def get_config(preset: str = "shapes") -> ConfigDict:
     c.denoiser.decay = 0.9
   if preset == "decoder":
     c.vae.edge_weight = 1.0
-    c.vae.num_updates = 3_000
+    c.vae.batch_size = 32
+    c.vae.num_updates = 2_400
     c.vae.lr = 1e-3
     c.vae.decay = 0.9
 
