@@ -52,7 +52,7 @@ def reduced_configs(
       "projection_class_embeddings_input_dim": 48 + WIDTHS[1],
     }
   vae |= {"block_out_channels": [32, 32, 64, 64], "sample_size": 8 * unet["sample_size"]}
-  if shallow:
+  if shallow or family != "sd15":  # one family at its real depth will do
     unet["layers_per_block"] = vae["layers_per_block"] = 1
     if "transformer_layers_per_block" in unet:
       unet["transformer_layers_per_block"] = [1, 1, 1]

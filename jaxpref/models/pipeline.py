@@ -174,7 +174,8 @@ def load_pipeline(
     if mesh is None:
       return array
     where = sharding.params_sharding(mesh, array)
-    return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+    placed = jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+    return jax.block_until_ready(placed)  # else several tensors wait on the host
 
   def forget(*_):
     return None
