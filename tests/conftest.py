@@ -16,7 +16,10 @@ sys.path.insert(0, str(ROOT))  # configs/ is a folder of the repository, not a p
 
 
 # The files that take longest. Begun first, they do not leave one worker behind at the end.
-_LONG = ("test_train", "test_export", "test_families", "test_steps", "test_pretrain")
+_LONG = (
+  *("test_train", "test_export", "test_pretrain", "test_benchmarks"),
+  *("test_families", "test_steps", "test_weights", "test_hub"),
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -35,7 +35,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
       about = {"id": REPO, "sha": SHA, "siblings": [{"rfilename": f} for f in files]}
       self._answer(200, json.dumps(about).encode())
     elif broken and self.path.endswith("unet/config.json"):
-      self._answer(503, b"")
+      self._answer(418, b"")  # not one of those that are tried again
     else:
       name = path.split("/", 4)[4]  # someone/a-model/resolve/<commit>/<name>
       if self.command == "GET":

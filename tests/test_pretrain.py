@@ -41,6 +41,13 @@ def test_interrupted_and_continued_it_ends_the_same(
   monkeypatch.chdir(ROOT)
   kept = [f"--config.vae.path={tiny_pipeline}", "--config.vae.num_updates=0"]
   whole = _run(tmp_path / "whole", capsys, *kept)
+  # The VAE is the other pipeline's.
+  taken = pipeline.load_pipeline(str(tiny_pipeline))
+  for a, b in zip(_leaves(taken.params["vae"]), _leaves(whole.params["vae"]), strict=True):
+    np.testing.assert_array_equal(a.astype(np.float16), b.astype(np.float16))
+  assert not (tmp_path / "whole" / "vae").exists()
+  card = (tmp_path / "whole" / "pipeline" / "README.md").read_text()
+  assert f"| VAE | that of `{tiny_pipeline}` |" in card
   save = checkpoint.save
 
   def save_and_stop(*arguments):
@@ -58,6 +65,10 @@ def test_interrupted_and_continued_it_ends_the_same(
   monkeypatch.setattr(pretrain, "_fingerprint", lambda *_: "another")
   assert pretrain.main(arguments) == 2
   assert "was trained on another corpus or from other weights" in capsys.readouterr().err
+  # The bundled VAE is wider than the tiny configuration's.
+  arguments = ["--config=configs/shapes_base.py:tiny", "--config.vae.path=shapes"]
+  assert pretrain.main([*arguments, f"--workdir={tmp_path / 'other'}"]) == 2
+  assert "vae.path: 'shapes' has another vae" in capsys.readouterr().err
 
 
 def test_a_decoder_is_trained_on(tmp_path, tiny_pipeline, monkeypatch, capsys):
@@ -87,22 +98,6 @@ def test_a_decoder_is_trained_on(tmp_path, tiny_pipeline, monkeypatch, capsys):
   arguments = ["--config=configs/shapes_base.py:tiny", "--config.vae.num_updates=0"]
   assert pretrain.main([*arguments, f"--workdir={tmp_path / 'none'}"]) == 2
   assert "vae.num_updates is 0 and vae.path names no trained one" in capsys.readouterr().err
-
-
-def test_a_vae_is_kept(tmp_path, tiny_pipeline, monkeypatch, capsys):
-  monkeypatch.chdir(ROOT)
-  taken = pipeline.load_pipeline(str(tiny_pipeline))
-  kept = [f"--config.vae.path={tiny_pipeline}", "--config.vae.num_updates=0"]
-  made = _run(tmp_path / "run", capsys, *kept)
-  for a, b in zip(_leaves(taken.params["vae"]), _leaves(made.params["vae"]), strict=True):
-    np.testing.assert_array_equal(a.astype(np.float16), b.astype(np.float16))
-  assert not (tmp_path / "run" / "vae").exists()
-  card = (tmp_path / "run" / "pipeline" / "README.md").read_text()
-  assert f"| VAE | that of `{tiny_pipeline}` |" in card
-  # The bundled VAE is wider than the tiny configuration's.
-  arguments = ["--config=configs/shapes_base.py:tiny", "--config.vae.path=shapes"]
-  assert pretrain.main([*arguments, f"--workdir={tmp_path / 'other'}"]) == 2
-  assert "vae.path: 'shapes' has another vae" in capsys.readouterr().err
 
 
 def test_a_pipeline_is_trained_on(tmp_path, tiny_pipeline, monkeypatch, capsys):
