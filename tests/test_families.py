@@ -1,5 +1,6 @@
 """SD1.5, SD2.1 and SDXL, reduced: our outputs against PyTorch's, live and committed."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -111,6 +112,10 @@ def test_no_prompt_is_what_the_family_was_trained_with(family, directory):
     assert not none["text"].any() and not none["pooled"].any()
     assert empty["text"].any() and empty["pooled"].any()
     np.testing.assert_array_equal(none["time_ids"], [[64, 32, 0, 0, 64, 32]])
+    index = loaded.configs["model_index"] | {"force_zeros_for_empty_prompt": False}
+    other = dataclasses.replace(loaded, configs={**loaded.configs, "model_index": index})
+    unzeroed = encode.encode_no_prompt(other, mesh, size=(64, 32))
+    np.testing.assert_array_equal(unzeroed["pooled"], empty["pooled"])
   else:
     np.testing.assert_array_equal(none["text"], empty["text"])
 
