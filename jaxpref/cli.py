@@ -26,6 +26,18 @@ class Parser(argparse.ArgumentParser):
     """Raises what argparse would print with a page of usage."""
     raise UserError(f"{message}; --help lists the flags")
 
+  def add_run_flags(self) -> None:
+    """--ema and --step, which weights of a run are meant."""
+    self.add_argument(
+      "--ema",
+      action=argparse.BooleanOptionalAction,
+      default=True,
+      help="of a run, the averaged weights, which its report compares; --no-ema: the last",
+    )
+    self.add_argument(
+      "--step", type=int, help="of a run, which checkpoint; the newest good one by default"
+    )
+
 
 FLAGS = {"workdir": "directory of the run; runs/<name>-<preset> by default"}
 

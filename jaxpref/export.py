@@ -29,13 +29,7 @@ def _parser() -> argparse.ArgumentParser:
   add("--workdir", required=True, help="of the run, or a pipeline to be rewritten")
   add("--out", required=True, type=Path, help="directory, or file with --single-file; new")
   add("--dtype", default="float16", choices=tuple(DTYPES), help="of the weights written")
-  add(
-    "--ema",
-    action=argparse.BooleanOptionalAction,
-    default=True,
-    help="the averaged weights, which the report compares; --no-ema: the last ones",
-  )
-  add("--step", type=int, help="of the checkpoint; the newest good one by default")
+  parser.add_run_flags()
   add(
     "--single-file",
     action="store_true",

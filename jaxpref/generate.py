@@ -48,13 +48,7 @@ def _parser() -> argparse.ArgumentParser:
   add("--decode", choices=("whole", "sliced", "tiled"), default="whole", help="saves memory")
   add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
   add("--variant", default="", help="of the pipeline's weights, such as fp16")
-  add(
-    "--ema",
-    action=argparse.BooleanOptionalAction,
-    default=True,
-    help="of a run, the averaged weights; --no-ema: the last ones",
-  )
-  add("--step", type=int, help="of a run, which checkpoint; the newest good one by default")
+  parser.add_run_flags()
   return parser
 
 
@@ -113,6 +107,17 @@ def _run(argv: list[str]) -> None:
     "decode": flags.decode,
     "dtype": flags.dtype,
   }
+  missing = []  # (file, index of its prompt, settings)
+  seeds = generate.seeds_of(len(prompts), flags.images_per_prompt, seed=flags.seed)
+  for i, seed in enumerate(seeds):
+    prompt, image = divmod(i, flags.images_per_prompt)
+    settings = {**shared, "prompt": prompts[prompt], "seed": int(seed)}
+    file = out / f"{prompt:05d}-{image:02d}.png"
+    if not is_drawn(file, settings):
+      missing.append((file, prompt, settings))
+  if not missing:
+    print(f"{total} pictures in {out}, 0 of them new")
+    return
   generator = generate.make_generator(
     pipeline,
     mesh,
@@ -125,20 +130,11 @@ def _run(argv: list[str]) -> None:
     negative=flags.negative,
     decode=flags.decode,
   )
-  missing = []  # (file, index of its prompt, settings)
-  seeds = generate.seeds_of(len(prompts), flags.images_per_prompt, seed=flags.seed)
-  for i, seed in enumerate(seeds):
-    prompt, image = divmod(i, flags.images_per_prompt)
-    settings = {**shared, "prompt": prompts[prompt], "seed": int(seed)}
-    file = out / f"{prompt:05d}-{image:02d}.png"
-    if not is_drawn(file, settings):
-      missing.append((file, prompt, settings))
   wanted = sorted({prompt for _, prompt, _ in missing})
   row_of = {prompt: row for row, prompt in enumerate(wanted)}
-  if missing:
-    cond = encode.encode_prompts(
-      pipeline, mesh, [prompts[i] for i in wanted], size=(height, width)
-    )
+  cond = encode.encode_prompts(
+    pipeline, mesh, [prompts[i] for i in wanted], size=(height, width)
+  )
   step = sharding.round_up(min(flags.batch_size, total), mesh)
   with progress.progress_bar(
     total=total, initial=total - len(missing), desc="pictures", unit="image"

@@ -1,10 +1,10 @@
 """What tests share: a pipeline of a few thousand random parameters, and a small world."""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -14,6 +14,12 @@ ROOT = Path(__file__).parent.parent
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
 sys.path.insert(0, str(ROOT))  # configs/ is a folder of the repository, not a package of ours
 
+
+# Comparisons with PyTorch. CI has it: there they fail rather than be skipped.
+live = pytest.mark.skipif(
+  importlib.util.find_spec("torch") is None and not os.environ.get("CI"),
+  reason="PyTorch is not installed",
+)
 
 # The files that take longest. Begun first, they do not leave one worker behind at the end.
 _LONG = (
@@ -31,6 +37,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def tiny_pipeline(tmp_path_factory) -> Path:
   """A pipeline directory as the shapes world's, tiny and untrained."""
+  import families
+
   from configs import shapes_base
   from jaxpref.data.shapes import prompts
   from jaxpref.models import pipeline, save, text
@@ -47,14 +55,7 @@ def tiny_pipeline(tmp_path_factory) -> Path:
   )
   vocab_size = len(text.load_tokenizer(root / "tokenizer"))
   configs = pretrain.pipeline_configs(config, vocab_size=vocab_size)
-  modules = pipeline.build_modules(configs)
-  rng = np.random.default_rng(0)
-
-  def draw(leaf):  # not the modules' own init, whose zeros and ones would hide mistakes
-    fan = np.prod(leaf.shape[:-1]) if len(leaf.shape) > 1 else 25.0
-    return (rng.standard_normal(leaf.shape) / np.sqrt(fan)).astype(np.float32)
-
-  params = {k: jax.tree.map(draw, pipeline.abstract_params(m)) for k, m in modules.items()}
+  params = families.random_params(pipeline.build_modules(configs))
   save.save_pipeline(
     root / "pipeline",
     params,

@@ -6,6 +6,7 @@ conditioning, activations, schedules - and fewer channels, layers and words.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,17 @@ def reduced_configs(
   return configs
 
 
+def random_params(modules: Mapping[str, Any]) -> dict[str, Any]:
+  """By part; not as the modules begin, whose zeros and ones would hide mistakes."""
+  rng = np.random.default_rng(0)
+
+  def draw(leaf):
+    fan = np.prod(leaf.shape[:-1]) if len(leaf.shape) > 1 else 25.0
+    return (rng.standard_normal(leaf.shape) / np.sqrt(fan)).astype(np.float32)
+
+  return {k: jax.tree.map(draw, pipeline.abstract_params(m)) for k, m in modules.items()}
+
+
 def write_pipeline(family: str, directory: Path, *, shallow: bool = False) -> Path:
   """A reduced pipeline with random weights, in diffusers' layout; returns its directory."""
   text.train_tokenizer(PROMPTS, directory / "tokenizer", vocab_size=560, max_length=77)
@@ -77,14 +89,7 @@ def write_pipeline(family: str, directory: Path, *, shallow: bool = False) -> Pa
     text.train_tokenizer(PROMPTS, directory / "tokenizer_2", vocab_size=560, max_length=77)
     file = directory / "tokenizer_2" / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"pad_token": "!"}))
-  rng = np.random.default_rng(0)
-
-  def draw(leaf):
-    fan = np.prod(leaf.shape[:-1]) if len(leaf.shape) > 1 else 25.0
-    return (rng.standard_normal(leaf.shape) / np.sqrt(fan)).astype(np.float32)
-
-  modules = pipeline.build_modules(configs)
-  params = {k: jax.tree.map(draw, pipeline.abstract_params(m)) for k, m in modules.items()}
+  params = random_params(pipeline.build_modules(configs))
   target = directory / family
   save.save_pipeline(
     target, params, configs=configs, tokenizers_from=directory, dtype=np.float32

@@ -11,20 +11,13 @@ import families
 import jax
 import numpy as np
 import pytest
+from conftest import live
 from PIL import Image
 from safetensors.numpy import load_file
 
 from jaxpref import export, generate, main, tuned
 from jaxpref.models import pipeline, save
 
-try:
-  import torch
-except ImportError:
-  torch = None
-
-live = pytest.mark.skipif(
-  torch is None and not os.environ.get("CI"), reason="PyTorch is not installed"
-)
 PROMPT = "Three small stars, painted!"
 
 
@@ -102,6 +95,7 @@ def test_an_export_is_what_was_tuned(tuned_run, tmp_path):
 @live
 def test_pytorch_draws_the_picture_that_we_draw(tuned_run, tmp_path):
   import test_families
+  import torch
   import witness
 
   _, workdir = tuned_run
@@ -133,6 +127,7 @@ def test_pytorch_draws_the_picture_that_we_draw(tuned_run, tmp_path):
 @live
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_pytorch_reads_the_single_file(family, tmp_path):
+  import torch
   from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
   model = families.write_pipeline(family, tmp_path)

@@ -1,7 +1,6 @@
 """SD1.5, SD2.1 and SDXL, reduced: our outputs against PyTorch's, live and committed."""
 
 import dataclasses
-import os
 from pathlib import Path
 
 import families
@@ -9,20 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import live
 
 from jaxpref import randomness, sharding
 from jaxpref.data import encode
 from jaxpref.diffusion import grid, guidance, sample
 from jaxpref.models import pipeline, unet, vae
 
-try:
-  import torch
-except ImportError:
-  torch = None
-
-live = pytest.mark.skipif(
-  torch is None and not os.environ.get("CI"), reason="PyTorch is not installed"
-)
 GOLDEN = Path(__file__).parent / "golden" / "families.npz"
 STEPS, GUIDANCE = 20, 5.0
 SEEDS = np.array([11, 12], np.uint32)

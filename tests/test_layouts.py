@@ -1,20 +1,15 @@
 """The real models at full width, by shapes alone: each tensor has its place, both ways."""
 
-import importlib.util
-import os
 from pathlib import Path
 
 import families
 import flax
 import numpy as np
 import pytest
+from conftest import live
 
 from jaxpref.models import convert, pipeline
 
-live = pytest.mark.skipif(
-  importlib.util.find_spec("torch") is None and not os.environ.get("CI"),
-  reason="PyTorch is not installed",
-)
 LAYOUTS = Path(__file__).parent / "golden" / "layouts"
 COUNTS = {  # of the published models
   ("sd15", "unet"): 859_520_964,

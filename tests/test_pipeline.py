@@ -2,28 +2,19 @@
 
 import json
 import math
-import os
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import live
 from safetensors.numpy import load_file, save_file
 
 from configs import shapes_base
 from jaxpref.errors import UserError
 from jaxpref.models import convert, pipeline, save, text, unet, vae, weights
 from jaxpref.pretrain import denoiser
-
-try:
-  import torch
-except ImportError:
-  torch = None
-
-live = pytest.mark.skipif(
-  torch is None and not os.environ.get("CI"), reason="PyTorch is not installed"
-)
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +30,7 @@ def _close(ours, theirs):
 
 @live
 def test_unet_equals_pytorch(tiny_pipeline, loaded):
+  import torch
   from diffusers import UNet2DConditionModel
 
   model = UNet2DConditionModel.from_pretrained(tiny_pipeline / "unet").eval()
@@ -55,6 +47,7 @@ def test_unet_equals_pytorch(tiny_pipeline, loaded):
 
 @live
 def test_text_encoder_equals_pytorch(tiny_pipeline, loaded):
+  import torch
   from transformers import CLIPTextModel
 
   model = CLIPTextModel.from_pretrained(tiny_pipeline / "text_encoder").eval()
@@ -67,6 +60,7 @@ def test_text_encoder_equals_pytorch(tiny_pipeline, loaded):
 
 @live
 def test_vae_equals_pytorch(tiny_pipeline, loaded):
+  import torch
   from diffusers import AutoencoderKL
 
   model = AutoencoderKL.from_pretrained(tiny_pipeline / "vae").eval()

@@ -1,23 +1,14 @@
 """The VAE beyond its plain forward pass: samples, shift, slices, tiles."""
 
 import dataclasses
-import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import live
 
 from jaxpref.models import pipeline, vae
-
-try:
-  import torch
-except ImportError:
-  torch = None
-
-live = pytest.mark.skipif(
-  torch is None and not os.environ.get("CI"), reason="PyTorch is not installed"
-)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +76,7 @@ def test_one_tile_is_the_whole(loaded):
 @live
 @pytest.mark.parametrize("shape", [(20, 13), (8, 8)])
 def test_tiles_are_pytorchs(tiny_pipeline, loaded, shape):
+  import torch
   from diffusers import AutoencoderKL
 
   model = AutoencoderKL.from_pretrained(tiny_pipeline / "vae").eval()

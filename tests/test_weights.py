@@ -13,6 +13,7 @@ import families
 import jax
 import numpy as np
 import pytest
+from conftest import live
 from ml_dtypes import bfloat16
 from safetensors.numpy import load_file, save_file
 
@@ -20,14 +21,6 @@ from jaxpref import sharding
 from jaxpref.errors import UserError
 from jaxpref.models import convert, pipeline, weights
 
-try:
-  import torch
-except ImportError:
-  torch = None
-
-live = pytest.mark.skipif(
-  torch is None and not os.environ.get("CI"), reason="PyTorch is not installed"
-)
 UNET = "diffusion_pytorch_model"
 
 
