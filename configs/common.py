@@ -1,12 +1,16 @@
 """What the preference methods' configurations share; each file says what it changes.
 
 `shapes` runs on the bundled pipeline and the embedded world, in minutes, without an
-accelerator. `tiny` is the same program cut down to seconds, for tests.
+accelerator. `sd15` and `sdxl` are recipes as published for Stable Diffusion 1.5 and SDXL, on
+Pick-a-Pic from local files (`--config.data.path=DIR`); a number that a file does not give a
+source for is that of Wallace et al. 2023 (https://arxiv.org/abs/2311.12908), Diffusion-DPO's
+authors, whose optimizer, batch and evaluation later methods took over. `tiny` is `shapes` cut
+down to seconds, for tests.
 """
 
 from ml_collections import ConfigDict
 
-PRESETS = ("shapes", "tiny")
+PRESETS = ("shapes", "sd15", "sdxl", "tiny")
 
 
 def base(name: str, preset: str) -> ConfigDict:
@@ -20,11 +24,20 @@ def base(name: str, preset: str) -> ConfigDict:
   c.model.path = "shapes"  # 'shapes', a directory in diffusers' layout, or a hub id
   c.model.variant = ""  # of its weights, such as fp16; '': the full ones, where there are
   c.model.dtype = "float32"  # of the computation; parameters and moments are float32
+  c.model.frozen_dtype = "float32"  # in which the base is held besides what is trained
 
   c.data = ConfigDict()
   c.data.source = "shapes"  # 'shapes', or 'folder' for images with captions beside them
   c.data.path = ""  # the folder
   c.data.num_experts = 500  # the best K images by score; of a folder the first K; 0: all
+  c.data.experts = "top"  # 'top': by score; 'winners': every pair's preferred image
+  c.data.num_rows = 0  # of pairs, singles or lists, for losses that learn from them; 0: all
+  c.data.desirable_share = 0.8  # of liked images among singles
+  c.data.good_prefix = ""  # before the prompts of liked singles, and of tuned pictures
+  c.data.bad_prefix = ""  # before the prompts of the other singles
+  c.data.list_size = 4  # images of a ranked list
+  c.data.noise_draws = 0  # of timestep and noise for each row, to know the reference's
+  # errors beforehand; 0: new ones at every update
   c.data.prompt_dropout = 0.2  # share of rows trained with an empty prompt
   c.data.flip = False  # add each image's mirror image; not where left and right matter
 
@@ -37,6 +50,13 @@ def base(name: str, preset: str) -> ConfigDict:
   c.rollout.num_steps = 10  # from noise to image
   c.rollout.guidance = 1.0  # classifier-free guidance scale; 1 is none
   c.rollout.refresh_every = 1  # updates after which the sampling copy of the policy is renewed
+  c.rollout.states = 1  # of each trajectory to train on, evenly spaced
+  c.rollout.replay = 0  # updates whose samples are also trained on later, as an ablation
+
+  c.lora = ConfigDict()  # train low-rank additions in the place of all parameters
+  c.lora.rank = 0  # of the additions; 0 trains all parameters
+  c.lora.alpha = 8.0  # the additions are scaled by alpha / rank
+  c.lora.targets = r"attn[12]\.(to_q|to_k|to_v|to_out\.0)$"  # layers, by PyTorch's names
 
   c.optim = ConfigDict()
   c.optim.lr = 3e-4  # peak learning rate
@@ -72,8 +92,32 @@ def base(name: str, preset: str) -> ConfigDict:
   c.evaluate.seed = 3000  # of the noise and of the choice of prompts
   c.evaluate.num_examples = 24  # pairs shown in the report
 
+  if preset in ("sd15", "sdxl"):
+    c.model.path = {
+      "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+      "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    }[preset]
+    c.model.dtype = c.model.frozen_dtype = "bfloat16"
+    c.data.source = "pickapic"
+    c.rollout.num_steps = 20
+    c.optim.lr = 2.048e-5  # 1e-8 a row of the batch
+    c.optim.warmup_updates = {"sd15": 500, "sdxl": 200}[preset]
+    c.optim.ema_decay = 0.0  # what is compared is the last update, as there
+    c.train.batch_size = 2048
+    c.train.accumulate = 64
+    c.train.num_updates = 2000
+    c.train.updates_per_iteration = 200
+    c.evaluate.prompts = "captions"
+    c.evaluate.num_prompts = 500
+    c.evaluate.images_per_prompt = 5
+    c.evaluate.scorers = ()
+    c.evaluate.num_steps = 50
+    c.evaluate.guidance = 7.5 if preset == "sd15" else 5.0
+    c.evaluate.batch_size = 16
+
   if preset == "tiny":
-    c.data.num_experts = 16
+    c.data.num_experts = c.data.num_rows = 16
+    c.data.list_size = 3
     c.rollout.num_steps = 2
     c.train.batch_size = 8
     c.train.num_updates = 4

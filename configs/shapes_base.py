@@ -91,9 +91,11 @@ def get_config(preset: str = "shapes") -> ConfigDict:
 
   if preset == "tiny":
     c.corpus.num_images = 64
-    c.vae.channels = (8, 8, 8)
-    c.unet.channels = (32, 64)
-    c.unet.heads = (1, 2)
+    c.corpus.image_size = 16
+    c.vae.channels = (8, 8)
+    c.unet.channels = (32,)
+    c.unet.attention = (True,)
+    c.unet.heads = (2,)
     c.text.width = 16
     for stage in (c.vae, c.denoiser):
       stage.batch_size = 4

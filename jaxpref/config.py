@@ -44,7 +44,13 @@ _SEED = (lambda value: 0 <= value < 2**31, "at least 0 and below 2^31")
 _AXIS = (lambda value: value >= 1 or value == -1, "at least 1, or -1 for the rest")
 
 RULES: Rules = {
-  "model.dtype": _one_of("float32", "bfloat16"),
+  **dict.fromkeys(("model.dtype", "model.frozen_dtype"), _one_of("float32", "bfloat16")),
+  "data.desirable_share": (lambda value: 0 < value < 1, "above 0 and below 1"),
+  "data.list_size": _at_least(2),
+  "data.experts": _one_of("top", "winners"),
+  **dict.fromkeys(("data.num_rows", "data.noise_draws", "rollout.replay"), _at_least(0)),
+  "lora.rank": _at_least(0),
+  **dict.fromkeys(("lora.alpha", "loss.beta"), _POSITIVE),
   "data.prompt_dropout": (lambda value: 0 <= value <= 1, "between 0 and 1"),
   "rollout.solver": _one_of("dpm_solver", "ddim", "ddpm"),
   "optim.schedule": _one_of("constant", "linear", "cosine", "trapezoid"),
@@ -58,7 +64,9 @@ RULES: Rules = {
   **dict.fromkeys(("rollout.guidance", "evaluate.guidance"), _at_least(0)),
   **dict.fromkeys(("optim.warmup_updates", "optim.weight_decay"), _at_least(0)),
   "train.num_updates": _at_least(0),
-  **dict.fromkeys(("rollout.num_steps", "rollout.refresh_every"), _at_least(1)),
+  **dict.fromkeys(
+    ("rollout.num_steps", "rollout.refresh_every", "rollout.states"), _at_least(1)
+  ),
   **dict.fromkeys(("train.batch_size", "train.accumulate", "train.keep"), _at_least(1)),
   **dict.fromkeys(("train.updates_per_iteration", "train.log_every"), _at_least(1)),
   **dict.fromkeys(("evaluate.images_per_prompt", "evaluate.num_steps"), _at_least(1)),

@@ -22,21 +22,29 @@ def key_of(seed: int, purpose: str, step: int | jax.Array) -> jax.Array:
   return jax.random.fold_in(named, step)
 
 
-def drop_prompts(seed: int, update: jax.Array, cond: Any, uncond: Any, *, rate: float) -> Any:
-  """Takes the prompts away from a random share of rows.
+def dropped_rows(seed: int, update: jax.Array, rows: int, *, rate: float) -> jax.Array:
+  """Which rows of a batch lose their prompt, bool [B].
 
   Args:
     seed: of the run.
     update: number of updates done; the same rows are dropped wherever it is asked.
+    rows: B.
+    rate: share of rows, 0 to 1.
+  """
+  return jax.random.bernoulli(key_of(seed, "prompt_dropout", update), rate, (rows,))
+
+
+def without_prompts(dropped: jax.Array, cond: Any, uncond: Any) -> Any:
+  """Takes the prompts away from rows.
+
+  Args:
+    dropped: from which, bool [B].
     cond: what the denoiser is told, a tree of arrays [B, ...].
     uncond: the same without a prompt, [1, ...].
-    rate: share of rows, 0 to 1.
 
   Returns:
     A tree like `cond`.
   """
-  rows = jax.tree.leaves(cond)[0].shape[0]
-  dropped = jax.random.bernoulli(key_of(seed, "prompt_dropout", update), rate, (rows,))
 
   def one(with_prompt, without):
     where = dropped.reshape((-1,) + (1,) * (with_prompt.ndim - 1))

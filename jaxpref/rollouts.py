@@ -1,4 +1,4 @@
-"""Online negatives: states that the policy itself visits on its way from noise to image.
+"""Online negatives: what the policy itself makes of the rows' prompts.
 
 The sampler is a program of its own, apart from the train step, and its parameters are an
 argument: the policy as it is (refreshed at every update) or a copy that lags behind.
@@ -9,6 +9,7 @@ from typing import Any
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 
 from jaxpref import randomness
 from jaxpref.diffusion import grid as grid_lib
@@ -19,13 +20,13 @@ from jaxpref.models.unet import Denoise
 
 
 @flax.struct.dataclass
-class Rollout:
-  """One state of each sampled trajectory.
+class States:
+  """States of each sampled trajectory.
 
   Attributes:
-    x_t: what the denoiser was shown, [B, C, h, w].
-    target: what it answered, the training target of the policy's half, [B, C, h, w].
-    t: timesteps, int32 [B]; the experts' half of the batch takes the same.
+    x_t: what the denoiser was shown, [B, S, C, h, w].
+    target: what it answered, [B, S, C, h, w].
+    t: timesteps, int32 [B, S]; the row's images are trained at the same.
   """
 
   x_t: jax.Array
@@ -33,7 +34,18 @@ class Rollout:
   t: jax.Array
 
 
+@flax.struct.dataclass
+class Images:
+  """Where the trajectories ended: `latents`, [B, C, h, w]."""
+
+  latents: jax.Array
+
+
+Rollout = States | Images
+
+
 def make_rollout(
+  kind: str,
   denoise: Denoise,
   schedule: NoiseSchedule,
   *,
@@ -44,13 +56,17 @@ def make_rollout(
   order: int,
   guidance: float,
   prompt_dropout: float,
+  states_per_trajectory: int = 1,
 ) -> Callable[..., Rollout]:
-  """Diffusion-DRO's rollout as one jitted program.
+  """The rollout as one jitted program.
 
   Each sample's timesteps are shifted by a random offset, so that every timestep is
-  trained, and one of its `num_steps` states is kept, all being equally likely.
+  trained. Of its `num_steps` states so many are kept, evenly spaced from a random one on:
+  all are equally likely, and none is kept twice.
 
   Args:
+    kind: 'states', as Diffusion-DRO has it, or 'images', which start at the noisiest
+      timestep, without an offset.
     denoise: (params, x_t, t, cond) -> prediction.
     schedule: noise schedule.
     seed: of the run.
@@ -58,8 +74,9 @@ def make_rollout(
     num_steps: solver steps from noise to image.
     solver: 'dpm_solver', 'ddim' or 'ddpm'.
     order: of the DPM-Solver.
-    guidance: classifier-free guidance scale; 1 for none, as published.
+    guidance: classifier-free guidance scale; 1 for none, as published for states.
     prompt_dropout: as in the train step, which drops the same rows' prompts.
+    states_per_trajectory: how many are kept, 1 to `num_steps`.
 
   Returns:
     `rollout(params, update, cond, uncond)` of trees of [B, ...] and [1, ...].
@@ -69,30 +86,78 @@ def make_rollout(
   def rollout(params: Any, update, cond, uncond) -> Rollout:
     rows = jax.tree.leaves(cond)[0].shape[0]
     key = randomness.key_of(seed, "rollout", update)
-    cond = randomness.drop_prompts(seed, update, cond, uncond, rate=prompt_dropout)
+    dropped = randomness.dropped_rows(seed, update, rows, rate=prompt_dropout)
+    cond = randomness.without_prompts(dropped, cond, uncond)
     spacing = schedule.num_timesteps // num_steps
     offsets = jax.random.randint(jax.random.fold_in(key, 0), (rows,), 0, spacing)
-    picks = jax.random.randint(jax.random.fold_in(key, 1), (rows,), 0, num_steps)
+    if kind == "images":
+      offsets = jnp.full((rows,), spacing - 1)
     noise_keys = jax.random.split(jax.random.fold_in(key, 2), rows)
-    x_T = sample_lib.initial_noise(noise_keys, latent_shape)  # noqa: N806
     guided = guidance_lib.classifier_free(
       lambda x_t, t, c: denoise(params, x_t, t, c), cond, uncond, guidance
     )
-    _, seen = sample_lib.sample(
+    out = sample_lib.sample(
       guided,
-      x_T,
+      sample_lib.initial_noise(noise_keys, latent_shape),
       grid_lib.offset_grid(schedule, num_steps, offsets),
       schedule,
       solver=solver,
       order=order,
       key=noise_keys,
-      trajectory=True,
+      trajectory=kind == "states",
     )
-    at_pick = jax.vmap(lambda steps, k: steps[k], in_axes=(1, 0))
-    return Rollout(
-      x_t=at_pick(seen.states, picks),
-      target=at_pick(seen.predictions, picks),
-      t=at_pick(seen.timesteps, picks),
+    if kind == "images":
+      return Images(out)
+    _, seen = out
+    first = jax.random.randint(jax.random.fold_in(key, 1), (rows,), 0, num_steps)
+    stride = num_steps // states_per_trajectory
+    picks = (first[:, None] + stride * jnp.arange(states_per_trajectory)) % num_steps
+    at_picks = jax.vmap(lambda steps, k: steps[k], in_axes=(1, 0))
+    return States(
+      x_t=at_picks(seen.states, picks),
+      target=at_picks(seen.predictions, picks),
+      t=at_picks(seen.timesteps, picks),
     )
 
   return rollout
+
+
+@flax.struct.dataclass
+class Replay:
+  """The rows of the last updates, for the ablation of online training.
+
+  `rows`: a tree of [N, R, ...], N updates of R rows each.
+  """
+
+  rows: Any
+
+
+def init_replay(rows: Any, size: int) -> Replay:
+  """An empty buffer of the rows of `size` updates, shaped as the tree `rows` [R, ...]."""
+  return Replay(jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), rows))
+
+
+def replay(buffer: Replay, rows: Any, update: jax.Array, key: jax.Array) -> tuple[Any, Replay]:
+  """Each row as it is or, all equally likely, as it was at one of the updates held.
+
+  Args:
+    buffer: of N updates' rows.
+    rows: of this update, a tree of [R, ...].
+    update: number of updates done.
+    key: for the choice.
+
+  Returns:
+    The rows to train on, and the buffer with the rows of this update in the oldest's place.
+  """
+  size, count = jax.tree.leaves(buffer.rows)[0].shape[:2]
+  held = jnp.minimum(update, size)
+  pick = jax.random.randint(key, (count,), 0, held + 1)  # the last one: this update's
+  old = jax.tree.map(lambda x: x[pick.clip(max=size - 1), jnp.arange(count)], buffer.rows)
+
+  def choose(now, before):
+    fresh = (pick == held).reshape((-1,) + (1,) * (now.ndim - 1))
+    return jnp.where(fresh, now, before)
+
+  mixed = jax.tree.map(choose, rows, old)
+  slot = update % size
+  return mixed, Replay(jax.tree.map(lambda b, x: b.at[slot].set(x), buffer.rows, rows))

@@ -5,7 +5,7 @@ One jitted, donated program over the mesh. Policy and reference go through the s
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -16,8 +16,9 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxpref import optim, randomness, sharding
+from jaxpref import noising, optim, randomness, rollouts, sharding
 from jaxpref.diffusion import schedule as schedule_lib
+from jaxpref.losses import Terms, to_errors
 from jaxpref.models.unet import Denoise
 from jaxpref.rollouts import Rollout
 
@@ -27,11 +28,14 @@ class TrainState:
   """All that a checkpoint must hold.
 
   Attributes:
-    params: the policy, float32.
+    params: what is trained of the policy, float32: all its parameters, or additions to
+      those of the base.
     ema: its moving average, float32.
     opt_state: of optax.
-    policy_copy: the policy that rolls out, where it lags behind; None where it does not.
+    policy_copy: the policy as it was at the last renewal, where that one rolls out or is
+      the reference; None where neither is.
     update: number of updates done, int32 scalar.
+    replay: rows of earlier updates, a `rollouts.Replay`, or None.
   """
 
   params: Any
@@ -39,12 +43,17 @@ class TrainState:
   opt_state: Any
   policy_copy: Any
   update: jax.Array
+  replay: Any = None
 
 
 def init_state(
-  params: Any, tx: optax.GradientTransformation, *, lagging_copy: bool
+  params: Any,
+  tx: optax.GradientTransformation,
+  *,
+  lagging_copy: bool,
+  replay: Any = None,
 ) -> TrainState:
-  """The state before the first update; `lagging_copy` if rollouts need a copy."""
+  """The state before the first update; `lagging_copy` if a copy of the policy is needed."""
   return TrainState(
     # Copies throughout: the state is donated, and `params` may live on as the reference.
     params=jax.tree.map(jnp.copy, params),
@@ -52,6 +61,7 @@ def init_state(
     opt_state=tx.init(params),
     policy_copy=jax.tree.map(jnp.copy, params) if lagging_copy else None,
     update=jnp.zeros((), jnp.int32),
+    replay=replay,
   )
 
 
@@ -64,24 +74,27 @@ def make_train_step(
   mesh: Mesh,
   state_sharding: Any,
   seed: int,
+  arms: Sequence[str],
   hyper: Mapping[str, Any],
   ema_decay: float,
   prompt_dropout: float,
   accumulate: int = 1,
   refresh_every: int = 1,
   own_targets: bool = False,
+  adapt: Callable[[Any, Any], Any] = lambda trained, base: trained,
 ) -> Callable:
   """One update as a jitted program.
 
   Args:
     denoise: (params, x_t, t, cond) -> prediction.
     schedule: noise schedule.
-    loss: a module with the contract of `jaxpref.losses`.
+    loss: a module with the contract of `jaxpref.losses.contract`.
     tx: optimizer.
     mesh: from `sharding.make_mesh`.
     state_sharding: of a `TrainState`, for the new state as for the old: a resumed run must
       compile to the program of an uninterrupted one.
     seed: of the run.
+    arms: suffixes of a row's images and, last, of what the policy draws.
     hyper: the loss's hyper-parameters.
     ema_decay: limit of the moving average's decay.
     prompt_dropout: share of rows trained without their prompt.
@@ -90,50 +103,28 @@ def make_train_step(
     own_targets: whether a rollout's targets are what the policy itself predicts at this
       update (refreshed at every one, no guidance). Its error there is 0 and so is the
       gradient: neither is computed, which halves the policy's part of the work.
+    adapt: (what is trained, base) -> the policy's parameters as `denoise` takes them.
 
   Returns:
-    `step(state, ref, uncond, batch, rollout) -> (state, metrics)`; `ref` is the
-    reference's parameters or None, `batch` {'latents': [B, C, h, w], 'cond': tree of [B, ...]},
-    `rollout` a `Rollout` or None, metrics are scalars.
+    `step(state, base, uncond, batch, rollout) -> (state, metrics)`; `base` is the base's
+    parameters, or None where neither `adapt` nor the reference needs them, `batch` as
+    `noising.make_arms` takes it, `rollout` a `Rollout` or None, metrics are scalars.
   """
+  needs = loss.NEEDS
 
-  def arms_of(batch, rollout: Rollout | None, update, uncond):
-    """Rows by arm: x_t, t, target, and the prompts that all arms share."""
-    key = randomness.key_of(seed, "train", update)
-    x0 = batch["latents"]
-    cond = randomness.drop_prompts(seed, update, batch["cond"], uncond, rate=prompt_dropout)
-    if rollout is None:
-      t = jax.random.randint(
-        jax.random.fold_in(key, 0), x0.shape[:1], 0, schedule.num_timesteps
-      )
-    else:
-      t = rollout.t
-    eps = jax.random.normal(jax.random.fold_in(key, 1), x0.shape)
-    x_t = [schedule_lib.add_noise(schedule, x0, eps, t)]
-    target = [schedule_lib.target(schedule, x0, eps, t)]
-    if rollout is not None:
-      x_t.append(rollout.x_t)
-      target.append(rollout.target)
-    # Arms on axis 1, so that splitting rows over devices keeps pairs together.
-    return jnp.stack(x_t, 1), jnp.stack(target, 1), t, cond
-
-  def errors(params, arms, x_t, target, t, cond):
-    """Denoising errors of the first `arms` arms, each [B], from one forward pass."""
-    flat = lambda x: x[:, :arms].reshape((-1, *x.shape[2:]))  # noqa: E731
-    repeated = jax.tree.map(lambda c: jnp.repeat(c, arms, axis=0), cond)
-    prediction = denoise(params, flat(x_t), jnp.repeat(t, arms), repeated)
-    err = schedule_lib.denoising_error(prediction, flat(target)).reshape((-1, arms))
-    return {arm: err[:, i] for i, arm in enumerate(loss.ARMS[:arms])}
-
-  def micro_loss(params, ref, rows):
-    arms = len(loss.ARMS)
-    err = errors(params, arms - own_targets, *rows)
+  def micro_loss(trained, base, previous, rows: noising.Arms, mean):
+    count = len(arms) - own_targets
+    seen = _residuals(denoise, adapt(trained, base), rows, arms[:count])
     if own_targets:
-      err[loss.ARMS[-1]] = jnp.zeros_like(err[loss.ARMS[0]])
-    err_ref = {}
-    if loss.REFERENCE:
-      err_ref = jax.lax.stop_gradient(errors(ref, arms, *rows))
-    per_sample, metrics = loss.objective(err, err_ref, **hyper)
+      seen[arms[-1]] = jnp.zeros_like(seen[arms[0]])
+    seen_ref, known = {}, dict(rows.ref)
+    if needs.reference and not known:
+      reference = base if needs.reference == "base" else adapt(previous, base)
+      seen_ref = jax.lax.stop_gradient(_residuals(denoise, reference, rows, arms))
+    err = to_errors(seen)
+    err_ref = known or to_errors(seen_ref)
+    pair = (seen, seen_ref) if needs.residuals else (err, err_ref)
+    per_sample, metrics = loss.objective(Terms(*pair, rows.labels, mean), **hyper)
     metrics = {
       "loss": per_sample,
       **{f"err/policy_{a}": e for a, e in err.items()},
@@ -142,25 +133,31 @@ def make_train_step(
     }
     return per_sample.mean(), jax.tree.map(jnp.mean, metrics)
 
-  def mean_gradients(params, ref, rows):
+  def mean_gradients(trained, base, previous, rows, mean=jnp.mean):
     """Gradients and metrics of this device's rows, micro-batch by micro-batch."""
-    gradients = jax.grad(micro_loss, has_aux=True)
+    gradients = jax.grad(functools.partial(micro_loss, mean=mean), has_aux=True)
     if accumulate == 1:
-      return gradients(params, ref, rows)
+      return gradients(trained, base, previous, rows)
 
     def add(total, micro):
-      return jax.tree.map(jnp.add, total, gradients(params, ref, micro)), None
+      return jax.tree.map(jnp.add, total, gradients(trained, base, previous, micro)), None
 
     micros = jax.tree.map(lambda x: x.reshape((accumulate, -1, *x.shape[1:])), rows)
-    shapes = jax.eval_shape(gradients, params, ref, jax.tree.map(lambda x: x[0], micros))
+    first = jax.tree.map(lambda x: x[0], micros)
+    shapes = jax.eval_shape(gradients, trained, base, previous, first)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     total, _ = jax.lax.scan(add, zeros, micros)
     return jax.tree.map(lambda x: x / accumulate, total)
 
+  def everywhere(x):
+    return jax.lax.pmean(jnp.mean(x), "data")
+
   reduced_gradients = jax.shard_map(
-    lambda *arguments: jax.lax.pmean(mean_gradients(*arguments), "data"),
+    lambda trained, base, previous, rows: jax.lax.pmean(
+      mean_gradients(trained, base, previous, rows, mean=everywhere), "data"
+    ),
     mesh=mesh,
-    in_specs=(P(), P(), P("data")),
+    in_specs=(P(), P(), P(), P("data")),
     out_specs=P(),
     axis_names={"data"},
     # Unchecked, parameters count as each device's own: else JAX would sum the gradient
@@ -175,9 +172,17 @@ def make_train_step(
   @functools.partial(
     jax.jit, donate_argnums=0, out_shardings=(state_sharding, sharding.replicated(mesh))
   )
-  def step(state: TrainState, ref, uncond, batch, rollout):
-    rows = arms_of(batch, rollout, state.update, uncond)
-    grads, metrics = reduced_gradients(state.params, ref, rows)
+  def step(state: TrainState, base, uncond, batch, rollout: Rollout | None):
+    rows = noising.make_arms(
+      *(schedule, needs, batch, rollout, state.update, uncond),
+      seed=seed,
+      prompt_dropout=prompt_dropout,
+    )
+    replay = state.replay
+    if replay is not None:
+      key = randomness.key_of(seed, "replay", state.update)
+      rows, replay = rollouts.replay(replay, rows, state.update, key)
+    grads, metrics = reduced_gradients(state.params, base, state.policy_copy, rows)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     update = state.update + 1
@@ -191,7 +196,49 @@ def make_train_step(
       opt_state=opt_state,
       policy_copy=copy,
       update=update,
+      replay=replay,
     )
     return new, {**metrics, "optim/grad_norm": optax.global_norm(grads)}
 
   return step
+
+
+def make_reference_errors(
+  denoise: Denoise,
+  schedule: schedule_lib.NoiseSchedule,
+  loss: ModuleType,
+  *,
+  seed: int,
+  arms: Sequence[str],
+  prompt_dropout: float,
+) -> Callable:
+  """The reference's errors on fixed draws, as a jitted program.
+
+  Returns:
+    `errors(base, uncond, batch)` -> errors by arm, float32 [B], for a batch with 'row' and
+    'draw', see `noising.make_arms`; the other arguments are those of `make_train_step`.
+  """
+
+  @jax.jit
+  def errors(base, uncond, batch):
+    rows = noising.make_arms(
+      *(schedule, loss.NEEDS, batch, None, jnp.int32(0), uncond),
+      seed=seed,
+      prompt_dropout=prompt_dropout,
+    )
+    return to_errors(_residuals(denoise, base, rows, arms))
+
+  return errors
+
+
+def _residuals(
+  denoise: Denoise, params: Any, rows: noising.Arms, arms: Sequence[str]
+) -> dict[str, jax.Array]:
+  """Predictions minus targets of the first arms, float32 [R, C, h, w], from one call."""
+  count = len(arms)
+  flat = lambda x: x[:, :count].reshape((-1, *x.shape[2:]))  # noqa: E731
+  repeated = jax.tree.map(lambda c: jnp.repeat(c, count, axis=0), rows.cond)
+  prediction = denoise(params, flat(rows.x_t), jnp.repeat(rows.t, count), repeated)
+  residual = prediction.astype(jnp.float32) - flat(rows.target)
+  residual = residual.reshape((-1, count, *residual.shape[1:]))
+  return {arm: residual[:, i] for i, arm in enumerate(arms)}

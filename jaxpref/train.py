@@ -5,12 +5,11 @@ read from top to bottom.
 """
 
 import dataclasses
-import hashlib
 import logging
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,17 +25,21 @@ from jaxpref import (
   checkpoint,
   losses,
   metrics,
+  noising,
   optim,
+  randomness,
   rollouts,
   runtime,
   sharding,
   steps,
 )
 from jaxpref import workdir as workdir_lib
-from jaxpref.data import encode, experts, loader
+from jaxpref.data import encode, loader
+from jaxpref.data import rows as rows_lib
 from jaxpref.diffusion import grid
 from jaxpref.errors import UserError
 from jaxpref.evaluation import evaluate
+from jaxpref.models import lora as lora_lib
 from jaxpref.models import pipeline as pipeline_lib
 from jaxpref.models import unet as unet_lib
 
@@ -51,8 +54,9 @@ class Prepared:
   mesh: Mesh
   loss: ModuleType
   hyper: dict[str, Any]
+  arms: tuple[str, ...]
   pipeline: pipeline_lib.Pipeline
-  examples: list[experts.Example]
+  rows: list[rows_lib.Row]
   prompts: list[str]
   scorers: tuple[str, ...]
 
@@ -68,6 +72,10 @@ def prepare(config: Any) -> Prepared:
   sharding.check_batch(config.train.batch_size, mesh, accumulate=config.train.accumulate)
   loss = losses.load_loss(config.loss.name)
   hyper = losses.hyper_of(loss, config.loss)
+  arms = rows_lib.arms_of(loss.NEEDS.rows, config.data.list_size)
+  arms += ("p",) if loss.NEEDS.rollout else ()
+  _check_needs(loss.NEEDS, config)
+  _check_objective(loss, hyper, arms)
   pipeline = pipeline_lib.load_pipeline(
     config.model.path,
     dtype=jnp.dtype(config.model.dtype),
@@ -77,24 +85,22 @@ def prepare(config: Any) -> Prepared:
   # More steps than the schedule has are refused here, not at the first picture.
   grid.offset_grid(pipeline.schedule, config.rollout.num_steps, jnp.zeros(1, jnp.int32))
   grid.uniform_grid(pipeline.schedule, config.evaluate.num_steps, 1, **pipeline.spacing)
-  data = config.data
-  examples = experts.load_examples(
-    data.source,
-    path=data.path,
-    num_experts=data.num_experts,
-    image_size=pipeline.image_size,
+  if config.lora.rank:  # a pattern without a match is refused here, too
+    jax.eval_shape(lambda p: _init_trained(config, p), pipeline.params["unet"])
+  rows = rows_lib.load_rows(
+    loss.NEEDS.rows, config.data, image_size=pipeline.image_size, seed=config.seed
   )
   source = config.evaluate.prompts
   if source == "auto":
-    source = "shapes" if data.source == "shapes" else "captions"
+    source = "shapes" if config.data.source == "shapes" else "captions"
   prompts = evaluate.choose_prompts(
     source,
     config.evaluate.num_prompts,
-    [e.caption for e in examples],
+    [r.caption for r in rows],
     seed=config.evaluate.seed,
   )
   usable = evaluate.usable_scorers(config.evaluate.scorers, prompts)
-  return Prepared(config, mesh, loss, hyper, pipeline, examples, prompts, usable)
+  return Prepared(config, mesh, loss, hyper, arms, pipeline, rows, prompts, usable)
 
 
 def run(prepared: Prepared, workdir: Path) -> None:
@@ -108,7 +114,7 @@ def run(prepared: Prepared, workdir: Path) -> None:
   began = time.time()
 
   # Data: encoded once, then only indices are dealt.
-  rows = _encode_rows(pipeline, mesh, prepared.examples, flip=config.data.flip)
+  rows = _encode_rows(pipeline, mesh, prepared.rows, flip=config.data.flip)
   num_rows = len(rows["latents"])
   uncond = jax.device_put(encode.encode_no_prompt(pipeline, mesh), sharding.replicated(mesh))
   deal = loader.make_loader(num_rows, batch_size=train.batch_size, seed=config.seed)
@@ -116,14 +122,19 @@ def run(prepared: Prepared, workdir: Path) -> None:
   # State: from the base, or from the newest checkpoint.
   base = pipeline.params["unet"]
   tx = _optimizer(config)
-  lagging = loss.ROLLOUT and config.rollout.refresh_every > 1
-  make_state = lambda params: steps.init_state(params, tx, lagging_copy=lagging)  # noqa: E731
+  lagging = _is_lagging(loss.NEEDS, config)
+  make_state = lambda params: steps.init_state(  # noqa: E731
+    _init_trained(config, params),
+    tx,
+    lagging_copy=lagging,
+    replay=_init_replay(prepared, rows, uncond),
+  )
   abstract = jax.eval_shape(make_state, base)
   placement = sharding.params_sharding(mesh, abstract)
   ckptr = checkpoint.open_checkpointer(workdir / "checkpoints", keep=train.keep)
   identity = {
     "jaxpref": __version__,
-    "data": _fingerprint(prepared.examples),
+    "data": rows_lib.fingerprint(prepared.rows),
     "pipeline": pipeline.digest,
     "num_updates": train.num_updates,
   }
@@ -139,12 +150,18 @@ def run(prepared: Prepared, workdir: Path) -> None:
     _check_continues(restored.metadata, identity, start, config)
     deal.set_state(restored.data_state)
     _log.warning("continuing after update %d of %d", start, train.num_updates)
-  ref = base if loss.REFERENCE else None
+  adapt = _adapter(config)
+  frozen = _frozen(base, jnp.dtype(config.model.frozen_dtype))
   # Only now: a continuation that is refused changes nothing.
   workdir_lib.write_config(workdir, config)
 
   # Programs.
-  train_step, rollout = _programs(prepared, tx, placement)
+  train_step, rollout, reference_errors = _programs(prepared, tx, placement)
+  known = None
+  if config.data.noise_draws and loss.NEEDS.reference:
+    known = _known_errors(reference_errors, frozen, uncond, rows, config, mesh)
+    if not config.lora.rank:
+      frozen = None  # not needed again
 
   # The loop.
   writer = metrics.MetricWriter(
@@ -156,15 +173,21 @@ def run(prepared: Prepared, workdir: Path) -> None:
     for done in range(start + 1, train.num_updates + 1):
       with clock("data"):
         index = next(deal)
-        batch = sharding.place_batch(jax.tree.map(lambda x, i=index: x[i], rows), mesh)
-      negatives = None
-      if loss.ROLLOUT:
+        batch = jax.tree.map(lambda x, i=index: x[i], rows)
+        if config.data.noise_draws:
+          draw = _draws_of(config, done - 1, len(index))
+          batch |= {"row": index.astype(np.int32), "draw": draw}
+          if known is not None:
+            batch |= {"ref": {arm: of[index, draw] for arm, of in known.items()}}
+        batch = sharding.place_batch(batch, mesh)
+      drawn = None
+      if loss.NEEDS.rollout:
         with clock("rollout"):
-          policy = state.policy_copy if lagging else state.params
-          negatives = rollout(policy, state.update, batch["cond"], uncond)
-          jax.block_until_ready(negatives)
+          policy = adapt(state.policy_copy if lagging else state.params, frozen)
+          drawn = rollout(policy, state.update, batch["cond"], uncond)
+          jax.block_until_ready(drawn)
       with clock("update"):
-        state, values = train_step(state, ref, uncond, batch, negatives)
+        state, values = train_step(state, frozen, uncond, batch, drawn)
         jax.block_until_ready(state.update)
       images_since += train.batch_size
       if done % train.log_every == 0 or done == train.num_updates:
@@ -194,41 +217,136 @@ def run(prepared: Prepared, workdir: Path) -> None:
   directory = workdir / "evaluation" / str(train.num_updates)
   evaluated = evaluate.evaluate(
     pipeline,
-    {"base": base, "tuned": state.ema},
+    {"base": base, "tuned": adapt(state.ema, base)},
     prepared.prompts,
     config.evaluate,
     scorer_names=prepared.scorers,
     mesh=mesh,
     directory=directory,
+    prefix=config.data.good_prefix if loss.NEEDS.rows == "singles" else "",
   )
   facts = {
     "updates": train.num_updates,
-    "training images": num_rows,
+    "training rows": f"{num_rows} {loss.NEEDS.rows}",
     "seed": config.seed,
     "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     "versions": f"jaxpref {__version__}, jax {jax.__version__}, numpy {np.__version__}",
     "wall time": f"{time.time() - began:.0f} s, from update {start}",
   }
-  held_out = not {e.caption for e in prepared.examples} & set(prepared.prompts)
+  held_out = not {r.caption for r in prepared.rows} & set(prepared.prompts)
   evaluate.write_report(workdir, directory, config, evaluated, facts, held_out=held_out)
 
 
+def _check_needs(needs: losses.Needs, config: Any) -> None:
+  """Refuses settings that this loss makes nothing of, rather than ignoring them."""
+  rollout, draws = config.rollout, config.data.noise_draws
+  if draws and needs.rollout:
+    raise UserError("data.noise_draws fixes timesteps and noise, which rollouts draw anew")
+  if draws and needs.residuals:
+    raise UserError("data.noise_draws keeps errors, and this loss needs predictions")
+  if needs.rollout != "states" and (rollout.states > 1 or rollout.replay):
+    raise UserError("rollout.states and rollout.replay are for losses that take states")
+  if rollout.states > rollout.num_steps:
+    raise UserError(
+      f"a trajectory has rollout.num_steps = {rollout.num_steps} states, of which "
+      f"rollout.states = {rollout.states} cannot be kept"
+    )
+
+
+def _check_objective(loss: ModuleType, hyper: Mapping[str, Any], arms: Sequence[str]) -> None:
+  """Traces the loss on nothing: what it refuses, it refuses before anything is written."""
+  shape = (2, 1, 1, 1) if loss.NEEDS.residuals else (2,)
+  values = {arm: jnp.zeros(shape) for arm in arms}
+  labels = {"desirable": jnp.zeros(2, bool)} if loss.NEEDS.rows == "singles" else {}
+  ref = values if loss.NEEDS.reference else {}
+  jax.eval_shape(
+    lambda err, ref, labels: loss.objective(losses.Terms(err, ref, labels, jnp.mean), **hyper),
+    *(values, ref, labels),
+  )
+
+
 def _encode_rows(
-  pipeline: pipeline_lib.Pipeline,
-  mesh: Mesh,
-  examples: Sequence[experts.Example],
-  *,
-  flip: bool,
+  pipeline: pipeline_lib.Pipeline, mesh: Mesh, rows: Sequence[rows_lib.Row], *, flip: bool
 ) -> dict[str, Any]:
-  images = [e.image for e in examples]
-  captions = [e.caption for e in examples]
+  """Latents [N, A, C, h, w], prompts and labels, on the host."""
   if flip:
-    images, captions = images + [i[:, ::-1] for i in images], captions * 2
+    rows = [*rows, *(r._replace(images=tuple(i[:, ::-1] for i in r.images)) for r in rows)]
+  latents = encode.encode_images(pipeline, mesh, [i for r in rows for i in r.images])
   return {
-    "latents": encode.encode_images(pipeline, mesh, images),
-    "cond": encode.encode_prompts(pipeline, mesh, captions),
+    "latents": latents.reshape((len(rows), -1, *latents.shape[1:])),
+    "cond": encode.encode_prompts(pipeline, mesh, [r.caption for r in rows]),
+    "labels": {"desirable": np.array([r.desirable for r in rows])},
   }
+
+
+def _init_trained(config: Any, base: Any) -> Any:
+  """What is trained, before the first update: all parameters, or additions to them."""
+  lora = config.lora
+  if not lora.rank:
+    return base
+  key = randomness.key_of(config.seed, "lora", 0)
+  return lora_lib.init_lora(base, rank=lora.rank, targets=lora.targets, key=key)
+
+
+def _adapter(config: Any) -> Callable[[Any, Any], Any]:
+  """(what is trained, base) -> the policy's parameters."""
+  if not config.lora.rank:
+    return lambda trained, base: trained
+  scale = config.lora.alpha / config.lora.rank
+  return lambda trained, base: lora_lib.Adapted(base, trained, scale)
+
+
+def _frozen(base: Any, dtype: Any) -> Any:
+  """The base as it is needed besides what is trained, in `dtype`."""
+  return jax.tree.map(lambda x: x.astype(dtype), base)
+
+
+def _is_lagging(needs: losses.Needs, config: Any) -> bool:
+  """Whether a copy of the policy lags behind it."""
+  renewed_late = bool(needs.rollout) and config.rollout.refresh_every > 1
+  return renewed_late or needs.reference == "previous"
+
+
+def _init_replay(prepared: Prepared, rows: Any, uncond: Any) -> Any:
+  """The empty buffer of earlier updates' rows, where one is asked for."""
+  config, pipeline = prepared.config, prepared.pipeline
+  if not config.rollout.replay:
+    return None
+  count = config.train.batch_size
+  batch = jax.tree.map(lambda x: jnp.zeros((count, *x.shape[1:]), x.dtype), rows)
+  states = jnp.zeros((count, config.rollout.states, *pipeline.latent_shape))
+  drawn = rollouts.States(states, states, jnp.zeros(states.shape[:2], jnp.int32))
+  shapes = jax.eval_shape(
+    lambda *a: noising.make_arms(
+      pipeline.schedule, prepared.loss.NEEDS, *a, seed=0, prompt_dropout=0.0
+    ),
+    *(batch, drawn, jnp.int32(0), uncond),
+  )
+  return rollouts.init_replay(shapes, config.rollout.replay)
+
+
+def _draws_of(config: Any, update: int, rows: int) -> np.ndarray:
+  """Which of its fixed draws each row of a batch takes, int32 [B]."""
+  rng = np.random.default_rng([config.seed, update])
+  return rng.integers(config.data.noise_draws, size=rows, dtype=np.int32)
+
+
+def _known_errors(
+  reference_errors: Callable, base: Any, uncond: Any, rows: Any, config: Any, mesh: Mesh
+) -> dict[str, np.ndarray]:
+  """The reference's errors by arm on every draw of every row, [N, draws]."""
+  count, draws = len(rows["latents"]), config.data.noise_draws
+  found = []
+  for draw in range(draws):
+    numbers = {"row": np.arange(count, dtype=np.int32), "draw": np.full(count, draw, np.int32)}
+    found.append(
+      encode.in_batches(
+        lambda params, batch: reference_errors(params, uncond, batch),
+        *(base, rows | numbers, config.train.batch_size, mesh),
+      )
+    )
+  return jax.tree.map(lambda *of: np.stack(of, axis=1), *found)
 
 
 def _optimizer(config: Any) -> optax.GradientTransformation:
@@ -250,47 +368,40 @@ def _optimizer(config: Any) -> optax.GradientTransformation:
 
 
 def _programs(prepared: Prepared, tx: optax.GradientTransformation, placement: Any):
-  """The train step and the rollout."""
-  config, pipeline = prepared.config, prepared.pipeline
+  """The train step, the rollout, and the reference's errors on fixed draws."""
+  config, pipeline, needs = prepared.config, prepared.pipeline, prepared.loss.NEEDS
   denoise = unet_lib.make_denoise(pipeline.modules["unet"])
   shared = {"seed": config.seed, "prompt_dropout": config.data.prompt_dropout}
+  fresh = config.rollout.refresh_every == 1 and config.rollout.guidance == 1.0
   train_step = steps.make_train_step(
-    denoise,
-    pipeline.schedule,
-    prepared.loss,
-    tx,
+    *(denoise, pipeline.schedule, prepared.loss, tx),
     mesh=prepared.mesh,
     state_sharding=placement,
+    arms=prepared.arms,
     hyper=prepared.hyper,
     ema_decay=config.optim.ema_decay,
     accumulate=config.train.accumulate,
     refresh_every=config.rollout.refresh_every,
-    own_targets=(
-      prepared.loss.ROLLOUT
-      and config.rollout.refresh_every == 1
-      and config.rollout.guidance == 1.0
-    ),
+    own_targets=needs.rollout == "states" and fresh and not config.rollout.replay,
+    adapt=_adapter(config),
     **shared,
   )
-  rollout = rollouts.make_rollout(
-    denoise,
-    pipeline.schedule,
-    latent_shape=pipeline.latent_shape,
-    num_steps=config.rollout.num_steps,
-    solver=config.rollout.solver,
-    order=config.rollout.order,
-    guidance=config.rollout.guidance,
-    **shared,
+  rollout = None
+  if needs.rollout:
+    rollout = rollouts.make_rollout(
+      *(needs.rollout, denoise, pipeline.schedule),
+      latent_shape=pipeline.latent_shape,
+      num_steps=config.rollout.num_steps,
+      solver=config.rollout.solver,
+      order=config.rollout.order,
+      guidance=config.rollout.guidance,
+      states_per_trajectory=config.rollout.states,
+      **shared,
+    )
+  reference_errors = steps.make_reference_errors(
+    *(denoise, pipeline.schedule, prepared.loss), arms=prepared.arms, **shared
   )
-  return train_step, rollout
-
-
-def _fingerprint(examples: Sequence[experts.Example]) -> str:
-  """Changes with any training image or caption."""
-  digest = hashlib.sha256()
-  for example in examples:
-    digest.update(example.caption.encode() + b"\0" + example.image.tobytes())
-  return digest.hexdigest()[:16]
+  return train_step, rollout, reference_errors
 
 
 def _check_finite(values: Mapping[str, jax.Array], done: int) -> None:

@@ -87,6 +87,7 @@ def evaluate(
   scorer_names: Sequence[str],
   mesh: Mesh,
   directory: Path,
+  prefix: str = "",
 ) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
   """Generates, scores and compares.
 
@@ -98,6 +99,7 @@ def evaluate(
     scorer_names: what to score with, perhaps nothing.
     mesh: to generate on.
     directory: gets images/, scores.parquet, results.json and grid.png.
+    prefix: what the tuned model is told before each prompt.
 
   Returns:
     Results and category table as `compare` gives them, and example pairs for the report.
@@ -114,11 +116,12 @@ def evaluate(
   repeats = settings.images_per_prompt
   seeds = generate.seeds_of(len(prompts), repeats, seed=settings.seed)
   texts = [p for p in prompts for _ in range(repeats)]
-  cond = jax.tree.map(
-    lambda x: np.repeat(x, repeats, axis=0), encode_prompts(pipeline, mesh, prompts)
-  )
   images: dict[str, np.ndarray] = {}
   for model, params in models.items():
+    told = [prefix + p for p in prompts] if model == "tuned" else prompts
+    cond = jax.tree.map(
+      lambda x: np.repeat(x, repeats, axis=0), encode_prompts(pipeline, mesh, told)
+    )
     with progress.progress_bar(
       total=len(texts), desc=f"pictures of the {model} model", unit="image"
     ) as bar:

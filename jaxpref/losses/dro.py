@@ -8,10 +8,9 @@ decides, in the hinge, which samples still count.
 import jax
 import jax.numpy as jnp
 
-ARMS = ("e", "p")
-ROLLOUT = True
-REFERENCE = True
-HYPER = ("margin",)
+from jaxpref.losses.contract import Needs, Terms
+
+NEEDS = Needs(rows="experts", rollout="states", reference="base")
 
 
 def dro_loss(
@@ -40,8 +39,9 @@ def dro_loss(
   return jnp.maximum((err_e - ref_e) - (err_p - ref_p) + margin, 0.0)
 
 
-def objective(err, ref, *, margin):
-  """Loss and metrics from the arms' errors; the contract is in `jaxpref.losses`."""
+def objective(terms: Terms, *, margin):
+  """Loss and metrics; the contract is in `jaxpref.losses.contract`."""
+  err, ref = terms.err, terms.ref
   loss = dro_loss(err["e"], err["p"], ref["e"], ref["p"], margin=margin)
   # The implicit rewards: how far the policy leads the reference on either kind.
   reward_e, reward_p = ref["e"] - err["e"], ref["p"] - err["p"]

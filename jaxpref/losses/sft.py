@@ -2,10 +2,9 @@
 
 import jax
 
-ARMS = ("e",)
-ROLLOUT = False
-REFERENCE = False
-HYPER = ()
+from jaxpref.losses.contract import Needs, Terms
+
+NEEDS = Needs(rows="experts")
 
 
 def sft_loss(err: jax.Array) -> jax.Array:
@@ -20,7 +19,6 @@ def sft_loss(err: jax.Array) -> jax.Array:
   return err
 
 
-def objective(err, ref):
-  """Loss and metrics from the arms' errors; the contract is in `jaxpref.losses`."""
-  del ref
-  return sft_loss(err["e"]), {}
+def objective(terms: Terms):
+  """Loss and metrics; the contract is in `jaxpref.losses.contract`."""
+  return sft_loss(terms.err["e"]), {}

@@ -103,10 +103,15 @@ def save_single_file(
     UserError: a weight is too large for `dtype`.
   """
   tensors = {part: convert.export_tensors(tree, dtype) for part, tree in params.items()}
+  save_tensors(target, single_file.to_single_file(tensors, modules))
+
+
+def save_tensors(target: Path, tensors: Mapping[str, np.ndarray]) -> None:
+  """Writes a safetensors file, whole or not at all."""
   target.parent.mkdir(parents=True, exist_ok=True)
   work = target.with_name(f".{target.name}.tmp")
   try:
-    save_file(single_file.to_single_file(tensors, modules), work, metadata={"format": "pt"})
+    save_file(dict(tensors), work, metadata={"format": "pt"})
     work.chmod(0o644)  # safetensors keeps its files to their owner
     work.replace(target)
   finally:

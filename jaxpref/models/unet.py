@@ -1,5 +1,6 @@
 """diffusers' Flax UNet as a pure function, the one place that applies it."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from diffusers import FlaxUNet2DConditionModel
 
 from jaxpref.errors import UserError
-from jaxpref.models import interceptors
+from jaxpref.models import interceptors, lora
 
 Params = Mapping[str, Any]
 # What a text says to a UNet, a row a prompt: 'text' [B, L, D], and for SDXL 'pooled' [B, P]
@@ -82,19 +83,24 @@ def make_denoise(unet: nn.Module) -> Denoise:
   """The UNet's forward pass as `denoise(params, x_t, t, cond)`.
 
   Policy and reference both go through this function, in one program: other kernels for
-  either would drown the margin between them in rounding.
+  either would drown the margin between them in rounding. `params` may be `lora.Adapted`.
   """
 
   def denoise(params, x_t, t, cond):
+    adapted = isinstance(params, lora.Adapted)
+    variables = {"params": params.base, "lora": params.lora} if adapted else {"params": params}
     added = None
     if "pooled" in cond:
       added = {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]}
     # Interceptors live on a global stack that is read while tracing, hence inside.
-    with (
-      nn.intercept_methods(interceptors.exact_gelu),
-      nn.intercept_methods(interceptors.transformer_norm),
-    ):
-      return unet.apply({"params": params}, x_t, t, cond["text"], added).sample
+    with contextlib.ExitStack() as stack:
+      for interceptor in (
+        interceptors.exact_gelu,
+        interceptors.transformer_norm,
+        *([lora.interceptor(params.scale)] if adapted else []),
+      ):
+        stack.enter_context(nn.intercept_methods(interceptor))
+      return unet.apply(variables, x_t, t, cond["text"], added).sample
 
   return denoise
 

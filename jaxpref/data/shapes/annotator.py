@@ -5,7 +5,7 @@ the better one is preferred with the probability of Bradley and Terry (Biometrik
 like people, the annotator calls a tie between images about as good, and slips at times.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -60,6 +60,18 @@ def prefer(utility_0: float, utility_1: float, rng: np.random.Generator) -> floa
     return 0.5
   preferred = choice < 1 / (1 + np.exp(-gap))
   return float(preferred != (slip < SLIP_RATE))
+
+
+def rank(utilities: Sequence[float], rng: np.random.Generator) -> list[int]:
+  """Images in the order in which the annotator puts them, from best to worst.
+
+  Drawn from Plackett and Luce's model (Applied Statistics 24, 1975): the best one is chosen
+  with probability in proportion to exp(utility), then the best of the rest, and so on.
+  Between any two images that is `prefer` without ties and slips.
+  """
+  # The order of utilities with Gumbel noise has this distribution.
+  noisy = np.asarray(utilities) + rng.gumbel(size=len(utilities))
+  return [int(k) for k in np.argsort(-noisy)]
 
 
 def observed_score(utility: float, rng: np.random.Generator) -> float:

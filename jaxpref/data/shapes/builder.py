@@ -6,34 +6,21 @@ Pick-a-Pic v2 (Kirstain et al. 2023, https://arxiv.org/abs/2305.01569), and the 
 experts are picked by. `jpg_0` and `jpg_1` are images as files, here PNG: no loss.
 """
 
-import contextlib
 import dataclasses
 import datetime
-import hashlib
-import inspect
-import io
-import json
 import os
-import shutil
-import sys
 import uuid
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
 
 from jaxpref import progress
-from jaxpref.data.shapes import annotator, flaws, palette, prompts, render
-from jaxpref.errors import UserError
+from jaxpref.data.shapes import annotator, flaws, prompts, store
 
-SPLITS = ("train", "test")
 _STREAM = 0x50414952  # keeps pairs' random numbers apart from those of the corpus
-_MARKER = "complete.json"  # written last: without it, a directory is built anew
 _EPOCH = datetime.datetime(2024, 1, 1, tzinfo=datetime.UTC)
 
 
@@ -46,14 +33,10 @@ class PairsConfig(tfds.core.BuilderConfig):
   seed: int = 0
 
 
-class ShapesPreferences(tfds.core.GeneratorBasedBuilder):
+class ShapesPreferences(store.ShapesBuilder):
   """Pairs of images of one prompt, and which of the two an annotator prefers."""
 
-  VERSION = tfds.core.Version("1.0.0")
   BUILDER_CONFIGS = [PairsConfig(name="default")]
-  # Nothing is downloaded. To look for checksums, tensorflow_datasets would import
-  # importlib_resources, which it does not require.
-  url_infos = None
 
   def _info(self) -> tfds.core.DatasetInfo:
     sides: dict[str, Any] = {
@@ -92,21 +75,16 @@ class ShapesPreferences(tfds.core.GeneratorBasedBuilder):
 
   def _generate_examples(self, split: str, num_pairs: int) -> Iterator:
     seed = self.builder_config.seed
-    drawn = (prompts.draw_prompt(_rng(seed, split, i), split) for i in range(num_pairs))
+    drawn = (
+      prompts.draw_prompt(store.rng_of(seed, _STREAM, split, i), split)
+      for i in range(num_pairs)
+    )
     copies = Counter(prompts.caption(spec) for spec in drawn)
     for i in progress.progress_bar(
       range(num_pairs), desc=f"drawing pairs to {split} on", unit="pair"
     ):
       row = draw_pair(i, split=split, seed=seed)
       yield i, {**row, "num_example_per_prompt": copies[row["caption"]]}
-
-  def _post_download_and_prepare_hook(self) -> None:
-    """Marks the directory as complete, with what it takes to check that."""
-    directory = Path(self.data_dir)
-    sizes = {p.name: p.stat().st_size for p in sorted(directory.iterdir())}
-    temporary = directory / f"{_MARKER}.tmp"
-    temporary.write_text(json.dumps({"code": _fingerprint(), "sizes": sizes}))
-    temporary.replace(directory / _MARKER)
 
 
 def draw_pair(i: int, *, split: str, seed: int) -> dict[str, Any]:
@@ -115,7 +93,7 @@ def draw_pair(i: int, *, split: str, seed: int) -> dict[str, Any]:
   Only `num_example_per_prompt` is missing, which takes the whole split to count.
   `best_image_uid` is empty where the annotator calls a tie, as are the URLs.
   """
-  rng = _rng(seed, split, i)
+  rng = store.rng_of(seed, _STREAM, split, i)
   spec = prompts.draw_prompt(rng, split)
   row: dict[str, Any] = {
     "are_different": True,  # no two images are alike
@@ -133,7 +111,7 @@ def draw_pair(i: int, *, split: str, seed: int) -> dict[str, Any]:
     row |= {
       f"image_{k}_uid": str(uid),
       f"image_{k}_url": "",
-      f"jpg_{k}": _png(image),
+      f"jpg_{k}": store.png(image),
       f"model_{k}": "shapes/corpus",
       f"score_{k}": annotator.observed_score(utilities[k], rng),
     }
@@ -168,17 +146,8 @@ def load_preferences(
     UserError: the directory cannot be written, or is not on this machine.
     ValueError: there is no such split.
   """
-  if split not in SPLITS:
-    raise ValueError(f"split is one of {SPLITS}, not {split!r}")
-  root = _data_dir(data_dir)
   config = _config(num_train, num_test, seed)
-  directory = root / ShapesPreferences.name / config.name / str(ShapesPreferences.VERSION)
-  if not _is_complete(directory):
-    try:
-      _build(directory, root, config)
-    except OSError as error:
-      raise UserError(f"cannot write the shapes preferences: {error}") from error
-  return tfds.builder_from_directory(directory).as_data_source(split)
+  return store.load(ShapesPreferences, config, split, data_dir=data_dir)
 
 
 def _config(num_train: int, num_test: int, seed: int) -> PairsConfig:
@@ -189,58 +158,3 @@ def _config(num_train: int, num_test: int, seed: int) -> PairsConfig:
   return PairsConfig(
     name="{}-{}-{}".format(*asked), num_train=num_train, num_test=num_test, seed=seed
   )
-
-
-def _data_dir(data_dir: str | os.PathLike | None) -> Path:
-  place = os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
-  if "://" in place:
-    raise UserError(
-      f"the shapes preferences need a local TFDS directory, not {place}: "
-      "set TFDS_DATA_DIR to one"
-    )
-  return Path(place).expanduser()
-
-
-def _build(directory: Path, root: Path, config: PairsConfig) -> None:
-  directory.parent.mkdir(parents=True, exist_ok=True)
-  with filelock.FileLock(directory.parent / ".lock"):
-    if _is_complete(directory):
-      return
-    if directory.exists():  # moved by one rename, so that no half of it can stay
-      directory.rename(directory.with_name(f"incomplete.{uuid.uuid4().hex}"))
-    for rest in directory.parent.glob("incomplete.*"):  # as tfds names them, too
-      shutil.rmtree(rest)
-    builder = ShapesPreferences(config=config, data_dir=root, file_format="array_record")
-    tfds.disable_progress_bar()  # its bars know no total; ours do
-    try:
-      # It says on stdout that it downloads.
-      with contextlib.redirect_stdout(io.StringIO()):
-        builder.download_and_prepare(file_format="array_record")
-    finally:
-      tfds.enable_progress_bar()
-
-
-def _is_complete(directory: Path) -> bool:
-  """Whether all files are there, whole, and drawn by the code as it is now."""
-  try:
-    record = json.loads((directory / _MARKER).read_text())
-    sizes = {name: (directory / name).stat().st_size for name in record["sizes"]}
-  except (OSError, ValueError):
-    return False
-  return record == {"code": _fingerprint(), "sizes": sizes}
-
-
-def _fingerprint() -> str:
-  modules = (annotator, flaws, palette, prompts, render, sys.modules[__name__])
-  source = "".join(inspect.getsource(module) for module in modules)
-  return hashlib.sha256(source.encode()).hexdigest()[:16]
-
-
-def _rng(seed: int, split: str, i: int) -> np.random.Generator:
-  return np.random.default_rng([seed, _STREAM, SPLITS.index(split), i])
-
-
-def _png(image: np.ndarray) -> bytes:
-  file = io.BytesIO()
-  Image.fromarray(image).save(file, "PNG", compress_level=3)
-  return file.getvalue()

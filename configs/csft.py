@@ -1,0 +1,25 @@
+"""Conditional fine-tuning: every image, with its quality said in the prompt.
+
+  python -m jaxpref.main --config=configs/csft.py
+
+A baseline of the KTO papers; pictures are then drawn with the good prefix. On the shapes
+world, whose tokenizer has no words for it, the prefixes are single signs. `sd15` and `sdxl`
+take over Diffusion-DPO's optimizer, in which the authors of KTO compare it.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+PRESETS = common.PRESETS
+
+
+def get_config(preset: str = "shapes") -> ConfigDict:
+  """The run's configuration."""
+  c = common.base("csft", preset)
+  if preset in ("shapes", "tiny"):
+    c.data.good_prefix, c.data.bad_prefix = "+ ", "- "
+  else:
+    c.data.good_prefix, c.data.bad_prefix = "good image, ", "bad image, "
+  c.data.desirable_share = 0.5
+  return c

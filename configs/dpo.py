@@ -1,0 +1,23 @@
+"""Diffusion-DPO: prefer, against a frozen reference, the image that people chose.
+
+  python -m jaxpref.main --config=configs/dpo.py
+
+tunes the bundled pipeline on the shapes world's pairs. `loss.variant` is 'sigmoid' (Wallace
+et al. 2023), 'hinge' or 'ipo', see `jaxpref.losses.dpo`. `sd15` and `sdxl` are the authors'
+launchers (https://github.com/SalesforceAIResearch/DiffusionDPO): beta 5000, learning rate
+1e-8 a row, batch 2048, 2000 updates; AdamW here for both, where they use Adafactor for SDXL.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+PRESETS = common.PRESETS
+
+
+def get_config(preset: str = "shapes") -> ConfigDict:
+  """The run's configuration."""
+  c = common.base("dpo", preset)
+  c.loss.beta = 5000.0
+  c.loss.variant = "sigmoid"
+  return c

@@ -1,0 +1,32 @@
+"""Diffusion-KTO: images that are liked or not, without pairs.
+
+  python -m jaxpref.main --config=configs/kto.py
+
+After Li et al. 2024 (https://arxiv.org/abs/2404.04465): 80 % desirable images, learning rate
+1e-7 with 200 updates of warm-up and 20,000 updates are those of the authors' example
+(https://github.com/jacklishufan/diffusion-kto); beta is 5000 in the paper, 1000 by default
+in the code. `loss.utility` is 'kt', 'loss_averse' or 'risk_seeking'. Their example trains two
+images on each of four devices; the batch of 128 here is ours.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+PRESETS = common.PRESETS
+
+
+def get_config(preset: str = "shapes") -> ConfigDict:
+  """The run's configuration."""
+  c = common.base("kto", preset)
+  c.loss.beta = 5000.0
+  c.loss.utility = "kt"
+  c.loss.weight_desirable = 1.0
+  c.loss.weight_undesirable = 1.0
+  if preset in ("sd15", "sdxl"):
+    c.optim.lr = 1e-7
+    c.optim.warmup_updates = 200
+    c.train.batch_size = 128
+    c.train.accumulate = 4
+    c.train.num_updates = 20_000
+  return c

@@ -1,0 +1,21 @@
+"""Listwise DPO: the whole ranking of several images of a prompt.
+
+  python -m jaxpref.main --config=configs/listwise.py
+
+Plackett and Luce's model on Diffusion-DPO's rewards. On the shapes world lists of four; for
+`sd15` and `sdxl`, which take over Diffusion-DPO's optimizer and beta, there is no source of
+ranked lists yet: `data.source=pickapic` has pairs, and says so.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+PRESETS = common.PRESETS
+
+
+def get_config(preset: str = "shapes") -> ConfigDict:
+  """The run's configuration."""
+  c = common.base("listwise", preset)
+  c.loss.beta = 5000.0
+  return c

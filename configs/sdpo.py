@@ -1,0 +1,27 @@
+"""Diffusion-SDPO: DPO, or DSPO, with a guard that keeps the winner's error from rising.
+
+  python -m jaxpref.main --config=configs/sdpo.py
+
+After Fu et al. 2025 (https://arxiv.org/abs/2511.03317) and their launchers
+(https://github.com/AIDC-AI/Diffusion-SDPO): `loss.mu` 0.9 for SD1.5 and 0.6 for SDXL with
+DPO's beta 5000, SDXL's learning rate 1e-9 a row. `loss.guarded=dspo` guards DSPO, there with
+beta 0.001 and mu 0.2.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+PRESETS = common.PRESETS
+
+
+def get_config(preset: str = "shapes") -> ConfigDict:
+  """The run's configuration."""
+  c = common.base("sdpo", preset)
+  c.loss.guarded = "dpo"
+  c.loss.beta = 5000.0
+  c.loss.mu = 0.6 if preset == "sdxl" else 0.9
+  if preset == "sdxl":
+    c.optim.lr = 2.048e-6
+    c.optim.warmup_updates = 500
+  return c

@@ -1,0 +1,142 @@
+"""Data sets of the shapes world: drawn on first use, written once, whole or not at all.
+
+A data set is a tensorflow_datasets builder without TensorFlow: rows are written as
+ArrayRecord into the user's TFDS directory, and read back from then on.
+"""
+
+import contextlib
+import hashlib
+import inspect
+import io
+import json
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import filelock
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from jaxpref.data.shapes import annotator, flaws, palette, prompts, render
+from jaxpref.errors import UserError
+
+SPLITS = ("train", "test")
+_MARKER = "complete.json"  # written last: without it, a directory is built anew
+
+
+class ShapesBuilder(tfds.core.GeneratorBasedBuilder):
+  """What the shapes world's builders share; marks its directory once that is whole."""
+
+  VERSION = tfds.core.Version("1.0.0")
+  # Nothing is downloaded. To look for checksums, tensorflow_datasets would import
+  # importlib_resources, which it does not require.
+  url_infos = None
+
+  def _post_download_and_prepare_hook(self) -> None:
+    """Marks the directory as complete, with what it takes to check that."""
+    directory = Path(self.data_dir)
+    sizes = {p.name: p.stat().st_size for p in sorted(directory.iterdir())}
+    temporary = directory / f"{_MARKER}.tmp"
+    temporary.write_text(json.dumps({"code": _fingerprint(type(self)), "sizes": sizes}))
+    temporary.replace(directory / _MARKER)
+
+
+def load(
+  kind: type[ShapesBuilder],
+  config: tfds.core.BuilderConfig,
+  split: str,
+  *,
+  data_dir: str | os.PathLike | None,
+) -> Any:
+  """The rows of a split; drawn and written first if they are not there yet.
+
+  Safe to call from several processes at once: one writes, the others wait.
+
+  Args:
+    kind: the data set.
+    config: which of it.
+    split: 'train' or 'test', the split of the prompts.
+    data_dir: the TFDS directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
+
+  Returns:
+    A random-access source of rows (`len`, `[i]`), columns to values, text as bytes.
+
+  Raises:
+    UserError: the directory cannot be written, or is not on this machine.
+    ValueError: there is no such split.
+  """
+  if split not in SPLITS:
+    raise ValueError(f"split is one of {SPLITS}, not {split!r}")
+  root = _data_dir(data_dir)
+  directory = root / kind.name / config.name / str(kind.VERSION)
+  if not _is_complete(directory, kind):
+    try:
+      _build(kind, directory, root, config)
+    except OSError as error:
+      raise UserError(f"cannot write the shapes preferences: {error}") from error
+  return tfds.builder_from_directory(directory).as_data_source(split)
+
+
+def rng_of(seed: int, stream: int, split: str, i: int) -> np.random.Generator:
+  """All that is random in row `i`; `stream` keeps data sets apart."""
+  return np.random.default_rng([seed, stream, SPLITS.index(split), i])
+
+
+def png(image: np.ndarray) -> bytes:
+  """The image as a file, without loss."""
+  file = io.BytesIO()
+  Image.fromarray(image).save(file, "PNG", compress_level=3)
+  return file.getvalue()
+
+
+def _data_dir(data_dir: str | os.PathLike | None) -> Path:
+  place = os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+  if "://" in place:
+    raise UserError(
+      f"the shapes preferences need a local TFDS directory, not {place}: "
+      "set TFDS_DATA_DIR to one"
+    )
+  return Path(place).expanduser()
+
+
+def _build(
+  kind: type[ShapesBuilder], directory: Path, root: Path, config: tfds.core.BuilderConfig
+) -> None:
+  directory.parent.mkdir(parents=True, exist_ok=True)
+  with filelock.FileLock(directory.parent / ".lock"):
+    if _is_complete(directory, kind):
+      return
+    if directory.exists():  # moved by one rename, so that no half of it can stay
+      directory.rename(directory.with_name(f"incomplete.{uuid.uuid4().hex}"))
+    for rest in directory.parent.glob("incomplete.*"):  # as tfds names them, too
+      shutil.rmtree(rest)
+    builder = kind(config=config, data_dir=root, file_format="array_record")
+    tfds.disable_progress_bar()  # its bars know no total; ours do
+    try:
+      # It says on stdout that it downloads.
+      with contextlib.redirect_stdout(io.StringIO()):
+        builder.download_and_prepare(file_format="array_record")
+    finally:
+      tfds.enable_progress_bar()
+
+
+def _is_complete(directory: Path, kind: type[ShapesBuilder]) -> bool:
+  """Whether all files are there, whole, and drawn by the code as it is now."""
+  try:
+    record = json.loads((directory / _MARKER).read_text())
+    sizes = {name: (directory / name).stat().st_size for name in record["sizes"]}
+  except (OSError, ValueError):
+    return False
+  return record == {"code": _fingerprint(kind), "sizes": sizes}
+
+
+def _fingerprint(kind: type[ShapesBuilder]) -> str:
+  drawing: Sequence[ModuleType] = (annotator, flaws, palette, prompts, render)
+  source = "".join(inspect.getsource(m) for m in (*drawing, sys.modules[kind.__module__]))
+  return hashlib.sha256(source.encode()).hexdigest()[:16]

@@ -1,0 +1,134 @@
+"""What a loss module says of itself, and how a run finds it.
+
+A method is a module with two names:
+
+  NEEDS: a `Needs`, what a training step must feed it.
+  objective(terms, *, ...) -> (loss [B], metrics): from a micro-batch's `Terms`; metrics are
+    per-sample arrays or scalars, averaged by the caller. Its keyword-only parameters are
+    hyper-parameters: the configuration's fields of these names under `loss`.
+
+`config.loss.name` is a file of this package, the name of an entry point in the group
+`jaxpref.losses` (how another package registers its own), or a module's dotted path.
+"""
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxpref.errors import UserError
+
+GROUP = "jaxpref.losses"
+_HERE = "contract"
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+  """What a training step must feed a loss.
+
+  Attributes:
+    rows: what a row of the data is, and so the arms of the errors:
+      'experts': an image ('e'),
+      'pairs': a preferred image ('w') and the other ('l'),
+      'singles': an image ('x') and whether it is `desirable`,
+      'lists': `data.list_size` images from best to worst ('1', '2', ...).
+    rollout: what the policy draws for each row besides, the arm 'p': 'states' of its way
+      from noise to image, with its own predictions there as targets, 'images' to be noised
+      like the data's, or None.
+    reference: whose errors are needed besides the policy's: the 'base', the 'previous'
+      iterate (the copy that rolls out, renewed every `rollout.refresh_every` updates), or
+      None.
+    shared_noise: whether images of a row get the same noise; the timestep they always share.
+    residuals: whether `objective` is given predictions minus targets, [B, C, h, w], in the
+      place of their mean squares.
+  """
+
+  rows: Literal["experts", "pairs", "singles", "lists"]
+  rollout: Literal["states", "images"] | None = None
+  reference: Literal["base", "previous"] | None = None
+  shared_noise: bool = True
+  residuals: bool = False
+
+
+class Terms(NamedTuple):
+  """What `objective` sees of a micro-batch.
+
+  Attributes:
+    err: the policy's errors by arm, float32 [B]; or residuals, see `Needs.residuals`.
+    ref: the reference's, without gradient; empty where there is none.
+    labels: further columns of the rows, [B].
+    mean: the mean of an array over the micro-batch of all devices, a scalar.
+  """
+
+  err: Mapping[str, jax.Array]
+  ref: Mapping[str, jax.Array]
+  labels: Mapping[str, jax.Array]
+  mean: Callable[[jax.Array], jax.Array]
+
+
+def to_errors(residuals: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  """Denoising errors [B] of residuals [B, ...], by arm: means of squares."""
+  return {
+    arm: jnp.mean(jnp.square(r), axis=tuple(range(1, r.ndim))) for arm, r in residuals.items()
+  }
+
+
+def load_loss(name: str) -> ModuleType:
+  """The module of a method.
+
+  Raises:
+    UserError: there is none of that name, or it is no loss module.
+  """
+  module = _import(name)
+  lacking = [n for n in ("NEEDS", "objective") if not hasattr(module, n)]
+  if lacking:
+    raise UserError(f"loss {name!r} is no loss module: it lacks {', '.join(lacking)}")
+  if not isinstance(module.NEEDS, Needs):
+    raise UserError(f"loss {name!r} is no loss module: its NEEDS is no jaxpref.losses.Needs")
+  return module
+
+
+def known_losses() -> list[str]:
+  """Names of this package's losses and of those that other packages have registered."""
+  ours = [m.name for m in pkgutil.iter_modules(_package().__path__) if m.name != _HERE]
+  return sorted({*ours, *metadata.entry_points(group=GROUP).names})
+
+
+def hyper_of(module: ModuleType, settings: Mapping[str, Any]) -> dict[str, Any]:
+  """A loss's hyper-parameters out of the configuration's `loss` section.
+
+  Raises:
+    UserError: the section lacks one, or has one that the loss does not take.
+  """
+  parameters = inspect.signature(module.objective).parameters.values()
+  names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+  if lacking := [f"'loss.{n}'" for n in names if n not in settings]:
+    raise UserError(f"loss {settings['name']!r} needs {', '.join(lacking)} in its config file")
+  if foreign := [f"'loss.{n}'" for n in settings if n not in (*names, "name")]:
+    raise UserError(f"loss {settings['name']!r} makes nothing of {', '.join(foreign)}")
+  return {name: settings[name] for name in names}
+
+
+def _package() -> ModuleType:
+  return importlib.import_module(__package__)
+
+
+def _import(name: str) -> ModuleType:
+  if "." not in name and (found := metadata.entry_points(group=GROUP, name=name)):
+    full = next(iter(found)).module
+  else:
+    full = name if "." in name else f"{__package__}.{name}"
+  try:
+    return importlib.import_module(full)
+  except ModuleNotFoundError as error:
+    if error.name != full and not full.startswith(f"{error.name}."):
+      raise  # the module is there, something that it imports is not
+    known = ", ".join(known_losses())
+    raise UserError(f"no loss {name!r}; there are {known}, or a module's dotted path") from None

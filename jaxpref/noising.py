@@ -1,0 +1,111 @@
+"""Batches as networks see them: rows with their images noised, an arm each.
+
+Draws of noise and timesteps are either new at every update, or a fixed number for each row,
+so that a reference's errors on them need to be computed only once.
+"""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from jaxpref import randomness
+from jaxpref.diffusion import schedule as schedule_lib
+from jaxpref.losses import Needs
+from jaxpref.rollouts import Images, Rollout, States
+
+
+@flax.struct.dataclass
+class Arms:
+  """Rows of a batch; R of them with A arms.
+
+  Attributes:
+    x_t: noised latents, [R, A, C, h, w]. Arms are on axis 1, so that splitting rows over
+      devices keeps the images of a row together.
+    target: what a denoiser should answer, [R, A, C, h, w].
+    t: timesteps, which a row's arms share, int32 [R].
+    cond: prompts, which they share, too, a tree of [R, ...].
+    labels: further columns by name, [R].
+    ref: a reference's errors by arm, [R], where they are known beforehand.
+  """
+
+  x_t: jax.Array
+  target: jax.Array
+  t: jax.Array
+  cond: Any
+  labels: dict[str, jax.Array]
+  ref: dict[str, jax.Array]
+
+
+def make_arms(
+  schedule: schedule_lib.NoiseSchedule,
+  needs: Needs,
+  batch: Any,
+  rollout: Rollout | None,
+  update: jax.Array,
+  uncond: Any,
+  *,
+  seed: int,
+  prompt_dropout: float,
+) -> Arms:
+  """A batch with what the policy drew for it, noised.
+
+  Args:
+    schedule: noise schedule.
+    needs: of the loss.
+    batch: 'latents' [B, A, C, h, w], 'cond' (a tree of [B, ...]) and 'labels' (a dict of
+      [B]); where draws are fixed also 'row' and 'draw' (int32 [B]), which number them, and
+      perhaps 'ref' (a dict of [B]).
+    rollout: one more arm, or None.
+    update: number of updates done.
+    uncond: the empty prompt, [1, ...].
+    seed: of the run.
+    prompt_dropout: share of rows that lose their prompt.
+  """
+  x0, cond, labels = batch["latents"], batch["cond"], batch.get("labels", {})
+  if isinstance(rollout, Images):
+    x0 = jnp.concatenate([x0, rollout.latents[:, None]], axis=1)
+  noise_shape = (1 if needs.shared_noise else x0.shape[1], *x0.shape[2:])
+  if "draw" in batch:
+    dropped, t, eps = _fixed_draws(
+      schedule, batch["row"], batch["draw"], noise_shape, seed=seed, rate=prompt_dropout
+    )
+  else:
+    rows = x0.shape[0]
+    key = randomness.key_of(seed, "train", update)
+    dropped = randomness.dropped_rows(seed, update, rows, rate=prompt_dropout)
+    t = jax.random.randint(jax.random.fold_in(key, 0), (rows,), 0, schedule.num_timesteps)
+    states = rollout.t.shape[1] if isinstance(rollout, States) else 1
+    eps = jax.random.normal(jax.random.fold_in(key, 1), (rows * states, *noise_shape))
+  cond = randomness.without_prompts(dropped, cond, uncond)
+  if isinstance(rollout, States):
+    # Each state stands in a row of its own, beside the row's images at its timestep.
+    count = rollout.t.shape[1]
+    repeat = lambda x: jnp.repeat(x, count, axis=0)  # noqa: E731
+    x0, cond, labels = jax.tree.map(repeat, (x0, cond, labels))
+    t = rollout.t.reshape(-1)
+  eps = jnp.broadcast_to(eps, x0.shape)
+  x_t = schedule_lib.add_noise(schedule, x0, eps, t)
+  target = schedule_lib.target(schedule, x0, eps, t)
+  if isinstance(rollout, States):
+    own, answers = (x.reshape((-1, 1, *x.shape[2:])) for x in (rollout.x_t, rollout.target))
+    x_t = jnp.concatenate([x_t, own], axis=1)
+    target = jnp.concatenate([target, answers.astype(target.dtype)], axis=1)
+  return Arms(x_t, target, t, cond, labels, batch.get("ref", {}))
+
+
+def _fixed_draws(schedule, row, draw, noise_shape, *, seed, rate):
+  """Which prompts are dropped, timesteps and noise of draw `draw` of row `row`."""
+  root = randomness.key_of(seed, "noise draws", 0)
+
+  def one(row, draw):
+    key = jax.random.fold_in(jax.random.fold_in(root, row), draw)
+    dropped, t, eps = (jax.random.fold_in(key, i) for i in range(3))
+    return (
+      jax.random.bernoulli(dropped, rate),
+      jax.random.randint(t, (), 0, schedule.num_timesteps),
+      jax.random.normal(eps, noise_shape),
+    )
+
+  return jax.vmap(one)(row, draw)
