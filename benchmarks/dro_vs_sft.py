@@ -12,7 +12,6 @@ import datetime
 import json
 import os
 import platform
-import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 import pandas as pd
 
 from jaxpref import config as config_lib
+from jaxpref import main as jaxpref_main
 from jaxpref.evaluation import compare
 from jaxpref.models import pipeline
 
@@ -42,8 +42,8 @@ def main(argv: list[str]) -> None:
       workdir = options.runs / f"{method}-{seed}"
       arguments = _arguments(method, options, f"seed={seed}")
       if not _is_finished(workdir, arguments):
-        command = [sys.executable, "-m", "jaxpref.main", f"--workdir={workdir}", *arguments]
-        subprocess.run(command, check=True)
+        if status := jaxpref_main.main([f"--workdir={workdir}", *arguments]):
+          sys.exit(status)
   options.out.mkdir(parents=True, exist_ok=True)
   report(options)
 

@@ -129,11 +129,10 @@ def _dro(pipeline, mesh, options, seconds) -> None:
   loss = losses.load_loss("dro")
   tx = optim.make_optimizer(lambda _: 1e-5, weight_decay=0.01, clip_norm=1.0)
   ref = pipeline.params["unet"]
-  make_state = lambda p: steps.init_state(p, tx, lagging_copy=False)  # noqa: E731
+  make_state = lambda p: steps.init_state(p, tx, seed=0, lagging_copy=False)  # noqa: E731
   placement = sharding.params_sharding(mesh, jax.eval_shape(make_state, ref))
   state = jax.jit(make_state, out_shardings=placement)(ref)
   denoise = unet_lib.make_denoise(pipeline.modules["unet"])
-  shared = {"seed": 0, "prompt_dropout": 0.2}
   step = steps.make_train_step(
     denoise,
     pipeline.schedule,
@@ -141,12 +140,14 @@ def _dro(pipeline, mesh, options, seconds) -> None:
     tx,
     mesh=mesh,
     state_sharding=placement,
+    arms=("e", "p"),
     hyper={"margin": 1e-3},
     ema_decay=0.9999,
+    prompt_dropout=0.2,
     own_targets=True,
-    **shared,
   )
   rollout = rollouts.make_rollout(
+    "states",
     denoise,
     pipeline.schedule,
     latent_shape=pipeline.latent_shape,
@@ -154,20 +155,20 @@ def _dro(pipeline, mesh, options, seconds) -> None:
     solver="dpm_solver",
     order=2,
     guidance=1.0,
-    **shared,
+    prompt_dropout=0.2,
   )
   rows = options.batch_size
   size = pipeline.image_size
   image = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
   cond = encode.encode_prompts(pipeline, mesh, ["a red circle"] * rows)
   latents = encode.encode_images(pipeline, mesh, [image] * rows, batch_size=1)
-  batch = sharding.place_batch({"latents": latents, "cond": cond}, mesh)
+  batch = sharding.place_batch({"latents": latents[:, None], "cond": cond}, mesh)
   uncond = jax.device_put(encode.encode_no_prompt(pipeline, mesh), sharding.replicated(mesh))
   took = {"rollout": [], "update": []}
   for _ in range(1 + options.updates):
     began = time.perf_counter()
     negatives = jax.block_until_ready(
-      rollout(state.params, state.update, batch["cond"], uncond)
+      rollout(state.params, state.seed, state.update, batch["cond"], uncond)
     )
     took["rollout"].append(time.perf_counter() - began)
     began = time.perf_counter()

@@ -1,7 +1,9 @@
 """`python -m jaxpref.export --workdir=W --out=DIR`: what a run has tuned, for other programs.
 
 Writes a directory that PyTorch's diffusers loads, or with --single-file one safetensors file
-that ComfyUI and A1111's web UI load. Nothing that exists is overwritten.
+that ComfyUI and A1111's web UI load. Of a LoRA run both have the additions merged into the
+weights; --lora writes the additions alone, which diffusers' `load_lora_weights` puts onto
+the base. Nothing that exists is overwritten.
 """
 
 import argparse
@@ -27,13 +29,22 @@ def _parser() -> argparse.ArgumentParser:
   parser = cli.Parser("Writes the model that a run has tuned for other programs.")
   add = parser.add_argument
   add("--workdir", required=True, help="of the run, or a pipeline to be rewritten")
-  add("--out", required=True, type=Path, help="directory, or file with --single-file; new")
+  add(
+    "--out",
+    required=True,
+    type=Path,
+    help="directory, or file with --single-file or --lora; new",
+  )
   add("--dtype", default="float16", choices=tuple(DTYPES), help="of the weights written")
   parser.add_run_flags()
-  add(
+  form = parser.add_mutually_exclusive_group()
+  form.add_argument(
     "--single-file",
     action="store_true",
     help="one file by the names that ComfyUI and A1111's web UI read",
+  )
+  form.add_argument(
+    "--lora", action="store_true", help="of a LoRA run, the additions alone, one file"
   )
   return parser
 
@@ -45,14 +56,22 @@ def _run(argv: list[str]) -> None:
     raise UserError(f"{there} is a file, not a directory")
   if out.exists() or out.is_symlink():
     raise UserError(f"{out} exists; choose another --out")
-  if flags.single_file and out.suffix != ".safetensors":
-    raise UserError(f"--single-file writes a file: --out={out}.safetensors")
+  if (flags.single_file or flags.lora) and out.suffix != ".safetensors":
+    option = "--lora" if flags.lora else "--single-file"
+    raise UserError(f"{option} writes a file: --out={out}.safetensors")
   # Late: errors on the command line should not wait for JAX.
   from jaxpref import tuned  # noqa: PLC0415
-  from jaxpref.models import save  # noqa: PLC0415
+  from jaxpref.models import lora, save  # noqa: PLC0415
 
-  pipeline = tuned.load(flags.workdir, ema=flags.ema, step=flags.step)
+  pipeline = tuned.load(flags.workdir, ema=flags.ema, step=flags.step, merged=not flags.lora)
   dtype = DTYPES[flags.dtype]
+  if flags.lora:
+    unet = pipeline.params["unet"]
+    if not isinstance(unet, lora.Adapted):
+      raise UserError(f"{flags.workdir} is no LoRA run; leave out --lora")
+    save.save_tensors(out, lora.export_tensors(unet, dtype))
+    print(f"the LoRA is {out}")
+    return
   if flags.single_file:
     save.save_single_file(out, pipeline.params, modules=pipeline.modules, dtype=dtype)
   else:

@@ -43,10 +43,10 @@ def make_arms(
   needs: Needs,
   batch: Any,
   rollout: Rollout | None,
-  update: jax.Array,
   uncond: Any,
   *,
-  seed: int,
+  seed: int | jax.Array,
+  update: int | jax.Array,
   prompt_dropout: float,
 ) -> Arms:
   """A batch with what the policy drew for it, noised.
@@ -58,9 +58,9 @@ def make_arms(
       [B]); where draws are fixed also 'row' and 'draw' (int32 [B]), which number them, and
       perhaps 'ref' (a dict of [B]).
     rollout: one more arm, or None.
-    update: number of updates done.
     uncond: the empty prompt, [1, ...].
     seed: of the run.
+    update: number of updates done.
     prompt_dropout: share of rows that lose their prompt.
   """
   x0, cond, labels = batch["latents"], batch["cond"], batch.get("labels", {})

@@ -10,19 +10,21 @@ import jax
 import jax.numpy as jnp
 
 
-def key_of(seed: int, purpose: str, step: int | jax.Array) -> jax.Array:
+def key_of(seed: int | jax.Array, purpose: str, step: int | jax.Array) -> jax.Array:
   """The key for `purpose` at `step`.
 
   Args:
-    seed: of the run.
+    seed: of the run; may be traced.
     purpose: a name; other names give independent keys.
-    step: integer, may be traced.
+    step: integer; may be traced.
   """
   named = jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
   return jax.random.fold_in(named, step)
 
 
-def dropped_rows(seed: int, update: jax.Array, rows: int, *, rate: float) -> jax.Array:
+def dropped_rows(
+  seed: int | jax.Array, update: int | jax.Array, rows: int, *, rate: float
+) -> jax.Array:
   """Which rows of a batch lose their prompt, bool [B].
 
   Args:

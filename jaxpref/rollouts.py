@@ -49,7 +49,6 @@ def make_rollout(
   denoise: Denoise,
   schedule: NoiseSchedule,
   *,
-  seed: int,
   latent_shape: tuple[int, int, int],
   num_steps: int,
   solver: str,
@@ -69,7 +68,6 @@ def make_rollout(
       timestep, without an offset.
     denoise: (params, x_t, t, cond) -> prediction.
     schedule: noise schedule.
-    seed: of the run.
     latent_shape: channels, height and width.
     num_steps: solver steps from noise to image.
     solver: 'dpm_solver', 'ddim' or 'ddpm'.
@@ -79,11 +77,12 @@ def make_rollout(
     states_per_trajectory: how many are kept, 1 to `num_steps`.
 
   Returns:
-    `rollout(params, update, cond, uncond)` of trees of [B, ...] and [1, ...].
+    `rollout(params, seed, update, cond, uncond)`, the last two trees of [B, ...] and
+    [1, ...].
   """
 
   @jax.jit
-  def rollout(params: Any, update, cond, uncond) -> Rollout:
+  def rollout(params: Any, seed, update, cond, uncond) -> Rollout:
     rows = jax.tree.leaves(cond)[0].shape[0]
     key = randomness.key_of(seed, "rollout", update)
     dropped = randomness.dropped_rows(seed, update, rows, rate=prompt_dropout)

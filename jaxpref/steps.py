@@ -34,6 +34,7 @@ class TrainState:
     opt_state: of optax.
     policy_copy: the policy as it was at the last renewal, where that one rolls out or is
       the reference; None where neither is.
+    seed: of the run, int32 scalar; no constant of the program, which serves any.
     update: number of updates done, int32 scalar.
     replay: rows of earlier updates, a `rollouts.Replay`, or None.
   """
@@ -42,6 +43,7 @@ class TrainState:
   ema: Any
   opt_state: Any
   policy_copy: Any
+  seed: jax.Array
   update: jax.Array
   replay: Any = None
 
@@ -50,6 +52,7 @@ def init_state(
   params: Any,
   tx: optax.GradientTransformation,
   *,
+  seed: int,
   lagging_copy: bool,
   replay: Any = None,
 ) -> TrainState:
@@ -60,6 +63,7 @@ def init_state(
     ema=jax.tree.map(jnp.copy, params),
     opt_state=tx.init(params),
     policy_copy=jax.tree.map(jnp.copy, params) if lagging_copy else None,
+    seed=jnp.asarray(seed, jnp.int32),
     update=jnp.zeros((), jnp.int32),
     replay=replay,
   )
@@ -73,7 +77,6 @@ def make_train_step(
   *,
   mesh: Mesh,
   state_sharding: Any,
-  seed: int,
   arms: Sequence[str],
   hyper: Mapping[str, Any],
   ema_decay: float,
@@ -93,7 +96,6 @@ def make_train_step(
     mesh: from `sharding.make_mesh`.
     state_sharding: of a `TrainState`, for the new state as for the old: a resumed run must
       compile to the program of an uninterrupted one.
-    seed: of the run.
     arms: suffixes of a row's images and, last, of what the policy draws.
     hyper: the loss's hyper-parameters.
     ema_decay: limit of the moving average's decay.
@@ -174,13 +176,14 @@ def make_train_step(
   )
   def step(state: TrainState, base, uncond, batch, rollout: Rollout | None):
     rows = noising.make_arms(
-      *(schedule, needs, batch, rollout, state.update, uncond),
-      seed=seed,
+      *(schedule, needs, batch, rollout, uncond),
+      seed=state.seed,
+      update=state.update,
       prompt_dropout=prompt_dropout,
     )
     replay = state.replay
     if replay is not None:
-      key = randomness.key_of(seed, "replay", state.update)
+      key = randomness.key_of(state.seed, "replay", state.update)
       rows, replay = rollouts.replay(replay, rows, state.update, key)
     grads, metrics = reduced_gradients(state.params, base, state.policy_copy, rows)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -195,6 +198,7 @@ def make_train_step(
       ema=optim.update_ema(state.ema, params, state.update, decay=ema_decay),
       opt_state=opt_state,
       policy_copy=copy,
+      seed=state.seed,
       update=update,
       replay=replay,
     )
@@ -208,22 +212,22 @@ def make_reference_errors(
   schedule: schedule_lib.NoiseSchedule,
   loss: ModuleType,
   *,
-  seed: int,
   arms: Sequence[str],
   prompt_dropout: float,
 ) -> Callable:
   """The reference's errors on fixed draws, as a jitted program.
 
   Returns:
-    `errors(base, uncond, batch)` -> errors by arm, float32 [B], for a batch with 'row' and
-    'draw', see `noising.make_arms`; the other arguments are those of `make_train_step`.
+    `errors(base, seed, uncond, batch)` -> errors by arm, float32 [B], for a batch with 'row'
+    and 'draw', see `noising.make_arms`; the other arguments are those of `make_train_step`.
   """
 
   @jax.jit
-  def errors(base, uncond, batch):
+  def errors(base, seed, uncond, batch):
     rows = noising.make_arms(
-      *(schedule, loss.NEEDS, batch, None, jnp.int32(0), uncond),
+      *(schedule, loss.NEEDS, batch, None, uncond),
       seed=seed,
+      update=0,
       prompt_dropout=prompt_dropout,
     )
     return to_errors(_residuals(denoise, base, rows, arms))

@@ -126,6 +126,7 @@ def run(prepared: Prepared, workdir: Path) -> None:
   make_state = lambda params: steps.init_state(  # noqa: E731
     _init_trained(config, params),
     tx,
+    seed=config.seed,
     lagging_copy=lagging,
     replay=_init_replay(prepared, rows, uncond),
   )
@@ -184,7 +185,7 @@ def run(prepared: Prepared, workdir: Path) -> None:
       if loss.NEEDS.rollout:
         with clock("rollout"):
           policy = adapt(state.policy_copy if lagging else state.params, frozen)
-          drawn = rollout(policy, state.update, batch["cond"], uncond)
+          drawn = rollout(policy, state.seed, state.update, batch["cond"], uncond)
           jax.block_until_ready(drawn)
       with clock("update"):
         state, values = train_step(state, frozen, uncond, batch, drawn)
@@ -319,9 +320,9 @@ def _init_replay(prepared: Prepared, rows: Any, uncond: Any) -> Any:
   drawn = rollouts.States(states, states, jnp.zeros(states.shape[:2], jnp.int32))
   shapes = jax.eval_shape(
     lambda *a: noising.make_arms(
-      pipeline.schedule, prepared.loss.NEEDS, *a, seed=0, prompt_dropout=0.0
+      pipeline.schedule, prepared.loss.NEEDS, *a, seed=0, update=0, prompt_dropout=0.0
     ),
-    *(batch, drawn, jnp.int32(0), uncond),
+    *(batch, drawn, uncond),
   )
   return rollouts.init_replay(shapes, config.rollout.replay)
 
@@ -342,7 +343,7 @@ def _known_errors(
     numbers = {"row": np.arange(count, dtype=np.int32), "draw": np.full(count, draw, np.int32)}
     found.append(
       encode.in_batches(
-        lambda params, batch: reference_errors(params, uncond, batch),
+        lambda params, batch: reference_errors(params, config.seed, uncond, batch),
         *(base, rows | numbers, config.train.batch_size, mesh),
       )
     )
@@ -371,7 +372,7 @@ def _programs(prepared: Prepared, tx: optax.GradientTransformation, placement: A
   """The train step, the rollout, and the reference's errors on fixed draws."""
   config, pipeline, needs = prepared.config, prepared.pipeline, prepared.loss.NEEDS
   denoise = unet_lib.make_denoise(pipeline.modules["unet"])
-  shared = {"seed": config.seed, "prompt_dropout": config.data.prompt_dropout}
+  dropout = config.data.prompt_dropout
   fresh = config.rollout.refresh_every == 1 and config.rollout.guidance == 1.0
   train_step = steps.make_train_step(
     *(denoise, pipeline.schedule, prepared.loss, tx),
@@ -384,7 +385,7 @@ def _programs(prepared: Prepared, tx: optax.GradientTransformation, placement: A
     refresh_every=config.rollout.refresh_every,
     own_targets=needs.rollout == "states" and fresh and not config.rollout.replay,
     adapt=_adapter(config),
-    **shared,
+    prompt_dropout=dropout,
   )
   rollout = None
   if needs.rollout:
@@ -396,10 +397,10 @@ def _programs(prepared: Prepared, tx: optax.GradientTransformation, placement: A
       order=config.rollout.order,
       guidance=config.rollout.guidance,
       states_per_trajectory=config.rollout.states,
-      **shared,
+      prompt_dropout=dropout,
     )
   reference_errors = steps.make_reference_errors(
-    *(denoise, pipeline.schedule, prepared.loss), arms=prepared.arms, **shared
+    *(denoise, pipeline.schedule, prepared.loss), arms=prepared.arms, prompt_dropout=dropout
   )
   return train_step, rollout, reference_errors
 

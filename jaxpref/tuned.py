@@ -1,6 +1,7 @@
 """The model that a run has tuned: its base pipeline with the UNet of a checkpoint."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxpref import checkpoint, sharding
 from jaxpref.errors import UserError
-from jaxpref.models import hub
+from jaxpref.models import hub, lora
 from jaxpref.models import pipeline as pipeline_lib
 from jaxpref.paths import user_path
 from jaxpref.workdir import CONFIG
@@ -25,6 +26,7 @@ def load(
   dtype: Any = jnp.float32,
   mesh: Mesh | None = None,
   variant: str = "",
+  merged: bool = True,
 ) -> pipeline_lib.Pipeline:
   """A pipeline, or what a run has made of one.
 
@@ -36,6 +38,8 @@ def load(
     dtype: of the computation.
     mesh: to place parameters on; see `load_pipeline`.
     variant: of a pipeline's weights; of a run's base its configuration says.
+    merged: whether LoRA's additions are added to the weights; else the UNet's parameters
+      are a `lora.Adapted`.
 
   Raises:
     UserError: there is no such thing, or it is damaged, or the base pipeline is not the
@@ -48,12 +52,17 @@ def load(
   workdir = user_path(name)
   if variant:
     raise UserError(f"--variant is a pipeline's; the base of the run {workdir} has its own")
+  config = _read_config(workdir)
   found = checkpoint.find_good(workdir / "checkpoints", step=step)
-  pipeline = _load_base(workdir, dtype, mesh)
+  rank = config.get("lora", {}).get("rank", 0)
+  pipeline = _load_base(workdir, config["model"], dtype, mesh, without_unet=not rank)
   if found.metadata.get("pipeline") != pipeline.digest:
     raise UserError(f"the weights in {pipeline.path} are not those that {workdir} began with")
   field = "ema" if ema else "params"
   abstract = pipeline_lib.abstract_params(pipeline.modules["unet"])
+  if rank:
+    init = functools.partial(lora.init_lora, rank=rank, targets=config["lora"]["targets"])
+    abstract = jax.eval_shape(lambda p: init(p, key=jax.random.key(0)), abstract)
   if mesh is None:
     host = SingleDeviceSharding(jax.local_devices()[0])
     where = jax.tree.map(lambda _: host, abstract)
@@ -63,7 +72,10 @@ def load(
     lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, where
   )
   state = checkpoint.restore_subtree(workdir / "checkpoints", found.step, {field: target})
-  params = {"unet": state[field], **pipeline.params}
+  unet = state[field]
+  if rank:
+    unet = lora.Adapted(pipeline.params["unet"], unet, config["lora"]["alpha"] / rank)
+  params = {**pipeline.params, "unet": lora.merge(unet) if merged else unet}
   digest = f"{field}-{found.step}-{found.digest}"
   return dataclasses.replace(pipeline, params=params, digest=digest)
 
@@ -73,16 +85,27 @@ def _is_workdir(name: str) -> bool:
   return (path / CONFIG).is_file() and (path / "checkpoints").is_dir()
 
 
-def _load_base(workdir: Path, dtype: Any, mesh: Mesh | None) -> pipeline_lib.Pipeline:
-  """The run's base without its UNet, which is read for its digest alone."""
+def _read_config(workdir: Path) -> dict[str, Any]:
   try:
-    model = json.loads((workdir / CONFIG).read_text(encoding="utf-8"))["model"]
-    base, variant = model["path"], model.get("variant", "")
+    config = json.loads((workdir / CONFIG).read_text(encoding="utf-8"))
+    _ = config["model"]["path"]
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(f"{workdir / CONFIG} is no run's configuration: {error!r}") from error
+  return config
+
+
+def _load_base(
+  workdir: Path, model: Any, dtype: Any, mesh: Mesh | None, *, without_unet: bool
+) -> pipeline_lib.Pipeline:
+  """The run's base; where its UNet is not needed that is read for its digest alone."""
+  base = model["path"]
   try:
     return pipeline_lib.load_pipeline(
-      base, dtype=dtype, mesh=mesh, variant=variant, without=["unet"]
+      base,
+      dtype=dtype,
+      mesh=mesh,
+      variant=model.get("variant", ""),
+      without=["unet"] if without_unet else [],
     )
   except UserError as error:
     anywhere = base in hub.BUNDLED or Path(base).is_absolute()

@@ -9,9 +9,16 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
+
+
+def xla_flags(*, devices: int) -> str:
+  """So many devices, and programs that are compiled in less time than they save."""
+  return f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+
+
 # One device, here and in the programs that tests start, unless a test says otherwise: bits
 # are compared between the two.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+os.environ.setdefault("XLA_FLAGS", xla_flags(devices=1))
 sys.path.insert(0, str(ROOT))  # configs/ is a folder of the repository, not a package of ours
 
 
@@ -23,8 +30,8 @@ live = pytest.mark.skipif(
 
 # The files that take longest. Begun first, they do not leave one worker behind at the end.
 _LONG = (
-  *("test_train", "test_export", "test_pretrain", "test_benchmarks"),
-  *("test_families", "test_steps", "test_weights", "test_hub"),
+  *("test_train", "test_methods", "test_export", "test_pretrain", "test_benchmarks"),
+  *("test_families", "test_steps", "test_lora", "test_weights", "test_hub"),
 )
 
 
@@ -68,5 +75,6 @@ def tiny_pipeline(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tfds_dir(tmp_path_factory) -> Path:
-  """The shapes world's preferences, built once for all tests, in its default size."""
-  return tmp_path_factory.mktemp("tfds")
+  """The shapes world's preferences in their default size, built once for all workers."""
+  own = tmp_path_factory.getbasetemp()
+  return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "tfds"

@@ -1,4 +1,7 @@
-"""Three updates of a method on a mesh; prints losses and a digest as JSON. For test_steps."""
+"""Updates of methods on meshes; prints metrics and digests as JSON. For test_steps.
+
+python devices_main.py '[{"name": "dro", "data": 8}, ...]'
+"""
 
 import json
 import sys
@@ -7,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpref import losses, optim, rollouts, sharding, steps
+from jaxpref import losses, noising, optim, rollouts, sharding, steps
+from jaxpref.data import rows as rows_lib
 from jaxpref.diffusion.schedule import make_schedule
 
 CHANNELS, SIZE, TOKENS, WIDTH, ROWS = 4, 4, 3, 8, 16
@@ -21,7 +25,22 @@ def denoise(params, x_t, t, cond):
   return jnp.einsum("bdhw,dc->bchw", jnp.tanh(hidden), params["out"])
 
 
-def initial(seed=0):
+HYPER = {  # of each method, where this toy problem puts them to the test
+  "csft": {},
+  "dpo": {"beta": 20.0, "variant": "sigmoid"},
+  "dro": {"margin": 0.001},
+  "dspo": {"beta": 0.5},
+  "kto": {"beta": 20.0, "utility": "kt", "weight_desirable": 1.0, "weight_undesirable": 2.0},
+  "listwise": {"beta": 20.0},
+  "mapo": {"beta": 0.1, "snr": 0.5},
+  "sdpo": {"beta": 20.0, "mu": 0.2, "guarded": "dpo"},
+  "sft": {},
+  "simpo": {"beta": 20.0, "target_margin": 0.5},
+  "spin": {"beta": 20.0},
+}
+
+
+def initial(kind="experts", seed=0):
   """Parameters, rows and the empty prompt's embedding."""
   rng = np.random.default_rng(seed)
   draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
@@ -30,21 +49,56 @@ def initial(seed=0):
     "cond": draw(WIDTH, 16),
     "out": 0.3 * draw(16, CHANNELS),
   }
-  rows = {"latents": draw(ROWS, CHANNELS, SIZE, SIZE), "cond": draw(ROWS, TOKENS, WIDTH)}
+  arms = len(rows_lib.arms_of(kind, 3))
+  rows = {
+    "latents": draw(ROWS, arms, CHANNELS, SIZE, SIZE),
+    "cond": draw(ROWS, TOKENS, WIDTH),
+    "labels": {"desirable": rng.random(ROWS) < 0.7},
+  }
   return params, rows, draw(1, TOKENS, WIDTH)
 
 
-def train(name, *, data, fsdp, accumulate, refresh_every=1, updates=3, own=False):
-  """Losses by update, the last metrics, and the parameters."""
+def train(
+  name,
+  *,
+  data=1,
+  fsdp=1,
+  accumulate=1,
+  refresh_every=1,
+  updates=3,
+  own=False,
+  states=1,
+  replay=0,
+  fixed=False,
+  seed=0,
+  **hyper,
+):
+  """Metrics by update, and the parameters."""
   mesh = sharding.make_mesh(data=data, fsdp=fsdp)
-  params, rows, empty = initial()
   loss = losses.load_loss(name)
+  needs = loss.NEEDS
+  params, rows, empty = initial(needs.rows)
+  arms = rows_lib.arms_of(needs.rows, 3) + (("p",) if needs.rollout else ())
   schedule = make_schedule()
   tx = optim.make_optimizer(
     optim.make_schedule("constant", lr=1e-2, warmup_updates=0, num_updates=9)
   )
-  lagging = loss.ROLLOUT and refresh_every > 1
-  make_state = lambda p: steps.init_state(p, tx, lagging_copy=lagging)  # noqa: E731
+  lagging = bool(needs.rollout) and refresh_every > 1 or needs.reference == "previous"
+  shared = {"prompt_dropout": 0.2}
+
+  def make_state(p):
+    buffer = None
+    if replay:
+      drawn = rollouts.States(
+        *(jnp.zeros((ROWS, states, CHANNELS, SIZE, SIZE)) for _ in range(2)),
+        jnp.zeros((ROWS, states), jnp.int32),
+      )
+      example = noising.make_arms(
+        schedule, needs, rows, drawn, empty, seed=0, update=0, **shared
+      )
+      buffer = rollouts.init_replay(example, replay)
+    return steps.init_state(p, tx, seed=seed, lagging_copy=lagging, replay=buffer)
+
   # Every tensor is split here that can be, however small.
   split = sharding.params_sharding(mesh, jax.eval_shape(make_state, params), min_bytes=0)
   step = steps.make_train_step(
@@ -54,37 +108,43 @@ def train(name, *, data, fsdp, accumulate, refresh_every=1, updates=3, own=False
     tx,
     mesh=mesh,
     state_sharding=split,
-    seed=0,
-    hyper=dict.fromkeys(loss.HYPER, 0.001),
+    arms=arms,
+    hyper=HYPER[name] | hyper,
     ema_decay=0.99,
-    prompt_dropout=0.2,
     accumulate=accumulate,
     refresh_every=refresh_every,
     own_targets=own,
+    **shared,
   )
   rollout = rollouts.make_rollout(
+    needs.rollout or "states",
     denoise,
     schedule,
-    seed=0,
     latent_shape=(CHANNELS, SIZE, SIZE),
     num_steps=4,
     solver="dpm_solver",
     order=2,
     guidance=1.0,
-    prompt_dropout=0.2,
+    states_per_trajectory=states,
+    **shared,
   )
   params = jax.device_put(params, split.params)
   state = jax.jit(make_state, out_shardings=split)(params)
-  ref = params if loss.REFERENCE else None
+  if fixed:
+    numbers = {"row": np.arange(ROWS, dtype=np.int32), "draw": np.ones(ROWS, np.int32)}
+    rows |= numbers
+    if fixed == "known":
+      errors = steps.make_reference_errors(denoise, schedule, loss, arms=arms, **shared)
+      rows |= {"ref": jax.tree.map(np.asarray, errors(params, seed, empty, rows))}
   batch = sharding.place_batch(rows, mesh)
   empty = jax.device_put(empty, sharding.replicated(mesh))
   history = []
   for _ in range(updates):
-    negatives = None
-    if loss.ROLLOUT:
+    drawn = None
+    if needs.rollout:
       policy = state.policy_copy if lagging else state.params
-      negatives = rollout(policy, state.update, batch["cond"], empty)
-    state, metrics = step(state, ref, empty, batch, negatives)
+      drawn = rollout(policy, state.seed, state.update, batch["cond"], empty)
+    state, metrics = step(state, params, empty, batch, drawn)
     history.append({k: float(v) for k, v in metrics.items()})
   pieces = {len({str(s.index) for s in x.addressable_shards}) for x in jax.tree.leaves(state)}
   assert max(pieces) == fsdp, (pieces, fsdp)
@@ -92,7 +152,9 @@ def train(name, *, data, fsdp, accumulate, refresh_every=1, updates=3, own=False
 
 
 if __name__ == "__main__":
-  name, data, fsdp, accumulate = sys.argv[1:5]
-  history, params = train(name, data=int(data), fsdp=int(fsdp), accumulate=int(accumulate))
-  flat = [float(np.sum(v.astype(np.float64))) for v in jax.tree.leaves(params)]
-  print(json.dumps({"devices": jax.device_count(), "history": history, "sums": flat}))
+  results = []
+  for case in json.loads(sys.argv[1]):
+    history, params = train(**case)
+    flat = [float(np.sum(v.astype(np.float64))) for v in jax.tree.leaves(params)]
+    results.append({"devices": jax.device_count(), "history": history, "sums": flat})
+  print(json.dumps(results))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import xla_flags
 
 from jaxpref import checkpoint
 from jaxpref.errors import UserError
@@ -369,6 +370,6 @@ for spec in (("fsdp",), (None, ("data", "fsdp"))):
 
 
 def test_shardings_on_eight_devices(tmp_path):
-  flags = "--xla_force_host_platform_device_count=8"
+  flags = xla_flags(devices=8)
   done = run_python(EIGHT_DEVICES, tmp_path, XLA_FLAGS=flags)
   assert done.stdout == "True (2, 8) True\nTrue (8, 1) True\n", done.stderr

@@ -70,28 +70,14 @@ def test_experts_are_nearly_all_without_a_flaw():
   assert sum(flaws.is_right(befallen) for _, befallen in best) == 500
 
 
-def test_load_examples_of_shapes(source, monkeypatch):
-  monkeypatch.setattr(builder, "load_preferences", lambda split: source)
-  native = experts.load_examples("shapes", path="", num_experts=4, image_size=64)
-  best = experts.top_k(source, 4)
-  assert all((e.image == b.image).all() for e, b in zip(native, best, strict=True))
-  half = experts.load_examples("shapes", path="", num_experts=4, image_size=32)
-  for e, h in zip(native, half, strict=True):
-    assert h.image.shape == (32, 32, 3)
-    assert abs(e.image.mean() - h.image.mean()) < 1
-    assert (h.caption, h.source) == (e.caption, e.source)
-  with pytest.raises(UserError, match="80 images to pick experts from, not 81"):
-    experts.load_examples("shapes", path="", num_experts=81, image_size=64)
+def test_data_without_scores_has_no_experts():
+  row = _row("x", ("a", 1.0, 10), ("b", 2.0, 20))
+  del row["score_1"]
+  with pytest.raises(UserError, match="the data lacks score_1"):
+    experts.top_k([row], 1)
 
 
-@pytest.mark.parametrize(
-  ("wrong", "near"), [("shaeps", "shapes"), ("foldr", "folder"), ("Folder", "folder")]
-)
-def test_unknown_sources_name_the_nearest(wrong, near):
-  with pytest.raises(UserError, match=f"'{wrong}' is unknown; did you mean '{near}'"):
-    experts.load_examples(wrong, path="", num_experts=1, image_size=64)
-
-
-def test_fewer_than_no_experts():
-  with pytest.raises(UserError, match="data.num_experts is -1"):
-    experts.load_examples("shapes", path="", num_experts=-1, image_size=64)
+def test_a_damaged_image_is_one_line():
+  row = _row("x", ("a", 1.0, 10), ("b", 2.0, 20)) | {"jpg_1": b"nothing"}
+  with pytest.raises(UserError, match="an image of the data cannot be read"):
+    experts.top_k([row], 1)

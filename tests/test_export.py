@@ -11,7 +11,7 @@ import families
 import jax
 import numpy as np
 import pytest
-from conftest import live
+from conftest import live, xla_flags
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -200,7 +200,7 @@ def test_pictures_depend_on_prompt_and_seed_alone(tiny_pipeline, prompts, tmp_pa
   alone = draw(tmp_path / "c", "--prompts=two stars", "--seed=8", model=tiny_pipeline)
   program = [sys.executable, "-m", "jaxpref.generate", f"--model={tiny_pipeline}", "--steps=2"]
   env = os.environ | {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    "XLA_FLAGS": xla_flags(devices=8),
     "JAX_PLATFORMS": "cpu",
   }
   subprocess.run([*program, *flags, f"--out={tmp_path / 'd'}"], env=env, check=True)

@@ -10,7 +10,7 @@ import pytest
 import skimage.data
 from PIL import Image
 
-from jaxpref.data import experts, folder
+from jaxpref.data import folder
 from jaxpref.errors import UserError
 
 # Photographs inside the scikit-image wheel: nothing is downloaded.
@@ -57,7 +57,7 @@ def test_photographs_in_both_layouts(tmp_path, caplog):
   _write(tmp_path / "002" / "photo.JPEG", _photo("coffee"), None, quality=95)
   (tmp_path / "002" / "caption.txt").write_text(PHOTOS["coffee"])
 
-  found = experts.load_examples("folder", path=str(tmp_path), num_experts=0, image_size=64)
+  found = folder.load_folder(str(tmp_path), image_size=64)
   assert {e.source: e.caption for e in found} == {
     "001/whatever.png": PHOTOS["astronaut"],
     "002/photo.JPEG": PHOTOS["coffee"],
@@ -310,4 +310,4 @@ def test_nothing_there(tmp_path):
   (tmp_path / "file").write_text("")
   for path in ("", str(tmp_path / "missing"), str(tmp_path / "file")):
     with pytest.raises(UserError, match="is not a folder"):
-      experts.load_examples("folder", path=path, num_experts=0, image_size=16)
+      folder.load_folder(path, image_size=16)

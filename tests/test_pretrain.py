@@ -19,7 +19,7 @@ def _run(workdir, capsys, *extra):
 def test_a_run_in_small(tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(ROOT)
   made = _run(tmp_path / "run", capsys)
-  assert made.image_size == 32 and made.latent_shape == (4, 8, 8)
+  assert made.image_size == 16 and made.latent_shape == (4, 8, 8)
   # Latents have unit variance after scaling.
   factor = made.modules["vae"].scaling_factor
   assert 0 < factor < 1e4

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import conftest
 import devices_main
 import jax
 import jax.numpy as jnp
@@ -13,17 +14,32 @@ import numpy as np
 import optax
 import pytest
 
-from jaxpref import losses, randomness, rollouts, sharding, steps
+from jaxpref import losses, noising, randomness, rollouts, sharding, steps
 from jaxpref.diffusion import schedule as schedule_lib
 from jaxpref.errors import UserError
 
+CASES = [
+  {"name": "dro", "data": 8},
+  {"name": "dro", "data": 4, "fsdp": 2, "accumulate": 2},
+  {"name": "dro", "data": 2, "fsdp": 4, "refresh_every": 2, "states": 2, "replay": 2},
+  {"name": "sft", "data": 2, "fsdp": 4},
+  {"name": "kto", "data": 8},  # its reference point is of the batch of all devices
+  {"name": "kto", "data": 1, "fsdp": 8},
+  {"name": "sdpo", "data": 4, "fsdp": 2},  # so is the guard's scale
+  {"name": "spin", "data": 8, "refresh_every": 2},
+  {"name": "listwise", "data": 2, "fsdp": 4, "accumulate": 2},
+  {"name": "dspo", "data": 8},
+]
+MESH = ("data", "fsdp", "accumulate")
 
-def _on_eight(name, data, fsdp, accumulate):
-  env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-  command = [sys.executable, devices_main.__file__, name, *map(str, (data, fsdp, accumulate))]
+
+@pytest.fixture(scope="module")
+def on_eight():
+  """Results of all cases, from one process with eight devices."""
+  env = os.environ | {"XLA_FLAGS": conftest.xla_flags(devices=8)}
   root = Path(devices_main.__file__).parent.parent
   done = subprocess.run(
-    command,
+    [sys.executable, devices_main.__file__, json.dumps(CASES)],
     env=env | {"PYTHONPATH": str(root)},
     capture_output=True,
     text=True,
@@ -36,18 +52,15 @@ def _on_eight(name, data, fsdp, accumulate):
 @pytest.fixture(scope="module")
 def alone():
   """Metrics and parameters by method, on one device, in one piece."""
-  mesh = {"data": 1, "fsdp": 1, "accumulate": 1}
-  return {name: devices_main.train(name, **mesh) for name in ("dro", "sft")}
+  return {name: devices_main.train(name) for name in ("dro", "sft")}
 
 
-@pytest.mark.parametrize(
-  ("name", "data", "fsdp", "accumulate"),
-  [("dro", 8, 1, 1), ("dro", 4, 2, 2), ("sft", 2, 4, 1)],
-)
-def test_eight_devices_equal_one(alone, name, data, fsdp, accumulate):
-  result = _on_eight(name, data, fsdp, accumulate)
+@pytest.mark.parametrize("index", range(len(CASES)), ids=[str(c) for c in CASES])
+def test_eight_devices_equal_one(on_eight, index):
+  result, case = on_eight[index], dict(CASES[index])
   assert result["devices"] == 8
-  history, params = alone[name]
+  history, params = devices_main.train(**{k: v for k, v in case.items() if k not in MESH})
+  assert history[-1].get("kto/kl", 1.0) > 0.0  # or its mean over devices would not count
   for got, want in zip(result["history"], history, strict=True):
     assert got.keys() == want.keys()
     np.testing.assert_allclose(
@@ -59,7 +72,7 @@ def test_eight_devices_equal_one(alone, name, data, fsdp, accumulate):
 
 @pytest.mark.parametrize("name", ["dro", "sft"])
 def test_micro_batches_change_nothing(alone, name):
-  history, params = devices_main.train(name, data=1, fsdp=1, accumulate=4)
+  history, params = devices_main.train(name, accumulate=4)
   np.testing.assert_allclose(
     [h["loss"] for h in history], [h["loss"] for h in alone[name][0]], rtol=1e-5
   )
@@ -68,6 +81,86 @@ def test_micro_batches_change_nothing(alone, name):
     params,
     alone[name][1],
   )
+
+
+# What each loss is where policy and reference are the same network, by its equation.
+START = {
+  "dro": 0.001,
+  "dpo": np.log(2),
+  "spin": np.log(2),
+  "kto": 0.5,
+  "listwise": np.log(6),
+  "sdpo": np.log(2),
+}
+
+
+@pytest.mark.parametrize("name", START)
+def test_where_policy_is_reference(name):
+  hyper = {"weight_undesirable": 1.0} if name == "kto" else {}
+  history, _ = devices_main.train(name, updates=1, **hyper)
+  assert history[0]["loss"] == pytest.approx(START[name], rel=1e-5)
+
+
+def test_another_seed_gives_other_draws(alone):
+  other, _ = devices_main.train("dro", seed=1)
+  for ours, theirs in zip(other, alone["dro"][0], strict=True):
+    assert ours["err/policy_e"] != theirs["err/policy_e"]
+
+
+def test_states_of_a_trajectory_are_rows_of_their_own():
+  one, _ = devices_main.train("dro", updates=1)
+  two, _ = devices_main.train("dro", updates=1, states=2)
+  assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-4)  # m either way
+  assert two[0]["err/policy_e"] != one[0]["err/policy_e"]  # but twice the rows
+
+
+def test_replayed_rows_are_those_of_earlier_updates():
+  rows = {"x": jnp.arange(6.0), "t": jnp.arange(6)}
+  buffer = rollouts.init_replay(rows, 2)
+  seen = []
+  for update in range(5):
+    now = {"x": 100.0 * update + jnp.arange(6.0), "t": 100 * update + jnp.arange(6)}
+    mixed, buffer = rollouts.replay(buffer, now, jnp.int32(update), jax.random.key(update))
+    np.testing.assert_array_equal(mixed["x"], mixed["t"])  # rows stay whole
+    ages = update - np.asarray(mixed["t"]) // 100
+    assert set(ages) <= set(range(min(update, 2) + 1))
+    np.testing.assert_array_equal(np.asarray(mixed["t"]) % 100, np.arange(6))
+    seen += list(ages)
+  assert {0, 1, 2} == set(seen)
+  assert {int(v) // 100 for v in np.asarray(buffer.rows["t"]).ravel()} == {3, 4}
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_known_reference_errors_change_nothing(name):
+  live, params = devices_main.train(name, fixed="live")
+  known, again = devices_main.train(name, fixed="known")
+  for a, b in zip(live, known, strict=True):
+    assert a.keys() == b.keys()
+    np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-5, atol=1e-7)
+  for leaf, other in zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True):
+    np.testing.assert_allclose(leaf, other, rtol=1e-5, atol=1e-6)
+  # Fixed indeed: the second update sees the first one's noise.
+  assert live[1]["err/reference_" + ("w" if name == "dpo" else "x")] == pytest.approx(
+    live[0]["err/reference_" + ("w" if name == "dpo" else "x")], rel=1e-6
+  )
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_arms_of_a_row_share_timestep_prompt_and_perhaps_noise(shared):
+  _, rows, empty = devices_main.initial("pairs")
+  schedule = schedule_lib.make_schedule()
+  needs = losses.Needs(rows="pairs", shared_noise=shared)
+  arms = noising.make_arms(
+    schedule, needs, rows, None, empty, seed=0, update=3, prompt_dropout=0.5
+  )
+  alpha_bar = np.asarray(schedule.alpha_bar)[arms.t][:, None, None, None, None]
+  clean = np.sqrt(alpha_bar) * rows["latents"]
+  eps = (np.asarray(arms.x_t) - clean) / np.sqrt(1 - alpha_bar)
+  np.testing.assert_allclose(eps, arms.target, atol=2e-2)
+  same = np.array_equal(arms.target[:, 0], arms.target[:, 1])
+  assert same == shared
+  lost = (np.asarray(arms.cond) == empty).all((1, 2))
+  assert 0 < lost.sum() < len(lost)
 
 
 def test_dro_starts_at_its_margin(alone):
@@ -85,7 +178,7 @@ def test_a_fresh_copy_leaves_the_policy_half_without_error(alone):
 
 
 def test_so_it_need_not_be_computed(alone):
-  history, params = devices_main.train("dro", data=1, fsdp=1, accumulate=1, own=True)
+  history, params = devices_main.train("dro", own=True)
   for got, want in zip(history, alone["dro"][0], strict=True):
     assert got.keys() == want.keys() and got["err/policy_p"] == 0.0
     np.testing.assert_allclose(
@@ -96,9 +189,7 @@ def test_so_it_need_not_be_computed(alone):
 
 
 def test_a_lagging_copy_pushes_the_policy_half():
-  history, _ = devices_main.train(
-    "dro", data=1, fsdp=1, accumulate=1, refresh_every=2, updates=4
-  )
+  history, _ = devices_main.train("dro", refresh_every=2, updates=4)
   errors = [h["err/policy_p"] for h in history]
   assert errors[0] < 1e-10 and errors[2] < 1e-10  # just renewed
   assert errors[1] > 1e-6 and errors[3] > 1e-6  # one update behind
@@ -110,10 +201,12 @@ def test_update_equals_the_formula_by_hand():
   schedule = schedule_lib.make_schedule()
   key = randomness.key_of(0, "train", 0)
   t = jax.random.randint(jax.random.fold_in(key, 0), (devices_main.ROWS,), 0, 1000)
-  eps = jax.random.normal(jax.random.fold_in(key, 1), rows["latents"].shape)
-  cond = randomness.drop_prompts(0, 0, rows["cond"], empty, rate=0.2)
+  x0 = rows["latents"][:, 0]
+  eps = jax.random.normal(jax.random.fold_in(key, 1), x0.shape)
+  dropped = randomness.dropped_rows(0, 0, devices_main.ROWS, rate=0.2)
+  cond = randomness.without_prompts(dropped, rows["cond"], empty)
   alpha_bar = np.asarray(schedule.alpha_bar, np.float64)[t][:, None, None, None]
-  x_t = np.sqrt(alpha_bar) * rows["latents"] + np.sqrt(1 - alpha_bar) * np.asarray(eps)
+  x_t = np.sqrt(alpha_bar) * x0 + np.sqrt(1 - alpha_bar) * np.asarray(eps)
 
   def loss(p):
     out = devices_main.denoise(p, jnp.asarray(x_t, jnp.float32), t, cond)
@@ -121,7 +214,7 @@ def test_update_equals_the_formula_by_hand():
 
   value, gradient = jax.value_and_grad(loss)(jax.tree.map(jnp.asarray, params))
   norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(gradient)))
-  history, after = devices_main.train("sft", data=1, fsdp=1, accumulate=1, updates=1)
+  history, after = devices_main.train("sft", updates=1)
   assert history[0]["loss"] == pytest.approx(float(value), rel=1e-5)
   assert history[0]["optim/grad_norm"] == pytest.approx(norm, rel=1e-4)
   for name, g in gradient.items():
@@ -135,31 +228,35 @@ def test_update_equals_the_formula_by_hand():
 def test_rollout_keeps_states_of_all_timesteps_alike():
   params, _, empty = devices_main.initial()
   rollout = rollouts.make_rollout(
+    "states",
     devices_main.denoise,
     schedule_lib.make_schedule(),
-    seed=3,
     latent_shape=(devices_main.CHANNELS, 2, 2),
     num_steps=20,
     solver="dpm_solver",
     order=2,
     guidance=1.0,
     prompt_dropout=0.0,
+    states_per_trajectory=3,
   )
   cond = jnp.zeros((2000, devices_main.TOKENS, devices_main.WIDTH))
-  out = rollout(params, jnp.int32(0), cond, empty)
+  out = rollout(params, 3, 0, cond, empty)
   t = np.asarray(out.t)
-  counts = np.histogram(t, bins=10, range=(0, 1000))[0]
-  assert t.min() >= 0 and t.max() <= 999
-  assert (np.abs(counts - 200) < 5 * np.sqrt(200)).all()  # uniform, five sigma
-  again = devices_main.denoise(params, out.x_t, out.t, cond)
-  np.testing.assert_allclose(out.target, again, rtol=1e-4, atol=1e-5)
-  other = rollout(params, jnp.int32(1), cond, empty)
+  assert t.shape == (2000, 3) and t.min() >= 0 and t.max() <= 999
+  assert all(len(set(row)) == 3 for row in t)  # no state twice
+  for k in range(3):
+    counts = np.histogram(t[:, k], bins=10, range=(0, 1000))[0]
+    assert (np.abs(counts - 200) < 5 * np.sqrt(200)).all()  # uniform, five sigma
+    again = devices_main.denoise(params, out.x_t[:, k], out.t[:, k], cond)
+    np.testing.assert_allclose(out.target[:, k], again, rtol=1e-4, atol=1e-5)
+  other = rollout(params, 3, 1, cond, empty)
   assert (np.asarray(other.t) != t).mean() > 0.9
 
 
 def test_prompts_are_dropped_at_the_rate():
   cond, empty = jnp.ones((4000, 1, 1)), jnp.zeros((1, 1, 1))
-  out = randomness.drop_prompts(0, jnp.int32(5), cond, empty, rate=0.2)
+  dropped = randomness.dropped_rows(0, jnp.int32(5), 4000, rate=0.2)
+  out = randomness.without_prompts(dropped, cond, empty)
   assert abs(float(1 - out.mean()) - 0.2) < 0.03
 
 
@@ -174,7 +271,7 @@ def test_a_missing_row_of_the_mesh_is_refused():
 def sft_step(mesh, params, accumulate=1):
   """The train step of SFT, and a new state for it."""
   tx = optax.sgd(1e-2)
-  make_state = lambda p: steps.init_state(p, tx, lagging_copy=False)  # noqa: E731
+  make_state = lambda p: steps.init_state(p, tx, seed=0, lagging_copy=False)  # noqa: E731
   split = sharding.params_sharding(mesh, jax.eval_shape(make_state, params))
   step = steps.make_train_step(
     devices_main.denoise,
@@ -183,7 +280,7 @@ def sft_step(mesh, params, accumulate=1):
     tx,
     mesh=mesh,
     state_sharding=split,
-    seed=0,
+    arms=("e",),
     hyper={},
     ema_decay=0.9,
     prompt_dropout=0.0,

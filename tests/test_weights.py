@@ -13,7 +13,7 @@ import families
 import jax
 import numpy as np
 import pytest
-from conftest import live
+from conftest import live, xla_flags
 from ml_dtypes import bfloat16
 from safetensors.numpy import load_file, save_file
 
@@ -290,7 +290,7 @@ without = load_pipeline("shapes", mesh=mesh, without=["unet"])
 assert without.digest == whole.digest and "unet" not in without.params
 """
   env = os.environ | {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    "XLA_FLAGS": xla_flags(devices=8),
     "JAX_PLATFORMS": "cpu",
   }
   done = subprocess.run(

@@ -1,0 +1,94 @@
+"""Every loss in float64 numpy, written from the equations alone; nothing of jaxpref here.
+
+Arguments are residuals (predictions minus targets) by arm, [B, ...], of policy and reference.
+"""
+
+import numpy as np
+
+
+def err(residual):
+  return (residual**2).reshape(len(residual), -1).mean(1)
+
+
+def log_sigmoid(x):
+  return -np.logaddexp(0.0, -x)
+
+
+def sigmoid(x):
+  return np.exp(log_sigmoid(x))
+
+
+def sft(p, r):
+  return err(p["e"])
+
+
+def csft(p, r, desirable):
+  return err(p["x"])
+
+
+def dro(p, r, margin):
+  rise_e, rise_p = err(p["e"]) - err(r["e"]), err(p["p"]) - err(r["p"])
+  return np.maximum(rise_e - rise_p + margin, 0.0)
+
+
+def dpo(p, r, beta, variant):
+  margin = (err(p["l"]) - err(r["l"])) - (err(p["w"]) - err(r["w"]))
+  if variant == "sigmoid":
+    return -log_sigmoid(0.5 * beta * margin)
+  if variant == "hinge":
+    return np.maximum(1.0 - 0.5 * beta * margin, 0.0)
+  return (margin - 1.0 / (2.0 * beta)) ** 2
+
+
+def spin(p, r, beta):
+  return dpo({"w": p["e"], "l": p["p"]}, {"w": r["e"], "l": r["p"]}, beta, "sigmoid")
+
+
+def simpo(p, r, beta, target_margin):
+  return -log_sigmoid(0.5 * beta * (err(p["l"]) - err(p["w"])) - target_margin)
+
+
+def mapo(p, r, beta, snr):
+  def score(x):
+    return snr * x / (np.exp(snr * x) - 1.0)
+
+  lead = 1000.0 * (score(err(p["w"])) - score(err(p["l"])))
+  return err(p["w"]) - beta * log_sigmoid(lead)
+
+
+def kto(
+  p, r, desirable, beta, utility, weight_desirable, weight_undesirable, reference_point=None
+):
+  gain = err(r["x"]) - err(p["x"])
+  if reference_point is None:
+    reference_point = max(gain.mean(), 0.0)
+  sign = np.where(desirable, 1.0, -1.0)
+  value = sign * beta * (gain - reference_point)
+  worth = {
+    "kt": sigmoid(value),
+    "loss_averse": log_sigmoid(value),
+    "risk_seeking": -log_sigmoid(-value),
+  }[utility]
+  return np.where(desirable, weight_desirable, weight_undesirable) * (1.0 - worth)
+
+
+def listwise(p, r, beta):
+  """The probability of the order as a product, choice by choice."""
+  scores = np.stack([-0.5 * beta * (err(p[k]) - err(r[k])) for k in sorted(p)], 1)
+  loss = np.zeros(len(scores))
+  for first in range(scores.shape[1] - 1):
+    weights = np.exp(scores[:, first:] - scores[:, first:].max(1, keepdims=True))
+    loss -= np.log(weights[:, 0] / weights.sum(1))
+  return loss
+
+
+def dspo(p, r, beta, frozen_loser=None):
+  rise_l = (err(p["l"]) if frozen_loser is None else frozen_loser) - err(r["l"])
+  inside = -0.5 * beta * ((err(p["w"]) - err(r["w"])) - rise_l)
+  weight = (1.0 - sigmoid(inside)).reshape(-1, *(1,) * (p["w"].ndim - 1))
+  return err(p["w"] - beta * weight * (p["w"] - r["w"]))
+
+
+def sdpo_scale(p, mu):
+  along, square = (p["w"] * p["l"]).sum(), (p["w"] ** 2).sum()
+  return 1.0 if along <= 0 else min((1.0 - mu) * square / along, 1.0)

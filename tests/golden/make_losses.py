@@ -1,0 +1,90 @@
+"""Writes losses.json: every loss's values on fixed residuals, from tests/equations.py.
+
+  cd tests && PYTHONPATH=. python golden/make_losses.py
+
+Nothing of jaxpref is used, and gradients are central differences in float64.
+"""
+
+import json
+from pathlib import Path
+
+import equations
+import numpy as np
+
+CASES = {
+  "sft": ("sft", ("e",), {}),
+  "csft": ("csft", ("x",), {}),
+  "dro": ("dro", ("e", "p"), {"margin": 0.05}),
+  "dpo": ("dpo", ("w", "l"), {"beta": 7.0, "variant": "sigmoid"}),
+  "dpo-hinge": ("dpo", ("w", "l"), {"beta": 7.0, "variant": "hinge"}),
+  "dpo-ipo": ("dpo", ("w", "l"), {"beta": 7.0, "variant": "ipo"}),
+  "spin": ("spin", ("e", "p"), {"beta": 7.0}),
+  "simpo": ("simpo", ("w", "l"), {"beta": 7.0, "target_margin": 0.5}),
+  "mapo": ("mapo", ("w", "l"), {"beta": 0.1, "snr": 0.5}),
+  **{
+    f"kto-{utility}": (
+      "kto",
+      ("x",),
+      {
+        "beta": 7.0,
+        "utility": utility,
+        "weight_desirable": 1.0,
+        "weight_undesirable": 1.5,
+      },
+    )
+    for utility in ("kt", "loss_averse", "risk_seeking")
+  },
+  "listwise": ("listwise", ("1", "2", "3", "4"), {"beta": 7.0}),
+  "dspo": ("dspo", ("w", "l"), {"beta": 0.5}),
+}
+ROWS, SHAPE = 6, (2, 3)
+
+
+def residuals(arms):
+  """Residuals of policy and reference by arm, and labels."""
+  rng = np.random.default_rng(20)
+  policy = {a: 0.6 * rng.standard_normal((ROWS, *SHAPE)) for a in arms}
+  reference = {a: v + 0.2 * rng.standard_normal((ROWS, *SHAPE)) for a, v in policy.items()}
+  return policy, reference, rng.random(ROWS) < 0.5
+
+
+def values_of(case, policy, reference, desirable, **fixed):
+  """Losses [B] by the equations."""
+  name, _, hyper = CASES[case]
+  labels = {"desirable": desirable} if name in ("kto", "csft") else {}
+  return getattr(equations, name)(policy, reference, **labels, **hyper, **fixed)
+
+
+def gradients_of(case, policy, reference, desirable):
+  """Of the mean loss with respect to every prediction, by central differences."""
+  fixed = {}
+  if case.startswith("kto"):  # the reference point carries no gradient
+    gain = equations.err(reference["x"]) - equations.err(policy["x"])
+    fixed["reference_point"] = max(gain.mean(), 0.0)
+  found = {}
+  for arm, array in policy.items():
+    found[arm] = np.zeros_like(array)
+    for index in np.ndindex(array.shape):
+      sides = []
+      for step in (1e-6, -1e-6):
+        moved = array.copy()
+        moved[index] += step
+        at = values_of(case, policy | {arm: moved}, reference, desirable, **fixed)
+        sides.append(at.mean())
+      found[arm][index] = (sides[0] - sides[1]) / 2e-6
+  return found
+
+
+if __name__ == "__main__":
+  golden = {}
+  for case, (_, arms, _) in CASES.items():
+    inputs = residuals(arms)
+    golden[case] = {
+      "loss": [round(float(v), 12) for v in values_of(case, *inputs)],
+      "gradient": {
+        arm: [round(float(v), 9) for v in g[0].ravel()]
+        for arm, g in gradients_of(case, *inputs).items()
+      },
+    }
+  path = Path(__file__).with_name("losses.json")
+  path.write_text(json.dumps(golden, indent=1) + "\n")

@@ -1,0 +1,84 @@
+"""Every method from its configuration: twenty updates on the embedded world, and presets."""
+
+import importlib
+import json
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from configs import common
+from jaxpref import config as config_lib
+from jaxpref import losses, main
+from jaxpref.data import rows as rows_lib
+
+METHODS = tuple(losses.known_losses())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_twenty_updates(name, tiny_pipeline, tfds_dir, tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(ROOT)
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tfds_dir))
+  fields = {
+    "model.path": tiny_pipeline,
+    "train.num_updates": 20,
+    "train.updates_per_iteration": 20,
+    "optim.lr": 1e-4,
+    "evaluate.num_prompts": 2,
+  }
+  flags = [f"--config.{field}={value}" for field, value in fields.items()]
+  workdir = tmp_path / "run"
+  arguments = [f"--config=configs/{name}.py:tiny", f"--workdir={workdir}", *flags]
+  assert main.main(arguments) == 0, capsys.readouterr().err
+  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  assert [line["step"] for line in lines] == list(range(1, 21))
+  assert all(np.isfinite(line["loss"]) for line in lines)
+  needs = losses.load_loss(name).NEEDS
+  arms = rows_lib.arms_of(needs.rows, 3) + (("p",) if needs.rollout else ())
+  for arm in arms:
+    errors = [line[f"err/policy_{arm}"] for line in lines]
+    if needs.rollout == "states" and arm == "p":
+      assert errors == [0.0] * 20  # its own prediction is the target
+      continue
+    assert len(set(errors)) == 20
+    if needs.reference:
+      # At the start policy and reference are one.
+      assert errors[0] == pytest.approx(lines[0][f"err/reference_{arm}"], rel=1e-5)
+      assert errors[-1] != lines[-1][f"err/reference_{arm}"]
+  assert sum(line["optim/grad_norm"] > 0 for line in lines) >= 15
+  assert (workdir / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("preset", common.PRESETS)
+def test_presets_are_sound(name, preset):
+  config = importlib.import_module(f"configs.{name}").get_config(preset)
+  config_lib.validate(config)
+  assert config.loss.name == config.name == name
+  losses.hyper_of(losses.load_loss(name), config.loss)
+  assert config.train.batch_size % config.train.accumulate == 0
+
+
+@pytest.mark.parametrize(
+  ("name", "extra", "message"),
+  [
+    ("dpo", ["--config.loss.variant=square"], "loss.variant is one of sigmoid, hinge, ipo"),
+    ("dpo", ["--config.loss.beta=-1"], "'loss.beta' must be positive"),
+    ("dpo", ["--config.rollout.replay=2"], "are for losses that take states"),
+    ("dro", ["--config.data.noise_draws=2"], "which rollouts draw anew"),
+    ("dro", ["--config.rollout.states=5"], "rollout.num_steps = 2 states"),
+    ("dspo", ["--config.data.noise_draws=2"], "this loss needs predictions"),
+    ("dpo", ["--config.data.source=folder"], "folder has no pairs"),
+    ("dpo", ["--config.lora.rank=2", "--config.lora.targets=none"], "matches no layer"),
+    ("dpo", ["--config.loss.name=kto"], "needs 'loss.utility'"),
+    ("listwise", ["--config.data.source=pickapic"], "pickapic has no lists"),
+  ],
+)
+def test_what_cannot_be_is_one_line(
+  name, extra, message, tiny_pipeline, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.chdir(ROOT)
+  flags = [f"--config.model.path={tiny_pipeline}", f"--workdir={tmp_path / 'run'}"]
+  assert main.main([f"--config=configs/{name}.py:tiny", *flags, *extra]) == 2
+  assert message in capsys.readouterr().err
+  assert not (tmp_path / "run").exists()
