@@ -41,9 +41,10 @@ def main(argv: list[str]) -> None:
     for method in METHODS:
       workdir = options.runs / f"{method}-{seed}"
       arguments = _arguments(method, options, f"seed={seed}")
-      if not _is_finished(workdir, arguments):
-        if status := jaxpref_main.main([f"--workdir={workdir}", *arguments]):
-          sys.exit(status)
+      if _is_finished(workdir, arguments):
+        continue
+      if status := jaxpref_main.main([f"--workdir={workdir}", *arguments]):
+        sys.exit(status)
   options.out.mkdir(parents=True, exist_ok=True)
   report(options)
 
