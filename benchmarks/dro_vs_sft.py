@@ -8,20 +8,15 @@ and a table in `dro_vs_sft.md`. `--help` lists the options.
 """
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import sys
-from importlib import metadata
 from pathlib import Path
 
+import campaign
 import pandas as pd
 
 from jaxpref import config as config_lib
-from jaxpref import main as jaxpref_main
 from jaxpref.evaluation import compare
-from jaxpref.models import pipeline
 
 METHODS = ("dro", "sft")
 
@@ -36,15 +31,12 @@ def main(argv: list[str]) -> None:
   add("--preset", default="shapes", help="of both configurations")
   add("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="in both configurations")
   options = parser.parse_args(argv)
-  check_base(options)
+  config, _ = config_lib.parse_args(_arguments(METHODS[0], options), flags={})
+  campaign.check_base(options.runs, config.model.path)
   for seed in options.seeds:
     for method in METHODS:
-      workdir = options.runs / f"{method}-{seed}"
       arguments = _arguments(method, options, f"seed={seed}")
-      if _is_finished(workdir, arguments):
-        continue
-      if status := jaxpref_main.main([f"--workdir={workdir}", *arguments]):
-        sys.exit(status)
+      campaign.run(options.runs / f"{method}-{seed}", arguments)
   options.out.mkdir(parents=True, exist_ok=True)
   report(options)
 
@@ -54,30 +46,10 @@ def _arguments(method: str, options: argparse.Namespace, *fields: str) -> list[s
   return [f"--config=configs/{method}.py:{options.preset}", *settings]
 
 
-def check_base(options: argparse.Namespace) -> None:
-  """Refuses a directory of runs that tuned another base, and remembers this one's."""
-  config, _ = config_lib.parse_args(_arguments(METHODS[0], options), flags={})
-  weights = pipeline.load_pipeline(config.model.path).digest
-  record = options.runs / "base.txt"
-  if record.exists() and record.read_text() != weights:
-    sys.exit(f"the runs in {options.runs} tuned another base; choose another --runs")
-  options.runs.mkdir(parents=True, exist_ok=True)
-  record.write_text(weights)
-
-
-def _is_finished(workdir: Path, arguments: list[str]) -> bool:
-  """Whether this very run has been made; another one there is for `main` to refuse."""
-  config, _ = config_lib.parse_args(arguments, flags={})
-  wanted = config_lib.to_json(config)
-  stored = workdir / "config.json"
-  same = stored.exists() and json.loads(stored.read_text()) == json.loads(wanted)
-  return same and (workdir / "report.html").exists()
-
-
 def report(options: argparse.Namespace) -> None:
   """Writes results.json and dro_vs_sft.md from finished runs."""
   scores = {
-    (method, seed): _scores(options.runs / f"{method}-{seed}")
+    (method, seed): campaign.scores_of(options.runs / f"{method}-{seed}")
     for method in METHODS
     for seed in options.seeds
   }
@@ -99,12 +71,9 @@ def report(options: argparse.Namespace) -> None:
   text = [
     "# DRO against SFT on the embedded world",
     "",
-    f"Made by `python benchmarks/dro_vs_sft.py` on {datetime.date.today()}: "
-    f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
-    + ", ".join(f"{p} {metadata.version(p)}" for p in ("jax", "flax", "diffusers"))
-    + f"; seeds {', '.join(map(str, options.seeds))}"
-    + (f"; {', '.join(options.set)}" if options.set else "")
-    + ". Each run tunes the bundled pipeline on the same experts with the same number of "
+    campaign.provenance("python benchmarks/dro_vs_sft.py", options.seeds)
+    + (f" Changed: {', '.join(options.set)}." if options.set else "")
+    + " Each run tunes the bundled pipeline on the same experts with the same number of "
     "updates, and is scored on the same held-out prompts and noise. Mean +- standard "
     "deviation over seeds.",
     "",
@@ -137,11 +106,6 @@ def report(options: argparse.Namespace) -> None:
   }
   (options.out / "results.json").write_text(json.dumps(numbers, indent=2) + "\n")
   print("\n".join(text))
-
-
-def _scores(workdir: Path) -> pd.DataFrame:
-  newest = max((workdir / "evaluation").iterdir(), key=lambda p: int(p.name))
-  return pd.read_parquet(newest / "scores.parquet")
 
 
 if __name__ == "__main__":

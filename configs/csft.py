@@ -2,7 +2,8 @@
 
   python -m jaxpref.main --config=configs/csft.py
 
-A baseline of the KTO papers; pictures are then drawn with the good prefix. On the shapes
+A baseline of the KTO papers; the evaluation and `jaxpref.generate` then draw with the good
+prefix, which other programs must be told with an exported model. On the shapes
 world, whose tokenizer has no words for it, the prefixes are single signs. `sd15` and `sdxl`
 take over Diffusion-DPO's optimizer, in which the authors of KTO compare it.
 """

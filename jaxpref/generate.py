@@ -94,6 +94,8 @@ def _run(argv: list[str]) -> None:
     mesh=mesh,
     variant=flags.variant,
   )
+  # What the model was told of its good pictures, it is told again.
+  prompts = [tuned.prompt_prefix(flags.model) + prompt for prompt in prompts]
   height, width = flags.size or (pipeline.image_size, pipeline.image_size)
   shared = {
     "model": flags.model,

@@ -39,6 +39,9 @@ def cache_programs() -> None:
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     jax.config.update("jax_compilation_cache_dir", str(cache / "jaxpref" / "jax"))
+  if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+    # A run has dozens of small programs, which JAX would leave out.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def _cores() -> int:

@@ -120,7 +120,7 @@ def run(prepared: Prepared, workdir: Path) -> None:
   deal = loader.make_loader(num_rows, batch_size=train.batch_size, seed=config.seed)
 
   # State: from the base, or from the newest checkpoint.
-  base = pipeline.params["unet"]
+  base = pipeline.params.pop("unet")  # taken out, so that it can be freed
   tx = _optimizer(config)
   lagging = _is_lagging(loss.NEEDS, config)
   make_state = lambda params: steps.init_state(  # noqa: E731
@@ -152,7 +152,8 @@ def run(prepared: Prepared, workdir: Path) -> None:
     deal.set_state(restored.data_state)
     _log.warning("continuing after update %d of %d", start, train.num_updates)
   adapt = _adapter(config)
-  frozen = _frozen(base, jnp.dtype(config.model.frozen_dtype))
+  base = unet_lib.freeze(base, config.model.frozen_dtype)
+  frozen = base if config.lora.rank or loss.NEEDS.reference == "base" else None
   # Only now: a continuation that is refused changes nothing.
   workdir_lib.write_config(workdir, config)
 
@@ -160,9 +161,7 @@ def run(prepared: Prepared, workdir: Path) -> None:
   train_step, rollout, reference_errors = _programs(prepared, tx, placement)
   known = None
   if config.data.noise_draws and loss.NEEDS.reference:
-    known = _known_errors(reference_errors, frozen, uncond, rows, config, mesh)
-    if not config.lora.rank:
-      frozen = None  # not needed again
+    known = _known_errors(reference_errors, base, uncond, rows, config, mesh)
 
   # The loop.
   writer = metrics.MetricWriter(
@@ -296,11 +295,6 @@ def _adapter(config: Any) -> Callable[[Any, Any], Any]:
     return lambda trained, base: trained
   scale = config.lora.alpha / config.lora.rank
   return lambda trained, base: lora_lib.Adapted(base, trained, scale)
-
-
-def _frozen(base: Any, dtype: Any) -> Any:
-  """The base as it is needed besides what is trained, in `dtype`."""
-  return jax.tree.map(lambda x: x.astype(dtype), base)
 
 
 def _is_lagging(needs: losses.Needs, config: Any) -> bool:

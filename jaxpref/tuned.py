@@ -80,6 +80,14 @@ def load(
   return dataclasses.replace(pipeline, params=params, digest=digest)
 
 
+def prompt_prefix(name: str) -> str:
+  """What goes before every prompt of a run's model, '' for other models and most losses."""
+  if not _is_workdir(name):
+    return ""
+  data = _read_config(user_path(name)).get("data", {})
+  return str(data.get("good_prefix", ""))
+
+
 def _is_workdir(name: str) -> bool:
   path = user_path(name)
   return (path / CONFIG).is_file() and (path / "checkpoints").is_dir()

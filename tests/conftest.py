@@ -19,6 +19,9 @@ def xla_flags(*, devices: int) -> str:
 # One device, here and in the programs that tests start, unless a test says otherwise: bits
 # are compared between the two.
 os.environ.setdefault("XLA_FLAGS", xla_flags(devices=1))
+# Compiled once for all workers, and the programs that tests start; `git clean` forgets it.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 sys.path.insert(0, str(ROOT))  # configs/ is a folder of the repository, not a package of ours
 
 

@@ -3,9 +3,14 @@
 import importlib.util
 import json
 import shutil
+import sys
 
 import pytest
 from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts there share campaign.py
+
+import campaign  # noqa: E402
 
 
 def _program(name):
@@ -29,7 +34,7 @@ def test_dro_against_sft(tiny_pipeline, tfds_dir, tmp_path, monkeypatch, capsys)
   table = (tmp_path / "out" / "dro_vs_sft.md").read_text()
   assert "seeds 0, 1" in table and "| shapes.quality |" in table
   # What is finished is not run again ...
-  monkeypatch.setattr(program.jaxpref_main, "main", lambda _: pytest.fail("ran again"))
+  monkeypatch.setattr(campaign.main, "main", lambda _: pytest.fail("ran again"))
   program.main(arguments)
   assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
   # ... and runs on another base are not mistaken for these.

@@ -3,9 +3,11 @@
 import importlib
 import json
 
+import jax
 import numpy as np
 import pytest
 from conftest import ROOT
+from orbax.checkpoint import v1 as ocp
 
 from configs import common
 from jaxpref import config as config_lib
@@ -47,6 +49,22 @@ def test_twenty_updates(name, tiny_pipeline, tfds_dir, tmp_path, monkeypatch, ca
       assert errors[-1] != lines[-1][f"err/reference_{arm}"]
   assert sum(line["optim/grad_norm"] > 0 for line in lines) >= 15
   assert (workdir / "report.html").exists()
+
+
+def test_low_rank_self_play(tiny_pipeline, tfds_dir, tmp_path, monkeypatch, capsys):
+  """Additions that roll out and are their own reference, with the base there once."""
+  monkeypatch.chdir(ROOT)
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tfds_dir))
+  fields = {"model.path": tiny_pipeline, "lora.rank": 2, "optim.lr": 0.01}
+  flags = [f"--config.{field}={value}" for field, value in fields.items()]
+  arguments = ["--config=configs/spin.py:tiny", f"--workdir={tmp_path / 'run'}", *flags]
+  assert main.main(arguments) == 0, capsys.readouterr().err
+  lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+  # A new iterate after two updates: policy and reference are then one again.
+  apart = [abs(x["err/policy_e"] - x["err/reference_e"]) for x in lines]
+  assert max(apart[0], apart[2]) < 1e-6 < min(apart[1], apart[3])
+  saved = ocp.checkpointables_metadata(tmp_path / "run/checkpoints/4").metadata["state"]
+  assert len(jax.tree.leaves(saved["policy_copy"])) == len(jax.tree.leaves(saved["params"]))
 
 
 @pytest.mark.parametrize("name", METHODS)

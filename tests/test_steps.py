@@ -145,6 +145,36 @@ def test_known_reference_errors_change_nothing(name):
   )
 
 
+@pytest.mark.parametrize(
+  ("name", "calls", "options"),
+  [
+    ("sft", [16], {}),
+    ("dpo", [32, 32], {}),
+    ("listwise", [48, 48], {}),
+    ("dro", [32, 32], {}),
+    ("dro", [16, 32], {"own": True}),
+    ("spin", [32, 32], {}),
+    ("dpo", [32], {"fixed": "known"}),
+  ],
+)
+def test_policy_and_reference_see_a_batch_once(name, calls, options, monkeypatch):
+  """All arms of the 16 rows in one call each, and no call that is not needed."""
+  seen = []
+  denoise = devices_main.denoise
+  make_step, make_rollout = steps.make_train_step, rollouts.make_rollout
+
+  def counting(params, x_t, t, cond):
+    seen.append(x_t.shape[0])
+    return denoise(params, x_t, t, cond)
+
+  monkeypatch.setattr(steps, "make_train_step", lambda _, *a, **k: make_step(counting, *a, **k))
+  monkeypatch.setattr(
+    rollouts, "make_rollout", lambda kind, _, *a, **k: make_rollout(kind, denoise, *a, **k)
+  )
+  devices_main.train(name, updates=1, **options)
+  assert seen == calls
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_arms_of_a_row_share_timestep_prompt_and_perhaps_noise(shared):
   _, rows, empty = devices_main.initial("pairs")

@@ -117,25 +117,10 @@ def test_a_run_leaves_what_it_promises(finished, capsys):
   assert not re.search(r"""(?:src|href)=["']?(?!data:|#|["'])""", html)
 
 
-# The command line, where every tensor that can be is split over `fsdp`, however small.
-SPLIT = """
-import sys
-from jaxpref import main, sharding
-whole = sharding.params_sharding
-def split(mesh, tree):
-  places = whole(mesh, tree, min_bytes=0)
-  assert "fsdp" in str(places), "nothing is split"
-  return places
-sharding.params_sharding = split
-sys.exit(main.main(sys.argv[1:]))
-"""
-
-
 def _start(arguments, log, *, devices):
   flags = xla_flags(devices=devices)
-  program = ["-m", "jaxpref.main"] if devices == 1 else ["-c", SPLIT]
   return subprocess.Popen(
-    [sys.executable, *program, *arguments],
+    [sys.executable, "-m", "jaxpref.main", *arguments],
     cwd=ROOT,
     env=os.environ | {"XLA_FLAGS": flags},
     stdout=log.open("a"),
@@ -149,9 +134,9 @@ def _run(arguments, log, *, devices):
 
 @pytest.fixture(scope="module")
 def on_eight(finished, tiny_pipeline, tmp_path_factory):
-  """The same run on eight devices, two of which share every tensor that can be split."""
+  """The same run on eight devices."""
   root = tmp_path_factory.mktemp("eight")
-  _run(_arguments(tiny_pipeline, root / "run", **{"mesh.fsdp": 2}), root / "log", devices=8)
+  _run(_arguments(tiny_pipeline, root / "run"), root / "log", devices=8)
   return root / "run"
 
 
@@ -172,8 +157,7 @@ def test_killed_and_started_again_it_ends_the_same(
   finished, on_eight, tiny_pipeline, tmp_path, killed_after, devices
 ):
   workdir, log = tmp_path / "run", tmp_path / "log"
-  fields = {"mesh.fsdp": 2} if devices > 1 else {}
-  arguments = _arguments(tiny_pipeline, workdir, **fields)
+  arguments = _arguments(tiny_pipeline, workdir)
   process = _start(arguments, log, devices=devices)
   deadline = time.monotonic() + 240
   while time.monotonic() < deadline and process.poll() is None:
@@ -230,12 +214,12 @@ def test_a_finished_run_is_only_evaluated_again(finished, tiny_pipeline, monkeyp
 
 def test_what_a_run_began_with_must_stay(tiny_pipeline, tmp_path, capsys):
   copy = shutil.copytree(tiny_pipeline, tmp_path / "pipeline")
-  fields = {"optim.schedule": "cosine", "train.num_updates": 2}
-  arguments = _arguments(copy, tmp_path / "run", **fields)
+  fields = {"optim.schedule": "cosine", "train.num_updates": 1}
+  arguments = _arguments(copy, tmp_path / "run", "sft", **fields)
   assert main.main(arguments) == 0
-  longer = _arguments(copy, tmp_path / "run", **fields | {"train.num_updates": 4})
+  longer = _arguments(copy, tmp_path / "run", "sft", **fields | {"train.num_updates": 2})
   assert main.main(longer) == 2
-  assert "train.num_updates was 2, now 4: that would bend" in capsys.readouterr().err
+  assert "train.num_updates was 1, now 2: that would bend" in capsys.readouterr().err
   weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
   tensors = load_file(weights)
   tensors["conv_in.bias"] += 1e-3
@@ -245,7 +229,7 @@ def test_what_a_run_began_with_must_stay(tiny_pipeline, tmp_path, capsys):
 
 
 def test_what_diverges_is_not_saved(tiny_pipeline, tmp_path, capsys):
-  arguments = _arguments(tiny_pipeline, tmp_path / "run", **{"optim.lr": 1e30})
+  arguments = _arguments(tiny_pipeline, tmp_path / "run", "sft", **{"optim.lr": 1e30})
   assert main.main(arguments) == 2
   assert "the run has diverged" in capsys.readouterr().err
   assert checkpoint.steps(tmp_path / "run" / "checkpoints") == []
@@ -279,13 +263,6 @@ def test_no_updates_leave_the_base(tiny_pipeline, tmp_path, capsys):
   for key in (*results, *prompts.CATEGORIES, "On 6 held-out prompts, it is undecided"):
     assert key in printed
   assert f"report: {tmp_path / 'none' / 'report.html'}" in printed
-
-
-def test_a_lagging_copy_is_kept(tiny_pipeline, tmp_path):
-  lag = {"rollout.refresh_every": 2, "train.accumulate": 2, "train.num_updates": 2}
-  assert main.main(_arguments(tiny_pipeline, tmp_path / "lag", **lag)) == 0
-  assert _lines(tmp_path / "lag")[1]["err/policy_p"] > 0
-  assert any("policy_copy" in path for path in _parameters(tmp_path / "lag")[1])
 
 
 def test_pictures_of_ones_own(tiny_pipeline, tmp_path, capsys):

@@ -83,7 +83,8 @@ def load_rows(kind: str, data: Any, *, image_size: int, seed: int) -> list[Row]:
       case "pairs":
         rows = from_pairs(source, data.num_rows)
       case _:
-        rows = to_singles(from_pairs(source), share=data.desirable_share, seed=seed)
+        pairs = from_pairs(source, data.num_rows)  # enough: each has one at least
+        rows = to_singles(pairs, share=data.desirable_share, seed=seed)
         rows = [
           r._replace(caption=(data.good_prefix if r.desirable else data.bad_prefix) + r.caption)
           for r in rows[: data.num_rows or None]

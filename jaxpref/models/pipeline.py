@@ -5,6 +5,7 @@ takes the name of a bundled pipeline, a directory, or an id of the Hugging Face 
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -44,7 +45,7 @@ class Pipeline:
   path: Path
   configs: Mapping[str, Mapping[str, Any]]
   modules: Mapping[str, nn.Module]
-  params: Mapping[str, Any]
+  params: dict[str, Any]
   tokenizers: tuple[Any, ...]
   schedule: schedule_lib.NoiseSchedule
   digest: str
@@ -281,6 +282,7 @@ def fingerprint(params: Any) -> str:
   return digest.hexdigest()[:16]
 
 
+@functools.cache
 def abstract_params(module: nn.Module) -> Any:
   """Shapes of a module's parameters, without computing any."""
   if hasattr(module, "init_weights"):

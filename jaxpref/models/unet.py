@@ -105,6 +105,15 @@ def make_denoise(unet: nn.Module) -> Denoise:
   return denoise
 
 
+def freeze(params: Params, dtype: Any) -> Any:
+  """Parameters that are not trained, their kernels in `dtype`.
+
+  A computation in the same dtype rounds kernels to it on their way into each layer: its
+  outputs stay the same, bit for bit. Scales of norms, which it does not round, stay, too.
+  """
+  return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, params)
+
+
 def widen_input(
   config: Mapping[str, Any], params: Mapping[str, Any], channels: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
