@@ -5,7 +5,6 @@ takes the name of a bundled pipeline, a directory, or an id of the Hugging Face 
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -282,7 +281,6 @@ def fingerprint(params: Any) -> str:
   return digest.hexdigest()[:16]
 
 
-@functools.cache
 def abstract_params(module: nn.Module) -> Any:
   """Shapes of a module's parameters, without computing any."""
   if hasattr(module, "init_weights"):
