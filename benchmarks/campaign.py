@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 import jax
+import numpy as np
 import pandas as pd
 
 from jaxpref import config as config_lib
@@ -59,6 +60,13 @@ def newest_evaluation(workdir: Path) -> Path:
 def scores_of(workdir: Path) -> pd.DataFrame:
   """A row for each picture and scorer of the run's last evaluation."""
   return pd.read_parquet(newest_evaluation(workdir) / "scores.parquet")
+
+
+def spread(values: Sequence[float], form: str = "{:.3f}") -> str:
+  """Mean +- standard deviation over seeds, or the number of a single one."""
+  if len(values) == 1:
+    return form.format(values[0])
+  return f"{form} +- {form}".format(np.mean(values), np.std(values, ddof=1))
 
 
 def provenance(command: str, seeds: Sequence[int]) -> str:

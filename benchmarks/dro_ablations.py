@@ -65,7 +65,7 @@ ABLATIONS = {
       "1000": ("data.num_experts=1000",),
       "5000": ("data.num_experts=5000",),
     },
-    "few are better: PickScore 21.55 with 100, 21.54 with 500, 21.46 with 1000, 21.25 with 5000",
+    "few are better: PickScore 21.55 (100), 21.54 (500), 21.46 (1000), 21.25 (5000)",
     lambda scores: max(scores["100"], scores["500"]) > max(scores["1000"], scores["5000"]),
   ),
   "refresh": Ablation(
@@ -174,7 +174,7 @@ def report(options: argparse.Namespace) -> None:
       results[f"{name}/{variant}"] = runs
       sums[variant] = float(np.mean([r["correct"] + r["quality"] for r in runs]))
       cells = (
-        _spread([r[key] for r in runs], form)
+        campaign.spread([r[key] for r in runs], form)
         for key, form in (
           ("correct", "{:.3f}"),
           ("quality", "{:.3f}"),
@@ -213,12 +213,6 @@ def _measure(workdir: Path) -> dict[str, float]:
     "active": float(np.mean([json.loads(line)["dro/active"] for line in lines])),
     "minutes": json.loads((workdir / "seconds.json").read_text()) / 60,
   }
-
-
-def _spread(values: list[float], form: str) -> str:
-  if len(values) == 1:
-    return form.format(values[0])
-  return f"{form} +- {form}".format(np.mean(values), np.std(values, ddof=1))
 
 
 if __name__ == "__main__":

@@ -81,8 +81,7 @@ def report(options: argparse.Namespace) -> None:
     "|---|---|" + "---|" * len(METHODS),
   ]
   for scorer in sorted(base.index):
-    runs = [pd.Series(tuned[m, scorer]) for m in METHODS]
-    cells = [f"{r.mean():.3f} +- {r.std():.3f}" for r in runs]
+    cells = [campaign.spread(tuned[m, scorer]) for m in METHODS]
     text.append(f"| {scorer} | {base[scorer]:.3f} | " + " | ".join(cells) + " |")
   text += [
     "",

@@ -31,6 +31,7 @@ from jaxpref.evaluation import compare, generate, grid, vendi
 
 RATES = (3e-5, 1e-4, 3e-4)
 IMAGES = 64  # trained on at an update, over rows and images of a row
+ALIKE, PROMPTS = 16, 10  # pictures of a prompt whose diversity is scored, and prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +224,7 @@ def _by_category(rows: pd.DataFrame) -> dict[str, float]:
 
 
 def _vendi(workdir: Path | None, options: argparse.Namespace) -> float:
-  """Diversity of sixteen pictures of a prompt, mean over ten test prompts; of latents."""
+  """Diversity of pictures of one prompt, by their latents, mean over test prompts."""
   record = (workdir or options.runs) / "vendi.json"
   if record.exists():
     return json.loads(record.read_text())
@@ -232,11 +233,11 @@ def _vendi(workdir: Path | None, options: argparse.Namespace) -> float:
   pipeline = tuned.load(model, mesh=mesh)
   generator = generate.make_generator(pipeline, mesh, num_steps=20, guidance=2.0, batch_size=40)
   prefix = tuned.prompt_prefix(model)
-  prompts = [prefix + p for p in shapes_prompts.held_out(150, seed=3000)[:10]]
+  prompts = [prefix + p for p in shapes_prompts.held_out(150, seed=3000)[:PROMPTS]]
   cond = encode.encode_prompts(pipeline, mesh, prompts)
-  cond = jax.tree.map(lambda x: np.repeat(x, 16, axis=0), cond)
-  images = generator(pipeline.params["unet"], cond, np.arange(160) + 9000)
-  latents = encode.encode_images(pipeline, mesh, list(images)).reshape(10, 16, -1)
+  cond = jax.tree.map(lambda x: np.repeat(x, ALIKE, axis=0), cond)
+  images = generator(pipeline.params["unet"], cond, np.arange(PROMPTS * ALIKE) + 9000)
+  latents = encode.encode_images(pipeline, mesh, list(images)).reshape(PROMPTS, ALIKE, -1)
   score = float(np.mean([vendi.vendi_score(of) for of in latents]))
   record.write_text(json.dumps(score))
   jax.clear_caches()
@@ -248,9 +249,7 @@ def _text(numbers: dict, options: argparse.Namespace) -> str:
   names = sorted(
     (n for n in numbers if n != "base"), key=lambda n: -np.mean(numbers[n]["shapes.correct"])
   )
-  spread = lambda v, f="{:.3f}": (  # noqa: E731
-    f"{f} +- {f}".format(np.mean(v), np.std(v, ddof=1)) if len(v) > 1 else f.format(v[0])
-  )
+  spread = campaign.spread
   lines = [
     "# Every method on the embedded world",
     "",
@@ -264,8 +263,8 @@ def _text(numbers: dict, options: argparse.Namespace) -> str:
     "the largest sum of correctness and quality taken; the test prompts below had no part "
     "in it. Mean +- standard deviation over seeds. The win rate is that of the tuned model's "
     "pictures over the base's by quality, all seeds together, with a 95 % interval over "
-    "prompts. Vendi scores are of 16 pictures of a prompt (16 would be most diverse), by the "
-    "cosine of their latents, mean over 10 prompts. Minutes are whole runs with the "
+    f"prompts. Vendi scores are of {ALIKE} pictures of a prompt ({ALIKE} would be most "
+    f"diverse), by the cosine of their latents, mean over {PROMPTS} prompts. Minutes are whole runs with the "
     "evaluation, on a machine that may have been shared: hints.",
     "",
     "| method | correct | quality | win rate | Vendi | minutes | lr, strength |",

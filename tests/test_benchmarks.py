@@ -1,5 +1,6 @@
 """The campaigns under benchmarks/, in small."""
 
+import dataclasses
 import importlib.util
 import json
 import shutil
@@ -7,6 +8,8 @@ import sys
 
 import pytest
 from conftest import ROOT
+
+from jaxpref import config as config_lib
 
 sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts there share campaign.py
 
@@ -26,13 +29,13 @@ def test_dro_against_sft(tiny_pipeline, tfds_dir, tmp_path, monkeypatch, capsys)
   base = shutil.copytree(tiny_pipeline, tmp_path / "base")
   program = _program("dro_vs_sft")
   arguments = [f"--out={tmp_path / 'out'}", f"--runs={tmp_path / 'runs'}", "--preset=tiny"]
-  arguments += ["--seeds", "0", "1", "--set", f"model.path={base}", "train.num_updates=1"]
+  arguments += ["--seeds", "0", "--set", f"model.path={base}", "train.num_updates=1"]
   program.main(arguments)
   results = json.loads((tmp_path / "out" / "results.json").read_text())
-  assert len(results["tuned"]["dro/shapes.quality"]) == 2
+  assert len(results["tuned"]["dro/shapes.quality"]) == 1
   assert "shapes.quality-1" in results["dro_against_sft"]
   table = (tmp_path / "out" / "dro_vs_sft.md").read_text()
-  assert "seeds 0, 1" in table and "| shapes.quality |" in table
+  assert "seeds 0." in table and "| shapes.quality |" in table
   # What is finished is not run again ...
   monkeypatch.setattr(campaign.main, "main", lambda _: pytest.fail("ran again"))
   program.main(arguments)
@@ -41,3 +44,75 @@ def test_dro_against_sft(tiny_pipeline, tfds_dir, tmp_path, monkeypatch, capsys)
   (tmp_path / "runs" / "base.txt").write_text("another")
   with pytest.raises(SystemExit, match="tuned another base"):
     program.main(arguments)
+
+
+@pytest.fixture
+def surroundings(tiny_pipeline, tfds_dir, tmp_path, monkeypatch):
+  """Arguments of a campaign cut down to single updates on two pictures."""
+  monkeypatch.chdir(ROOT)
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tfds_dir))
+  fields = [f"model.path={tiny_pipeline}", "train.num_updates=1", "evaluate.num_prompts=2"]
+  folders = [f"--out={tmp_path / 'out'}", f"--runs={tmp_path / 'runs'}"]
+  return [*folders, "--preset=tiny", "--set", *fields]
+
+
+def test_methods(surroundings, tmp_path, monkeypatch):
+  program = _program("methods")
+  monkeypatch.setattr(program, "SIX_RATES", (1e-4, 3e-4))  # in the place of six
+  monkeypatch.setattr(program, "IMAGES", 4)
+  monkeypatch.setattr(program, "PROMPTS", 2)
+  arguments = [*surroundings, "--methods=sft", "--seeds", "0", "--tune-updates=1"]
+  with pytest.raises(SystemExit, match="no method is finished"):
+    program.main([*arguments, "--report"])
+  program.main(arguments)
+  results = json.loads((tmp_path / "out" / "results.json").read_text())
+  assert results["sft"]["tuned over"] == 2 and len(results["sft"]["vendi"]) == 1
+  assert all(1.0 <= v <= 16.0 for v in (*results["sft"]["vendi"], *results["base"]["vendi"]))
+  table = (tmp_path / "out" / "methods.md").read_text()
+  assert "| sft | " in table and "| base | " in table and "seeds 0." in table
+  assert (tmp_path / "out" / "grid.png").stat().st_size > 1000
+  # No test prompt was validated on.
+  validation = set((tmp_path / "runs" / "validation.txt").read_text().splitlines())
+  tested = set(campaign.scores_of(tmp_path / "runs" / "final" / "sft-0").prompt)
+  assert len(validation) == 75 and tested and not validation & tested
+  monkeypatch.setattr(campaign.main, "main", lambda _: pytest.fail("ran again"))
+  program.main(arguments)
+
+
+def test_dro_ablations(surroundings, tmp_path, monkeypatch):
+  program = _program("dro_ablations")
+  arguments = [*surroundings, "--only", "states", "--seeds", "0"]
+  changed = {"1": (), "2": ("rollout.states=2", "train.batch_size=4")}
+  few = dataclasses.replace(program.ABLATIONS["states"], variants=changed)
+  monkeypatch.setitem(program.ABLATIONS, "states", few)
+  program.main(arguments)
+  table = (tmp_path / "out" / "dro_ablations.md").read_text()
+  assert "| 1 (default) | " in table and "| 2 | " in table
+  results = json.loads((tmp_path / "out" / "results.json").read_text())
+  assert set(results) == {"states/1", "states/2"}
+  monkeypatch.setattr(campaign.main, "main", lambda _: pytest.fail("ran again"))
+  program.main([*arguments, "--report"])
+
+
+def test_every_ablation_is_a_sound_configuration():
+  program = _program("dro_ablations")
+  for ablation in program.ABLATIONS.values():
+    assert sum(not fields for fields in ablation.variants.values()) == 1  # the default
+    for fields in ablation.variants.values():
+      flags = [f"--config.{field}" for field in fields]
+      config, _ = config_lib.parse_args([f"--config={ROOT}/configs/dro.py", *flags], flags={})
+      config_lib.validate(config)
+    scores = {name: float(i) for i, name in enumerate(ablation.variants)}
+    assert ablation.agrees is None or isinstance(ablation.agrees(scores), bool)
+
+
+def test_every_grid_has_six_settings():
+  program = _program("methods")
+  for name, method in program.METHODS.items():
+    assert len(set(program.grid_of(name))) == 6
+    for setting in program.grid_of(name):
+      flags = [f"--config.{field}" for field in (*method.fixed, *setting)]
+      path = f"--config={ROOT}/configs/{method.config}.py"
+      config, _ = config_lib.parse_args([path, *flags], flags={})
+      config_lib.validate(config)
+    assert program.IMAGES % method.images == 0

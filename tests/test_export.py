@@ -53,13 +53,11 @@ def tune(model: Path, root: Path) -> Path:
   return workdir
 
 
-@pytest.fixture(scope="module", params=["tiny", "sdxl"])
-def tuned_run(request, tiny_pipeline, tmp_path_factory) -> tuple[Path, Path]:
-  """A reduced pipeline, and the workdir of a run that tuned it."""
-  root = tmp_path_factory.mktemp(request.param)
-  if request.param == "tiny":
-    return tiny_pipeline, tune(tiny_pipeline, root)
-  model = families.write_pipeline(request.param, root, shallow=True)
+@pytest.fixture(scope="module")
+def tuned_run(tmp_path_factory) -> tuple[Path, Path]:
+  """A reduced SDXL, and the workdir of a run that tuned it."""
+  root = tmp_path_factory.mktemp("sdxl")
+  model = families.write_pipeline("sdxl", root, shallow=True)
   return model, tune(model, root)
 
 

@@ -15,15 +15,7 @@ from jaxpref.models import lora, pipeline, save, unet
 EVERYWHERE = r"attn[12]\.(to_q|to_k|to_v|to_out\.0)$|conv1|proj_in|downsamplers"
 
 
-@pytest.fixture(scope="module", params=["sd15", "sdxl"])
-def model(request, tmp_path_factory):
-  """A shallow pipeline: 1 x 1 convolutions or linear layers as projections."""
-  root = tmp_path_factory.mktemp("lora")
-  return families.write_pipeline(request.param, root, shallow=True)
-
-
-@pytest.fixture(scope="module")
-def adapted(model):
+def adapt(model):
   """The pipeline and its UNet with random additions of rank 3, on every kind of layer."""
   loaded = pipeline.load_pipeline(str(model))
   base = loaded.params["unet"]
@@ -33,6 +25,11 @@ def adapted(model):
     lambda x: jnp.asarray(0.2 * rng.standard_normal(x.shape), jnp.float32), additions
   )
   return loaded, lora.Adapted(base, additions, scale=0.5)
+
+
+@pytest.fixture(scope="module")
+def adapted(tiny_pipeline):
+  return adapt(tiny_pipeline)
 
 
 def _inputs(loaded, rows=2):
@@ -68,7 +65,7 @@ def test_merged_is_added(adapted):
   merged, base = lora.merge(params), params.base
   got, want = denoise(merged, *inputs), denoise(params, *inputs)
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * float(jnp.abs(want).max()))
-  assert float(jnp.abs(denoise(base, *inputs) - want).max()) > 0.05
+  assert float(jnp.abs(denoise(base, *inputs) - want).max()) > 0.02
   assert lora.merge(base) is base
 
 
@@ -84,11 +81,14 @@ def test_targets_are_patterns(adapted):
 
 
 @live
-def test_pytorch_loads_the_additions(adapted, model, tmp_path):
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_pytorch_loads_the_additions(family, tmp_path):
+  """Onto 1 x 1 convolutions as projections, and onto linear layers."""
   import torch
   import witness
 
-  loaded, params = adapted
+  model = families.write_pipeline(family, tmp_path, shallow=True)
+  loaded, params = adapt(model)
   save.save_tensors(tmp_path / "x.safetensors", lora.export_tensors(params, np.float32))
   pipe = witness.load(model)
   x_t, t, cond = _inputs(loaded)

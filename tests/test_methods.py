@@ -26,7 +26,7 @@ def test_twenty_updates(name, tiny_pipeline, tfds_dir, tmp_path, monkeypatch, ca
     "train.num_updates": 20,
     "train.updates_per_iteration": 20,
     "optim.lr": 1e-4,
-    "evaluate.num_prompts": 2,
+    "evaluate.num_prompts": 1,
   }
   flags = [f"--config.{field}={value}" for field, value in fields.items()]
   workdir = tmp_path / "run"

@@ -35,18 +35,22 @@ def test_a_run_in_small(tmp_path, monkeypatch, capsys):
   _assert_same(_run(tmp_path / "run", capsys), made)
 
 
-def test_interrupted_and_continued_it_ends_the_same(
-  tmp_path, tiny_pipeline, monkeypatch, capsys
-):
+def test_trained_on_interrupted_and_continued(tmp_path, tiny_pipeline, monkeypatch, capsys):
   monkeypatch.chdir(ROOT)
-  kept = [f"--config.vae.path={tiny_pipeline}", "--config.vae.num_updates=0"]
-  whole = _run(tmp_path / "whole", capsys, *kept)
+  options = [f"--config.{part}.path={tiny_pipeline}" for part in ("vae", "denoiser")]
+  options += ["--config.vae.num_updates=0", "--config.denoiser.lr=1e-6"]
+  whole = _run(tmp_path / "whole", capsys, *options)
+  before = pipeline.load_pipeline(str(tiny_pipeline))
   # The VAE is the other pipeline's.
-  taken = pipeline.load_pipeline(str(tiny_pipeline))
-  for a, b in zip(_leaves(taken.params["vae"]), _leaves(whole.params["vae"]), strict=True):
+  for a, b in zip(_leaves(before.params["vae"]), _leaves(whole.params["vae"]), strict=True):
     np.testing.assert_array_equal(a.astype(np.float16), b.astype(np.float16))
   assert not (tmp_path / "whole" / "vae").exists()
+  # Two updates at a learning rate of nothing: the weights it began with, as float16.
+  for part in ("unet", "text_encoder"):
+    pairs = zip(_leaves(before.params[part]), _leaves(whole.params[part]), strict=True)
+    assert all(np.allclose(a, b, atol=2e-5, rtol=1e-3) for a, b in pairs)
   card = (tmp_path / "whole" / "pipeline" / "README.md").read_text()
+  assert f"that of `{tiny_pipeline}`, trained on for 2 updates of 4 images" in card
   assert f"| VAE | that of `{tiny_pipeline}` |" in card
   save = checkpoint.save
 
@@ -55,20 +59,22 @@ def test_interrupted_and_continued_it_ends_the_same(
     raise KeyboardInterrupt
 
   arguments = ["--config=configs/shapes_base.py:tiny", f"--workdir={tmp_path / 'cut'}"]
-  arguments += kept
+  arguments += options
   with monkeypatch.context() as patch:
     patch.setattr(checkpoint, "save", save_and_stop)
     assert pretrain.main(arguments) == 130
   assert checkpoint.steps(tmp_path / "cut" / "denoiser" / "checkpoints") == [1]
-  _assert_same(_run(tmp_path / "cut", capsys, *kept), whole)
+  _assert_same(_run(tmp_path / "cut", capsys, *options), whole)
   # Checkpoints of another corpus are not continued.
   monkeypatch.setattr(pretrain, "_fingerprint", lambda *_: "another")
   assert pretrain.main(arguments) == 2
   assert "was trained on another corpus or from other weights" in capsys.readouterr().err
-  # The bundled VAE is wider than the tiny configuration's.
-  arguments = ["--config=configs/shapes_base.py:tiny", "--config.vae.path=shapes"]
-  assert pretrain.main([*arguments, f"--workdir={tmp_path / 'other'}"]) == 2
-  assert "vae.path: 'shapes' has another vae" in capsys.readouterr().err
+  # The bundled pipeline is wider than the tiny configuration's.
+  for part, name in (("vae", "vae"), ("denoiser", "unet")):
+    arguments = ["--config=configs/shapes_base.py:tiny", f"--config.{part}.path=shapes"]
+    assert pretrain.main([*arguments, f"--workdir={tmp_path / 'other'}"]) == 2
+    assert f"{part}.path: 'shapes' has another {name}" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_decoder_is_trained_on(tmp_path, tiny_pipeline, monkeypatch, capsys):
@@ -98,23 +104,6 @@ def test_a_decoder_is_trained_on(tmp_path, tiny_pipeline, monkeypatch, capsys):
   arguments = ["--config=configs/shapes_base.py:tiny", "--config.vae.num_updates=0"]
   assert pretrain.main([*arguments, f"--workdir={tmp_path / 'none'}"]) == 2
   assert "vae.num_updates is 0 and vae.path names no trained one" in capsys.readouterr().err
-
-
-def test_a_pipeline_is_trained_on(tmp_path, tiny_pipeline, monkeypatch, capsys):
-  monkeypatch.chdir(ROOT)
-  before = pipeline.load_pipeline(str(tiny_pipeline))
-  options = [f"--config.{part}.path={tiny_pipeline}" for part in ("vae", "denoiser")]
-  made = _run(tmp_path / "run", capsys, *options, "--config.denoiser.lr=1e-6")
-  # Two updates at a learning rate of nothing: the weights it began with, as float16.
-  for part in ("unet", "text_encoder"):
-    pairs = zip(_leaves(before.params[part]), _leaves(made.params[part]), strict=True)
-    assert all(np.allclose(a, b, atol=2e-5, rtol=1e-3) for a, b in pairs)
-  card = (tmp_path / "run" / "pipeline" / "README.md").read_text()
-  assert f"that of `{tiny_pipeline}`, trained on for 2 updates of 4 images" in card
-  arguments = ["--config=configs/shapes_base.py:tiny", "--config.denoiser.path=shapes"]
-  assert pretrain.main([*arguments, f"--workdir={tmp_path / 'other'}"]) == 2
-  assert "denoiser.path: 'shapes' has another unet" in capsys.readouterr().err
-  assert not (tmp_path / "other").exists()
 
 
 def _assert_same(ours, theirs):
