@@ -264,8 +264,8 @@ def _text(numbers: dict, options: argparse.Namespace) -> str:
     "in it. Mean +- standard deviation over seeds. The win rate is that of the tuned model's "
     "pictures over the base's by quality, all seeds together, with a 95 % interval over "
     f"prompts. Vendi scores are of {ALIKE} pictures of a prompt ({ALIKE} would be most "
-    f"diverse), by the cosine of their latents, mean over {PROMPTS} prompts. Minutes are whole runs with the "
-    "evaluation, on a machine that may have been shared: hints.",
+    f"diverse), by the cosine of their latents, mean over {PROMPTS} prompts. Minutes are whole "
+    "runs with the evaluation, on a machine that may have been shared: hints.",
     "",
     "| method | correct | quality | win rate | Vendi | minutes | lr, strength |",
     "|---|---|---|---|---|---|---|",

@@ -52,10 +52,21 @@ def test_twenty_updates(name, tiny_pipeline, tfds_dir, tmp_path, monkeypatch, ca
 
 
 def test_low_rank_self_play(tiny_pipeline, tfds_dir, tmp_path, monkeypatch, capsys):
-  """Additions that roll out and are their own reference, with the base there once."""
+  """Additions that roll out and are their own reference, and the other ways to compute."""
   monkeypatch.chdir(ROOT)
   monkeypatch.setenv("TFDS_DATA_DIR", str(tfds_dir))
-  fields = {"model.path": tiny_pipeline, "lora.rank": 2, "optim.lr": 0.01}
+  fields = {
+    "model.path": tiny_pipeline,
+    "model.dtype": "bfloat16",
+    "model.frozen_dtype": "bfloat16",
+    "data.flip": True,
+    "lora.rank": 2,
+    "rollout.solver": "ddim",
+    "rollout.guidance": 3.0,
+    "optim.lr": 0.01,
+    "optim.schedule": "cosine",
+    "train.accumulate": 2,
+  }
   flags = [f"--config.{field}={value}" for field, value in fields.items()]
   arguments = ["--config=configs/spin.py:tiny", f"--workdir={tmp_path / 'run'}", *flags]
   assert main.main(arguments) == 0, capsys.readouterr().err
@@ -65,6 +76,7 @@ def test_low_rank_self_play(tiny_pipeline, tfds_dir, tmp_path, monkeypatch, caps
   assert max(apart[0], apart[2]) < 1e-6 < min(apart[1], apart[3])
   saved = ocp.checkpointables_metadata(tmp_path / "run/checkpoints/4").metadata["state"]
   assert len(jax.tree.leaves(saved["policy_copy"])) == len(jax.tree.leaves(saved["params"]))
+  assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(saved["params"]))
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -169,8 +169,9 @@ def test_a_batch_equals_its_samples_alone(solver, order):
     one = slice(b, b + 1)
     np.testing.assert_array_equal(samplers.initial_noise(keys[one], ROWS), x_T[one])
     alone, seen_alone = run(x_T[one], offsets[one], keys[one])
-    np.testing.assert_allclose(alone, x0[one], atol=1e-6, rtol=1e-6)
-    np.testing.assert_allclose(seen_alone.states, seen.states[:, one], atol=5e-6)
+    # Another batch size may be other kernels, and third order amplifies their rounding.
+    np.testing.assert_allclose(alone, x0[one], atol=2e-5, rtol=1e-6)
+    np.testing.assert_allclose(seen_alone.states, seen.states[:, one], atol=2e-5)
     np.testing.assert_array_equal(seen_alone.timesteps, seen.timesteps[:, one])
 
 

@@ -225,25 +225,6 @@ def test_what_diverges_is_not_saved(tiny_pipeline, tmp_path, capsys):
   assert checkpoint.steps(tmp_path / "run" / "checkpoints") == []
 
 
-def test_the_other_ways_to_sample_and_compute(tiny_pipeline, tmp_path):
-  fields = {
-    "data.flip": True,
-    "model.dtype": "bfloat16",
-    "rollout.solver": "ddim",
-    "rollout.guidance": 2.0,
-    "optim.schedule": "cosine",
-    "train.num_updates": 2,
-  }
-  assert main.main(_arguments(tiny_pipeline, tmp_path / "run", **fields)) == 0
-  lines = _lines(tmp_path / "run")
-  assert all(line["err/policy_p"] > 0 for line in lines)
-  assert all(
-    p.dtype == np.float32
-    for n, p in _parameters(tmp_path / "run")[1].items()
-    if n.startswith("/params/")
-  )
-
-
 def test_no_updates_leave_the_base(tiny_pipeline, tmp_path, capsys):
   arguments = _arguments(tiny_pipeline, tmp_path / "none", **{"train.num_updates": 0})
   assert main.main(arguments) == 0

@@ -22,8 +22,8 @@ _STREAM = 0x4C495354
 class ListsConfig(tfds.core.BuilderConfig):
   """How many lists there are of train and of test prompts, their length, and their seed."""
 
-  num_train: int = 1500
-  num_test: int = 150
+  num_train: int = 1000
+  num_test: int = 100
   num_images: int = 4
   seed: int = 0
 
