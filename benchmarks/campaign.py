@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -13,9 +14,10 @@ import jax
 import numpy as np
 import pandas as pd
 
-from jaxpref import config as config_lib
 from jaxpref import main
 from jaxpref.models import pipeline
+
+_FINISHED = "finished.json"  # in a workdir: what was asked for, and how long it took
 
 
 def check_base(runs: Path, model: str) -> None:
@@ -28,28 +30,40 @@ def check_base(runs: Path, model: str) -> None:
   record.write_text(weights)
 
 
-def run(workdir: Path, arguments: Sequence[str]) -> None:
+def run(workdir: Path, arguments: Sequence[str]) -> bool:
   """Makes a run that is not there yet, or goes on with one that was interrupted.
 
   Args:
     workdir: of the run.
     arguments: of `jaxpref.main`, besides the workdir.
+
+  Returns:
+    Whether it is finished; if not it failed, as a learning rate may be too high, and says
+    why on the terminal.
   """
   if is_finished(workdir, arguments):
-    return
+    return True
   print(f"\n== {workdir}: {' '.join(arguments)}", flush=True)
-  if status := main.main([f"--workdir={workdir}", *arguments]):
-    sys.exit(status)
+  began = time.perf_counter()
+  status = main.main([f"--workdir={workdir}", *arguments])
   jax.clear_caches()  # the next run has programs of its own
+  if status == 130:  # interrupted
+    sys.exit(status)
+  if not status:
+    part = {"seconds": time.perf_counter() - began, "arguments": list(arguments)}
+    (workdir / _FINISHED).write_text(json.dumps(part))
+  return not status
 
 
 def is_finished(workdir: Path, arguments: Sequence[str]) -> bool:
   """Whether this very run has been made; another one there is for `main` to refuse."""
-  config, _ = config_lib.parse_args(list(arguments), flags={})
-  wanted = json.loads(config_lib.to_json(config))
-  stored = workdir / "config.json"
-  same = stored.exists() and json.loads(stored.read_text()) == wanted
-  return same and (workdir / "report.html").exists()
+  record = workdir / _FINISHED
+  return record.exists() and json.loads(record.read_text())["arguments"] == list(arguments)
+
+
+def minutes_of(workdir: Path) -> float:
+  """How long a run took, with its evaluation; of a resumed one the last part."""
+  return json.loads((workdir / _FINISHED).read_text())["seconds"] / 60
 
 
 def newest_evaluation(workdir: Path) -> Path:

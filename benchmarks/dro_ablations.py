@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import json
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -126,11 +125,8 @@ def main(argv: list[str]) -> None:
     for name in options.only:
       for variant, fields in ABLATIONS[name].variants.items():
         workdir = _workdir(options, name, variant, seed)
-        began = time.perf_counter()
-        campaign.run(workdir, _arguments(options, f"seed={seed}", *fields))
-        record = workdir / "seconds.json"
-        if not record.exists():
-          record.write_text(json.dumps(time.perf_counter() - began))
+        if not campaign.run(workdir, _arguments(options, f"seed={seed}", *fields)):
+          sys.exit(1)
   report(options)
 
 
@@ -158,10 +154,10 @@ def report(options: argparse.Namespace) -> None:
     "",
     "Each run is `configs/dro.py` with one thing changed. Correctness and quality of the "
     "tuned model's pictures on held-out prompts, mean +- standard deviation over seeds; "
-    "`active` is the share of samples that the hinge still counted, mean over updates. Minutes "
-    "are of whole runs with their evaluation, on a machine that may have been shared. Whether "
-    "the trend is the paper's (Wu et al. 2025, SD 1.5 on Pick-a-Pic) is judged by the sum of "
-    "correctness and quality.",
+    "`active` is the share of samples that the hinge still counted, mean over logged updates. "
+    "Minutes are of whole runs with their evaluation, on a machine that may have been "
+    "shared. Whether the trend is the paper's (Wu et al. 2025, SD 1.5 on Pick-a-Pic) is judged "
+    "by the sum of correctness and quality.",
   ]
   results = {}
   for name in options.only:
@@ -211,7 +207,7 @@ def _measure(workdir: Path) -> dict[str, float]:
     "correct": float(means["shapes.correct"]),
     "quality": float(means["shapes.quality"]),
     "active": float(np.mean([json.loads(line)["dro/active"] for line in lines])),
-    "minutes": json.loads((workdir / "seconds.json").read_text()) / 60,
+    "minutes": campaign.minutes_of(workdir),
   }
 
 

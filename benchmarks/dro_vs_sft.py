@@ -36,7 +36,8 @@ def main(argv: list[str]) -> None:
   for seed in options.seeds:
     for method in METHODS:
       arguments = _arguments(method, options, f"seed={seed}")
-      campaign.run(options.runs / f"{method}-{seed}", arguments)
+      if not campaign.run(options.runs / f"{method}-{seed}", arguments):
+        sys.exit(1)
   options.out.mkdir(parents=True, exist_ok=True)
   report(options)
 

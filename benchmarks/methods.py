@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import json
 import sys
-import time
 from pathlib import Path
 
 import campaign
@@ -75,12 +74,8 @@ def main(argv: list[str]) -> None:
   for name in options.methods:
     chosen[name] = choose(name, options)
     for seed in options.seeds if chosen[name] and not options.report else ():
-      final = _final(name, chosen[name], seed, options)
-      began = time.perf_counter()
-      campaign.run(*final)
-      record = final[0] / "seconds.json"
-      if not record.exists():
-        record.write_text(json.dumps(time.perf_counter() - began))
+      if not campaign.run(*_final(name, chosen[name], seed, options)):
+        sys.exit(1)
   report({name: grid for name, grid in chosen.items() if grid}, options)
 
 
@@ -130,6 +125,12 @@ def choose(name: str, options: argparse.Namespace) -> tuple[str, ...] | None:
   None where runs of the grid are missing and none may be made.
   """
   validation = _validation_prompts(options)
+  record = options.runs / "tune" / f"{name}.json"
+  asked = [options.preset, options.tune_updates, *options.set]
+  if record.exists() and (stored := json.loads(record.read_text()))["asked"] == asked:
+    return tuple(max(stored["scores"], key=stored["scores"].get).split())
+  if options.report:
+    return None
   found = {}
   for setting in grid_of(name):
     workdir = options.runs / "tune" / name / "-".join(s.split("=")[1] for s in setting)
@@ -142,14 +143,15 @@ def choose(name: str, options: argparse.Namespace) -> tuple[str, ...] | None:
       "evaluate.num_prompts=75",
       *setting,
     )
-    if options.report and not campaign.is_finished(workdir, arguments):
-      return None
-    campaign.run(workdir, arguments)
+    if not campaign.run(workdir, arguments):  # it has diverged
+      found[setting] = -1.0
+      continue
     scores = campaign.scores_of(workdir)
     found[setting] = scores[scores.model == "tuned"].groupby("scorer").score.mean().sum()
-  record = options.runs / "tune" / f"{name}.json"
-  record.write_text(json.dumps({" ".join(k): v for k, v in found.items()}, indent=1))
-  return max(found, key=found.get)
+  scores_by = {" ".join(setting): score for setting, score in found.items()}
+  record.parent.mkdir(exist_ok=True)
+  record.write_text(json.dumps({"asked": asked, "scores": scores_by}, indent=1))
+  return max(found, key=found.__getitem__)
 
 
 def _validation_prompts(options: argparse.Namespace) -> Path:
@@ -206,7 +208,7 @@ def _measure(
   tune = json.loads((options.runs / "tune" / f"{name}.json").read_text())
   return {
     "setting": list(setting),
-    "tuned over": len(tune),
+    "tuned over": tune["scores"],
     **{
       s: [float(t[t.scorer == s].score.mean()) for t in tuned_rows]
       for s in sorted(set(tuned_rows[0].scorer))
@@ -214,7 +216,7 @@ def _measure(
     "categories": _by_category(pd.concat(tuned_rows)),
     "quality win rate": [wins[key]["win_rate"], *wins[key]["interval"]],
     "vendi": [_vendi(run, options) for run in runs],
-    "seconds": [json.loads((run / "seconds.json").read_text()) for run in runs],
+    "minutes": [campaign.minutes_of(run) for run in runs],
   }
 
 
@@ -278,7 +280,7 @@ def _text(numbers: dict, options: argparse.Namespace) -> str:
     lines.append(
       f"| {name} | {spread(n['shapes.correct'])} | {spread(n['shapes.quality'])} "
       f"| {rate:.3f} [{low:.3f}, {high:.3f}] | {spread(n['vendi'], '{:.2f}')} "
-      f"| {np.mean(n['seconds']) / 60:.1f} | {', '.join(n['setting'])} |"
+      f"| {np.mean(n['minutes']):.1f} | {', '.join(n['setting'])} |"
     )
   categories = list(base["categories"])
   lines += ["", "Correct by category:", "", "| method | " + " | ".join(categories) + " |"]

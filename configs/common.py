@@ -2,9 +2,11 @@
 
 `shapes` runs on the bundled pipeline and the embedded world, in minutes, without an
 accelerator. `sd15` and `sdxl` are recipes as published for Stable Diffusion 1.5 and SDXL, on
-Pick-a-Pic from local files (`--config.data.path=DIR`); a number that a file does not give a
-source for is that of Wallace et al. 2023 (https://arxiv.org/abs/2311.12908), Diffusion-DPO's
-authors, whose optimizer, batch and evaluation later methods took over. `tiny` is `shapes` cut
+Pick-a-Pic from local files (`--config.data.path=DIR`). Learning rate, batch, warm-up, updates
+and prompt dropout that a file does not give a source for are those of Diffusion-DPO's launchers
+(https://github.com/SalesforceAIResearch/DiffusionDPO), which later methods took over; they also
+flip images at random (`data.flip`, off here where left and right matter). The evaluation, on
+captions of the training images with a seed of its own, is ours. `tiny` is `shapes` cut
 down to seconds, for tests.
 """
 
@@ -27,8 +29,8 @@ def base(name: str, preset: str) -> ConfigDict:
   c.model.frozen_dtype = "float32"  # in which the base is held besides what is trained
 
   c.data = ConfigDict()
-  c.data.source = "shapes"  # 'shapes', or 'folder' for images with captions beside them
-  c.data.path = ""  # the folder
+  c.data.source = "shapes"  # 'shapes', 'pickapic' (parquet files), 'folder' (captioned images)
+  c.data.path = ""  # of the folder or file
   c.data.num_experts = 500  # the best K images by score; of a folder the first K; 0: all
   c.data.experts = "top"  # 'top': by score; 'winners': every pair's preferred image
   c.data.num_rows = 0  # of pairs, singles or lists, for losses that learn from them; 0: all
@@ -36,13 +38,12 @@ def base(name: str, preset: str) -> ConfigDict:
   c.data.good_prefix = ""  # before the prompts of liked singles, and of tuned pictures
   c.data.bad_prefix = ""  # before the prompts of the other singles
   c.data.list_size = 4  # images of a ranked list
-  c.data.noise_draws = 0  # of timestep and noise for each row, to know the reference's
-  # errors beforehand; 0: new ones at every update
+  c.data.noise_draws = 0  # fixed draws a row, whose reference errors are computed once; 0: new
   c.data.prompt_dropout = 0.2  # share of rows trained with an empty prompt
   c.data.flip = False  # add each image's mirror image; not where left and right matter
 
   c.loss = ConfigDict()
-  c.loss.name = name  # a file of jaxpref/losses, or the dotted path of a module
+  c.loss.name = name  # a file of jaxpref/losses, a registered name, or a module
 
   c.rollout = ConfigDict()  # how the policy draws its own samples, where the loss asks
   c.rollout.solver = "dpm_solver"  # 'dpm_solver' (++, multistep), 'ddim' or 'ddpm'
@@ -116,7 +117,8 @@ def base(name: str, preset: str) -> ConfigDict:
     c.evaluate.batch_size = 16
 
   if preset == "tiny":
-    c.data.num_experts = c.data.num_rows = 16
+    c.data.num_experts = 16
+    c.data.num_rows = 0 if name in ("sft", "spin", "dro") else 16  # those learn from experts
     c.data.list_size = 3
     c.rollout.num_steps = 2
     c.train.batch_size = 8

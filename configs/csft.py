@@ -5,7 +5,7 @@
 A baseline of the KTO papers; the evaluation and `jaxpref.generate` then draw with the good
 prefix, which other programs must be told with an exported model. On the shapes
 world, whose tokenizer has no words for it, the prefixes are single signs. `sd15` and `sdxl`
-take over Diffusion-DPO's optimizer, in which the authors of KTO compare it.
+take over Diffusion-DPO's optimizer.
 """
 
 from ml_collections import ConfigDict

@@ -18,6 +18,6 @@ PRESETS = common.PRESETS
 def get_config(preset: str = "shapes") -> ConfigDict:
   """The run's configuration."""
   c = common.base("dpo", preset)
-  c.loss.beta = 5000.0
-  c.loss.variant = "sigmoid"
+  c.loss.beta = 5000.0  # how much the policy is bound to the reference
+  c.loss.variant = "sigmoid"  # or 'hinge' or 'ipo'
   return c

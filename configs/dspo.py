@@ -18,7 +18,7 @@ PRESETS = common.PRESETS
 def get_config(preset: str = "shapes") -> ConfigDict:
   """The run's configuration."""
   c = common.base("dspo", preset)
-  c.loss.beta = 0.001
+  c.loss.beta = 0.001  # weight of the step away from the reference
   if preset == "sdxl":
     c.optim.lr = 2.048e-6
     c.optim.warmup_updates = 500

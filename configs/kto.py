@@ -19,10 +19,10 @@ PRESETS = common.PRESETS
 def get_config(preset: str = "shapes") -> ConfigDict:
   """The run's configuration."""
   c = common.base("kto", preset)
-  c.loss.beta = 5000.0
-  c.loss.utility = "kt"
-  c.loss.weight_desirable = 1.0
-  c.loss.weight_undesirable = 1.0
+  c.loss.beta = 5000.0  # scale of the implicit reward
+  c.loss.utility = "kt"  # or 'loss_averse' or 'risk_seeking'
+  c.loss.weight_desirable = 1.0  # of liked images
+  c.loss.weight_undesirable = 1.0  # of the others
   if preset in ("sd15", "sdxl"):
     c.optim.lr = 1e-7
     c.optim.warmup_updates = 200

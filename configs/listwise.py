@@ -17,5 +17,5 @@ PRESETS = common.PRESETS
 def get_config(preset: str = "shapes") -> ConfigDict:
   """The run's configuration."""
   c = common.base("listwise", preset)
-  c.loss.beta = 5000.0
+  c.loss.beta = 5000.0  # how much the policy is bound to the reference
   return c

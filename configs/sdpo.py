@@ -1,4 +1,4 @@
-"""Diffusion-SDPO: DPO, or DSPO, with a guard that keeps the winner's error from rising.
+"""Diffusion-SDPO: DPO, or DSPO, with a guard for the winners.
 
   python -m jaxpref.main --config=configs/sdpo.py
 
@@ -18,9 +18,9 @@ PRESETS = common.PRESETS
 def get_config(preset: str = "shapes") -> ConfigDict:
   """The run's configuration."""
   c = common.base("sdpo", preset)
-  c.loss.guarded = "dpo"
-  c.loss.beta = 5000.0
-  c.loss.mu = 0.6 if preset == "sdxl" else 0.9
+  c.loss.guarded = "dpo"  # or 'dspo'
+  c.loss.beta = 5000.0  # as in the guarded loss
+  c.loss.mu = 0.6 if preset == "sdxl" else 0.9  # share of the winners' descent that stays
   if preset == "sdxl":
     c.optim.lr = 2.048e-6
     c.optim.warmup_updates = 500

@@ -3,7 +3,7 @@
   python -m jaxpref.main --config=configs/sft.py
 
 The same experts, batch, learning rate and number of updates as configs/dro.py, with the
-denoising error alone as the loss; also for `sd15` and `sdxl`, as in DRO's paper.
+denoising error alone as the loss; also for `sd15` and `sdxl`.
 """
 
 from ml_collections import ConfigDict

@@ -3,7 +3,7 @@
   python -m jaxpref.main --config=configs/simpo.py
 
 There is no published recipe for diffusion models: `sd15` and `sdxl` take over Diffusion-DPO's
-optimizer and beta; the target margin is half of a typical logit there, a guess to tune.
+optimizer and beta; the target margin is a guess to tune.
 """
 
 from ml_collections import ConfigDict
@@ -16,6 +16,6 @@ PRESETS = common.PRESETS
 def get_config(preset: str = "shapes") -> ConfigDict:
   """The run's configuration."""
   c = common.base("simpo", preset)
-  c.loss.beta = 5000.0
-  c.loss.target_margin = 0.5
+  c.loss.beta = 5000.0  # scale of the difference of errors
+  c.loss.target_margin = 0.5  # by which the scaled difference should lead
   return c

@@ -39,6 +39,7 @@ def _one_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
 
 
 _POSITIVE = (lambda value: 0 < value < math.inf, "positive and finite")
+_FINITE = (lambda value: 0 <= value < math.inf, "at least 0 and finite")
 _DECAY = (lambda value: 0 <= value < 1, "at least 0 and below 1")
 _SEED = (lambda value: 0 <= value < 2**31, "at least 0 and below 2^31")
 _AXIS = (lambda value: value >= 1 or value == -1, "at least 1, or -1 for the rest")
@@ -50,7 +51,9 @@ RULES: Rules = {
   "data.experts": _one_of("top", "winners"),
   **dict.fromkeys(("data.num_rows", "data.noise_draws", "rollout.replay"), _at_least(0)),
   "lora.rank": _at_least(0),
-  **dict.fromkeys(("lora.alpha", "loss.beta"), _POSITIVE),
+  **dict.fromkeys(("lora.alpha", "loss.beta", "loss.snr"), _POSITIVE),
+  **dict.fromkeys(("loss.margin", "loss.target_margin"), _FINITE),
+  **dict.fromkeys(("loss.weight_desirable", "loss.weight_undesirable"), _FINITE),
   "data.prompt_dropout": (lambda value: 0 <= value <= 1, "between 0 and 1"),
   "rollout.solver": _one_of("dpm_solver", "ddim", "ddpm"),
   "optim.schedule": _one_of("constant", "linear", "cosine", "trapezoid"),

@@ -60,8 +60,9 @@ def make_rollout(
   """The rollout as one jitted program.
 
   Each sample's timesteps are shifted by a random offset, so that every timestep is
-  trained. Of its `num_steps` states so many are kept, evenly spaced from a random one on:
-  all are equally likely, and none is kept twice.
+  trained (where `num_steps` divides their number; else the last few are not). Of its
+  `num_steps` states so many are kept, evenly spaced from a random one on: all are equally
+  likely, and none is kept twice.
 
   Args:
     kind: 'states', as Diffusion-DRO has it, or 'images', which start at the noisiest

@@ -144,7 +144,10 @@ def make_train_step(
     def add(total, micro):
       return jax.tree.map(jnp.add, total, gradients(trained, base, previous, micro)), None
 
-    micros = jax.tree.map(lambda x: x.reshape((accumulate, -1, *x.shape[1:])), rows)
+    # Every so many rows rather than runs of them: the same micro-batches on any mesh.
+    micros = jax.tree.map(
+      lambda x: x.reshape((-1, accumulate, *x.shape[1:])).swapaxes(0, 1), rows
+    )
     first = jax.tree.map(lambda x: x[0], micros)
     shapes = jax.eval_shape(gradients, trained, base, previous, first)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)

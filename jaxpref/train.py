@@ -196,9 +196,9 @@ def run(prepared: Prepared, workdir: Path) -> None:
         times = {f"time/{name}": share for name, share in shares.items()}
         if numbers["optim/grad_norm"] == 0.0 and done < train.num_updates:
           _log.warning(
-            "update %d learned nothing, its gradient is 0: see loss.margin, if dro/active is "
-            "0 too",
+            "update %d learned nothing, its gradient is 0%s",
             done,
+            ": every hinge is closed, see loss.margin" if "dro/active" in numbers else "",
           )
         writer.write(done, numbers | {"perf/images_per_second": speed} | times)
         writer.progress(done, loss=numbers["loss"], images_per_second=speed, shares=shares)
@@ -223,7 +223,7 @@ def run(prepared: Prepared, workdir: Path) -> None:
     scorer_names=prepared.scorers,
     mesh=mesh,
     directory=directory,
-    prefix=config.data.good_prefix if loss.NEEDS.rows == "singles" else "",
+    prefix=config.data.good_prefix,
   )
   facts = {
     "updates": train.num_updates,
@@ -245,6 +245,15 @@ def _check_needs(needs: losses.Needs, config: Any) -> None:
     raise UserError("data.noise_draws fixes timesteps and noise, which rollouts draw anew")
   if draws and needs.residuals:
     raise UserError("data.noise_draws keeps errors, and this loss needs predictions")
+  if draws and needs.reference and config.model.dtype != "float32":
+    raise UserError(
+      "data.noise_draws needs model.dtype=float32: errors of a program of their own, rounded "
+      "to less, would differ by more than preference margins"
+    )
+  if needs.rows != "singles" and (config.data.good_prefix or config.data.bad_prefix):
+    raise UserError("data.good_prefix and data.bad_prefix are for losses that learn singles")
+  if needs.rows == "experts" and config.data.num_rows:
+    raise UserError("of experts there are data.num_experts; data.num_rows is for other rows")
   if needs.rollout != "states" and (rollout.states > 1 or rollout.replay):
     raise UserError("rollout.states and rollout.replay are for losses that take states")
   if rollout.states > rollout.num_steps:
@@ -275,7 +284,7 @@ def _encode_rows(
   latents = encode.encode_images(pipeline, mesh, [i for r in rows for i in r.images])
   return {
     "latents": latents.reshape((len(rows), -1, *latents.shape[1:])),
-    "cond": encode.encode_prompts(pipeline, mesh, [r.caption for r in rows]),
+    "cond": encode.encode_prompts(pipeline, mesh, [r.prefix + r.caption for r in rows]),
     "labels": {"desirable": np.array([r.desirable for r in rows])},
   }
 

@@ -102,13 +102,11 @@ def test_pytorch_draws_the_picture_that_we_draw(tuned_run, tmp_path):
   pipe = witness.load(tmp_path / "x")
   size = pipe.unet.config.sample_size
   noise = test_families.noise_of((4, size, size))
-  ours = []
-  for i, seed in enumerate(test_families.SEEDS):
-    out = tmp_path / f"pictures-{i}"
-    flags = [f"--prompts={PROMPT}", f"--seed={seed}", "--steps=10", "--guidance=4"]
-    flags += ["--batch-size=1", "--negative=two blue squares"]
-    assert generate.main([f"--model={workdir}", f"--out={out}", *flags]) == 0
-    ours.append(np.asarray(Image.open(out / "00000-00.png"), float))
+  seed, out = test_families.SEEDS[0], tmp_path / "pictures"  # and the next, as there
+  flags = [f"--prompts={PROMPT}", f"--seed={seed}", "--images-per-prompt=2", "--steps=10"]
+  flags += ["--guidance=4", "--batch-size=1", "--negative=two blue squares"]
+  assert generate.main([f"--model={workdir}", f"--out={out}", *flags]) == 0
+  ours = [np.asarray(Image.open(out / f"00000-0{i}.png"), float) for i in range(2)]
   theirs = pipe(
     [PROMPT] * 2,
     negative_prompt=["two blue squares"] * 2,

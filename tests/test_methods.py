@@ -14,7 +14,11 @@ from jaxpref import config as config_lib
 from jaxpref import losses, main
 from jaxpref.data import rows as rows_lib
 
-METHODS = tuple(losses.known_losses())
+METHODS = (
+  *("csft", "dpo", "dro", "dspo", "kto", "listwise", "mapo", "sdpo", "sft", "simpo", "spin"),
+)
+# What further options there are, run by one method each.
+OPTIONS = {"kto": {"data.noise_draws": 2}, "dro": {"rollout.states": 2}}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -27,6 +31,7 @@ def test_twenty_updates(name, tiny_pipeline, tfds_dir, tmp_path, monkeypatch, ca
     "train.updates_per_iteration": 20,
     "optim.lr": 1e-4,
     "evaluate.num_prompts": 1,
+    **OPTIONS.get(name, {}),
   }
   flags = [f"--config.{field}={value}" for field, value in fields.items()]
   workdir = tmp_path / "run"
@@ -99,6 +104,16 @@ def test_presets_are_sound(name, preset):
     ("dro", ["--config.rollout.states=5"], "rollout.num_steps = 2 states"),
     ("dspo", ["--config.data.noise_draws=2"], "this loss needs predictions"),
     ("dpo", ["--config.data.source=folder"], "folder has no pairs"),
+    ("dpo", ["--config.data.good_prefix=+ "], "are for losses that learn singles"),
+    ("sft", ["--config.data.num_rows=5"], "of experts there are data.num_experts"),
+    (
+      "dpo",
+      ["--config.data.noise_draws=2", "--config.model.dtype=bfloat16"],
+      "needs model.dtype=float32",
+    ),
+    ("kto", ["--config.loss.weight_desirable=-1"], "'loss.weight_desirable' must be"),
+    ("dpo", ["--config.loss.name=.x"], "no loss '.x'"),
+    ("dpo", ["--config.loss.name=contract"], "no loss 'contract'"),
     ("dpo", ["--config.lora.rank=2", "--config.lora.targets=none"], "matches no layer"),
     ("dpo", ["--config.loss.name=kto"], "needs 'loss.utility'"),
     ("listwise", ["--config.data.source=pickapic"], "pickapic has no lists"),
@@ -112,3 +127,20 @@ def test_what_cannot_be_is_one_line(
   assert main.main([f"--config=configs/{name}.py:tiny", *flags, *extra]) == 2
   assert message in capsys.readouterr().err
   assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_help_explains_every_field(name, monkeypatch, capsys):
+  monkeypatch.chdir(ROOT)
+  with pytest.raises(SystemExit) as done:
+    main.main([f"--config=configs/{name}.py", "--help"])
+  assert done.value.code == 0
+  lines = {
+    line.split("=")[0].removeprefix("  --config."): line
+    for line in capsys.readouterr().out.splitlines()
+    if line.startswith("  --config.")
+  }
+  config = importlib.import_module(f"configs.{name}").get_config()
+  for field, value in config_lib.leaves(config):
+    meaning = lines[field].removeprefix(f"  --config.{field}={value}").strip()
+    assert meaning, f"{field} is not explained"

@@ -122,10 +122,10 @@ def test_shapes_rows_of_every_kind(tmp_path, monkeypatch):
   np.testing.assert_array_equal(winners[3].images[0], kinds["pairs"][3].images[0])
   told = _data(good_prefix="+ ", bad_prefix="- ")
   for row in rows_lib.load_rows("singles", told, image_size=32, seed=0):
-    assert row.caption.startswith("+ " if row.desirable else "- ")
-  with pytest.raises(UserError, match="pairs, not 99"):
+    assert row.prefix == ("+ " if row.desirable else "- ")
+  with pytest.raises(UserError, match="pairs, 99 wanted"):
     rows_lib.load_rows("pairs", _data(num_rows=99), image_size=32, seed=0)
-  with pytest.raises(UserError, match="the data has 0 lists, not any"):
+  with pytest.raises(UserError, match="the data has 0 lists, at least one wanted"):
     rows_lib.load_rows("lists", _data(), image_size=32, seed=0)
   with pytest.raises(UserError, match="80 images to pick experts from, not 81"):
     rows_lib.load_rows("experts", _data(num_experts=81), image_size=32, seed=0)

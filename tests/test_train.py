@@ -20,7 +20,6 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from jaxpref import checkpoint, main
-from jaxpref import config as config_lib
 from jaxpref.data.shapes import prompts
 from jaxpref.evaluation import evaluate
 from jaxpref.models import pipeline as pipeline_lib
@@ -324,19 +323,3 @@ def test_a_full_disk_leaves_the_last_checkpoint(tiny_pipeline, tmp_path, capsys,
   assert main.main(_arguments(tiny_pipeline, workdir)) == 2
   assert "no space left" in capsys.readouterr().err
   assert checkpoint.steps(workdir / "checkpoints") == [2]
-
-
-def test_help_names_every_field(capsys):
-  with pytest.raises(SystemExit) as done:
-    main.main(["--config=configs/dro.py", "--help"])
-  assert done.value.code == 0
-  lines = {
-    line.split("=")[0].removeprefix("  --config."): line
-    for line in capsys.readouterr().out.splitlines()
-    if line.startswith("  --config.")
-  }
-  from configs import dro
-
-  for field, value in config_lib.leaves(dro.get_config()):
-    meaning = lines[field].removeprefix(f"  --config.{field}={value}").strip()
-    assert meaning, f"{field} is not explained"

@@ -30,11 +30,13 @@ class Row(NamedTuple):
     images: uint8 [H, W, 3], of one size, an arm each.
     caption: of them all.
     desirable: whether the first image is a good one.
+    prefix: what the model is told before the caption.
   """
 
   images: tuple[np.ndarray, ...]
   caption: str
   desirable: bool = True
+  prefix: str = ""
 
 
 def arms_of(kind: str, list_size: int) -> tuple[str, ...]:
@@ -86,11 +88,12 @@ def load_rows(kind: str, data: Any, *, image_size: int, seed: int) -> list[Row]:
         pairs = from_pairs(source, data.num_rows)  # enough: each has one at least
         rows = to_singles(pairs, share=data.desirable_share, seed=seed)
         rows = [
-          r._replace(caption=(data.good_prefix if r.desirable else data.bad_prefix) + r.caption)
+          r._replace(prefix=data.good_prefix if r.desirable else data.bad_prefix)
           for r in rows[: data.num_rows or None]
         ]
-  if not rows or (kind != "experts" and len(rows) < data.num_rows):
-    raise UserError(f"the data has {len(rows)} {kind}, not {data.num_rows or 'any'}")
+  wanted = data.num_experts if kind == "experts" else data.num_rows
+  if len(rows) < max(wanted, 1):
+    raise UserError(f"the data has {len(rows)} {kind}, {wanted or 'at least one'} wanted")
   return [r._replace(images=tuple(_fit(i, image_size) for i in r.images)) for r in rows]
 
 
@@ -164,7 +167,8 @@ def fingerprint(rows: Iterable[Row]) -> str:
   """Changes with any image, caption or label."""
   digest = hashlib.sha256()
   for row in rows:
-    digest.update(row.caption.encode() + b"\0" + b"".join(i.tobytes() for i in row.images))
+    text = (row.prefix + row.caption).encode()
+    digest.update(text + b"\0" + b"".join(i.tobytes() for i in row.images))
     if not row.desirable:
       digest.update(b"\1")
   return digest.hexdigest()[:16]

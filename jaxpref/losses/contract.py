@@ -5,10 +5,11 @@ A method is a module with two names:
   NEEDS: a `Needs`, what a training step must feed it.
   objective(terms, *, ...) -> (loss [B], metrics): from a micro-batch's `Terms`; metrics are
     per-sample arrays or scalars, averaged by the caller. Its keyword-only parameters are
-    hyper-parameters: the configuration's fields of these names under `loss`.
+    hyper-parameters: the configuration's fields of these names under `loss`, which must be
+    there unless the parameter has a default.
 
 `config.loss.name` is a file of this package, the name of an entry point in the group
-`jaxpref.losses` (how another package registers its own), or a module's dotted path.
+`jaxpref.losses` (how another package registers its own), or a module that Python finds.
 """
 
 import dataclasses
@@ -108,12 +109,12 @@ def hyper_of(module: ModuleType, settings: Mapping[str, Any]) -> dict[str, Any]:
     UserError: the section lacks one, or has one that the loss does not take.
   """
   parameters = inspect.signature(module.objective).parameters.values()
-  names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-  if lacking := [f"'loss.{n}'" for n in names if n not in settings]:
+  takes = {p.name: p.default is p.empty for p in parameters if p.kind is p.KEYWORD_ONLY}
+  if lacking := [f"'loss.{n}'" for n, must in takes.items() if must and n not in settings]:
     raise UserError(f"loss {settings['name']!r} needs {', '.join(lacking)} in its config file")
-  if foreign := [f"'loss.{n}'" for n in settings if n not in (*names, "name")]:
+  if foreign := [f"'loss.{n}'" for n in settings if n not in (*takes, "name")]:
     raise UserError(f"loss {settings['name']!r} makes nothing of {', '.join(foreign)}")
-  return {name: settings[name] for name in names}
+  return {name: settings[name] for name in takes if name in settings}
 
 
 def _package() -> ModuleType:
@@ -121,14 +122,15 @@ def _package() -> ModuleType:
 
 
 def _import(name: str) -> ModuleType:
-  if "." not in name and (found := metadata.entry_points(group=GROUP, name=name)):
-    full = next(iter(found)).module
-  else:
-    full = name if "." in name else f"{__package__}.{name}"
-  try:
-    return importlib.import_module(full)
-  except ModuleNotFoundError as error:
-    if error.name != full and not full.startswith(f"{error.name}."):
-      raise  # the module is there, something that it imports is not
-    known = ", ".join(known_losses())
-    raise UserError(f"no loss {name!r}; there are {known}, or a module's dotted path") from None
+  registered = metadata.entry_points(group=GROUP, name=name)
+  # Ours first: what is installed besides changes no published recipe.
+  for full in (f"{__package__}.{name}", *(e.module for e in registered), name):
+    if not all(part.isidentifier() for part in full.split(".")) or full.endswith(f".{_HERE}"):
+      continue
+    try:
+      return importlib.import_module(full)
+    except ModuleNotFoundError as error:
+      if error.name != full and not full.startswith(f"{error.name}."):
+        raise  # the module is there, something that it imports is not
+  known = ", ".join(known_losses())
+  raise UserError(f"no loss {name!r}; there are {known}, or a module that Python finds")

@@ -24,7 +24,8 @@ def dro_loss(
   """Hinge on how much more the policy improved on its own samples than on experts.
 
   max((err_e - ref_e) - (err_p - ref_p) + margin, 0), the per-sample form of Diffusion-DRO's
-  objective.
+  objective. Just on the hinge half of the gradient passes: with a margin of 0 training can
+  then leave the reference, where every sample is on it.
 
   Args:
     err_e: the policy's errors on noised expert images, [B].

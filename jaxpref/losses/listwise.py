@@ -33,7 +33,8 @@ def plackett_luce_loss(err: jax.Array, ref: jax.Array, *, beta: float) -> jax.Ar
 
 def objective(terms: Terms, *, beta):
   """Loss and metrics; the contract is in `jaxpref.losses.contract`."""
-  err, ref = (jnp.stack(list(of.values()), axis=1) for of in (terms.err, terms.ref))
+  ranks = sorted(terms.err, key=int)  # not by their letters, among which '10' precedes '2'
+  err, ref = (jnp.stack([of[r] for r in ranks], axis=1) for of in (terms.err, terms.ref))
   reward = ref - err
   pairs = reward[:, :-1] - reward[:, 1:]  # neighbours in rank
   return plackett_luce_loss(err, ref, beta=beta), {

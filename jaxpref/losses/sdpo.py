@@ -1,7 +1,8 @@
-"""Diffusion-SDPO: DPO or DSPO that cannot harm the winner (Fu et al., 2025).
+"""Diffusion-SDPO: DPO or DSPO with a guard for the winners (Fu et al., 2025).
 
-https://arxiv.org/abs/2511.03317: the loser's gradient is scaled so that, to first order and
-in the space of predictions, an update never raises the winner's error.
+https://arxiv.org/abs/2511.03317: the loser's gradient is scaled so that, to first order, in
+the space of predictions and with all pairs of the batch weighing alike, an update does not
+raise the winners' error.
 """
 
 import jax

@@ -77,16 +77,25 @@ def export_tensors(params: Mapping[str, Any], dtype: Any) -> dict[str, np.ndarra
   """
   tensors = {}
   for path, leaf in flax.traverse_util.flatten_dict(params).items():
-    array = np.asarray(jax.device_get(leaf))
-    with np.errstate(over="ignore"):
-      cast = np.ascontiguousarray(to_torch_layout(path, array), dtype)
-    if np.isinf(cast).sum() > np.isinf(array).sum():
-      raise UserError(
-        f"{torch_name(path)} has weights too large for {np.dtype(dtype).name}; write them in "
-        "bfloat16 or float32"
-      )
-    tensors[torch_name(path)] = cast
+    array = to_torch_layout(path, np.asarray(jax.device_get(leaf)))
+    tensors[torch_name(path)] = cast(torch_name(path), array, dtype)
   return tensors
+
+
+def cast(name: str, array: np.ndarray, dtype: Any) -> np.ndarray:
+  """A tensor to be written, contiguous, in `dtype`; `name` is for the message.
+
+  Raises:
+    UserError: finite weights are too large for `dtype`.
+  """
+  with np.errstate(over="ignore"):
+    out = np.ascontiguousarray(array, dtype)
+  if np.isinf(out).sum() > np.isinf(array).sum():
+    raise UserError(
+      f"{name} has weights too large for {np.dtype(dtype).name}; write them in bfloat16 or "
+      "float32"
+    )
+  return out
 
 
 def import_tensors(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpref.errors import UserError
-from jaxpref.models.convert import to_torch_layout, torch_name
+from jaxpref.models.convert import cast, to_torch_layout, torch_name
 
 
 @flax.struct.dataclass
@@ -110,13 +110,16 @@ def export_tensors(params: Adapted, dtype: Any) -> dict[str, np.ndarray]:
   Args:
     params: with the additions; their base is of no account.
     dtype: of the tensors.
+
+  Raises:
+    UserError: finite weights are too large for `dtype`.
   """
   tensors = {}
   for module, (down, up) in _layers(params.lora).items():
     for letter, array in (("A", down), ("B", params.scale * up)):
       host = to_torch_layout(("kernel",), np.asarray(jax.device_get(array)))
       name = f"unet.{_module_name(module)}.lora_{letter}.weight"
-      tensors[name] = np.ascontiguousarray(host, dtype)
+      tensors[name] = cast(name, host, dtype)
   return tensors
 
 

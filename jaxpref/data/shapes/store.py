@@ -79,7 +79,7 @@ def load(
     try:
       _build(kind, directory, root, config)
     except OSError as error:
-      raise UserError(f"cannot write the shapes preferences: {error}") from error
+      raise UserError(f"cannot write the shapes world's data: {error}") from error
   return tfds.builder_from_directory(directory).as_data_source(split)
 
 
@@ -99,7 +99,7 @@ def _data_dir(data_dir: str | os.PathLike | None) -> Path:
   place = os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
   if "://" in place:
     raise UserError(
-      f"the shapes preferences need a local TFDS directory, not {place}: "
+      f"the shapes world's data need a local TFDS directory, not {place}: "
       "set TFDS_DATA_DIR to one"
     )
   return Path(place).expanduser()
@@ -138,5 +138,6 @@ def _is_complete(directory: Path, kind: type[ShapesBuilder]) -> bool:
 
 def _fingerprint(kind: type[ShapesBuilder]) -> str:
   drawing: Sequence[ModuleType] = (annotator, flaws, palette, prompts, render)
-  source = "".join(inspect.getsource(m) for m in (*drawing, sys.modules[kind.__module__]))
+  here = (sys.modules[__name__], sys.modules[kind.__module__])
+  source = "".join(inspect.getsource(module) for module in (*drawing, *here))
   return hashlib.sha256(source.encode()).hexdigest()[:16]
