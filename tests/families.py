@@ -57,6 +57,11 @@ def reduced_configs(
     unet["layers_per_block"] = vae["layers_per_block"] = 1
     if "transformer_layers_per_block" in unet:
       unet["transformer_layers_per_block"] = [1, 1, 1]
+  if shallow and family == "sdxl":  # two of its three levels
+    for field in ("block_out_channels", "attention_head_dim", "down_block_types"):
+      unet[field] = unet[field][:2]
+    unet["up_block_types"] = unet["up_block_types"][1:]
+    unet["transformer_layers_per_block"] = [1, 1]
   for i, name in enumerate(sorted(encoders)):
     configs[name] |= {
       "hidden_size": WIDTHS[i],

@@ -298,7 +298,7 @@ def test_progress_is_shown_and_nothing_else(tmp_path, capsys):
 
 def test_errors_of_the_user(tmp_path, monkeypatch):
   (tmp_path / "file").write_text("")
-  with pytest.raises(UserError, match="cannot write the shapes preferences"):
+  with pytest.raises(UserError, match="cannot write the shapes world"):
     _load("train", tmp_path / "file")
   monkeypatch.setenv("TFDS_DATA_DIR", "gs://bucket/tfds")
   with pytest.raises(UserError, match="gs://bucket/tfds"):

@@ -86,9 +86,7 @@ def test_micro_batches_change_nothing(alone, name):
 
 # What each loss is where policy and reference are the same network, by its equation.
 START = {
-  "dro": 0.001,
   "dpo": np.log(2),
-  "spin": np.log(2),
   "kto": 0.5,
   "listwise": np.log(6),
   "sdpo": np.log(2),
