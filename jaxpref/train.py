@@ -9,7 +9,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -75,7 +75,7 @@ def prepare(config: Any) -> Prepared:
   arms = rows_lib.arms_of(loss.NEEDS.rows, config.data.list_size)
   arms += ("p",) if loss.NEEDS.rollout else ()
   _check_needs(loss.NEEDS, config)
-  _check_objective(loss, hyper, arms)
+  losses.check_objective(loss, hyper, arms)
   pipeline = pipeline_lib.load_pipeline(
     config.model.path,
     dtype=jnp.dtype(config.model.dtype),
@@ -114,7 +114,7 @@ def run(prepared: Prepared, workdir: Path) -> None:
   began = time.time()
 
   # Data: encoded once, then only indices are dealt.
-  rows = _encode_rows(pipeline, mesh, prepared.rows, flip=config.data.flip)
+  rows = encode.encode_rows(pipeline, mesh, prepared.rows, flip=config.data.flip)
   num_rows = len(rows["latents"])
   uncond = jax.device_put(encode.encode_no_prompt(pipeline, mesh), sharding.replicated(mesh))
   deal = loader.make_loader(num_rows, batch_size=train.batch_size, seed=config.seed)
@@ -261,32 +261,6 @@ def _check_needs(needs: losses.Needs, config: Any) -> None:
       f"a trajectory has rollout.num_steps = {rollout.num_steps} states, of which "
       f"rollout.states = {rollout.states} cannot be kept"
     )
-
-
-def _check_objective(loss: ModuleType, hyper: Mapping[str, Any], arms: Sequence[str]) -> None:
-  """Traces the loss on nothing: what it refuses, it refuses before anything is written."""
-  shape = (2, 1, 1, 1) if loss.NEEDS.residuals else (2,)
-  values = {arm: jnp.zeros(shape) for arm in arms}
-  labels = {"desirable": jnp.zeros(2, bool)} if loss.NEEDS.rows == "singles" else {}
-  ref = values if loss.NEEDS.reference else {}
-  jax.eval_shape(
-    lambda err, ref, labels: loss.objective(losses.Terms(err, ref, labels, jnp.mean), **hyper),
-    *(values, ref, labels),
-  )
-
-
-def _encode_rows(
-  pipeline: pipeline_lib.Pipeline, mesh: Mesh, rows: Sequence[rows_lib.Row], *, flip: bool
-) -> dict[str, Any]:
-  """Latents [N, A, C, h, w], prompts and labels, on the host."""
-  if flip:
-    rows = [*rows, *(r._replace(images=tuple(i[:, ::-1] for i in r.images)) for r in rows)]
-  latents = encode.encode_images(pipeline, mesh, [i for r in rows for i in r.images])
-  return {
-    "latents": latents.reshape((len(rows), -1, *latents.shape[1:])),
-    "cond": encode.encode_prompts(pipeline, mesh, [r.prefix + r.caption for r in rows]),
-    "labels": {"desirable": np.array([r.desirable for r in rows])},
-  }
 
 
 def _init_trained(config: Any, base: Any) -> Any:

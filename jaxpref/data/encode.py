@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxpref import sharding
+from jaxpref.data.rows import Row
 from jaxpref.models import text
 from jaxpref.models import vae as vae_lib
 from jaxpref.models.pipeline import Pipeline
@@ -29,6 +30,30 @@ def encode_images(
   fits = mesh.size * _PIXELS_AT_ONCE // (images[0].shape[0] * images[0].shape[1])
   size = min(batch_size, max(fits, 1))
   return in_batches(run, pipeline.params["vae"], np.stack(images), size, mesh)
+
+
+def encode_rows(
+  pipeline: Pipeline, mesh: Mesh, rows: Sequence[Row], *, flip: bool
+) -> dict[str, Any]:
+  """Rows as a training step takes them, on the host.
+
+  Args:
+    pipeline: with the VAE and the text encoders.
+    mesh: to encode on.
+    rows: of one kind; `flip` adds them all with their images mirrored.
+    flip: see there.
+
+  Returns:
+    'latents' [N, A, C, h, w], 'cond' (a tree of [N, ...]) and 'labels' (a dict of [N]).
+  """
+  if flip:
+    rows = [*rows, *(r._replace(images=tuple(i[:, ::-1] for i in r.images)) for r in rows)]
+  latents = encode_images(pipeline, mesh, [i for r in rows for i in r.images])
+  return {
+    "latents": latents.reshape((len(rows), -1, *latents.shape[1:])),
+    "cond": encode_prompts(pipeline, mesh, [r.prefix + r.caption for r in rows]),
+    "labels": {"desirable": np.array([r.desirable for r in rows])},
+  }
 
 
 def encode_prompts(

@@ -5,7 +5,15 @@ sample; they know nothing of networks, configurations or devices. What a trainin
 feed them stands beside each, see `jaxpref.losses.contract`.
 """
 
-from jaxpref.losses.contract import Needs, Terms, hyper_of, known_losses, load_loss, to_errors
+from jaxpref.losses.contract import (
+  Needs,
+  Terms,
+  check_objective,
+  hyper_of,
+  known_losses,
+  load_loss,
+  to_errors,
+)
 from jaxpref.losses.csft import csft_loss
 from jaxpref.losses.dpo import dpo_loss
 from jaxpref.losses.dro import dro_loss
@@ -21,6 +29,7 @@ from jaxpref.losses.spin import spin_loss
 __all__ = [
   "Needs",
   "Terms",
+  "check_objective",
   "csft_loss",
   "dpo_loss",
   "dro_loss",

@@ -16,7 +16,7 @@ import dataclasses
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -115,6 +115,27 @@ def hyper_of(module: ModuleType, settings: Mapping[str, Any]) -> dict[str, Any]:
   if foreign := [f"'loss.{n}'" for n in settings if n not in (*takes, "name")]:
     raise UserError(f"loss {settings['name']!r} makes nothing of {', '.join(foreign)}")
   return {name: settings[name] for name in takes if name in settings}
+
+
+def check_objective(module: ModuleType, hyper: Mapping[str, Any], arms: Sequence[str]) -> None:
+  """Traces a loss on nothing: what it refuses, it refuses before anything is written.
+
+  Args:
+    module: of the loss.
+    hyper: its hyper-parameters.
+    arms: of its errors.
+
+  Raises:
+    UserError: a hyper-parameter is not one of those it knows.
+  """
+  shape = (2, 1, 1, 1) if module.NEEDS.residuals else (2,)
+  values = {arm: jnp.zeros(shape) for arm in arms}
+  labels = {"desirable": jnp.zeros(2, bool)} if module.NEEDS.rows == "singles" else {}
+  ref = values if module.NEEDS.reference else {}
+  jax.eval_shape(
+    lambda err, ref, labels: module.objective(Terms(err, ref, labels, jnp.mean), **hyper),
+    *(values, ref, labels),
+  )
 
 
 def _package() -> ModuleType:
