@@ -1,5 +1,6 @@
 """What campaigns of many runs share: each run once, a finished one never again."""
 
+import argparse
 import datetime
 import json
 import os
@@ -14,10 +15,29 @@ import jax
 import numpy as np
 import pandas as pd
 
+from jaxpref import config as config_lib
 from jaxpref import main
 from jaxpref.models import pipeline
 
 _FINISHED = "finished.json"  # in a workdir: what was asked for, and how long it took
+
+
+def make_parser(description: str, name: str) -> argparse.ArgumentParser:
+  """Options that all campaigns have; `name` is that of their folders."""
+  parser = argparse.ArgumentParser(description=description.splitlines()[0])
+  add = parser.add_argument
+  add("--out", type=Path, default=Path("docs") / name, help="for tables and results")
+  add("--runs", type=Path, default=Path("runs") / name, help="for the runs' workdirs")
+  add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+  add("--preset", default="shapes", help="of all configurations")
+  add("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="in all configurations")
+  return parser
+
+
+def model_of(arguments: Sequence[str]) -> str:
+  """The base that a run with these arguments tunes."""
+  config, _ = config_lib.parse_args(list(arguments), flags={})
+  return config.model.path
 
 
 def check_base(runs: Path, model: str) -> None:
@@ -83,11 +103,12 @@ def spread(values: Sequence[float], form: str = "{:.3f}") -> str:
   return f"{form} +- {form}".format(np.mean(values), np.std(values, ddof=1))
 
 
-def provenance(command: str, seeds: Sequence[int]) -> str:
-  """Machine, date, versions and seeds, as one sentence."""
+def provenance(command: str, seeds: Sequence[int], changed: Sequence[str]) -> str:
+  """Machine, date, versions, seeds, and fields set in all runs, as one or two sentences."""
   versions = ", ".join(f"{p} {metadata.version(p)}" for p in ("jax", "flax", "diffusers"))
   return (
     f"Made by `{command}` on {datetime.date.today()}: {platform.machine()}, "
     f"{os.cpu_count()} cores, Python {platform.python_version()}, {versions}; "
     f"seeds {', '.join(map(str, seeds))}."
+    + (f" Changed: {', '.join(changed)}." if changed else "")
   )

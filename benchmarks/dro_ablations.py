@@ -19,8 +19,6 @@ from pathlib import Path
 import campaign
 import numpy as np
 
-from jaxpref import config as config_lib
-
 Scores = Mapping[str, float]  # by variant: the sum of correctness and quality, over seeds
 
 
@@ -109,18 +107,12 @@ ABLATIONS = {
 
 def main(argv: list[str]) -> None:
   """Runs what is missing, seed by seed, then reports."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = campaign.make_parser(__doc__, "dro_ablations")
   add = parser.add_argument
-  add("--out", type=Path, default=Path("docs/dro_ablations"), help="for tables and results")
-  add("--runs", type=Path, default=Path("runs/dro_ablations"), help="for the runs' workdirs")
-  add("--seeds", type=int, nargs="+", default=[0, 1, 2])
   add("--only", nargs="+", default=list(ABLATIONS), choices=ABLATIONS, metavar="ABLATION")
-  add("--preset", default="shapes", help="of the configuration")
-  add("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="in all runs")
   add("--report", action="store_true", help="run nothing, report what is finished")
   options = parser.parse_args(argv)
-  config, _ = config_lib.parse_args(_arguments(options, "seed=0"), flags={})
-  campaign.check_base(options.runs, config.model.path)
+  campaign.check_base(options.runs, campaign.model_of(_arguments(options)))
   for seed in () if options.report else options.seeds:
     for name in options.only:
       for variant, fields in ABLATIONS[name].variants.items():
@@ -149,8 +141,7 @@ def report(options: argparse.Namespace) -> None:
   text = [
     "# Diffusion-DRO's ablations on the embedded world",
     "",
-    campaign.provenance("python benchmarks/dro_ablations.py", seeds)
-    + (f" Changed: {', '.join(options.set)}." if options.set else ""),
+    campaign.provenance("python benchmarks/dro_ablations.py", seeds, options.set),
     "",
     "Each run is `configs/dro.py` with one thing changed. Correctness and quality of the "
     "tuned model's pictures on held-out prompts, mean +- standard deviation over seeds; "

@@ -10,12 +10,10 @@ and a table in `dro_vs_sft.md`. `--help` lists the options.
 import argparse
 import json
 import sys
-from pathlib import Path
 
 import campaign
 import pandas as pd
 
-from jaxpref import config as config_lib
 from jaxpref.evaluation import compare
 
 METHODS = ("dro", "sft")
@@ -23,16 +21,9 @@ METHODS = ("dro", "sft")
 
 def main(argv: list[str]) -> None:
   """Runs what is missing, then compares."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  add = parser.add_argument
-  add("--out", type=Path, default=Path("docs/dro_vs_sft"), help="for the table and results")
-  add("--runs", type=Path, default=Path("runs/dro_vs_sft"), help="for the runs' workdirs")
-  add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-  add("--preset", default="shapes", help="of both configurations")
-  add("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="in both configurations")
+  parser = campaign.make_parser(__doc__, "dro_vs_sft")
   options = parser.parse_args(argv)
-  config, _ = config_lib.parse_args(_arguments(METHODS[0], options), flags={})
-  campaign.check_base(options.runs, config.model.path)
+  campaign.check_base(options.runs, campaign.model_of(_arguments(METHODS[0], options)))
   for seed in options.seeds:
     for method in METHODS:
       arguments = _arguments(method, options, f"seed={seed}")
@@ -72,8 +63,7 @@ def report(options: argparse.Namespace) -> None:
   text = [
     "# DRO against SFT on the embedded world",
     "",
-    campaign.provenance("python benchmarks/dro_vs_sft.py", options.seeds)
-    + (f" Changed: {', '.join(options.set)}." if options.set else "")
+    campaign.provenance("python benchmarks/dro_vs_sft.py", options.seeds, options.set)
     + " Each run tunes the bundled pipeline on the same experts with the same number of "
     "updates, and is scored on the same held-out prompts and noise. Mean +- standard "
     "deviation over seeds.",

@@ -69,7 +69,7 @@ SIX_RATES = (3e-5, 6e-5, 1e-4, 2e-4, 3e-4, 6e-4)
 def main(argv: list[str]) -> None:
   """Tunes, runs what is missing, then compares."""
   options = _parser().parse_args(argv)
-  campaign.check_base(options.runs, _field(options, "model.path", "shapes"))
+  campaign.check_base(options.runs, _base(options))
   chosen = {}
   for name in options.methods:
     chosen[name] = choose(name, options)
@@ -80,21 +80,16 @@ def main(argv: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = campaign.make_parser(__doc__, "methods")
   add = parser.add_argument
-  add("--out", type=Path, default=Path("docs/methods"), help="for the tables and pictures")
-  add("--runs", type=Path, default=Path("runs/methods"), help="for the runs' workdirs")
-  add("--seeds", type=int, nargs="+", default=[0, 1, 2])
   add("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
-  add("--preset", default="shapes", help="of all configurations")
   add("--tune-updates", type=int, default=100, help="of a run of the grid")
-  add("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="in all configurations")
   add("--report", action="store_true", help="run nothing, report what is finished")
   return parser
 
 
-def _field(options: argparse.Namespace, name: str, default: str) -> str:
-  return dict(item.split("=", 1) for item in options.set).get(name, default)
+def _base(options: argparse.Namespace) -> str:
+  return campaign.model_of(_arguments(next(iter(METHODS)), options))
 
 
 def _arguments(name: str, options: argparse.Namespace, *fields: str) -> list[str]:
@@ -231,7 +226,7 @@ def _vendi(workdir: Path | None, options: argparse.Namespace) -> float:
   if record.exists():
     return json.loads(record.read_text())
   mesh = sharding.make_mesh()
-  model = str(workdir) if workdir else _field(options, "model.path", "shapes")
+  model = str(workdir) if workdir else _base(options)
   pipeline = tuned.load(model, mesh=mesh)
   generator = generate.make_generator(pipeline, mesh, num_steps=20, guidance=2.0, batch_size=40)
   prefix = tuned.prompt_prefix(model)
@@ -255,8 +250,7 @@ def _text(numbers: dict, options: argparse.Namespace) -> str:
   lines = [
     "# Every method on the embedded world",
     "",
-    campaign.provenance("python benchmarks/methods.py", options.seeds)
-    + (f" Changed: {', '.join(options.set)}." if options.set else ""),
+    campaign.provenance("python benchmarks/methods.py", options.seeds, options.set),
     "",
     f"Each run tunes the bundled pipeline with {IMAGES} training images at each update - rows "
     "times the images of a row that the loss compares - and the number of updates of "

@@ -131,3 +131,14 @@ def base(name: str, preset: str) -> ConfigDict:
     c.evaluate.batch_size = 8
     c.evaluate.num_examples = 2
   return c
+
+
+def train_on_experts(c: ConfigDict) -> None:
+  """The recipe of Diffusion-DRO's paper for SD 1.5, in which it compares SFT as well."""
+  c.data.flip = True
+  c.optim.lr = 1e-4
+  c.optim.warmup_updates = 0
+  c.optim.ema_decay = 0.9999
+  c.train.batch_size = 256
+  c.train.accumulate = 16
+  c.train.num_updates = 1600

@@ -17,11 +17,5 @@ def get_config(preset: str = "shapes") -> ConfigDict:
   """The run's configuration."""
   c = common.base("sft", preset)
   if preset in ("sd15", "sdxl"):
-    c.data.flip = True
-    c.optim.lr = 1e-4
-    c.optim.warmup_updates = 0
-    c.optim.ema_decay = 0.9999
-    c.train.batch_size = 256
-    c.train.accumulate = 16
-    c.train.num_updates = 1600
+    common.train_on_experts(c)
   return c

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxpref import noising, optim, randomness, rollouts, sharding
 from jaxpref.diffusion import schedule as schedule_lib
-from jaxpref.losses import Terms, to_errors
+from jaxpref.losses import Needs, Terms, to_errors
 from jaxpref.models.unet import Denoise
 from jaxpref.rollouts import Rollout
 
@@ -46,6 +46,11 @@ class TrainState:
   seed: jax.Array
   update: jax.Array
   replay: Any = None
+
+
+def needs_copy(needs: Needs, refresh_every: int) -> bool:
+  """Whether a copy of the policy is kept that lags behind it."""
+  return (bool(needs.rollout) and refresh_every > 1) or needs.reference == "previous"
 
 
 def init_state(

@@ -122,7 +122,7 @@ def run(prepared: Prepared, workdir: Path) -> None:
   # State: from the base, or from the newest checkpoint.
   base = pipeline.params.pop("unet")  # taken out, so that it can be freed
   tx = _optimizer(config)
-  lagging = _is_lagging(loss.NEEDS, config)
+  lagging = steps.needs_copy(loss.NEEDS, config.rollout.refresh_every)
   make_state = lambda params: steps.init_state(  # noqa: E731
     _init_trained(config, params),
     tx,
@@ -278,12 +278,6 @@ def _adapter(config: Any) -> Callable[[Any, Any], Any]:
     return lambda trained, base: trained
   scale = config.lora.alpha / config.lora.rank
   return lambda trained, base: lora_lib.Adapted(base, trained, scale)
-
-
-def _is_lagging(needs: losses.Needs, config: Any) -> bool:
-  """Whether a copy of the policy lags behind it."""
-  renewed_late = bool(needs.rollout) and config.rollout.refresh_every > 1
-  return renewed_late or needs.reference == "previous"
 
 
 def _init_replay(prepared: Prepared, rows: Any, uncond: Any) -> Any:

@@ -83,7 +83,7 @@ def train(
   tx = optim.make_optimizer(
     optim.make_schedule("constant", lr=1e-2, warmup_updates=0, num_updates=9)
   )
-  lagging = bool(needs.rollout) and refresh_every > 1 or needs.reference == "previous"
+  lagging = steps.needs_copy(needs, refresh_every)
   shared = {"prompt_dropout": 0.2}
 
   def make_state(p):

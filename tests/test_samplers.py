@@ -1,12 +1,12 @@
 """Samplers against PyTorch diffusers, closed forms and their own promises."""
 
 import functools
-import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import live
 from golden import make_samplers as golden
 from scipy import integrate
 
@@ -76,15 +76,9 @@ def test_trajectory_matches_golden_numbers(name):
     _assert_same_trajectory(name, stored[f"{name}/timesteps"], stored[f"{name}/states"])
 
 
+@live
 @pytest.mark.parametrize("name", golden.CASES)
 def test_trajectory_matches_diffusers_live(name):
-  try:
-    import diffusers  # noqa: F401
-    import torch  # noqa: F401
-  except ImportError:
-    if os.environ.get("CI"):
-      raise
-    pytest.skip("needs torch and diffusers")
   _assert_same_trajectory(name, *golden.run_diffusers(name))
 
 

@@ -116,12 +116,12 @@ def evaluate(
   repeats = settings.images_per_prompt
   seeds = generate.seeds_of(len(prompts), repeats, seed=settings.seed)
   texts = [p for p in prompts for _ in range(repeats)]
+  conds = dict.fromkeys(models, encode_prompts(pipeline, mesh, prompts))
+  if prefix:
+    conds["tuned"] = encode_prompts(pipeline, mesh, [prefix + p for p in prompts])
   images: dict[str, np.ndarray] = {}
   for model, params in models.items():
-    told = [prefix + p for p in prompts] if model == "tuned" else prompts
-    cond = jax.tree.map(
-      lambda x: np.repeat(x, repeats, axis=0), encode_prompts(pipeline, mesh, told)
-    )
+    cond = jax.tree.map(lambda x: np.repeat(x, repeats, axis=0), conds[model])
     with progress.progress_bar(
       total=len(texts), desc=f"pictures of the {model} model", unit="image"
     ) as bar:

@@ -65,14 +65,6 @@ class ShapesPreferences(store.ShapesBuilder):
       disable_shuffling=True,  # row i is pair i
     )
 
-  def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
-    del dl_manager  # there is nothing to download
-    config = self.builder_config
-    return {
-      "train": self._generate_examples("train", config.num_train),
-      "test": self._generate_examples("test", config.num_test),
-    }
-
   def _generate_examples(self, split: str, num_pairs: int) -> Iterator:
     seed = self.builder_config.seed
     drawn = (

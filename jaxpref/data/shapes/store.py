@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,12 +31,23 @@ _MARKER = "complete.json"  # written last: without it, a directory is built anew
 
 
 class ShapesBuilder(tfds.core.GeneratorBasedBuilder):
-  """What the shapes world's builders share; marks its directory once that is whole."""
+  """What the shapes world's builders share; marks its directory once that is whole.
+
+  Their configurations have `num_train` and `num_test`, rows of either split.
+  """
 
   VERSION = tfds.core.Version("1.0.0")
   # Nothing is downloaded. To look for checksums, tensorflow_datasets would import
   # importlib_resources, which it does not require.
   url_infos = None
+
+  def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
+    del dl_manager  # there is nothing to download
+    config = self.builder_config
+    return {
+      "train": self._generate_examples("train", config.num_train),
+      "test": self._generate_examples("test", config.num_test),
+    }
 
   def _post_download_and_prepare_hook(self) -> None:
     """Marks the directory as complete, with what it takes to check that."""
