@@ -1,15 +1,21 @@
-"""What campaigns of many runs share: each run once, a finished one never again."""
+"""What campaigns of many runs share: each run once, a finished one never again.
+
+A finished run leaves a record beside the tables, small enough to be committed: a campaign of
+days may go on in another session or on another machine, whose workdirs are new.
+"""
 
 import argparse
+import dataclasses
 import datetime
 import json
 import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,18 +25,34 @@ from jaxpref import config as config_lib
 from jaxpref import main
 from jaxpref.models import pipeline
 
-_FINISHED = "finished.json"  # in a workdir: what was asked for, and how long it took
+
+@dataclasses.dataclass(frozen=True)
+class Campaign:
+  """Where records and workdirs are, and whether anything may be run.
+
+  Attributes:
+    records: directory of what finished runs leave.
+    runs: directory of workdirs, which may be thrown away once there are records.
+    base: digest of the weights that every run begins with.
+    report_only: run nothing.
+  """
+
+  records: Path
+  runs: Path
+  base: str
+  report_only: bool
 
 
 def make_parser(description: str, name: str) -> argparse.ArgumentParser:
   """Options that all campaigns have; `name` is that of their folders."""
   parser = argparse.ArgumentParser(description=description.splitlines()[0])
   add = parser.add_argument
-  add("--out", type=Path, default=Path("docs") / name, help="for tables and results")
+  add("--out", type=Path, default=Path("docs") / name, help="for tables and records")
   add("--runs", type=Path, default=Path("runs") / name, help="for the runs' workdirs")
   add("--seeds", type=int, nargs="+", default=[0, 1, 2])
   add("--preset", default="shapes", help="of all configurations")
   add("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="in all configurations")
+  add("--report", action="store_true", help="run nothing, report what is finished")
   return parser
 
 
@@ -40,18 +62,14 @@ def model_of(arguments: Sequence[str]) -> str:
   return config.model.path
 
 
-def check_base(runs: Path, model: str) -> None:
-  """Refuses a directory of runs that tuned another base, and remembers this one's."""
-  weights = pipeline.load_pipeline(model).digest
-  record = runs / "base.txt"
-  if record.exists() and record.read_text() != weights:
-    sys.exit(f"the runs in {runs} tuned another base; choose another --runs")
-  runs.mkdir(parents=True, exist_ok=True)
-  record.write_text(weights)
+def open_campaign(options: argparse.Namespace, arguments: Sequence[str]) -> Campaign:
+  """A campaign whose runs tune the same base as one with these arguments."""
+  base = pipeline.load_pipeline(model_of(arguments)).digest
+  return Campaign(options.out / "records", options.runs, base, options.report)
 
 
 def run(workdir: Path, arguments: Sequence[str]) -> bool:
-  """Makes a run that is not there yet, or goes on with one that was interrupted.
+  """Makes a run, or goes on with one that was interrupted.
 
   Args:
     workdir: of the run.
@@ -61,29 +79,77 @@ def run(workdir: Path, arguments: Sequence[str]) -> bool:
     Whether it is finished; if not it failed, as a learning rate may be too high, and says
     why on the terminal.
   """
-  if is_finished(workdir, arguments):
-    return True
   print(f"\n== {workdir}: {' '.join(arguments)}", flush=True)
-  began = time.perf_counter()
   status = main.main([f"--workdir={workdir}", *arguments])
   jax.clear_caches()  # the next run has programs of its own
   if status == 130:  # interrupted
     sys.exit(status)
-  if not status:
-    part = {"seconds": time.perf_counter() - began, "arguments": list(arguments)}
-    (workdir / _FINISHED).write_text(json.dumps(part))
   return not status
 
 
-def is_finished(workdir: Path, arguments: Sequence[str]) -> bool:
-  """Whether this very run has been made; another one there is for `main` to refuse."""
-  record = workdir / _FINISHED
-  return record.exists() and json.loads(record.read_text())["arguments"] == list(arguments)
+def read_record(campaign: Campaign, name: str, arguments: Sequence[str]) -> dict | None:
+  """What a finished run left, if it was this very one."""
+  file = campaign.records / f"{name}.json"
+  if not file.exists():
+    return None
+  record = json.loads(file.read_text())
+  asked = {"arguments": list(arguments), "base": campaign.base}
+  return record if {key: record[key] for key in asked} == asked else None
 
 
-def minutes_of(workdir: Path) -> float:
-  """How long a run took, with its evaluation; of a resumed one the last part."""
-  return json.loads((workdir / _FINISHED).read_text())["seconds"] / 60
+def record_run(
+  campaign: Campaign,
+  name: str,
+  arguments: Sequence[str],
+  measure: Callable[[Path], dict[str, Any]] = lambda workdir: {},
+) -> dict | None:
+  """The record of a run, which is made where there is none yet.
+
+  Args:
+    campaign: it belongs to.
+    name: of the run among the campaign's.
+    arguments: of `jaxpref.main`, besides the workdir.
+    measure: from the workdir of a run that has just been made, further entries.
+
+  Returns:
+    'arguments', 'base', 'minutes' (with the evaluation; of a resumed run the last part),
+    'means' (of '<model>/<scorer>'), 'metrics' (means over what was logged) and what `measure`
+    gives; the scores by picture stand beside it, see `scores_of`. None if there is none and
+    nothing may be run. A run that fails ends the program.
+  """
+  if (found := read_record(campaign, name, arguments)) or campaign.report_only:
+    return found
+  workdir = campaign.runs / name
+  began = time.perf_counter()
+  if not run(workdir, arguments):
+    sys.exit(1)
+  minutes = (time.perf_counter() - began) / 60
+  scores = pd.read_parquet(newest_evaluation(workdir) / "scores.parquet")
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  logged = pd.DataFrame(map(json.loads, lines)).drop(columns=["step", "time"])
+  record = {
+    "arguments": list(arguments),
+    "base": campaign.base,
+    "minutes": round(minutes, 2),
+    "means": means_of(scores),
+    "metrics": pd.DataFrame(map(json.loads, lines))
+    .drop(columns=["step", "time"])
+    .mean()
+    .to_dict(),
+    **measure(workdir),
+  }
+  campaign.records.mkdir(parents=True, exist_ok=True)
+  scores.to_parquet(campaign.records / f"{name}.parquet", index=False)
+  write_json(campaign.records / f"{name}.json", record)
+  return record
+
+
+def write_json(file: Path, content: Any) -> None:
+  """Whole or not at all."""
+  file.parent.mkdir(parents=True, exist_ok=True)
+  new = file.with_name(file.name + ".new")
+  new.write_text(json.dumps(content, indent=1) + "\n")
+  new.replace(file)
 
 
 def newest_evaluation(workdir: Path) -> Path:
@@ -91,9 +157,15 @@ def newest_evaluation(workdir: Path) -> Path:
   return max((workdir / "evaluation").iterdir(), key=lambda p: int(p.name))
 
 
-def scores_of(workdir: Path) -> pd.DataFrame:
-  """A row for each picture and scorer of the run's last evaluation."""
-  return pd.read_parquet(newest_evaluation(workdir) / "scores.parquet")
+def scores_of(campaign: Campaign, name: str) -> pd.DataFrame:
+  """A row for each picture and scorer of a recorded run's evaluation."""
+  return pd.read_parquet(campaign.records / f"{name}.parquet")
+
+
+def means_of(scores: pd.DataFrame) -> dict[str, float]:
+  """Mean score by '<model>/<scorer>'."""
+  means = scores.groupby(["model", "scorer"]).score.mean()
+  return {f"{model}/{scorer}": float(value) for (model, scorer), value in means.items()}
 
 
 def spread(values: Sequence[float], form: str = "{:.3f}") -> str:

@@ -4,8 +4,8 @@
 
 Every run is `configs/dro.py` with one thing changed: margin, number of experts, how rarely
 the sampling copy is renewed, the sampler, states kept of a trajectory, replay of earlier
-updates. Runs lie in `runs/dro_ablations/`; a finished one is kept, so that an interrupted
-campaign goes on where it stopped, and all of the first seed are made before the second's.
+updates. Finished runs leave records, so that an interrupted campaign goes on where it
+stopped, and all of the first seed are made before the second's.
 Writes `dro_ablations.md` and `results.json`.
 """
 
@@ -14,7 +14,6 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import campaign
 import numpy as np
@@ -110,16 +109,24 @@ def main(argv: list[str]) -> None:
   parser = campaign.make_parser(__doc__, "dro_ablations")
   add = parser.add_argument
   add("--only", nargs="+", default=list(ABLATIONS), choices=ABLATIONS, metavar="ABLATION")
-  add("--report", action="store_true", help="run nothing, report what is finished")
   options = parser.parse_args(argv)
-  campaign.check_base(options.runs, campaign.model_of(_arguments(options)))
-  for seed in () if options.report else options.seeds:
-    for name in options.only:
-      for variant, fields in ABLATIONS[name].variants.items():
-        workdir = _workdir(options, name, variant, seed)
-        if not campaign.run(workdir, _arguments(options, f"seed={seed}", *fields)):
-          sys.exit(1)
-  report(options)
+  runs = campaign.open_campaign(options, _arguments(options))
+  by_seed = {}
+  for seed in options.seeds:
+    records = {
+      (name, variant): campaign.record_run(
+        runs,
+        _name(name, variant, seed),
+        _arguments(options, f"seed={seed}", *fields),
+      )
+      for name in options.only
+      for variant, fields in ABLATIONS[name].variants.items()
+    }
+    if all(records.values()):
+      by_seed[seed] = records
+  if not by_seed:
+    sys.exit("no seed is finished yet")
+  report(by_seed, options)
 
 
 def _arguments(options: argparse.Namespace, *fields: str) -> list[str]:
@@ -127,21 +134,18 @@ def _arguments(options: argparse.Namespace, *fields: str) -> list[str]:
   return [f"--config=configs/dro.py:{options.preset}", *settings]
 
 
-def _workdir(options: argparse.Namespace, name: str, variant: str, seed: int) -> Path:
+def _name(name: str, variant: str, seed: int) -> str:
   changed = ABLATIONS[name].variants[variant]
   place = f"{name}-{variant.replace(' ', '')}" if changed else DEFAULT
-  return options.runs / f"{place}-{seed}"
+  return f"{place}-{seed}"
 
 
-def report(options: argparse.Namespace) -> None:
+def report(by_seed: dict[int, dict], options: argparse.Namespace) -> None:
   """Writes the tables of those seeds of which every run is finished."""
-  seeds = [s for s in options.seeds if _all_finished(options, s)]
-  if not seeds:
-    sys.exit("no seed is finished yet")
   text = [
     "# Diffusion-DRO's ablations on the embedded world",
     "",
-    campaign.provenance("python benchmarks/dro_ablations.py", seeds, options.set),
+    campaign.provenance("python benchmarks/dro_ablations.py", list(by_seed), options.set),
     "",
     "Each run is `configs/dro.py` with one thing changed. Correctness and quality of the "
     "tuned model's pictures on held-out prompts, mean +- standard deviation over seeds; "
@@ -157,7 +161,7 @@ def report(options: argparse.Namespace) -> None:
     text += ["| | correct | quality | active | minutes |", "|---|---|---|---|---|"]
     sums = {}
     for variant in ablation.variants:
-      runs = [_measure(_workdir(options, name, variant, s)) for s in seeds]
+      runs = [_measure(records[name, variant]) for records in by_seed.values()]
       results[f"{name}/{variant}"] = runs
       sums[variant] = float(np.mean([r["correct"] + r["quality"] for r in runs]))
       cells = (
@@ -180,25 +184,12 @@ def report(options: argparse.Namespace) -> None:
   print("\n".join(text))
 
 
-def _all_finished(options: argparse.Namespace, seed: int) -> bool:
-  return all(
-    campaign.is_finished(
-      _workdir(options, name, variant, seed), _arguments(options, f"seed={seed}", *fields)
-    )
-    for name in options.only
-    for variant, fields in ABLATIONS[name].variants.items()
-  )
-
-
-def _measure(workdir: Path) -> dict[str, float]:
-  scores = campaign.scores_of(workdir)
-  means = scores[scores.model == "tuned"].groupby("scorer").score.mean()
-  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+def _measure(record: dict) -> dict[str, float]:
   return {
-    "correct": float(means["shapes.correct"]),
-    "quality": float(means["shapes.quality"]),
-    "active": float(np.mean([json.loads(line)["dro/active"] for line in lines])),
-    "minutes": campaign.minutes_of(workdir),
+    "correct": record["means"]["tuned/shapes.correct"],
+    "quality": record["means"]["tuned/shapes.quality"],
+    "active": record["metrics"]["dro/active"],
+    "minutes": record["minutes"],
   }
 
 

@@ -2,8 +2,8 @@
 
   python benchmarks/dro_vs_sft.py --out=docs/dro_vs_sft
 
-Runs `jaxpref.main` for each method and seed into `runs/dro_vs_sft/` (finished runs are
-kept, so that an interrupted campaign goes on where it stopped) and writes `results.json`
+Runs `jaxpref.main` for each method and seed into `runs/dro_vs_sft/` (finished ones leave
+records, so that an interrupted campaign goes on where it stopped) and writes `results.json`
 and a table in `dro_vs_sft.md`. `--help` lists the options.
 """
 
@@ -21,16 +21,14 @@ METHODS = ("dro", "sft")
 
 def main(argv: list[str]) -> None:
   """Runs what is missing, then compares."""
-  parser = campaign.make_parser(__doc__, "dro_vs_sft")
-  options = parser.parse_args(argv)
-  campaign.check_base(options.runs, campaign.model_of(_arguments(METHODS[0], options)))
+  options = campaign.make_parser(__doc__, "dro_vs_sft").parse_args(argv)
+  runs = campaign.open_campaign(options, _arguments(METHODS[0], options))
   for seed in options.seeds:
     for method in METHODS:
       arguments = _arguments(method, options, f"seed={seed}")
-      if not campaign.run(options.runs / f"{method}-{seed}", arguments):
-        sys.exit(1)
-  options.out.mkdir(parents=True, exist_ok=True)
-  report(options)
+      if not campaign.record_run(runs, f"{method}-{seed}", arguments):
+        sys.exit(f"{method} with seed {seed} is not finished yet")
+  report(runs, options)
 
 
 def _arguments(method: str, options: argparse.Namespace, *fields: str) -> list[str]:
@@ -38,10 +36,10 @@ def _arguments(method: str, options: argparse.Namespace, *fields: str) -> list[s
   return [f"--config=configs/{method}.py:{options.preset}", *settings]
 
 
-def report(options: argparse.Namespace) -> None:
-  """Writes results.json and dro_vs_sft.md from finished runs."""
+def report(runs: campaign.Campaign, options: argparse.Namespace) -> None:
+  """Writes results.json and dro_vs_sft.md from records."""
   scores = {
-    (method, seed): campaign.scores_of(options.runs / f"{method}-{seed}")
+    (method, seed): campaign.scores_of(runs, f"{method}-{seed}")
     for method in METHODS
     for seed in options.seeds
   }

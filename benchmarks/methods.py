@@ -5,14 +5,14 @@
 First each method's learning rate and strength are chosen, from a grid of six runs for each,
 with one seed, on validation prompts; then the chosen ones train with every seed and are
 compared on test prompts, which no validation prompt is among. All see as many training
-images: rows x images of a row x updates. Runs lie in `runs/methods/`; a finished one is
-kept, so that a campaign of days goes on where it stopped. Writes `methods.md`,
-`results.json` and `grid.png`; with only a part of the runs done, `--report` writes what
-there is so far.
+images: rows x images of a row x updates. Finished runs leave records in `docs/methods/`, so
+that a campaign of days goes on where it stopped. Writes `methods.md`, `results.json` and
+`grid.png`; with only a part of the runs done, `--report` writes what there is so far.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 from pathlib import Path
@@ -28,9 +28,10 @@ from jaxpref.data import encode
 from jaxpref.data.shapes import prompts as shapes_prompts
 from jaxpref.evaluation import compare, generate, grid, vendi
 
-RATES = (3e-5, 1e-4, 3e-4)
+RATES = (1e-4, 3e-4, 1e-3)
 IMAGES = 64  # trained on at an update, over rows and images of a row
 ALIKE, PROMPTS = 16, 10  # pictures of a prompt whose diversity is scored, and prompts
+SHOWN = 8  # test prompts in the grid of pictures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,36 +61,43 @@ METHODS = {
   "sdpo": Method("sdpo", 2, "loss.beta", (500.0, 5000.0)),
   "listwise": Method("listwise", 4, "loss.beta", (500.0, 5000.0)),
   "kto": Method("kto", 1, "loss.beta", (500.0, 5000.0)),
-  "spin": Method("spin", 2, "loss.beta", (200.0, 2000.0)),
+  "spin": Method("spin", 2, "loss.beta", (200.0, 2000.0), ("rollout.refresh_every=50",)),
   "dro": Method("dro", 2, "loss.margin", (0.01, 0.05)),
 }
-SIX_RATES = (3e-5, 6e-5, 1e-4, 2e-4, 3e-4, 6e-4)
+SIX_RATES = (1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3)
 
 
 def main(argv: list[str]) -> None:
   """Tunes, runs what is missing, then compares."""
   options = _parser().parse_args(argv)
-  campaign.check_base(options.runs, _base(options))
-  chosen = {}
+  runs = campaign.open_campaign(options, _arguments(options.methods[0], options))
+  record_base(runs, options)
+  finished = {}
   for name in options.methods:
-    chosen[name] = choose(name, options)
-    for seed in options.seeds if chosen[name] and not options.report else ():
-      if not campaign.run(*_final(name, chosen[name], seed, options)):
-        sys.exit(1)
-  report({name: grid for name, grid in chosen.items() if grid}, options)
+    setting = choose(name, runs, options)
+    if not setting:
+      continue
+    records = [
+      campaign.record_run(
+        runs,
+        f"{name}-{seed}",
+        _arguments(name, options, f"seed={seed}", *setting),
+        functools.partial(_diversity_and_pictures, runs, f"{name}-{seed}"),
+      )
+      for seed in options.seeds
+    ]
+    if all(records):
+      finished[name] = records
+  if not finished:
+    sys.exit("no method is finished yet")
+  report(finished, runs, options)
 
 
 def _parser() -> argparse.ArgumentParser:
   parser = campaign.make_parser(__doc__, "methods")
   add = parser.add_argument
   add("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
-  add("--tune-updates", type=int, default=100, help="of a run of the grid")
-  add("--report", action="store_true", help="run nothing, report what is finished")
   return parser
-
-
-def _base(options: argparse.Namespace) -> str:
-  return campaign.model_of(_arguments(next(iter(METHODS)), options))
 
 
 def _arguments(name: str, options: argparse.Namespace, *fields: str) -> list[str]:
@@ -114,39 +122,47 @@ def grid_of(name: str) -> list[tuple[str, ...]]:
   ]
 
 
-def choose(name: str, options: argparse.Namespace) -> tuple[str, ...] | None:
+def choose(
+  name: str, runs: campaign.Campaign, options: argparse.Namespace
+) -> tuple[str, ...] | None:
   """The best of the grid: largest sum of correctness and quality on validation prompts.
 
   None where runs of the grid are missing and none may be made.
   """
-  validation = _validation_prompts(options)
-  record = options.runs / "tune" / f"{name}.json"
-  asked = [options.preset, options.tune_updates, *options.set]
-  if record.exists() and (stored := json.loads(record.read_text()))["asked"] == asked:
-    return tuple(max(stored["scores"], key=stored["scores"].get).split())
-  if options.report:
-    return None
-  found = {}
+  grid_scores = {}
   for setting in grid_of(name):
-    workdir = options.runs / "tune" / name / "-".join(s.split("=")[1] for s in setting)
-    arguments = _arguments(
-      name,
-      options,
-      f"train.num_updates={options.tune_updates}",
-      f"evaluate.prompts={validation}",
-      "evaluate.seed=2000",
-      "evaluate.num_prompts=75",
-      *setting,
-    )
-    if not campaign.run(workdir, arguments):  # it has diverged
-      found[setting] = -1.0
-      continue
-    scores = campaign.scores_of(workdir)
-    found[setting] = scores[scores.model == "tuned"].groupby("scorer").score.mean().sum()
-  scores_by = {" ".join(setting): score for setting, score in found.items()}
-  record.parent.mkdir(exist_ok=True)
-  record.write_text(json.dumps({"asked": asked, "scores": scores_by}, indent=1))
-  return max(found, key=found.__getitem__)
+    score = _validate(name, setting, runs, options)
+    if score is None:
+      return None
+    grid_scores[setting] = score
+  return max(grid_scores, key=grid_scores.__getitem__)
+
+
+def _validate(
+  name: str, setting: tuple[str, ...], runs: campaign.Campaign, options: argparse.Namespace
+) -> float | None:
+  """A setting's score on validation prompts; -1 where it diverges."""
+  arguments = _arguments(name, options, *setting)
+  record, key = runs.records / "grid" / f"{name}.json", " ".join(setting)
+  asked = {"arguments": _arguments(name, options), "base": runs.base}
+  stored = json.loads(record.read_text()) if record.exists() else {}
+  if {k: stored.get(k) for k in asked} != asked:
+    stored = {**asked, "scores": {}}
+  if key in stored["scores"] or runs.report_only:
+    return stored["scores"].get(key)
+  workdir = runs.runs / "grid" / name / "-".join(s.split("=")[1] for s in setting)
+  for_validation = (
+    f"evaluate.prompts={_validation_prompts(options)}",
+    "evaluate.seed=2000",
+    "evaluate.num_prompts=75",
+  )
+  score = -1.0
+  if campaign.run(workdir, [*arguments, *(f"--config.{f}" for f in for_validation)]):
+    scores = pd.read_parquet(campaign.newest_evaluation(workdir) / "scores.parquet")
+    score = float(scores[scores.model == "tuned"].groupby("scorer").score.mean().sum())
+  stored["scores"][key] = score
+  campaign.write_json(record, stored)
+  return score
 
 
 def _validation_prompts(options: argparse.Namespace) -> Path:
@@ -155,78 +171,41 @@ def _validation_prompts(options: argparse.Namespace) -> Path:
   if not file.exists():
     test = set(shapes_prompts.held_out(150, seed=3000))
     others = [p for p in shapes_prompts.held_out(300, seed=2000) if p not in test]
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("\n".join(others[:75]) + "\n", encoding="utf-8")
   return file
 
 
-def _final(
-  name: str, setting: tuple[str, ...], seed: int, options: argparse.Namespace
-) -> tuple[Path, list[str]]:
-  arguments = _arguments(name, options, f"seed={seed}", *setting)
-  return options.runs / "final" / f"{name}-{seed}", arguments
+def record_base(runs: campaign.Campaign, options: argparse.Namespace) -> None:
+  """The base's own diversity; its scores are in every run's record."""
+  file = runs.records / "base.json"
+  stored = json.loads(file.read_text()) if file.exists() else {}
+  if stored.get("base") != runs.base and not runs.report_only:
+    vendi_score = _vendi(campaign.model_of(_arguments(options.methods[0], options)))
+    campaign.write_json(file, {"base": runs.base, "vendi": vendi_score})
 
 
-def report(chosen: dict[str, tuple[str, ...]], options: argparse.Namespace) -> None:
-  """Writes methods.md, results.json and grid.png from finished runs."""
-  done = {}
-  for name, setting in chosen.items():
-    runs = [_final(name, setting, seed, options) for seed in options.seeds]
-    if all(campaign.is_finished(*run) for run in runs):
-      done[name] = [workdir for workdir, _ in runs]
-  if not done:
-    sys.exit("no method is finished yet")
-  numbers = {name: _measure(name, chosen[name], runs, options) for name, runs in done.items()}
-  first = campaign.scores_of(next(iter(done.values()))[0])
-  base = first[first.model == "base"]
-  numbers["base"] = {
-    **{s: [float(v)] for s, v in base.groupby("scorer").score.mean().items()},
-    "categories": _by_category(base),
-    "vendi": [_vendi(None, options)],
-  }
-  options.out.mkdir(parents=True, exist_ok=True)
-  (options.out / "results.json").write_text(json.dumps(numbers, indent=1) + "\n")
-  text = _text(numbers, options)
-  (options.out / "methods.md").write_text(text, encoding="utf-8")
-  _save_grid(done, options.out / "grid.png")
-  print(text)
+def _diversity_and_pictures(
+  runs: campaign.Campaign, name: str, workdir: Path
+) -> dict[str, float]:
+  """Keeps a strip of the tuned model's pictures beside its record, and the base's."""
+  evaluation = campaign.newest_evaluation(workdir)
+  for model, file in (("base", "base.png"), ("tuned", f"{name}.png")):
+    paths = sorted((evaluation / "images" / model).glob("*.png"))
+    shown = [np.asarray(Image.open(paths[i])) for i in _shown(len(paths))]
+    runs.records.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.concatenate(shown, axis=1)).save(runs.records / file)
+  return {"vendi": _vendi(str(workdir))}
 
 
-def _measure(
-  name: str, setting: tuple[str, ...], runs: list[Path], options: argparse.Namespace
-) -> dict:
-  scores = [campaign.scores_of(run) for run in runs]
-  tuned_rows = [s[s.model == "tuned"] for s in scores]
-  # Each seed's pairs count for themselves.
-  together = pd.concat(s.assign(seed=s.seed + i * 10**6) for i, s in enumerate(scores))
-  wins = compare.compare(together)
-  key = next(k for k in wins if k.startswith("shapes.quality"))
-  tune = json.loads((options.runs / "tune" / f"{name}.json").read_text())
-  return {
-    "setting": list(setting),
-    "tuned over": tune["scores"],
-    **{
-      s: [float(t[t.scorer == s].score.mean()) for t in tuned_rows]
-      for s in sorted(set(tuned_rows[0].scorer))
-    },
-    "categories": _by_category(pd.concat(tuned_rows)),
-    "quality win rate": [wins[key]["win_rate"], *wins[key]["interval"]],
-    "vendi": [_vendi(run, options) for run in runs],
-    "minutes": [campaign.minutes_of(run) for run in runs],
-  }
+def _shown(count: int) -> np.ndarray:
+  """Which of so many pictures, in the order of their seeds, the grid shows."""
+  return np.linspace(0, count - 1, SHOWN).astype(int)
 
 
-def _by_category(rows: pd.DataFrame) -> dict[str, float]:
-  correct = rows[rows.scorer == "shapes.correct"]
-  return {str(k): float(v) for k, v in correct.groupby("category").score.mean().items()}
-
-
-def _vendi(workdir: Path | None, options: argparse.Namespace) -> float:
+def _vendi(model: str) -> float:
   """Diversity of pictures of one prompt, by their latents, mean over test prompts."""
-  record = (workdir or options.runs) / "vendi.json"
-  if record.exists():
-    return json.loads(record.read_text())
   mesh = sharding.make_mesh()
-  model = str(workdir) if workdir else _base(options)
   pipeline = tuned.load(model, mesh=mesh)
   generator = generate.make_generator(pipeline, mesh, num_steps=20, guidance=2.0, batch_size=40)
   prefix = tuned.prompt_prefix(model)
@@ -235,10 +214,57 @@ def _vendi(workdir: Path | None, options: argparse.Namespace) -> float:
   cond = jax.tree.map(lambda x: np.repeat(x, ALIKE, axis=0), cond)
   images = generator(pipeline.params["unet"], cond, np.arange(PROMPTS * ALIKE) + 9000)
   latents = encode.encode_images(pipeline, mesh, list(images)).reshape(PROMPTS, ALIKE, -1)
-  score = float(np.mean([vendi.vendi_score(of) for of in latents]))
-  record.write_text(json.dumps(score))
   jax.clear_caches()
-  return score
+  return float(np.mean([vendi.vendi_score(of) for of in latents]))
+
+
+def report(
+  finished: dict[str, list[dict]], runs: campaign.Campaign, options: argparse.Namespace
+) -> None:
+  """Writes methods.md, results.json and grid.png from records."""
+  numbers = {name: _measure(name, records, runs, options) for name, records in finished.items()}
+  first = campaign.scores_of(runs, f"{next(iter(finished))}-{options.seeds[0]}")
+  base = first[first.model == "base"]
+  numbers["base"] = {
+    **{s: [float(v)] for s, v in base.groupby("scorer").score.mean().items()},
+    "categories": _by_category(base),
+    "vendi": [json.loads((runs.records / "base.json").read_text())["vendi"]],
+  }
+  campaign.write_json(options.out / "results.json", numbers)
+  text = _text(numbers, options)
+  (options.out / "methods.md").write_text(text, encoding="utf-8")
+  prompts = list(base.drop_duplicates("seed").sort_values("seed").prompt)
+  _save_grid(list(finished), prompts, runs, options)
+  print(text)
+
+
+def _measure(
+  name: str, records: list[dict], runs: campaign.Campaign, options: argparse.Namespace
+) -> dict:
+  scores = [campaign.scores_of(runs, f"{name}-{seed}") for seed in options.seeds]
+  tuned_rows = [s[s.model == "tuned"] for s in scores]
+  # Each seed's pairs count for themselves.
+  together = pd.concat(s.assign(seed=s.seed + i * 10**6) for i, s in enumerate(scores))
+  wins = compare.compare(together)
+  key = next(k for k in wins if k.startswith("shapes.quality"))
+  setting = choose(name, runs, options)
+  return {
+    "setting": list(setting or ()),
+    "tuned over": json.loads((runs.records / "grid" / f"{name}.json").read_text())["scores"],
+    **{
+      s: [record["means"][f"tuned/{s}"] for record in records]
+      for s in sorted(set(tuned_rows[0].scorer))
+    },
+    "categories": _by_category(pd.concat(tuned_rows)),
+    "quality win rate": [wins[key]["win_rate"], *wins[key]["interval"]],
+    "vendi": [record["vendi"] for record in records],
+    "minutes": [record["minutes"] for record in records],
+  }
+
+
+def _by_category(rows: pd.DataFrame) -> dict[str, float]:
+  correct = rows[rows.scorer == "shapes.correct"]
+  return {str(k): float(v) for k, v in correct.groupby("category").score.mean().items()}
 
 
 def _text(numbers: dict, options: argparse.Namespace) -> str:
@@ -253,13 +279,12 @@ def _text(numbers: dict, options: argparse.Namespace) -> str:
     campaign.provenance("python benchmarks/methods.py", options.seeds, options.set),
     "",
     f"Each run tunes the bundled pipeline with {IMAGES} training images at each update - rows "
-    "times the images of a row that the loss compares - and the number of updates of "
-    f"`configs/common.py`. Before that six settings of each method were tried, with "
-    f"{options.tune_updates} updates and seed 0, on 75 validation prompts, and the one with "
-    "the largest sum of correctness and quality taken; the test prompts below had no part "
-    "in it. Mean +- standard deviation over seeds. The win rate is that of the tuned model's "
-    "pictures over the base's by quality, all seeds together, with a 95 % interval over "
-    f"prompts. Vendi scores are of {ALIKE} pictures of a prompt ({ALIKE} would be most "
+    "times the images of a row that the loss compares. Before that six settings of each "
+    "method were tried, for as many updates with seed 0, on 75 validation prompts, and the "
+    "one with the largest sum of correctness and quality taken; the test prompts below had "
+    "no part in it. Mean +- standard deviation over seeds. The win rate is that of the tuned "
+    "model's pictures over the base's by quality, all seeds together, with a 95 % interval "
+    f"over prompts. Vendi scores are of {ALIKE} pictures of a prompt ({ALIKE} would be most "
     f"diverse), by the cosine of their latents, mean over {PROMPTS} prompts. Minutes are whole "
     "runs with the evaluation, on a machine that may have been shared: hints.",
     "",
@@ -286,28 +311,19 @@ def _text(numbers: dict, options: argparse.Namespace) -> str:
   return "\n".join(lines)
 
 
-def _save_grid(done: dict[str, list[Path]], path: Path) -> None:
+def _save_grid(
+  names: list[str], prompts: list[str], runs: campaign.Campaign, options: argparse.Namespace
+) -> None:
   """A row a prompt, a column a model."""
-  runs = {name: campaign.newest_evaluation(dirs[0]) for name, dirs in done.items()}
-  rows = campaign.scores_of(next(iter(done.values()))[0])
-  rows = rows[rows.model == "base"].drop_duplicates("seed").reset_index()
-  picks = rows.iloc[np.linspace(0, len(rows) - 1, 8).astype(int)]
-  load = lambda where, model, seed: np.asarray(  # noqa: E731
-    Image.open(where / "images" / model / f"{seed:08d}.png")
-  )
-  first = next(iter(runs.values()))
-  pictures = [
-    [load(first, "base", s), *(load(where, "tuned", s) for where in runs.values())]
-    for s in picks.seed
-  ]
-  size = pictures[0][0].shape[0]
+  strips = ["base.png", *(f"{name}-{options.seeds[0]}.png" for name in names)]
+  shown = [np.split(np.asarray(Image.open(runs.records / s)), SHOWN, axis=1) for s in strips]
   grid.image_grid(
-    pictures,
-    captions=list(picks.prompt),
-    headers=["base", *runs],
+    list(zip(*shown, strict=True)),
+    captions=[prompts[i] for i in _shown(len(prompts))],
+    headers=["base", *names],
     columns=1,
-    scale=max(96 // size, 1),
-  ).save(path)
+    scale=max(96 // shown[0][0].shape[0], 1),
+  ).save(options.out / "grid.png")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 
+import pandas as pd
 import pytest
 from conftest import ROOT
 
@@ -40,10 +41,13 @@ def test_dro_against_sft(tiny_pipeline, tfds_dir, tmp_path, monkeypatch, capsys)
   monkeypatch.setattr(campaign.main, "main", lambda _: pytest.fail("ran again"))
   program.main(arguments)
   assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
-  # ... and runs on another base are not mistaken for these.
-  (tmp_path / "runs" / "base.txt").write_text("another")
-  with pytest.raises(SystemExit, match="tuned another base"):
-    program.main(arguments)
+  # ... not even without its workdir; and records of another base are not mistaken for these.
+  shutil.rmtree(tmp_path / "runs")
+  program.main(arguments)
+  for record in (tmp_path / "out" / "records").glob("*.json"):
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"base": "another"}))
+  with pytest.raises(SystemExit, match="is not finished yet"):
+    program.main([*arguments, "--report"])
 
 
 @pytest.fixture
@@ -61,7 +65,7 @@ def test_methods(surroundings, tmp_path, monkeypatch):
   monkeypatch.setattr(program, "SIX_RATES", (1e-4,))  # in the place of six
   monkeypatch.setattr(program, "IMAGES", 4)
   monkeypatch.setattr(program, "PROMPTS", 2)
-  arguments = [*surroundings, "--methods=sft", "--seeds", "0", "--tune-updates=1"]
+  arguments = [*surroundings, "--methods=sft", "--seeds", "0"]
   with pytest.raises(SystemExit, match="no method is finished"):
     program.main([*arguments, "--report"])
   program.main(arguments)
@@ -73,7 +77,7 @@ def test_methods(surroundings, tmp_path, monkeypatch):
   assert (tmp_path / "out" / "grid.png").stat().st_size > 1000
   # No test prompt was validated on.
   validation = set((tmp_path / "runs" / "validation.txt").read_text().splitlines())
-  tested = set(campaign.scores_of(tmp_path / "runs" / "final" / "sft-0").prompt)
+  tested = set(pd.read_parquet(tmp_path / "out" / "records" / "sft-0.parquet").prompt)
   assert len(validation) == 75 and tested and not validation & tested
   monkeypatch.setattr(campaign.main, "main", lambda _: pytest.fail("ran again"))
   program.main(arguments)
