@@ -132,10 +132,7 @@ def record_run(
     "base": campaign.base,
     "minutes": round(minutes, 2),
     "means": means_of(scores),
-    "metrics": pd.DataFrame(map(json.loads, lines))
-    .drop(columns=["step", "time"])
-    .mean()
-    .to_dict(),
+    "metrics": logged.mean().to_dict(),
     **measure(workdir),
   }
   campaign.records.mkdir(parents=True, exist_ok=True)
