@@ -25,6 +25,7 @@ def base(name: str, preset: str) -> ConfigDict:
   c.model = ConfigDict()
   c.model.path = "shapes"  # 'shapes', a directory in diffusers' layout, or a hub id
   c.model.variant = ""  # of its weights, such as fp16; '': the full ones, where there are
+  c.model.start = ""  # a run or pipeline whose UNet training begins with; '': the base's
   c.model.dtype = "float32"  # of the computation; parameters and moments are float32
   c.model.frozen_dtype = "float32"  # in which the base is held besides what is trained
 
@@ -131,6 +132,34 @@ def base(name: str, preset: str) -> ConfigDict:
     c.evaluate.batch_size = 8
     c.evaluate.num_examples = 2
   return c
+
+
+def improve(c: ConfigDict) -> None:
+  """How an improver draws its version of a picture."""
+  c.improve = ConfigDict()
+  c.improve.text_guidance = 3.5  # s_T: towards the prompt
+  c.improve.image_guidance = 3.0  # s_I: towards the picture it is shown
+  c.improve.num_steps = c.evaluate.num_steps  # of DPM-Solver++ (2M)
+
+
+def iterate(c: ConfigDict, *, winners: str) -> None:
+  """How the pairs of each iteration are drawn; updates and learning rate are of one of them."""
+  c.data.num_rows = 0
+  c.iterate = ConfigDict()
+  c.iterate.num_iterations = 3  # each draws pairs with the model before it and trains on them
+  c.iterate.num_pairs = 500  # drawn in each
+  c.iterate.winners = winners  # the 'data' images, or the losers 'improved'
+  c.iterate.improver = ""  # that improves them: a run of configs/improver.py, or a pipeline
+  c.iterate.min_change = 0.05  # latents' distance (RMS) below which a pair is not trained on
+  c.iterate.guidance = c.evaluate.guidance  # with which losers are drawn
+  c.iterate.num_steps = c.evaluate.num_steps  # of DPM-Solver++ (2M)
+  c.iterate.batch_size = c.evaluate.batch_size  # images at once
+  c.iterate.shard_size = 250  # pairs in a file; an interrupted one is drawn anew
+  improve(c)
+  if c.preset == "tiny":
+    c.iterate.num_iterations = 2
+    c.iterate.num_pairs = 12
+    c.iterate.shard_size = 8
 
 
 def train_on_experts(c: ConfigDict) -> None:

@@ -2,14 +2,13 @@
 
   python -m jaxpref.main --config=configs/spin.py
 
-After Yuan et al. 2024 (https://arxiv.org/abs/2402.10210): reference and opponent are the
-policy as it was `rollout.refresh_every` updates ago, at each such step. Learning rate 2e-5,
-batch 2048, 200 updates of warm-up and 500 updates an iterate are those of the published
-models' cards; beta is 2000 in the first iterate there and 5000 in later ones, here 2000
-throughout, and the warm-up is not repeated for each iterate. The opponents' images are drawn
-anew for each batch, which for as many rows as the data has costs what drawing them beforehand
-does. How the authors sampled them is not said: guidance 7.5 and 20 steps of DPM-Solver++ are
-ours.
+After Yuan et al. 2024 (https://arxiv.org/abs/2402.10210): each iteration draws an image for
+the caption of each of the data's, trains with DPO's loss to prefer the data's, with the model
+before it as reference, and begins the next from the averaged result. `sd15` and `sdxl`:
+learning rate 2e-5, batch 2048, 200 updates of warm-up and 500 updates an iteration are those
+of the published models' cards; beta is 2000 in the first iteration there and 5000 in later
+ones, here 2000 throughout. How the authors sampled the opponents is not said: guidance 7.5
+and 50 steps of DPM-Solver++ are ours.
 """
 
 from ml_collections import ConfigDict
@@ -23,16 +22,15 @@ def get_config(preset: str = "shapes") -> ConfigDict:
   """The run's configuration."""
   c = common.base("spin", preset)
   c.loss.beta = 2000.0  # how much the policy is bound to the previous iterate
-  c.rollout.refresh_every = 100
-  c.rollout.guidance = 2.0
+  common.iterate(c, winners="data")
+  if preset == "shapes":
+    c.train.num_updates = 100
   if preset in ("sd15", "sdxl"):
-    c.rollout.refresh_every = 500
-    c.rollout.guidance = 7.5
     c.data.experts = "winners"
     c.data.num_experts = 0  # all that memory holds: set it, see docs/losses.md
     c.optim.lr = 2e-5
     c.optim.warmup_updates = 200
-    c.train.num_updates = 1500  # three iterates
-  if preset == "tiny":
-    c.rollout.refresh_every = 2
+    c.train.num_updates = 500
+    c.iterate.num_pairs = 100_000
+    c.iterate.shard_size = 1024
   return c

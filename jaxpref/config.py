@@ -53,7 +53,24 @@ RULES: Rules = {
   "lora.rank": _at_least(0),
   **dict.fromkeys(("lora.alpha", "loss.beta", "loss.snr"), _POSITIVE),
   **dict.fromkeys(("loss.margin", "loss.target_margin"), _FINITE),
-  **dict.fromkeys(("loss.weight_desirable", "loss.weight_undesirable"), _FINITE),
+  **dict.fromkeys(
+    (
+      *("loss.weight_desirable", "loss.weight_undesirable", "loss.weight_winning"),
+      *("loss.weight_reconstruction", "loss.weight_unconditional"),
+    ),
+    _FINITE,
+  ),
+  **dict.fromkeys(
+    (
+      *("iterate.num_iterations", "iterate.num_pairs", "iterate.shard_size"),
+      *("iterate.num_steps", "iterate.batch_size"),
+    ),
+    _at_least(1),
+  ),
+  **dict.fromkeys(("iterate.guidance", "iterate.min_change"), _FINITE),
+  "iterate.winners": _one_of("data", "improved"),
+  **dict.fromkeys(("improve.text_guidance", "improve.image_guidance"), _FINITE),
+  "improve.num_steps": _at_least(1),
   "data.prompt_dropout": (lambda value: 0 <= value <= 1, "between 0 and 1"),
   "rollout.solver": _one_of("dpm_solver", "ddim", "ddpm"),
   "optim.schedule": _one_of("constant", "linear", "cosine", "trapezoid"),

@@ -1,11 +1,13 @@
 """`python -m jaxpref.generate --model=DIR --prompts="a prompt" --out=DIR`: pictures.
 
-Of any pipeline in diffusers' layout, of a hub id, or of a run's workdir. A picture depends
-on its prompt, its seed and the settings alone, not on the batch or the devices; each is a
-PNG that carries them. Started again, the same command draws what is missing.
+Of any pipeline in diffusers' layout, of a hub id, or of a run's workdir. With
+`--improver=DIR --images=DIR` it draws the better versions of a folder of pictures. A picture
+depends on its prompt, its seed and the settings alone, not on the batch or the devices; each
+is a PNG that carries them. Started again, the same command draws what is missing.
 """
 
 import argparse
+import hashlib
 import io
 import json
 import math
@@ -13,7 +15,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
@@ -33,13 +35,24 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
   parser = cli.Parser("Draws pictures of a pipeline, or of what a run has made of one.")
   add = parser.add_argument
-  add("--model", required=True, help="pipeline directory, hub id, 'shapes', or a run's workdir")
-  add("--prompts", required=True, help="a text file with a prompt a line, or a prompt")
-  add("--out", required=True, type=Path, help="directory for <prompt>-<image>.png")
+  add("--model", help="pipeline directory, hub id, 'shapes', or a run's workdir")
+  add("--improver", metavar="MODEL", help="the same, of configs/improver.py; needs --images")
+  add(
+    "--images",
+    metavar="DIR",
+    help="pictures to improve, scaled and cropped to the model's size",
+  )
+  add(
+    "--prompts",
+    help="a text file with a prompt a line, or a prompt; with --images one for all of them, "
+    "instead of the captions beside them",
+  )
+  add("--out", required=True, type=Path, help="directory for <prompt or image>-<number>.png")
   add("--images-per-prompt", type=_count, default=1, metavar="N")
   add("--seed", type=int, default=0, help="of the first picture; each next one's is one more")
   add("--negative", default="", help="a prompt to be guided away from")
-  add("--guidance", type=float, default=7.5, help="classifier-free guidance scale; 1: none")
+  add("--guidance", type=float, help="scale towards the prompt; 7.5, of an improver 3.5")
+  add("--image-guidance", type=float, help="of an improver, towards its picture; 3.0")
   add("--steps", type=_count, default=30, help="of the solver")
   add("--solver", choices=tuple(SOLVERS), default="dpm_solver")
   add("--order", type=int, choices=(1, 2, 3), default=2, help="of the DPM-Solver")
@@ -65,19 +78,25 @@ def _size(text: str) -> tuple[int, int]:
   return int(match[1]), int(match[2] or match[1])
 
 
+class Picture(NamedTuple):
+  """One to be drawn.
+
+  Attributes:
+    file: of the PNG.
+    settings: all that it depends on.
+    image: uint8 [H, W, 3], what is to be improved, or None.
+  """
+
+  file: Path
+  settings: dict[str, Any]
+  image: Any = None
+
+
 def _run(argv: list[str]) -> None:
   flags = _parser().parse_args(argv)
-  prompts = read_prompts(flags.prompts)
-  total = len(prompts) * flags.images_per_prompt
-  if not 0 <= flags.seed < 2**32 - total:
-    raise UserError(f"--seed must be at least 0 and below 2^32 less {total} pictures")
-  if not 0 <= flags.guidance < math.inf:
-    raise UserError(f"--guidance must be finite and at least 0, got {flags.guidance}")
+  _check(flags)
   out = user_path(flags.out)
-  if out.exists() and not out.is_dir():
-    raise UserError(f"{out} is a file, not a directory")
   # Late: errors on the command line should not wait for JAX.
-  import jax  # noqa: PLC0415
   import jax.numpy as jnp  # noqa: PLC0415
 
   from jaxpref import progress, runtime, sharding, tuned, workdir  # noqa: PLC0415
@@ -87,18 +106,92 @@ def _run(argv: list[str]) -> None:
   runtime.cache_programs()
   mesh = sharding.make_mesh()
   pipeline = tuned.load(
-    flags.model,
+    flags.improver or flags.model,
     ema=flags.ema,
     step=flags.step,
     dtype=jnp.dtype(flags.dtype),
     mesh=mesh,
     variant=flags.variant,
   )
+  if pipeline.is_improver != bool(flags.improver):
+    what = "no improver" if flags.improver else "an improver: --improver takes it, and --images"
+    raise UserError(f"{flags.improver or flags.model} is {what}")
   # What the model was told of its good pictures, it is told again.
-  prompts = [tuned.prompt_prefix(flags.model) + prompt for prompt in prompts]
+  prefix = tuned.prompt_prefix(flags.improver or flags.model)
+  wanted = _pictures(flags, out, pipeline, prefix)
+  missing = [picture for picture in wanted if not is_drawn(picture.file, picture.settings)]
+  if not missing:
+    print(f"{len(wanted)} pictures in {out}, 0 of them new")
+    return
+  generator = generate.make_generator(
+    pipeline,
+    mesh,
+    num_steps=flags.steps,
+    guidance=flags.guidance,
+    batch_size=min(flags.batch_size, len(wanted)),
+    solver=flags.solver,
+    order=flags.order,
+    size=flags.size,
+    negative=flags.negative,
+    decode=flags.decode,
+    image_guidance=flags.image_guidance if flags.improver else None,
+  )
+  size = tuple(missing[0].settings["size"])
+  step = sharding.round_up(min(flags.batch_size, len(wanted)), mesh)
+  with progress.progress_bar(
+    total=len(wanted), initial=len(wanted) - len(missing), desc="pictures", unit="image"
+  ) as bar:
+    for start in range(0, len(missing), step):
+      part = missing[start : start + step]
+      prompts = [picture.settings["prompt"] for picture in part]
+      cond = encode.encode_prompts(pipeline, mesh, prompts, size=size)
+      if flags.improver:
+        shown = [picture.image for picture in part]
+        cond = {**cond, "image": encode.encode_images(pipeline, mesh, shown)}
+      seeds = [picture.settings["seed"] for picture in part]
+      images = generator(pipeline.params["unet"], cond, seeds)
+      for image, picture in zip(images, part, strict=True):
+        workdir.write_bytes(picture.file, to_png(image, picture.settings))
+      bar.update(len(part))
+  print(f"{len(wanted)} pictures in {out}, {len(missing)} of them new")
+
+
+def _check(flags: argparse.Namespace) -> None:
+  """Refuses flags that do not go together, and fills in what depends on the model's kind."""
+  if bool(flags.model) == bool(flags.improver):
+    raise UserError("give one of --model and --improver")
+  if bool(flags.images) != bool(flags.improver):
+    raise UserError("--improver and --images go together: what to improve with, and what")
+  if not flags.prompts and not flags.images:
+    raise UserError("the following arguments are required: --prompts")
+  if flags.image_guidance is not None and not flags.improver:
+    raise UserError("--image-guidance is an improver's")
+  if flags.size and flags.improver:
+    raise UserError("--size is not for an improver, which draws what it was trained for")
+  if flags.guidance is None:
+    flags.guidance = 3.5 if flags.improver else 7.5
+  if flags.image_guidance is None:
+    flags.image_guidance = 3.0
+  for name in ("guidance", "image_guidance"):
+    if not 0 <= (value := getattr(flags, name)) < math.inf:
+      option = name.replace("_", "-")
+      raise UserError(f"--{option} must be finite and at least 0, got {value}")
+  if flags.prompts is not None:
+    flags.prompts = read_prompts(flags.prompts)
+    if flags.images and len(flags.prompts) > 1:
+      raise UserError("with --images, --prompts takes one prompt for all of them")
+  out = user_path(flags.out)
+  if out.exists() and not out.is_dir():
+    raise UserError(f"{out} is a file, not a directory")
+
+
+def _pictures(
+  flags: argparse.Namespace, out: Path, pipeline: Any, prefix: str
+) -> list[Picture]:
+  """All that the flags ask for, drawn already or not."""
   height, width = flags.size or (pipeline.image_size, pipeline.image_size)
   shared = {
-    "model": flags.model,
+    "model": flags.improver or flags.model,
     "weights": pipeline.digest,
     "negative": flags.negative,
     "guidance": flags.guidance,
@@ -109,50 +202,47 @@ def _run(argv: list[str]) -> None:
     "decode": flags.decode,
     "dtype": flags.dtype,
   }
-  missing = []  # (file, index of its prompt, settings)
-  seeds = generate.seeds_of(len(prompts), flags.images_per_prompt, seed=flags.seed)
-  for i, seed in enumerate(seeds):
-    prompt, image = divmod(i, flags.images_per_prompt)
-    settings = {**shared, "prompt": prompts[prompt], "seed": int(seed)}
-    file = out / f"{prompt:05d}-{image:02d}.png"
-    if not is_drawn(file, settings):
-      missing.append((file, prompt, settings))
-  if not missing:
-    print(f"{total} pictures in {out}, 0 of them new")
-    return
-  generator = generate.make_generator(
-    pipeline,
-    mesh,
-    num_steps=flags.steps,
-    guidance=flags.guidance,
-    batch_size=min(flags.batch_size, total),
-    solver=flags.solver,
-    order=flags.order,
-    size=flags.size,
-    negative=flags.negative,
-    decode=flags.decode,
-  )
-  wanted = sorted({prompt for _, prompt, _ in missing})
-  row_of = {prompt: row for row, prompt in enumerate(wanted)}
-  cond = encode.encode_prompts(
-    pipeline, mesh, [prompts[i] for i in wanted], size=(height, width)
-  )
-  step = sharding.round_up(min(flags.batch_size, total), mesh)
-  with progress.progress_bar(
-    total=total, initial=total - len(missing), desc="pictures", unit="image"
-  ) as bar:
-    for start in range(0, len(missing), step):
-      part = missing[start : start + step]
-      rows = [row_of[prompt] for _, prompt, _ in part]
-      images = generator(
-        pipeline.params["unet"],
-        jax.tree.map(lambda x, r=rows: x[r], cond),
-        [settings["seed"] for _, _, settings in part],
+  # (stem of the file's name, prompt, image to improve and what it changes of the settings)
+  subjects: list[tuple[str, str, Any, dict[str, Any]]]
+  if flags.images:
+    from jaxpref.data import folder  # noqa: PLC0415
+
+    shared["image_guidance"] = flags.image_guidance
+    found = folder.load_folder(
+      flags.images,
+      image_size=pipeline.image_size,
+      caption=flags.prompts[0] if flags.prompts else None,
+      option="--images",
+    )
+    subjects = [
+      (
+        Path(e.source).with_suffix("").as_posix().replace("/", "-"),
+        e.caption,
+        e.image,
+        {"improved": hashlib.sha256(e.image.tobytes()).hexdigest()[:16]},
       )
-      for image, (file, _, settings) in zip(images, part, strict=True):
-        workdir.write_bytes(file, to_png(image, settings))
-      bar.update(len(part))
-  print(f"{total} pictures in {out}, {len(missing)} of them new")
+      for e in found
+    ]
+  else:
+    subjects = [(f"{i:05d}", prompt, None, {}) for i, prompt in enumerate(flags.prompts)]
+  count = flags.images_per_prompt
+  total = len(subjects) * count
+  if not 0 <= flags.seed < 2**32 - total:
+    raise UserError(f"--seed must be at least 0 and below 2^32 less {total} pictures")
+  return [
+    Picture(
+      out / f"{stem}-{number:02d}.png",
+      {
+        **shared,
+        **more,
+        "prompt": prefix + prompt,
+        "seed": flags.seed + i * count + number,
+      },
+      image,
+    )
+    for i, (stem, prompt, image, more) in enumerate(subjects)
+    for number in range(count)
+  ]
 
 
 def read_prompts(text: str) -> list[str]:

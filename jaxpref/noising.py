@@ -4,6 +4,7 @@ Draws of noise and timesteps are either new at every update, or a fixed number f
 so that a reference's errors on them need to be computed only once.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -12,8 +13,8 @@ import jax.numpy as jnp
 
 from jaxpref import randomness
 from jaxpref.diffusion import schedule as schedule_lib
-from jaxpref.losses import Needs
-from jaxpref.rollouts import Images, Rollout, States
+from jaxpref.losses import Arranged, Needs
+from jaxpref.rollouts import States
 
 
 @flax.struct.dataclass
@@ -42,12 +43,13 @@ def make_arms(
   schedule: schedule_lib.NoiseSchedule,
   needs: Needs,
   batch: Any,
-  rollout: Rollout | None,
+  rollout: States | None,
   uncond: Any,
   *,
   seed: int | jax.Array,
   update: int | jax.Array,
   prompt_dropout: float,
+  arrange: Callable[..., Arranged] | None = None,
 ) -> Arms:
   """A batch with what the policy drew for it, noised.
 
@@ -62,10 +64,14 @@ def make_arms(
     seed: of the run.
     update: number of updates done.
     prompt_dropout: share of rows that lose their prompt.
+    arrange: the loss's, with its hyper-parameters.
   """
   x0, cond, labels = batch["latents"], batch["cond"], batch.get("labels", {})
-  if isinstance(rollout, Images):
-    x0 = jnp.concatenate([x0, rollout.latents[:, None]], axis=1)
+  image = None
+  if arrange:
+    key = randomness.key_of(seed, "arrange", update)
+    x0, cond, image, more = arrange(x0, cond, uncond, key)
+    labels = {**labels, **more}
   noise_shape = (1 if needs.shared_noise else x0.shape[1], *x0.shape[2:])
   if "draw" in batch:
     dropped, t, eps = _fixed_draws(
@@ -76,10 +82,12 @@ def make_arms(
     key = randomness.key_of(seed, "train", update)
     dropped = randomness.dropped_rows(seed, update, rows, rate=prompt_dropout)
     t = jax.random.randint(jax.random.fold_in(key, 0), (rows,), 0, schedule.num_timesteps)
-    states = rollout.t.shape[1] if isinstance(rollout, States) else 1
+    states = 1 if rollout is None else rollout.t.shape[1]
     eps = jax.random.normal(jax.random.fold_in(key, 1), (rows * states, *noise_shape))
   cond = randomness.without_prompts(dropped, cond, uncond)
-  if isinstance(rollout, States):
+  if image is not None:
+    cond = {**cond, "image": image}
+  if rollout is not None:
     # Each state stands in a row of its own, beside the row's images at its timestep.
     count = rollout.t.shape[1]
     repeat = lambda x: jnp.repeat(x, count, axis=0)  # noqa: E731
@@ -88,7 +96,7 @@ def make_arms(
   eps = jnp.broadcast_to(eps, x0.shape)
   x_t = schedule_lib.add_noise(schedule, x0, eps, t)
   target = schedule_lib.target(schedule, x0, eps, t)
-  if isinstance(rollout, States):
+  if rollout is not None:
     own, answers = (x.reshape((-1, 1, *x.shape[2:])) for x in (rollout.x_t, rollout.target))
     x_t = jnp.concatenate([x_t, own], axis=1)
     target = jnp.concatenate([target, answers.astype(target.dtype)], axis=1)

@@ -34,18 +34,7 @@ class States:
   t: jax.Array
 
 
-@flax.struct.dataclass
-class Images:
-  """Where the trajectories ended: `latents`, [B, C, h, w]."""
-
-  latents: jax.Array
-
-
-Rollout = States | Images
-
-
 def make_rollout(
-  kind: str,
   denoise: Denoise,
   schedule: NoiseSchedule,
   *,
@@ -56,7 +45,7 @@ def make_rollout(
   guidance: float,
   prompt_dropout: float,
   states_per_trajectory: int = 1,
-) -> Callable[..., Rollout]:
+) -> Callable[..., States]:
   """The rollout as one jitted program.
 
   Each sample's timesteps are shifted by a random offset, so that every timestep is
@@ -65,15 +54,13 @@ def make_rollout(
   likely, and none is kept twice.
 
   Args:
-    kind: 'states', as Diffusion-DRO has it, or 'images', which start at the noisiest
-      timestep, without an offset.
     denoise: (params, x_t, t, cond) -> prediction.
     schedule: noise schedule.
     latent_shape: channels, height and width.
     num_steps: solver steps from noise to image.
     solver: 'dpm_solver', 'ddim' or 'ddpm'.
     order: of the DPM-Solver.
-    guidance: classifier-free guidance scale; 1 for none, as published for states.
+    guidance: classifier-free guidance scale; 1 for none, as published.
     prompt_dropout: as in the train step, which drops the same rows' prompts.
     states_per_trajectory: how many are kept, 1 to `num_steps`.
 
@@ -83,20 +70,18 @@ def make_rollout(
   """
 
   @jax.jit
-  def rollout(params: Any, seed, update, cond, uncond) -> Rollout:
+  def rollout(params: Any, seed, update, cond, uncond) -> States:
     rows = jax.tree.leaves(cond)[0].shape[0]
     key = randomness.key_of(seed, "rollout", update)
     dropped = randomness.dropped_rows(seed, update, rows, rate=prompt_dropout)
     cond = randomness.without_prompts(dropped, cond, uncond)
     spacing = schedule.num_timesteps // num_steps
     offsets = jax.random.randint(jax.random.fold_in(key, 0), (rows,), 0, spacing)
-    if kind == "images":
-      offsets = jnp.full((rows,), spacing - 1)
     noise_keys = jax.random.split(jax.random.fold_in(key, 2), rows)
     guided = guidance_lib.classifier_free(
       lambda x_t, t, c: denoise(params, x_t, t, c), cond, uncond, guidance
     )
-    out = sample_lib.sample(
+    _, seen = sample_lib.sample(
       guided,
       sample_lib.initial_noise(noise_keys, latent_shape),
       grid_lib.offset_grid(schedule, num_steps, offsets),
@@ -104,11 +89,8 @@ def make_rollout(
       solver=solver,
       order=order,
       key=noise_keys,
-      trajectory=kind == "states",
+      trajectory=True,
     )
-    if kind == "images":
-      return Images(out)
-    _, seen = out
     first = jax.random.randint(jax.random.fold_in(key, 1), (rows,), 0, num_steps)
     stride = num_steps // states_per_trajectory
     picks = (first[:, None] + stride * jnp.arange(states_per_trajectory)) % num_steps

@@ -1,8 +1,11 @@
 """How JAX is set up: its devices on a machine without an accelerator, its cache."""
 
 import os
+import platform
 import sys
 from pathlib import Path
+
+from jaxpref import __version__
 
 # Of the control group: microseconds of CPU time, or "max", in each period of so many.
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -42,6 +45,18 @@ def cache_programs() -> None:
   if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
     # A run has dozens of small programs, which JAX would leave out.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def facts() -> dict[str, str]:
+  """Devices, machine and versions, for a report."""
+  import jax  # noqa: PLC0415
+  import numpy as np  # noqa: PLC0415
+
+  return {
+    "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    "versions": f"jaxpref {__version__}, jax {jax.__version__}, numpy {np.__version__}",
+  }
 
 
 def _cores() -> int:

@@ -16,11 +16,11 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxpref import noising, optim, randomness, rollouts, sharding
+from jaxpref import losses, noising, optim, randomness, rollouts, sharding
 from jaxpref.diffusion import schedule as schedule_lib
 from jaxpref.losses import Needs, Terms, to_errors
 from jaxpref.models.unet import Denoise
-from jaxpref.rollouts import Rollout
+from jaxpref.rollouts import States
 
 
 @flax.struct.dataclass
@@ -32,8 +32,7 @@ class TrainState:
       those of the base.
     ema: its moving average, float32.
     opt_state: of optax.
-    policy_copy: the policy as it was at the last renewal, where that one rolls out or is
-      the reference; None where neither is.
+    policy_copy: the policy as it was at the last renewal, where that one rolls out.
     seed: of the run, int32 scalar; no constant of the program, which serves any.
     update: number of updates done, int32 scalar.
     replay: rows of earlier updates, a `rollouts.Replay`, or None.
@@ -50,7 +49,7 @@ class TrainState:
 
 def needs_copy(needs: Needs, refresh_every: int) -> bool:
   """Whether a copy of the policy is kept that lags behind it."""
-  return (bool(needs.rollout) and refresh_every > 1) or needs.reference == "previous"
+  return bool(needs.rollout) and refresh_every > 1
 
 
 def init_state(
@@ -113,25 +112,28 @@ def make_train_step(
     adapt: (what is trained, base) -> the policy's parameters as `denoise` takes them.
 
   Returns:
-    `step(state, base, uncond, batch, rollout) -> (state, metrics)`; `base` is the base's
-    parameters, or None where neither `adapt` nor the reference needs them, `batch` as
-    `noising.make_arms` takes it, `rollout` a `Rollout` or None, metrics are scalars.
+    `step(state, base, uncond, batch, rollout, start=None) -> (state, metrics)`; `base` is the
+    base's parameters, or None where neither `adapt` nor the reference needs them, `batch` as
+    `noising.make_arms` takes it, `rollout` a `States` or None, `start` what was trained at
+    the start where that is the reference, metrics are scalars.
   """
   needs = loss.NEEDS
+  objective = losses.bind(loss.objective, hyper)
+  arrange = losses.bind(loss.arrange, hyper) if hasattr(loss, "arrange") else None
 
-  def micro_loss(trained, base, previous, rows: noising.Arms, mean):
+  def micro_loss(trained, base, start, rows: noising.Arms, mean):
     count = len(arms) - own_targets
     seen = _residuals(denoise, adapt(trained, base), rows, arms[:count])
     if own_targets:
       seen[arms[-1]] = jnp.zeros_like(seen[arms[0]])
     seen_ref, known = {}, dict(rows.ref)
     if needs.reference and not known:
-      reference = base if needs.reference == "base" else adapt(previous, base)
+      reference = base if needs.reference == "base" else adapt(start, base)
       seen_ref = jax.lax.stop_gradient(_residuals(denoise, reference, rows, arms))
     err = to_errors(seen)
     err_ref = known or to_errors(seen_ref)
     pair = (seen, seen_ref) if needs.residuals else (err, err_ref)
-    per_sample, metrics = loss.objective(Terms(*pair, rows.labels, mean), **hyper)
+    per_sample, metrics = objective(Terms(*pair, rows.labels, mean))
     metrics = {
       "loss": per_sample,
       **{f"err/policy_{a}": e for a, e in err.items()},
@@ -140,21 +142,21 @@ def make_train_step(
     }
     return per_sample.mean(), jax.tree.map(jnp.mean, metrics)
 
-  def mean_gradients(trained, base, previous, rows, mean=jnp.mean):
+  def mean_gradients(trained, base, start, rows, mean=jnp.mean):
     """Gradients and metrics of this device's rows, micro-batch by micro-batch."""
     gradients = jax.grad(functools.partial(micro_loss, mean=mean), has_aux=True)
     if accumulate == 1:
-      return gradients(trained, base, previous, rows)
+      return gradients(trained, base, start, rows)
 
     def add(total, micro):
-      return jax.tree.map(jnp.add, total, gradients(trained, base, previous, micro)), None
+      return jax.tree.map(jnp.add, total, gradients(trained, base, start, micro)), None
 
     # Every so many rows rather than runs of them: the same micro-batches on any mesh.
     micros = jax.tree.map(
       lambda x: x.reshape((-1, accumulate, *x.shape[1:])).swapaxes(0, 1), rows
     )
     first = jax.tree.map(lambda x: x[0], micros)
-    shapes = jax.eval_shape(gradients, trained, base, previous, first)
+    shapes = jax.eval_shape(gradients, trained, base, start, first)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     total, _ = jax.lax.scan(add, zeros, micros)
     return jax.tree.map(lambda x: x / accumulate, total)
@@ -163,8 +165,8 @@ def make_train_step(
     return jax.lax.pmean(jnp.mean(x), "data")
 
   reduced_gradients = jax.shard_map(
-    lambda trained, base, previous, rows: jax.lax.pmean(
-      mean_gradients(trained, base, previous, rows, mean=everywhere), "data"
+    lambda trained, base, start, rows: jax.lax.pmean(
+      mean_gradients(trained, base, start, rows, mean=everywhere), "data"
     ),
     mesh=mesh,
     in_specs=(P(), P(), P(), P("data")),
@@ -182,18 +184,19 @@ def make_train_step(
   @functools.partial(
     jax.jit, donate_argnums=0, out_shardings=(state_sharding, sharding.replicated(mesh))
   )
-  def step(state: TrainState, base, uncond, batch, rollout: Rollout | None):
+  def step(state: TrainState, base, uncond, batch, rollout: States | None, start=None):
     rows = noising.make_arms(
       *(schedule, needs, batch, rollout, uncond),
       seed=state.seed,
       update=state.update,
       prompt_dropout=prompt_dropout,
+      arrange=arrange,
     )
     replay = state.replay
     if replay is not None:
       key = randomness.key_of(state.seed, "replay", state.update)
       rows, replay = rollouts.replay(replay, rows, state.update, key)
-    grads, metrics = reduced_gradients(state.params, base, state.policy_copy, rows)
+    grads, metrics = reduced_gradients(state.params, base, start, rows)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     update = state.update + 1

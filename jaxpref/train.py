@@ -1,17 +1,13 @@
 """The run: build, restore, then update / log / save, and at the end evaluate.
 
-`prepare` reads and checks all input; `run` has the side effects. The loop is meant to be
-read from top to bottom.
+`jaxpref.prepare` has read and checked all input; here are the side effects. The loop is meant
+to be read from top to bottom.
 """
 
-import dataclasses
 import logging
-import os
-import platform
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -23,11 +19,9 @@ from jax.sharding import Mesh
 from jaxpref import (
   __version__,
   checkpoint,
-  losses,
   metrics,
   noising,
   optim,
-  randomness,
   rollouts,
   runtime,
   sharding,
@@ -36,71 +30,13 @@ from jaxpref import (
 from jaxpref import workdir as workdir_lib
 from jaxpref.data import encode, loader
 from jaxpref.data import rows as rows_lib
-from jaxpref.diffusion import grid
 from jaxpref.errors import UserError
 from jaxpref.evaluation import evaluate
 from jaxpref.models import lora as lora_lib
-from jaxpref.models import pipeline as pipeline_lib
 from jaxpref.models import unet as unet_lib
+from jaxpref.prepare import Prepared, init_trained
 
 _log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-  """A run's input, read and checked."""
-
-  config: Any
-  mesh: Mesh
-  loss: ModuleType
-  hyper: dict[str, Any]
-  arms: tuple[str, ...]
-  pipeline: pipeline_lib.Pipeline
-  rows: list[rows_lib.Row]
-  prompts: list[str]
-  scorers: tuple[str, ...]
-
-
-def prepare(config: Any) -> Prepared:
-  """Everything a run reads.
-
-  Raises:
-    UserError: whatever is wrong with it; the workdir has not been touched then.
-  """
-  runtime.cache_programs()
-  mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
-  sharding.check_batch(config.train.batch_size, mesh, accumulate=config.train.accumulate)
-  loss = losses.load_loss(config.loss.name)
-  hyper = losses.hyper_of(loss, config.loss)
-  arms = rows_lib.arms_of(loss.NEEDS.rows, config.data.list_size)
-  arms += ("p",) if loss.NEEDS.rollout else ()
-  _check_needs(loss.NEEDS, config)
-  losses.check_objective(loss, hyper, arms)
-  pipeline = pipeline_lib.load_pipeline(
-    config.model.path,
-    dtype=jnp.dtype(config.model.dtype),
-    mesh=mesh,
-    variant=config.model.variant,
-  )
-  # More steps than the schedule has are refused here, not at the first picture.
-  grid.offset_grid(pipeline.schedule, config.rollout.num_steps, jnp.zeros(1, jnp.int32))
-  grid.uniform_grid(pipeline.schedule, config.evaluate.num_steps, 1, **pipeline.spacing)
-  if config.lora.rank:  # a pattern without a match is refused here, too
-    jax.eval_shape(lambda p: _init_trained(config, p), pipeline.params["unet"])
-  rows = rows_lib.load_rows(
-    loss.NEEDS.rows, config.data, image_size=pipeline.image_size, seed=config.seed
-  )
-  source = config.evaluate.prompts
-  if source == "auto":
-    source = "shapes" if config.data.source == "shapes" else "captions"
-  prompts = evaluate.choose_prompts(
-    source,
-    config.evaluate.num_prompts,
-    [r.caption for r in rows],
-    seed=config.evaluate.seed,
-  )
-  usable = evaluate.usable_scorers(config.evaluate.scorers, prompts)
-  return Prepared(config, mesh, loss, hyper, arms, pipeline, rows, prompts, usable)
 
 
 def run(prepared: Prepared, workdir: Path) -> None:
@@ -121,16 +57,17 @@ def run(prepared: Prepared, workdir: Path) -> None:
 
   # State: from the base, or from the newest checkpoint.
   base = pipeline.params.pop("unet")  # taken out, so that it can be freed
+  begin = _begin(prepared, base)
   tx = _optimizer(config)
   lagging = steps.needs_copy(loss.NEEDS, config.rollout.refresh_every)
-  make_state = lambda params: steps.init_state(  # noqa: E731
-    _init_trained(config, params),
+  make_state = lambda trained: steps.init_state(  # noqa: E731
+    trained,
     tx,
     seed=config.seed,
     lagging_copy=lagging,
     replay=_init_replay(prepared, rows, uncond),
   )
-  abstract = jax.eval_shape(make_state, base)
+  abstract = jax.eval_shape(make_state, begin)
   placement = sharding.params_sharding(mesh, abstract)
   ckptr = checkpoint.open_checkpointer(workdir / "checkpoints", keep=train.keep)
   identity = {
@@ -138,10 +75,11 @@ def run(prepared: Prepared, workdir: Path) -> None:
     "data": rows_lib.fingerprint(prepared.rows),
     "pipeline": pipeline.digest,
     "num_updates": train.num_updates,
+    **({"start": prepared.start["digest"]} if prepared.start else {}),
   }
   start = 0
   if checkpoint.latest_step(ckptr) is None:
-    state = jax.jit(make_state, out_shardings=placement)(base)
+    state = jax.jit(make_state, out_shardings=placement)(begin)
   else:
     target = jax.tree.map(
       lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, placement
@@ -154,6 +92,11 @@ def run(prepared: Prepared, workdir: Path) -> None:
   adapt = _adapter(config)
   base = unet_lib.freeze(base, config.model.frozen_dtype)
   frozen = base if config.lora.rank or loss.NEEDS.reference == "base" else None
+  reference = None
+  if loss.NEEDS.reference == "start":
+    # Additions are few, and rounded only where they meet the base's weights.
+    reference = begin if config.lora.rank else unet_lib.freeze(begin, config.model.frozen_dtype)
+  del begin  # the state has a copy of it
   # Only now: a continuation that is refused changes nothing.
   workdir_lib.write_config(workdir, config)
 
@@ -187,19 +130,15 @@ def run(prepared: Prepared, workdir: Path) -> None:
           drawn = rollout(policy, state.seed, state.update, batch["cond"], uncond)
           jax.block_until_ready(drawn)
       with clock("update"):
-        state, values = train_step(state, frozen, uncond, batch, drawn)
+        state, values = train_step(state, frozen, uncond, batch, drawn, reference)
         jax.block_until_ready(state.update)
       images_since += train.batch_size
       if done % train.log_every == 0 or done == train.num_updates:
         shares, speed = clock.shares(), images_since / clock.elapsed()
         numbers = {name: float(v) for name, v in values.items()}
         times = {f"time/{name}": share for name, share in shares.items()}
-        if numbers["optim/grad_norm"] == 0.0 and done < train.num_updates:
-          _log.warning(
-            "update %d learned nothing, its gradient is 0%s",
-            done,
-            ": every hinge is closed, see loss.margin" if "dro/active" in numbers else "",
-          )
+        if done < train.num_updates:
+          _warn_of_nothing(numbers, done)
         writer.write(done, numbers | {"perf/images_per_second": speed} | times)
         writer.progress(done, loss=numbers["loss"], images_per_second=speed, shares=shares)
         images_since = 0
@@ -213,63 +152,43 @@ def run(prepared: Prepared, workdir: Path) -> None:
     writer.close()
     checkpoint.close(ckptr)
 
-  # The evaluation: base against the averaged weights.
-  directory = workdir / "evaluation" / str(train.num_updates)
-  evaluated = evaluate.evaluate(
-    pipeline,
-    {"base": base, "tuned": adapt(state.ema, base)},
+  models = {"base": base, "tuned": adapt(state.ema, base)}
+  _evaluate(prepared, models, workdir, f"{time.time() - began:.0f} s, from update {start}")
+
+
+def _evaluate(prepared: Prepared, models: Any, workdir: Path, wall_time: str) -> None:
+  """Base against the averaged weights, and the report."""
+  config = prepared.config
+  directory = workdir / "evaluation" / str(config.train.num_updates)
+  evaluate.evaluate(
+    prepared.pipeline,
+    models,
     prepared.prompts,
     config.evaluate,
     scorer_names=prepared.scorers,
-    mesh=mesh,
+    mesh=prepared.mesh,
     directory=directory,
     prefix=config.data.good_prefix,
+    improve=config.improve if prepared.pipeline.is_improver else None,
   )
   facts = {
-    "updates": train.num_updates,
-    "training rows": f"{num_rows} {loss.NEEDS.rows}",
+    "updates": config.train.num_updates,
+    "training rows": f"{len(prepared.rows)} {prepared.loss.NEEDS.rows}",
     "seed": config.seed,
-    "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-    "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-    "versions": f"jaxpref {__version__}, jax {jax.__version__}, numpy {np.__version__}",
-    "wall time": f"{time.time() - began:.0f} s, from update {start}",
+    **runtime.facts(),
+    "wall time": wall_time,
   }
   held_out = not {r.caption for r in prepared.rows} & set(prepared.prompts)
-  evaluate.write_report(workdir, directory, config, evaluated, facts, held_out=held_out)
+  evaluate.write_report(workdir, directory, config, facts, held_out=held_out)
 
 
-def _check_needs(needs: losses.Needs, config: Any) -> None:
-  """Refuses settings that this loss makes nothing of, rather than ignoring them."""
-  rollout, draws = config.rollout, config.data.noise_draws
-  if draws and needs.rollout:
-    raise UserError("data.noise_draws fixes timesteps and noise, which rollouts draw anew")
-  if draws and needs.residuals:
-    raise UserError("data.noise_draws keeps errors, and this loss needs predictions")
-  if draws and needs.reference and config.model.dtype != "float32":
-    raise UserError(
-      "data.noise_draws needs model.dtype=float32: errors of a program of their own, rounded "
-      "to less, would differ by more than preference margins"
-    )
-  if needs.rows != "singles" and (config.data.good_prefix or config.data.bad_prefix):
-    raise UserError("data.good_prefix and data.bad_prefix are for losses that learn singles")
-  if needs.rows == "experts" and config.data.num_rows:
-    raise UserError("of experts there are data.num_experts; data.num_rows is for other rows")
-  if needs.rollout != "states" and (rollout.states > 1 or rollout.replay):
-    raise UserError("rollout.states and rollout.replay are for losses that take states")
-  if rollout.states > rollout.num_steps:
-    raise UserError(
-      f"a trajectory has rollout.num_steps = {rollout.num_steps} states, of which "
-      f"rollout.states = {rollout.states} cannot be kept"
-    )
-
-
-def _init_trained(config: Any, base: Any) -> Any:
-  """What is trained, before the first update: all parameters, or additions to them."""
-  lora = config.lora
-  if not lora.rank:
+def _begin(prepared: Prepared, base: Any) -> Any:
+  """What is trained, as it is before the first update."""
+  if prepared.start:
+    return prepared.start.pop("params")  # taken out, so that it can be freed
+  if not prepared.config.lora.rank:
     return base
-  key = randomness.key_of(config.seed, "lora", 0)
-  return lora_lib.init_lora(base, rank=lora.rank, targets=lora.targets, key=key)
+  return jax.jit(lambda params: init_trained(prepared.config, params))(base)
 
 
 def _adapter(config: Any) -> Callable[[Any, Any], Any]:
@@ -354,14 +273,14 @@ def _programs(prepared: Prepared, tx: optax.GradientTransformation, placement: A
     ema_decay=config.optim.ema_decay,
     accumulate=config.train.accumulate,
     refresh_every=config.rollout.refresh_every,
-    own_targets=needs.rollout == "states" and fresh and not config.rollout.replay,
+    own_targets=bool(needs.rollout) and fresh and not config.rollout.replay,
     adapt=_adapter(config),
     prompt_dropout=dropout,
   )
   rollout = None
   if needs.rollout:
     rollout = rollouts.make_rollout(
-      *(needs.rollout, denoise, pipeline.schedule),
+      *(denoise, pipeline.schedule),
       latent_shape=pipeline.latent_shape,
       num_steps=config.rollout.num_steps,
       solver=config.rollout.solver,
@@ -374,6 +293,13 @@ def _programs(prepared: Prepared, tx: optax.GradientTransformation, placement: A
     *(denoise, pipeline.schedule, prepared.loss), arms=prepared.arms, prompt_dropout=dropout
   )
   return train_step, rollout, reference_errors
+
+
+def _warn_of_nothing(values: Mapping[str, float], done: int) -> None:
+  """Where an update has learned nothing, which nobody wants to wait for."""
+  if values["optim/grad_norm"] == 0.0:
+    closed = ": every hinge is closed, see loss.margin" if "dro/active" in values else ""
+    _log.warning("update %d learned nothing, its gradient is 0%s", done, closed)
 
 
 def _check_finite(values: Mapping[str, jax.Array], done: int) -> None:

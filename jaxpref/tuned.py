@@ -10,12 +10,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from jaxpref import checkpoint, sharding
+from jaxpref import checkpoint, losses, sharding
 from jaxpref.errors import UserError
 from jaxpref.models import hub, lora
 from jaxpref.models import pipeline as pipeline_lib
 from jaxpref.paths import user_path
 from jaxpref.workdir import CONFIG
+
+# Of an iterative run: folders with the pairs of each iteration, and with a run for each.
+PAIRS, ITERATIONS = "pairs", "iterations"
 
 
 def load(
@@ -49,13 +52,15 @@ def load(
     if step is not None or not ema:
       raise UserError(f"--step and --no-ema are a run's, and {name} is none")
     return pipeline_lib.load_pipeline(name, dtype=dtype, mesh=mesh, variant=variant)
-  workdir = user_path(name)
+  workdir = _trained_in(user_path(name))
   if variant:
     raise UserError(f"--variant is a pipeline's; the base of the run {workdir} has its own")
   config = _read_config(workdir)
   found = checkpoint.find_good(workdir / "checkpoints", step=step)
   rank = config.get("lora", {}).get("rank", 0)
   pipeline = _load_base(workdir, config["model"], dtype, mesh, without_unet=not rank)
+  if losses.load_loss(config["loss"]["name"]).NEEDS.condition == "image":
+    pipeline = pipeline_lib.widen(pipeline)
   if found.metadata.get("pipeline") != pipeline.digest:
     raise UserError(f"the weights in {pipeline.path} are not those that {workdir} began with")
   field = "ema" if ema else "params"
@@ -84,19 +89,29 @@ def prompt_prefix(name: str) -> str:
   """What goes before every prompt of a run's model, '' for other models and most losses."""
   if not _is_workdir(name):
     return ""
-  data = _read_config(user_path(name)).get("data", {})
+  data = _read_config(_trained_in(user_path(name))).get("data", {})
   return str(data.get("good_prefix", ""))
 
 
 def _is_workdir(name: str) -> bool:
-  path = user_path(name)
+  path = _trained_in(user_path(name))
   return (path / CONFIG).is_file() and (path / "checkpoints").is_dir()
+
+
+def _trained_in(path: Path) -> Path:
+  """Where a run has trained: in its workdir, or of an iterative one in the last iteration's."""
+  if not (path / CONFIG).is_file() or not (path / PAIRS).is_dir():
+    return path
+  finished = [p.parent for p in (path / ITERATIONS).glob("*/report.html")]
+  if not finished:
+    raise UserError(f"no iteration of the run {path} is finished yet")
+  return max(finished, key=lambda p: int(p.name))
 
 
 def _read_config(workdir: Path) -> dict[str, Any]:
   try:
     config = json.loads((workdir / CONFIG).read_text(encoding="utf-8"))
-    _ = config["model"]["path"]
+    _ = config["model"]["path"], config["loss"]["name"]
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(f"{workdir / CONFIG} is no run's configuration: {error!r}") from error
   return config

@@ -117,7 +117,6 @@ def train(
     **shared,
   )
   rollout = rollouts.make_rollout(
-    needs.rollout or "states",
     denoise,
     schedule,
     latent_shape=(CHANNELS, SIZE, SIZE),
@@ -144,7 +143,8 @@ def train(
     if needs.rollout:
       policy = state.policy_copy if lagging else state.params
       drawn = rollout(policy, state.seed, state.update, batch["cond"], empty)
-    state, metrics = step(state, params, empty, batch, drawn)
+    start = params if needs.reference == "start" else None
+    state, metrics = step(state, params, empty, batch, drawn, start)
     history.append({k: float(v) for k, v in metrics.items()})
   pieces = {len({str(s.index) for s in x.addressable_shards}) for x in jax.tree.leaves(state)}
   assert max(pieces) == fsdp, (pieces, fsdp)

@@ -41,7 +41,7 @@ def dpo(p, r, beta, variant):
 
 
 def spin(p, r, beta):
-  return dpo({"w": p["e"], "l": p["p"]}, {"w": r["e"], "l": r["p"]}, beta, "sigmoid")
+  return dpo(p, r, beta, "sigmoid")
 
 
 def simpo(p, r, beta, target_margin):

@@ -27,7 +27,7 @@ CASES = [
   {"name": "kto", "data": 4, "fsdp": 2, "accumulate": 2},
   {"name": "kto", "data": 1, "fsdp": 8},
   {"name": "sdpo", "data": 4, "fsdp": 2},  # so is the guard's scale
-  {"name": "spin", "data": 8, "refresh_every": 2},
+  {"name": "spin", "data": 8},
   {"name": "listwise", "data": 2, "fsdp": 4, "accumulate": 2},
   {"name": "dspo", "data": 8},
 ]
@@ -170,7 +170,7 @@ def test_policy_and_reference_see_a_batch_once(name, calls, options, monkeypatch
 
   monkeypatch.setattr(steps, "make_train_step", lambda _, *a, **k: make_step(counting, *a, **k))
   monkeypatch.setattr(
-    rollouts, "make_rollout", lambda kind, _, *a, **k: make_rollout(kind, denoise, *a, **k)
+    rollouts, "make_rollout", lambda _, *a, **k: make_rollout(denoise, *a, **k)
   )
   devices_main.train(name, updates=1, **options)
   assert seen == calls
@@ -259,7 +259,6 @@ def test_update_equals_the_formula_by_hand():
 def test_rollout_keeps_states_of_all_timesteps_alike():
   params, _, empty = devices_main.initial()
   rollout = rollouts.make_rollout(
-    "states",
     devices_main.denoise,
     schedule_lib.make_schedule(),
     latent_shape=(devices_main.CHANNELS, 2, 2),

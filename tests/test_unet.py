@@ -12,28 +12,29 @@ from jaxpref.models import interceptors, pipeline, unet
 
 def test_a_widened_input_is_ignored_until_it_is_trained(tiny_pipeline):
   loaded = pipeline.load_pipeline(str(tiny_pipeline))
-  config, params = loaded.configs["unet"], loaded.params["unet"]
-  wide_config, wide_params = unet.widen_input(config, params, 8)
-  assert wide_config["in_channels"] == 8 and config["in_channels"] == 4
-  wide = unet.build_unet(wide_config, dtype=jnp.float32)
-  shapes = jax.tree.map(np.shape, pipeline.abstract_params(wide))
+  improver = pipeline.widen(loaded)
+  assert improver.configs["unet"]["in_channels"] == 8 and improver.is_improver
+  assert loaded.configs["unet"]["in_channels"] == 4 and not loaded.is_improver
+  assert improver.latent_shape == loaded.latent_shape and pipeline.widen(improver) is improver
+  shapes = jax.tree.map(np.shape, pipeline.abstract_params(improver.modules["unet"]))
+  wide_params = improver.params["unet"]
   assert jax.tree.map(np.shape, wide_params) == shapes
   rng = np.random.default_rng(0)
-  x, condition = rng.standard_normal((2, 2, *loaded.latent_shape)).astype(np.float32)
+  x, image = rng.standard_normal((2, 2, *loaded.latent_shape)).astype(np.float32)
   t, cond = np.array([5, 700]), {"text": rng.standard_normal((2, 16, 16)).astype(np.float32)}
-  plain = jax.jit(unet.make_denoise(loaded.modules["unet"]))(params, x, t, cond)
-  denoise = jax.jit(unet.make_denoise(wide))
-  for given in (np.zeros_like(condition), condition, 100 * condition):
-    both = np.concatenate([x, given], axis=1)
-    np.testing.assert_allclose(denoise(wide_params, both, t, cond), plain, atol=1e-6)
+  plain = jax.jit(unet.make_denoise(loaded.modules["unet"]))(loaded.params["unet"], x, t, cond)
+  denoise = jax.jit(unet.make_denoise(improver.modules["unet"]))
+  for given in (np.zeros_like(image), image, 100 * image):
+    out = denoise(wide_params, x, t, {**cond, "image": given})
+    np.testing.assert_allclose(out, plain, atol=1e-6)
 
-  def error(p, x):
-    return jnp.square(denoise(p, x, t, cond)).mean()
+  def error(p):
+    return jnp.square(denoise(p, x, t, {**cond, "image": image})).mean()
 
-  grads = jax.grad(error)(wide_params, np.concatenate([x, condition], axis=1))
+  grads = jax.grad(error)(wide_params)
   assert np.abs(grads["conv_in"]["kernel"][:, :, 4:]).max() > 0  # it can learn
   with pytest.raises(ValueError, match="cannot widen"):
-    unet.widen_input(wide_config, wide_params, 8)
+    unet.widen_input(wide_params, 8)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -23,13 +23,22 @@ _NAMED = 50  # bad files that the warning names
 _NOT_READ = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
-def load_folder(path: str | os.PathLike, *, image_size: int, limit: int = 0) -> list[Example]:
+def load_folder(
+  path: str | os.PathLike,
+  *,
+  image_size: int,
+  limit: int = 0,
+  caption: str | None = None,
+  option: str = "data.path",
+) -> list[Example]:
   """Reads the pictures of a folder that have captions.
 
   Args:
     path: the folder.
     image_size: height and width that all are brought to, see `fit`.
     limit: stop after so many, in order of their paths; 0 reads all.
+    caption: of all images, which then need none beside them.
+    option: that named the folder, for messages.
 
   Returns:
     Examples in order of their paths, which, relative to the folder, are their `source`.
@@ -39,16 +48,16 @@ def load_folder(path: str | os.PathLike, *, image_size: int, limit: int = 0) -> 
   """
   root = Path(path).expanduser()
   if not os.fspath(path) or not root.is_dir():
-    raise UserError(f"data.path {os.fspath(path)!r} is not a folder")
-  pairs, skipped = _pairs(root)
+    raise UserError(f"{option} {os.fspath(path)!r} is not a folder")
+  pairs, skipped = _pairs(root) if caption is None else (_images(root), [])
   examples: list[Example] = []
   for image, text in pairs:
     if limit and len(examples) == limit:
       break
     name = image.relative_to(root).as_posix()
     try:
-      caption = _read_caption(text)
-      examples.append(Example(read_image(image, image_size), caption, name))
+      told = caption if text is None else _read_caption(text)
+      examples.append(Example(read_image(image, image_size), told or "", name))
     except Exception as error:  # of a damaged image Pillow may raise anything
       skipped.append(f"{name} ({_reason(error)})")
   if limit and len(pairs) > limit:
@@ -63,7 +72,9 @@ def load_folder(path: str | os.PathLike, *, image_size: int, limit: int = 0) -> 
     _log.warning("%s: %d %s cannot be used: %s", root, len(skipped), files, named)
   if not examples:
     raise UserError(
-      f"no image with a caption in {root}: it takes name.jpg beside name.txt, "
+      f"no image in {root} can be used"
+      if caption is not None
+      else f"no image with a caption in {root}: it takes name.jpg beside name.txt, "
       f"or NNN/caption.txt beside one image{'; see the warning' if skipped else ''}"
     )
   return examples
@@ -119,9 +130,9 @@ def _to_8_bits(grey: np.ndarray) -> np.ndarray:
   return np.clip(np.rint(grey * (255 / top)), 0, 255).astype(np.uint8)
 
 
-def _pairs(root: Path) -> tuple[list[tuple[Path, Path]], list[str]]:
+def _pairs(root: Path) -> tuple[list[tuple[Path, Path | None]], list[str]]:
   """Images with their captions, sorted, and what was left over, with the reason."""
-  pairs: list[tuple[Path, Path]] = []
+  pairs: list[tuple[Path, Path | None]] = []
   skipped: list[str] = []
   suffixes = _suffixes()
   for directory, files in _by_directory(root).items():
@@ -146,7 +157,14 @@ def _pairs(root: Path) -> tuple[list[tuple[Path, Path]], list[str]]:
         skipped.append(f"{(Path(name) / captions[stem].name).as_posix()} ({beside})")
       else:
         skipped += [f"{(Path(name) / p.name).as_posix()} (no caption)" for p in found]
-  return sorted(pairs), skipped
+  return sorted(pairs, key=lambda pair: pair[0]), skipped
+
+
+def _images(root: Path) -> list[tuple[Path, Path | None]]:
+  """All images, none with a caption."""
+  suffixes = _suffixes()
+  files = [p for found in _by_directory(root).values() for p in found]
+  return [(p, None) for p in sorted(files) if p.suffix.lower() in suffixes]
 
 
 def _by_directory(root: Path) -> dict[Path, list[Path]]:

@@ -19,6 +19,7 @@ _KINDS_OF = {
   "shapes": ("experts", "pairs", "singles", "lists"),
   "pickapic": ("experts", "pairs", "singles"),
   "folder": ("experts",),
+  "online": ("pairs",),
 }
 SOURCES = tuple(_KINDS_OF)
 
@@ -101,6 +102,10 @@ def _pairs_of(data: Any) -> Sequence[Mapping[str, Any]]:
   """Rows with Pick-a-Pic's columns."""
   if data.source == "pickapic":
     return pickapic.open_pickapic(data.path)
+  if data.source == "online":
+    from jaxpref.data import online  # noqa: PLC0415  # TFDS takes a second
+
+    return online.open_pairs(data.path)
   from jaxpref.data.shapes import builder  # noqa: PLC0415  # TFDS takes a second
 
   return builder.load_preferences("train")

@@ -1,6 +1,8 @@
 """Base against tuned on the same prompts and noise: pictures, scores, tables, the report."""
 
+import functools
 import io
+import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
@@ -15,12 +17,14 @@ from PIL import Image
 
 from jaxpref import metrics, progress, scorers
 from jaxpref import workdir as workdir_lib
-from jaxpref.data.encode import encode_prompts
+from jaxpref.data.encode import encode_images, encode_prompts
 from jaxpref.data.shapes import prompts as shapes_prompts
 from jaxpref.errors import UserError
 from jaxpref.evaluation import compare, generate, grid, report
 from jaxpref.models.pipeline import Pipeline
 
+RESULTS = "results.json"
+_SCORES, _EXAMPLES = "scores.parquet", "examples.json"
 _GRID_PAIRS = 12
 _OTHER = "prompts"  # the category of prompts that are not the shapes world's
 _log = logging.getLogger(__name__)
@@ -88,7 +92,8 @@ def evaluate(
   mesh: Mesh,
   directory: Path,
   prefix: str = "",
-) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
+  improve: Any = None,
+) -> None:
   """Generates, scores and compares.
 
   Args:
@@ -98,21 +103,27 @@ def evaluate(
     settings: the configuration's `evaluate` section.
     scorer_names: what to score with, perhaps nothing.
     mesh: to generate on.
-    directory: gets images/, scores.parquet, results.json and grid.png.
+    directory: gets images/, scores.parquet, examples.json, grid.png and, last,
+      results.json; `write_report` reads them.
     prefix: what the tuned model is told before each prompt.
-
-  Returns:
-    Results and category table as `compare` gives them, and example pairs for the report.
+    improve: the configuration's section of that name, for an improver: the tuned model is
+      shown the base's pictures.
   """
   directory.mkdir(parents=True, exist_ok=True)
+  (directory / RESULTS).unlink(missing_ok=True)  # it says that the rest is there
   functions = scorers.load_scorers(scorer_names)
-  generator = generate.make_generator(
-    pipeline,
-    mesh,
-    num_steps=settings.num_steps,
-    guidance=settings.guidance,
-    batch_size=settings.batch_size,
+  make = functools.partial(
+    generate.make_generator, pipeline, mesh, batch_size=settings.batch_size
   )
+  generators = dict.fromkeys(
+    models, make(num_steps=settings.num_steps, guidance=settings.guidance)
+  )
+  if improve:
+    generators["tuned"] = make(
+      num_steps=improve.num_steps,
+      guidance=improve.text_guidance,
+      image_guidance=improve.image_guidance,
+    )
   repeats = settings.images_per_prompt
   seeds = generate.seeds_of(len(prompts), repeats, seed=settings.seed)
   texts = [p for p in prompts for _ in range(repeats)]
@@ -122,10 +133,12 @@ def evaluate(
   images: dict[str, np.ndarray] = {}
   for model, params in models.items():
     cond = jax.tree.map(lambda x: np.repeat(x, repeats, axis=0), conds[model])
+    if improve and model == "tuned":
+      cond["image"] = encode_images(pipeline, mesh, list(images["base"]))
     with progress.progress_bar(
       total=len(texts), desc=f"pictures of the {model} model", unit="image"
     ) as bar:
-      images[model] = generator(
+      images[model] = generators[model](
         params, cond, seeds, lambda done, bar=bar: bar.update(done - bar.n)
       )
     _save_images(directory / "images" / model, images[model], seeds)
@@ -136,7 +149,6 @@ def evaluate(
   }
   categories = [_category(text) for text in texts]
   results: dict[str, Any] = {}
-  table: list[dict[str, Any]] = []
   if scores:
     rows = pd.concat(
       pd.DataFrame(
@@ -153,17 +165,14 @@ def evaluate(
       )
       for (name, version, model), values in scores.items()
     )
-    results, table = compare.compare(rows), compare.by_category(rows)
-    compare.write_rows(directory / "scores.parquet", rows)
-  compare.write_results(directory / "results.json", results)
+    results = compare.compare(rows)
+    compare.write_rows(directory / _SCORES, rows)
   order = np.random.default_rng(settings.seed).permutation(len(texts))
   examples = [
     {
       "prompt": texts[i],
       "category": categories[i],
       "seed": int(seeds[i]),
-      "base_png": _png(images["base"][i]),
-      "tuned_png": _png(images["tuned"][i]),
       "scores": {
         f"{name}-{version}": {m: float(scores[name, version, m][i]) for m in models}
         for name, (version, _) in functions.items()
@@ -171,21 +180,41 @@ def evaluate(
     }
     for i in order[: settings.num_examples]
   ]
+  workdir_lib.write_json(directory / _EXAMPLES, examples)
   _save_grid(directory / "grid.png", images, texts, order[:_GRID_PAIRS])
-  return results, table, examples
+  compare.write_results(directory / RESULTS, results)
 
 
 def write_report(
   workdir: Path,
   directory: Path,
   config: Any,
-  evaluated: tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]],
   facts: Mapping[str, Any],
   *,
   held_out: bool,
+  curves: Mapping[str, report.Curve] | None = None,
+  **more: Any,
 ) -> Path:
-  """Prints the tables and writes `report.html`; returns its path."""
-  results, table, examples = evaluated
+  """Prints the tables of an evaluation and writes `report.html`; returns its path.
+
+  Args:
+    workdir: where to write.
+    directory: of the evaluation.
+    config: of the run.
+    facts: as `report.write_report` takes them.
+    held_out: whether none of the prompts was trained on.
+    curves: of the training; by default those in the workdir.
+    more: further sections, see `report.write_report`.
+  """
+  results = json.loads((directory / RESULTS).read_text(encoding="utf-8"))
+  table = []
+  if (scores := directory / _SCORES).exists():
+    table = compare.by_category(pd.read_parquet(scores))
+  examples = json.loads((directory / _EXAMPLES).read_text(encoding="utf-8"))
+  for example in examples:
+    for model in ("base", "tuned"):
+      file = directory / "images" / model / f"{example['seed']:08d}.png"
+      example[f"{model}_png"] = file.read_bytes()
   path = workdir / "report.html"
   report.write_report(
     path,
@@ -193,10 +222,11 @@ def write_report(
     config=config.to_dict(),
     results=results,
     categories=table,
-    curves=metrics.read_curves(workdir),
+    curves=metrics.read_curves(workdir) if curves is None else curves,
     examples=examples,
     facts=facts,
     held_out=held_out,
+    **more,
   )
   if results:
     print(compare.to_text(results, table))

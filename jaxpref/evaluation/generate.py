@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -32,8 +33,9 @@ def make_generator(
   size: tuple[int, int] | None = None,
   negative: str = "",
   decode: str = "whole",
+  image_guidance: float | None = None,
 ) -> Callable[..., np.ndarray]:
-  """A program that turns prompts and seeds into pictures.
+  """A program that turns prompts and seeds into pictures, or improves pictures.
 
   Args:
     pipeline: everything but the UNet's parameters.
@@ -48,10 +50,13 @@ def make_generator(
     negative: a prompt to be guided away from.
     decode: the VAE's images 'whole' batches at once, 'sliced' one by one, or one by one
       and 'tiled'.
+    image_guidance: of an improver, how closely to keep to the pictures it is shown, see
+      `guidance.by_text_and_image`; None if it is shown none, as other pipelines.
 
   Returns:
     `generate(unet_params, cond, seeds, on_batch=None) -> uint8 [N, H, W, 3]` with the
-    prompts' conditioning, [N, ...]; `on_batch(n)` is told how many pictures are done.
+    prompts' conditioning, [N, ...], and in it, where pictures are improved, their latents
+    as 'image'; `on_batch(n)` is told how many pictures are done.
 
   Raises:
     UserError: the number of steps, the size or the way to decode cannot be.
@@ -77,9 +82,19 @@ def make_generator(
   def program(params, vae_params, cond, uncond, seeds):
     grid = grid_lib.uniform_grid(schedule, num_steps, rows, **spacing)
     keys = jax.vmap(lambda s: randomness.key_of(0, "generate", s))(seeds)
-    guided = guidance_lib.classifier_free(
-      lambda x_t, t, c: denoise(params, x_t, t, c), cond, uncond, guidance
-    )
+    told = lambda x_t, t, c: denoise(params, x_t, t, c)  # noqa: E731
+    if image_guidance is not None:
+      texts = {name: leaf for name, leaf in cond.items() if name != "image"}
+      guided = guidance_lib.by_text_and_image(
+        *(told, texts, uncond, cond["image"]),
+        text_scale=guidance,
+        image_scale=image_guidance,
+      )
+    else:
+      if pipeline.is_improver:
+        blank = {"image": jnp.zeros((rows, *latent_shape))}
+        cond, uncond = {**cond, **blank}, {**uncond, **blank}
+      guided = guidance_lib.classifier_free(told, cond, uncond, guidance)
     noise = sample_lib.initial_noise(keys, latent_shape)
     latents = sample_lib.sample(
       guided, noise, grid, schedule, solver=solver, order=order, key=keys

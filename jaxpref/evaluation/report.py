@@ -50,6 +50,8 @@ def write_report(
   facts: Mapping[str, Any],
   headline: str | None = None,
   held_out: bool = True,
+  iterations: Sequence[Mapping[str, str]] = (),
+  pairs: Sequence[Mapping[str, Any]] = (),
 ) -> None:
   """Writes the report of a run as one self-contained HTML file, atomically.
 
@@ -67,6 +69,10 @@ def write_report(
     facts: label -> value: versions, device, seed, wall time, updates.
     headline: the scorer that the verdict quotes; see `verdict`.
     held_out: whether none of the prompts was trained on.
+    iterations: of an iterative run, a table's rows, column to text, all with the same
+      columns.
+    pairs: of an iterative run, some of those it trained on: mappings with `prompt`, `note`
+      and `winner_png, loser_png`.
 
   Raises:
     ValueError: an unknown headline or a picture that cannot be read.
@@ -98,6 +104,11 @@ def write_report(
     examples=[_example(e, results, judge) for e in examples],
     config=flatten(config),
     facts=facts,
+    iterations=iterations,
+    pairs=[
+      {**p, "sides": [(side, _picture(p[f"{side}_png"])) for side in ("loser", "winner")]}
+      for p in pairs
+    ],
   )
   write_bytes(path, html.encode())
 

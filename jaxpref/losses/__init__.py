@@ -6,8 +6,10 @@ feed them stands beside each, see `jaxpref.losses.contract`.
 """
 
 from jaxpref.losses.contract import (
+  Arranged,
   Needs,
   Terms,
+  bind,
   check_objective,
   hyper_of,
   known_losses,
@@ -27,8 +29,10 @@ from jaxpref.losses.simpo import simpo_loss
 from jaxpref.losses.spin import spin_loss
 
 __all__ = [
+  "Arranged",
   "Needs",
   "Terms",
+  "bind",
   "check_objective",
   "csft_loss",
   "dpo_loss",

@@ -1,18 +1,22 @@
 """What a loss module says of itself, and how a run finds it.
 
-A method is a module with two names:
+A method is a module with two names, and perhaps a third:
 
   NEEDS: a `Needs`, what a training step must feed it.
   objective(terms, *, ...) -> (loss [B], metrics): from a micro-batch's `Terms`; metrics are
-    per-sample arrays or scalars, averaged by the caller. Its keyword-only parameters are
-    hyper-parameters: the configuration's fields of these names under `loss`, which must be
-    there unless the parameter has a default.
+    per-sample arrays or scalars, averaged by the caller.
+  arrange(x0, cond, uncond, key, *, ...) -> Arranged: what becomes of a batch before it is
+    noised, inside the step; without it images are trained on as the rows have them.
+
+Keyword-only parameters of either are hyper-parameters: the configuration's fields of these
+names under `loss`, which must be there unless the parameter has a default.
 
 `config.loss.name` is a file of this package, the name of an entry point in the group
 `jaxpref.losses` (how another package registers its own), or a module that Python finds.
 """
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -41,21 +45,40 @@ class Needs:
       'singles': an image ('x') and whether it is `desirable`,
       'lists': `data.list_size` images from best to worst ('1', '2', ...).
     rollout: what the policy draws for each row besides, the arm 'p': 'states' of its way
-      from noise to image, with its own predictions there as targets, 'images' to be noised
-      like the data's, or None.
-    reference: whose errors are needed besides the policy's: the 'base', the 'previous'
-      iterate (the copy that rolls out, renewed every `rollout.refresh_every` updates), or
-      None.
+      from noise to image, with its own predictions there as targets, or None.
+    reference: whose errors are needed besides the policy's: the 'base', the policy as it was
+      at the 'start' of the run (in iterative training: the previous iterate), or None.
     shared_noise: whether images of a row get the same noise; the timestep they always share.
     residuals: whether `objective` is given predictions minus targets, [B, C, h, w], in the
       place of their mean squares.
+    condition: 'image' if the denoiser is also shown a clean image, which `arrange` chooses:
+      its input is widened then.
+    arms: of the errors, where `arrange` makes others than the rows have.
   """
 
   rows: Literal["experts", "pairs", "singles", "lists"]
-  rollout: Literal["states", "images"] | None = None
-  reference: Literal["base", "previous"] | None = None
+  rollout: Literal["states"] | None = None
+  reference: Literal["base", "start"] | None = None
   shared_noise: bool = True
   residuals: bool = False
+  condition: Literal["image"] | None = None
+  arms: tuple[str, ...] = ()
+
+
+class Arranged(NamedTuple):
+  """What `arrange` makes of a batch.
+
+  Attributes:
+    x0: images to be noised, latents [B, A, C, h, w].
+    cond: what the denoiser is told, a tree of [B, ...].
+    image: the clean image it is shown, [B, C, h, w], or None.
+    labels: further columns, [B].
+  """
+
+  x0: jax.Array
+  cond: Any
+  image: jax.Array | None
+  labels: dict[str, jax.Array]
 
 
 class Terms(NamedTuple):
@@ -108,13 +131,26 @@ def hyper_of(module: ModuleType, settings: Mapping[str, Any]) -> dict[str, Any]:
   Raises:
     UserError: the section lacks one, or has one that the loss does not take.
   """
-  parameters = inspect.signature(module.objective).parameters.values()
-  takes = {p.name: p.default is p.empty for p in parameters if p.kind is p.KEYWORD_ONLY}
+  takes = _takes(module.objective)
+  if hasattr(module, "arrange"):
+    takes |= _takes(module.arrange)
   if lacking := [f"'loss.{n}'" for n, must in takes.items() if must and n not in settings]:
     raise UserError(f"loss {settings['name']!r} needs {', '.join(lacking)} in its config file")
   if foreign := [f"'loss.{n}'" for n in settings if n not in (*takes, "name")]:
     raise UserError(f"loss {settings['name']!r} makes nothing of {', '.join(foreign)}")
   return {name: settings[name] for name in takes if name in settings}
+
+
+def bind(function: Callable, hyper: Mapping[str, Any]) -> Callable:
+  """`objective` or `arrange` with those hyper-parameters that it takes."""
+  taken = {name: hyper[name] for name in _takes(function) if name in hyper}
+  return functools.partial(function, **taken)
+
+
+def _takes(function: Callable) -> dict[str, bool]:
+  """A function's keyword-only parameters, and whether each must be given."""
+  parameters = inspect.signature(function).parameters.values()
+  return {p.name: p.default is p.empty for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def check_objective(module: ModuleType, hyper: Mapping[str, Any], arms: Sequence[str]) -> None:
@@ -131,9 +167,14 @@ def check_objective(module: ModuleType, hyper: Mapping[str, Any], arms: Sequence
   shape = (2, 1, 1, 1) if module.NEEDS.residuals else (2,)
   values = {arm: jnp.zeros(shape) for arm in arms}
   labels = {"desirable": jnp.zeros(2, bool)} if module.NEEDS.rows == "singles" else {}
+  if hasattr(module, "arrange"):
+    x0 = jnp.zeros((2, 2, 1, 1, 1))
+    arranged = bind(module.arrange, hyper)(x0, {}, {}, jax.random.key(0))
+    labels |= arranged.labels
+  objective = bind(module.objective, hyper)
   ref = values if module.NEEDS.reference else {}
   jax.eval_shape(
-    lambda err, ref, labels: module.objective(Terms(err, ref, labels, jnp.mean), **hyper),
+    lambda err, ref, labels: objective(Terms(err, ref, labels, jnp.mean)),
     *(values, ref, labels),
   )
 

@@ -52,8 +52,13 @@ class Pipeline:
   @property
   def latent_shape(self) -> tuple[int, int, int]:
     """Channels, height and width of a latent at the size the UNet was trained for."""
-    unet = self.modules["unet"]
-    return unet.in_channels, unet.sample_size, unet.sample_size
+    size = self.modules["unet"].sample_size
+    return self.modules["vae"].latent_channels, size, size
+
+  @property
+  def is_improver(self) -> bool:
+    """Whether the UNet is shown an image beside the noised latents, see `widen`."""
+    return self.modules["unet"].in_channels == 2 * self.latent_shape[0]
 
   @property
   def vae_factor(self) -> int:
@@ -258,7 +263,8 @@ def _check_fit(path: Path, modules: Mapping[str, Any]) -> None:
     )
   taken = unet.cross_attention_dim, unet.in_channels
   given = sum(c.hidden_size for c in encoders), vae.latent_channels
-  if taken != given:
+  # Twice as many where an improver is shown an image, too.
+  if taken[0] != given[0] or taken[1] not in (given[1], 2 * given[1]):
     raise UserError(
       f"{path}/unet takes texts of width {taken[0]} and latents of {taken[1]} channels, its "
       f"text encoder and VAE make {given[0]} and {given[1]}: they do not belong together"
@@ -270,6 +276,28 @@ def _check_fit(path: Path, modules: Mapping[str, Any]) -> None:
         f"{path}/unet takes {wanted} numbers beside the text, its second text encoder and six "
         f"sizes make {width}: they do not belong together"
       )
+
+
+def widen(pipeline: Pipeline) -> Pipeline:
+  """The pipeline as an improver, whose UNet is also shown a clean image; or one as it is.
+
+  So far it makes nothing of the image, see `unet.widen_input`. Parameters may have been
+  left out.
+  """
+  if pipeline.is_improver:
+    return pipeline
+  channels = 2 * pipeline.latent_shape[0]
+  config = {**pipeline.configs["unet"], "in_channels": channels}
+  params = dict(pipeline.params)
+  if "unet" in params:
+    params["unet"] = unet_lib.widen_input(params["unet"], channels)
+  module = pipeline.modules["unet"].clone(in_channels=channels)
+  return dataclasses.replace(
+    pipeline,
+    configs={**pipeline.configs, "unet": config},
+    modules={**pipeline.modules, "unet": module},
+    params=params,
+  )
 
 
 def fingerprint(params: Any) -> str:

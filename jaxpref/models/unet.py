@@ -15,7 +15,7 @@ from jaxpref.models import interceptors, lora
 Params = Mapping[str, Any]
 # What a text says to a UNet, a row a prompt: 'text' [B, L, D], and for SDXL 'pooled' [B, P]
 # and 'time_ids' [B, 6]: original height and width, top and left of the crop, target height
-# and width, in pixels.
+# and width, in pixels. An improver is also shown an 'image', clean latents [B, C, h, w].
 Cond = Mapping[str, Any]
 # (params, x_t [B, C, H, W], t [B], cond) -> prediction [B, C, H, W]
 Denoise = Callable[[Params, jax.Array, jax.Array, Cond], jax.Array]
@@ -90,6 +90,8 @@ def make_denoise(unet: nn.Module) -> Denoise:
     adapted = isinstance(params, lora.Adapted)
     variables = {"params": params.base, "lora": params.lora} if adapted else {"params": params}
     added = None
+    if "image" in cond:
+      x_t = jnp.concatenate([x_t, cond["image"].astype(x_t.dtype)], axis=1)
     if "pooled" in cond:
       added = {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]}
     # Interceptors live on a global stack that is read while tracing, hence inside.
@@ -114,21 +116,15 @@ def freeze(params: Params, dtype: Any) -> Any:
   return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, params)
 
 
-def widen_input(
-  config: Mapping[str, Any], params: Mapping[str, Any], channels: int
-) -> tuple[dict[str, Any], dict[str, Any]]:
-  """A UNet that also reads further input channels, and so far makes nothing of them.
+def widen_input(params: Mapping[str, Any], channels: int) -> dict[str, Any]:
+  """Parameters of a UNet that also reads further input channels, and makes nothing of them.
 
   The improver's surgery: the weights of the new channels are zero, so that the output is
   the original's whatever they hold, until training says otherwise.
 
   Args:
-    config: of the UNet, as in its `config.json`.
-    params: its parameters.
+    params: of the UNet.
     channels: of the input then, those of today included; those come first.
-
-  Returns:
-    The new configuration and parameters.
 
   Raises:
     ValueError: it has as many channels already.
@@ -137,5 +133,4 @@ def widen_input(
   if (more := channels - kernel.shape[2]) < 1:
     raise ValueError(f"the UNet reads {kernel.shape[2]} channels, cannot widen to {channels}")
   wide = jnp.pad(kernel, ((0, 0), (0, 0), (0, more), (0, 0)))
-  conv_in = {**params["conv_in"], "kernel": wide}
-  return {**config, "in_channels": channels}, {**params, "conv_in": conv_in}
+  return {**params, "conv_in": {**params["conv_in"], "kernel": wide}}

@@ -18,7 +18,7 @@ CASES = {
   "dpo": ("dpo", ("w", "l"), {"beta": 7.0, "variant": "sigmoid"}),
   "dpo-hinge": ("dpo", ("w", "l"), {"beta": 7.0, "variant": "hinge"}),
   "dpo-ipo": ("dpo", ("w", "l"), {"beta": 7.0, "variant": "ipo"}),
-  "spin": ("spin", ("e", "p"), {"beta": 7.0}),
+  "spin": ("spin", ("w", "l"), {"beta": 7.0}),
   "simpo": ("simpo", ("w", "l"), {"beta": 7.0, "target_margin": 0.5}),
   "mapo": ("mapo", ("w", "l"), {"beta": 0.1, "snr": 0.5}),
   **{

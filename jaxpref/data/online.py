@@ -1,0 +1,137 @@
+"""Pairs that models have drawn, as an ArrayRecord data set that tensorflow_datasets reads.
+
+It is written a shard at a time, each whole or not at all, so that what was drawn before an
+interruption is not drawn again; its metadata comes last. Columns are those of Pick-a-Pic v2
+and how the pair was made. Image 0 is the winner, image 1 the loser; where they hardly
+differ the labels call a tie, which training leaves out.
+"""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from jaxpref.errors import UserError
+
+_NAME, _SPLIT = "online_pairs", "train"
+_INFO = "dataset_info.json"
+
+
+def _features() -> tfds.features.FeaturesDict:
+  text, bytes_ = tfds.features.Text, tfds.features.Tensor
+  columns: dict[str, Any] = {
+    "caption": text(),
+    "has_label": np.bool_,
+    "ranking_id": np.int64,
+    "change": np.float32,  # root mean square between the two images' latents
+    "guidance": np.float32,  # with which the loser was drawn
+    "text_guidance": np.float32,  # of the improver; 0 where the winner is from the data
+    "image_guidance": np.float32,
+    "num_steps": np.int64,
+  }
+  for k in (0, 1):
+    columns |= {
+      f"image_{k}_uid": text(),
+      f"jpg_{k}": bytes_(shape=(), dtype=np.object_),  # a PNG: no loss
+      f"label_{k}": np.float32,
+      f"model_{k}": text(),  # the digest of its weights, or 'data'
+      f"seed_{k}": np.int64,  # of its noise; -1 for the data's
+    }
+  return tfds.features.FeaturesDict(columns)
+
+
+def shards_of(rows: int, size: int) -> list[range]:
+  """The rows of each shard."""
+  return [range(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def missing(directory: Path, shards: int) -> list[int]:
+  """Shards that are not there yet."""
+  return [i for i in range(shards) if not _path(directory, i, shards).exists()]
+
+
+def write_shard(
+  directory: Path, shard: int, shards: int, rows: Iterable[Mapping[str, Any]]
+) -> None:
+  """Writes a shard, whole or not at all.
+
+  Args:
+    directory: of the data set.
+    shard: its number.
+    shards: how many there will be.
+    rows: with all the columns.
+
+  Raises:
+    UserError: it cannot be written.
+  """
+  features = _features()
+  serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
+  path = _path(directory, shard, shards)
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    writer = ArrayRecordWriter(str(temporary), "group_size:1")
+    for row in rows:
+      writer.write(serializer.serialize_example(features.encode_example(dict(row))))
+    writer.close()
+    temporary.replace(path)
+  except (OSError, RuntimeError) as error:  # the latter is ArrayRecord's
+    temporary.unlink(missing_ok=True)
+    raise UserError(f"cannot write {path}: {error}") from error
+
+
+def finish(directory: Path, lengths: Sequence[int], *, description: str) -> None:
+  """Writes what makes a directory of shards a data set.
+
+  Args:
+    directory: with all shards.
+    lengths: rows of each.
+    description: what it holds.
+  """
+  template = tfds.core.ShardedFileTemplate(
+    data_dir=directory, dataset_name=_NAME, split=_SPLIT, filetype_suffix="array_record"
+  )
+  split = tfds.core.SplitInfo(
+    name=_SPLIT,
+    shard_lengths=list(lengths),
+    num_bytes=sum(p.stat().st_size for p in directory.glob(f"{_NAME}-*")),
+    filename_template=template,
+  )
+  tfds.folder_dataset.write_metadata(
+    data_dir=directory,
+    features=_features(),
+    split_infos=[split],
+    filename_template=template,
+    description=description,
+    check_data=False,  # it would take TensorFlow
+  )
+
+
+def is_finished(directory: Path) -> bool:
+  """Whether the data set is whole."""
+  return (directory / _INFO).exists()
+
+
+def open_pairs(directory: str | os.PathLike) -> Sequence[Mapping[str, Any]]:
+  """The rows of a finished data set: `len`, `[i]`, columns to values, text as bytes.
+
+  Raises:
+    UserError: there is none in the directory, or it is not of this kind.
+  """
+  path = Path(directory).expanduser()
+  if not is_finished(path):
+    raise UserError(f"there are no generated pairs in {path}: no {_INFO}")
+  try:
+    builder = tfds.builder_from_directory(path)
+    return builder.as_data_source(_SPLIT)
+  except (OSError, ValueError, RuntimeError, AssertionError) as error:
+    reason = str(error).partition("\n")[0]
+    raise UserError(f"the pairs in {path} cannot be read: {reason}") from error
+
+
+def _path(directory: Path, shard: int, shards: int) -> Path:
+  return directory / f"{_NAME}-{_SPLIT}.array_record-{shard:05d}-of-{shards:05d}"

@@ -1,0 +1,139 @@
+"""What a run reads, all of it, and checked before anything is written."""
+
+import dataclasses
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxpref import losses, randomness, runtime, sharding, tuned
+from jaxpref.data import rows as rows_lib
+from jaxpref.diffusion import grid
+from jaxpref.errors import UserError
+from jaxpref.evaluation import evaluate
+from jaxpref.models import lora as lora_lib
+from jaxpref.models import pipeline as pipeline_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """A run's input, read and checked."""
+
+  config: Any
+  mesh: Mesh
+  loss: ModuleType
+  hyper: dict[str, Any]
+  arms: tuple[str, ...]
+  pipeline: pipeline_lib.Pipeline
+  start: dict[str, Any]  # of a `model.start`, its 'params' and 'digest'
+  rows: list[rows_lib.Row]
+  prompts: list[str]
+  scorers: tuple[str, ...]
+
+
+def prepare(config: Any) -> Prepared:
+  """Everything a run reads.
+
+  Raises:
+    UserError: whatever is wrong with it; the workdir has not been touched then.
+  """
+  runtime.cache_programs()
+  mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+  sharding.check_batch(config.train.batch_size, mesh, accumulate=config.train.accumulate)
+  loss = losses.load_loss(config.loss.name)
+  hyper = losses.hyper_of(loss, config.loss)
+  arms = loss.NEEDS.arms or rows_lib.arms_of(loss.NEEDS.rows, config.data.list_size)
+  arms += ("p",) if loss.NEEDS.rollout else ()
+  _check_needs(loss.NEEDS, config)
+  losses.check_objective(loss, hyper, arms)
+  pipeline = pipeline_lib.load_pipeline(
+    config.model.path,
+    dtype=jnp.dtype(config.model.dtype),
+    mesh=mesh,
+    variant=config.model.variant,
+  )
+  if loss.NEEDS.condition == "image":
+    pipeline = pipeline_lib.widen(pipeline)
+  elif pipeline.is_improver:
+    raise UserError(f"{config.model.path} is an improver; configs/improver.py trains it on")
+  # More steps than the schedule has are refused here, not at the first picture.
+  grid.offset_grid(pipeline.schedule, config.rollout.num_steps, jnp.zeros(1, jnp.int32))
+  grid.uniform_grid(pipeline.schedule, config.evaluate.num_steps, 1, **pipeline.spacing)
+  start = _load_start(config, pipeline, mesh) if config.model.start else {}
+  if config.lora.rank:  # a pattern without a match is refused here, too
+    jax.eval_shape(lambda p: init_trained(config, p), pipeline.params["unet"])
+  rows = rows_lib.load_rows(
+    loss.NEEDS.rows, config.data, image_size=pipeline.image_size, seed=config.seed
+  )
+  prompts = evaluate.choose_prompts(
+    prompts_source(config),
+    config.evaluate.num_prompts,
+    [r.caption for r in rows],
+    seed=config.evaluate.seed,
+  )
+  usable = evaluate.usable_scorers(config.evaluate.scorers, prompts)
+  return Prepared(config, mesh, loss, hyper, arms, pipeline, start, rows, prompts, usable)
+
+
+def prompts_source(config: Any) -> str:
+  """Where an evaluation's prompts are from, for `evaluate.choose_prompts`."""
+  if config.evaluate.prompts != "auto":
+    return config.evaluate.prompts
+  return "shapes" if config.data.source == "shapes" else "captions"
+
+
+def init_trained(config: Any, base: Any) -> Any:
+  """What is trained, before the first update: all parameters, or additions to them."""
+  lora = config.lora
+  if not lora.rank:
+    return base
+  key = randomness.key_of(config.seed, "lora", 0)
+  return lora_lib.init_lora(base, rank=lora.rank, targets=lora.targets, key=key)
+
+
+def _load_start(config: Any, pipeline: pipeline_lib.Pipeline, mesh: Mesh) -> dict[str, Any]:
+  """What training begins with in the place of the base's parameters."""
+  name, rank = config.model.start, config.lora.rank
+  start = tuned.load(name, dtype=jnp.dtype(config.model.dtype), mesh=mesh, merged=not rank)
+  params, wanted = start.params["unet"], pipeline.params["unet"]
+  if rank:
+    if not isinstance(params, lora_lib.Adapted):
+      raise UserError(f"model.start: {name} is no LoRA run, which lora.rank > 0 asks for")
+    params = params.lora
+    wanted = jax.eval_shape(lambda p: init_trained(config, p), wanted)
+  if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, wanted):
+    raise UserError(f"model.start: what {name} has trained does not fit model.path and lora")
+  return {"params": params, "digest": start.digest}
+
+
+def _check_needs(needs: losses.Needs, config: Any) -> None:
+  """Refuses settings that this loss makes nothing of, rather than ignoring them."""
+  rollout, draws = config.rollout, config.data.noise_draws
+  if draws and needs.rollout:
+    raise UserError("data.noise_draws fixes timesteps and noise, which rollouts draw anew")
+  if needs.condition and config.lora.rank:
+    raise UserError("lora.rank leaves out the input's new weights, which this loss must train")
+  if draws and needs.reference == "start":
+    raise UserError("data.noise_draws knows the base's errors, not those of the start")
+  if draws and needs.arms:
+    raise UserError("data.noise_draws is for losses that take images as the rows have them")
+  if draws and needs.residuals:
+    raise UserError("data.noise_draws keeps errors, and this loss needs predictions")
+  if draws and needs.reference and config.model.dtype != "float32":
+    raise UserError(
+      "data.noise_draws needs model.dtype=float32: errors of a program of their own, rounded "
+      "to less, would differ by more than preference margins"
+    )
+  if needs.rows != "singles" and (config.data.good_prefix or config.data.bad_prefix):
+    raise UserError("data.good_prefix and data.bad_prefix are for losses that learn singles")
+  if needs.rows == "experts" and config.data.num_rows:
+    raise UserError("of experts there are data.num_experts; data.num_rows is for other rows")
+  if not needs.rollout and (rollout.states > 1 or rollout.replay):
+    raise UserError("rollout.states and rollout.replay are for losses that take states")
+  if rollout.states > rollout.num_steps:
+    raise UserError(
+      f"a trajectory has rollout.num_steps = {rollout.num_steps} states, of which "
+      f"rollout.states = {rollout.states} cannot be kept"
+    )

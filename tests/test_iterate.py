@@ -1,0 +1,323 @@
+"""Iterative training: pairs that the model draws, SPIN and iterative DPO, stopped or not."""
+
+import json
+import shutil
+
+import families
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+from test_train import _parameters as parameters
+
+from jaxpref import checkpoint, export, generate, iterate, main, sharding, tuned
+from jaxpref import prepare as prepare_lib
+from jaxpref.data import encode, experts, online
+from jaxpref.evaluation import evaluate
+from jaxpref.evaluation import generate as generate_lib
+from jaxpref.models import pipeline, save
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch, tfds_dir):
+  monkeypatch.chdir(ROOT)
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tfds_dir))
+
+
+@pytest.fixture(scope="module")
+def improver(tiny_pipeline, tmp_path_factory):
+  return write_improver(tiny_pipeline, tmp_path_factory.mktemp("improver") / "pipeline")
+
+
+def write_improver(base, target):
+  """One that makes something of the image."""
+  loaded = pipeline.load_pipeline(str(base))
+  wide = pipeline.widen(loaded)
+  kernel = np.array(wide.params["unet"]["conv_in"]["kernel"])
+  kernel[:, :, 4:] = np.random.default_rng(0).standard_normal(kernel[:, :, 4:].shape) / 3
+  wide.params["unet"]["conv_in"]["kernel"] = kernel
+  save.save_pipeline(
+    target, wide.params, configs=wide.configs, tokenizers_from=loaded.path, dtype=np.float32
+  )
+  return target
+
+
+def arguments(base, improver, workdir, method="iterative_dpo", **fields):
+  # Random weights draw much the same, whatever they are told.
+  given = {"iterate.min_change": 0, "evaluate.num_prompts": 3, "optim.lr": 1e-3}
+  given["model.path"] = base
+  if method == "iterative_dpo":
+    given["iterate.improver"] = improver
+  flags = [f"--config.{name}={value}" for name, value in (given | fields).items()]
+  return [f"--config=configs/{method}.py:tiny", f"--workdir={workdir}", *flags]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_pipeline, improver, tmp_path_factory, tfds_dir):
+  """An uninterrupted run of iterative DPO: two iterations of 12 pairs and 4 updates."""
+  workdir = tmp_path_factory.mktemp("runs") / "iterative"
+  with pytest.MonkeyPatch.context() as patch:
+    patch.chdir(ROOT)
+    patch.setenv("TFDS_DATA_DIR", str(tfds_dir))
+    assert main.main(arguments(tiny_pipeline, improver, workdir)) == 0
+  return workdir
+
+
+def lines_of(workdir, k):
+  text = (workdir / "iterations" / str(k) / "metrics.jsonl").read_text()
+  return [json.loads(line) for line in text.splitlines()]
+
+
+def apart(line):
+  return abs(line["err/policy_w"] - line["err/reference_w"])
+
+
+def test_what_an_iterative_run_leaves(finished):
+  assert sorted(p.name for p in finished.iterdir() if p.name[0] != ".") == [
+    *("config.json", "iterations", "pairs", "report.html"),
+  ]
+  for k in (1, 2):
+    assert len(lines_of(finished, k)) == 4
+    results = finished / "iterations" / str(k) / "evaluation" / "4" / evaluate.RESULTS
+    assert json.loads(results.read_text())["shapes.quality-1"]["tuned"]["n"] == 3
+  # The reference is the base throughout: the second iteration begins away from it.
+  assert apart(lines_of(finished, 1)[0]) < 1e-6 < apart(lines_of(finished, 2)[0])
+  html = (finished / "report.html").read_text()
+  assert "Pairs trained on" in html and html.count("winner:") == 12
+  assert '<h2 id="iterations">' in html and "12 of 12" in html
+  # The second iteration's pairs are drawn by the first one's model.
+  first = tuned.load(str(finished / "iterations" / "1"))
+  rows = online.open_pairs(finished / "pairs" / "2")
+  assert {row["model_1"].decode() for row in rows} == {first.digest}
+
+
+def test_its_model_is_that_of_the_last_iteration(finished, tmp_path):
+  last = tuned.load(str(finished / "iterations" / "2"))
+  whole = tuned.load(str(finished))
+  jax.tree.map(np.testing.assert_array_equal, whole.params, last.params)
+  flags = [f"--workdir={finished}", f"--out={tmp_path / 'x'}", "--dtype=float32"]
+  assert export.main(flags) == 0
+  draw = [f"--model={finished}", "--prompts=a ring", "--steps=2", f"--out={tmp_path / 'y'}"]
+  assert generate.main(draw) == 0
+
+
+def test_pairs_are_what_policy_and_improver_draw(finished, tiny_pipeline, improver):
+  """Drawn by hand, from what a row says of itself; and they are what is trained on."""
+  mesh = sharding.make_mesh()
+  base, better = (pipeline.load_pipeline(str(p)) for p in (tiny_pipeline, improver))
+  source = online.open_pairs(finished / "pairs" / "1")
+  assert len(source) == 12
+  rows = [source[i] for i in range(len(source))]
+  captions = [row["caption"].decode() for row in rows]
+  options = {"num_steps": rows[0]["num_steps"], "batch_size": 12}
+  draw = generate_lib.make_generator(base, mesh, guidance=rows[0]["guidance"], **options)
+  cond = encode.encode_prompts(base, mesh, captions)
+  losers = draw(base.params["unet"], cond, [row["seed_1"] for row in rows])
+  improve = generate_lib.make_generator(
+    *(better, mesh),
+    guidance=rows[0]["text_guidance"],
+    image_guidance=rows[0]["image_guidance"],
+    **options,
+  )
+  latents = encode.encode_images(base, mesh, list(losers))
+  winners = improve(
+    better.params["unet"], {**cond, "image": latents}, [row["seed_0"] for row in rows]
+  )
+  for row, winner, loser in zip(rows, winners, losers, strict=True):
+    stored = [experts.decode(row[f"jpg_{k}"]).astype(int) for k in (0, 1)]
+    assert np.abs(stored[0] - winner).max() <= 1 and np.abs(stored[1] - loser).max() <= 1
+    assert (row["label_0"], row["label_1"]) == (1.0, 0.0)
+  change = np.sqrt(
+    np.mean((encode.encode_images(base, mesh, list(winners)) - latents) ** 2, axis=(1, 2, 3))
+  )
+  np.testing.assert_allclose([row["change"] for row in rows], change, rtol=2e-2)
+  # Nothing alike: neither two losers nor a loser and its winner.
+  assert len({row["jpg_1"] for row in rows} | {row["jpg_0"] for row in rows}) == 24
+  inner = json.loads((finished / "iterations" / "1" / "config.json").read_text())
+  assert inner["data"]["path"] == str(finished / "pairs" / "1")
+  from jaxpref import config as config_lib
+  from jaxpref.data import rows as rows_lib
+
+  config, _ = config_lib.parse_args(
+    [
+      *("--config=configs/dpo.py:tiny", "--config.data.source=online"),
+      *(f"--config.data.path={finished / 'pairs' / '1'}", "--config.data.num_rows=0"),
+    ],
+    flags={},
+  )
+  trained_on = rows_lib.load_rows("pairs", config.data, image_size=16, seed=0)
+  assert [row.caption for row in trained_on] == captions
+  for row, got in zip(rows, trained_on, strict=True):
+    for k in (0, 1):
+      np.testing.assert_array_equal(got.images[k], experts.decode(row[f"jpg_{k}"]))
+  # A batch of them, as a step takes it: winner first.
+  encoded = encode.encode_rows(base, mesh, trained_on, flip=False)
+  np.testing.assert_allclose(encoded["latents"][:, 1], latents, atol=2e-2)
+
+
+PLACES = ("pairs", "training", "evaluation")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_stopped_anywhere_it_ends_the_same(
+  place, finished, tiny_pipeline, improver, tmp_path, monkeypatch, capsys
+):
+  workdir = tmp_path / "run"
+  given = arguments(tiny_pipeline, improver, workdir)
+
+  def stopping(function, after):
+    calls = []
+
+    def call(*args, **kwargs):
+      out = function(*args, **kwargs)
+      calls.append(args)
+      if len(calls) == after:
+        raise KeyboardInterrupt
+      return out
+
+    return call
+
+  with monkeypatch.context() as patch:
+    match place:
+      case "pairs":  # after a shard of the second iteration's two
+        patch.setattr(online, "write_shard", stopping(online.write_shard, 3))
+      case "training":
+        patch.setattr(checkpoint, "save", stopping(checkpoint.save, 3))
+      case "evaluation":
+        patch.setattr(evaluate, "evaluate", stopping(evaluate.evaluate, 1))
+    assert main.main(given) == 130
+  shards = {p: p.stat().st_mtime_ns for p in workdir.glob("pairs/*/online*")}
+  assert len(shards) == {"pairs": 3, "training": 4, "evaluation": 2}[place]
+  assert main.main(given) == 0
+  assert {p: p.stat().st_mtime_ns for p in shards} == shards  # drawn once
+  for k in ("1", "2"):
+    ours, theirs = (parameters(w / "iterations" / k) for w in (workdir, finished))
+    assert ours[0] == theirs[0] == 4
+    for path, array in theirs[1].items():
+      np.testing.assert_array_equal(ours[1][path], array, err_msg=path)
+
+
+def test_a_finished_run_goes_on_with_more_iterations(
+  finished, tiny_pipeline, improver, tmp_path, capsys
+):
+  workdir = shutil.copytree(finished, tmp_path / "moved")
+  before = {p: p.stat().st_mtime_ns for p in workdir.rglob("checksums.json")}
+  given = arguments(tiny_pipeline, improver, workdir, **{"iterate.num_iterations": 3})
+  assert main.main(given) == 0, capsys.readouterr().err
+  assert {p: p.stat().st_mtime_ns for p in before} == before
+  assert len(lines_of(workdir, 3)) == 4
+  # More updates of each would bend all iterations after the first.
+  assert main.main([*given, "--config.train.num_updates=6"]) == 2
+  assert "train.num_updates was 4, now 6" in capsys.readouterr().err
+  # Pairs of another improver are not mixed with these.
+  (workdir / "pairs" / "3" / "dataset_info.json").unlink()
+  other = write_improver(tiny_pipeline, tmp_path / "other")
+  tensors = other / "unet" / "diffusion_pytorch_model.safetensors"
+  data = save.save_tensors
+  from safetensors.numpy import load_file
+
+  weights = load_file(tensors)
+  weights["conv_in.bias"] += 1.0
+  data(tensors, weights)
+  shutil.rmtree(improver_copy := tmp_path / "kept", ignore_errors=True)
+  shutil.copytree(improver, improver_copy)
+  try:
+    shutil.copyfile(tensors, improver / "unet" / "diffusion_pytorch_model.safetensors")
+    assert main.main(given) == 2
+    assert "holds pairs of another improver" in capsys.readouterr().err
+  finally:
+    shutil.copytree(improver_copy, improver, dirs_exist_ok=True)
+
+
+def test_spin(tiny_pipeline, tmp_path, capsys):
+  """Winners are the data's, and each iteration's reference is the model it begins with."""
+  workdir = tmp_path / "run"
+  fields = {"model.dtype": "bfloat16", "model.frozen_dtype": "bfloat16", "lora.rank": 2}
+  given = arguments(tiny_pipeline, None, workdir, "spin", **fields, **{"optim.lr": 0.01})
+  assert main.main(given) == 0, capsys.readouterr().err
+  for k in (1, 2):
+    distances = [apart(line) for line in lines_of(workdir, k)]
+    assert distances[0] < 1e-6 < min(distances[1:])
+    assert lines_of(workdir, k)[0]["loss"] == pytest.approx(np.log(2), abs=1e-3)
+  rows = list(online.open_pairs(workdir / "pairs" / "1"))
+  data = {experts.decode(file).tobytes() for row in rows for file in [row["jpg_0"]]}
+  config = json.loads((workdir / "config.json").read_text())
+  assert config["data"]["source"] == "shapes" and {row["seed_0"] for row in rows} == {-1}
+  from jaxpref.data import rows as rows_lib
+
+  ready = iterate.prepare(_config(given))
+  images = {row.images[0].tobytes() for row in ready.rows}
+  assert data <= images and rows_lib.fingerprint(ready.rows)
+  assert {row["model_0"] for row in rows} == {b"data"}
+  # What the second iteration began with are the first one's additions, averaged.
+  start = prepare_lib.prepare(_inner(workdir, 2)).start
+  first = tuned.load(str(workdir / "iterations" / "1"), merged=False).params["unet"]
+  jax.tree.map(np.testing.assert_array_equal, start["params"], first.lora)
+
+
+def _config(given):
+  from jaxpref import config as config_lib
+
+  return config_lib.parse_args([a for a in given if "workdir" not in a], flags={})[0]
+
+
+def _inner(workdir, k):
+  from ml_collections import ConfigDict
+
+  file = workdir / "iterations" / str(k) / "config.json"
+  return ConfigDict(json.loads(file.read_text()))
+
+
+def test_pairs_that_hardly_differ_are_not_trained_on(
+  finished, tiny_pipeline, improver, tmp_path, capsys
+):
+  change = sorted(row["change"] for row in online.open_pairs(finished / "pairs" / "1"))
+  fields = {"iterate.min_change": change[6], "iterate.num_iterations": 1}
+  workdir = tmp_path / "half"
+  assert main.main(arguments(tiny_pipeline, improver, workdir, **fields)) == 0
+  rows = list(online.open_pairs(workdir / "pairs" / "1"))
+  assert sum(row["label_0"] == 0.5 for row in rows) == 6
+  assert "6 of 12" in (workdir / "report.html").read_text()
+  html = (workdir / "report.html").read_text()
+  assert "too little to train on" in html
+  none = arguments(tiny_pipeline, improver, tmp_path / "none", **{"iterate.min_change": 1e6})
+  assert main.main(none) == 2
+  assert "differs by iterate.min_change or more" in capsys.readouterr().err
+
+
+def test_the_papers_recipe_starts(tmp_path, capsys):
+  """`iterative_dpo.py:sd15` on an SD 1.5 of reduced width with random weights."""
+  base = families.write_pipeline("sd15", tmp_path, shallow=True)
+  better = write_improver(base, tmp_path / "improver")
+  folder = tmp_path / "pictures"
+  folder.mkdir()
+  rng = np.random.default_rng(0)
+  for i in range(2):
+    Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(folder / f"{i}.png")
+    (folder / f"{i}.txt").write_text(families.PROMPTS[i])
+  small = {
+    "model.path": base,
+    "iterate.improver": better,
+    "data.source": "folder",
+    "data.path": folder,
+    "iterate.num_iterations": 1,
+    "iterate.num_pairs": 2,
+    "iterate.num_steps": 2,
+    "iterate.min_change": 0,
+    "improve.num_steps": 2,
+    "train.batch_size": 2,
+    "train.accumulate": 1,
+    "train.num_updates": 1,
+    "evaluate.num_steps": 2,
+    "evaluate.images_per_prompt": 1,
+    "evaluate.num_prompts": 1,
+  }
+  flags = [f"--config.{name}={value}" for name, value in small.items()]
+  workdir = tmp_path / "run"
+  given = ["--config=configs/iterative_dpo.py:sd15", f"--workdir={workdir}", *flags]
+  assert main.main(given) == 0, capsys.readouterr().err
+  config = json.loads((workdir / "iterations" / "1" / "config.json").read_text())
+  assert config["loss"]["beta"] == 2000.0 and config["optim"]["lr"] == 1e-4
+  assert (workdir / "report.html").exists()
+  assert (workdir / "prompts.txt").read_text().count("\n") == 1
