@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 
 from jaxpref import config as config_lib
-from jaxpref import main
+from jaxpref import main, tuned
 from jaxpref.models import pipeline
 
 
@@ -125,7 +125,7 @@ def record_run(
     sys.exit(1)
   minutes = (time.perf_counter() - began) / 60
   scores = pd.read_parquet(newest_evaluation(workdir) / "scores.parquet")
-  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  lines = (tuned.trained_in(workdir) / "metrics.jsonl").read_text().splitlines()
   logged = pd.DataFrame(map(json.loads, lines)).drop(columns=["step", "time"])
   record = {
     "arguments": list(arguments),
@@ -151,7 +151,8 @@ def write_json(file: Path, content: Any) -> None:
 
 def newest_evaluation(workdir: Path) -> Path:
   """The directory of a run's last evaluation."""
-  return max((workdir / "evaluation").iterdir(), key=lambda p: int(p.name))
+  evaluations = tuned.trained_in(workdir) / "evaluation"
+  return max(evaluations.iterdir(), key=lambda p: int(p.name))
 
 
 def scores_of(campaign: Campaign, name: str) -> pd.DataFrame:

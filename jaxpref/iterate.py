@@ -34,6 +34,8 @@ RESUME_SAFE = ("evaluate", "train.log_every", "train.keep", "iterate.num_iterati
 # What an iteration's training may find changed when it goes on: the workdir may have moved.
 _RESUME_SAFE = (*workdir_lib.RESUME_SAFE, "data.path", "model.start", "evaluate.prompts")
 _GALLERY = 12
+# Seconds of an iteration's phases, in the process that ended it; written last.
+_PHASES = "phases.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +65,9 @@ def prepare(config: ConfigDict) -> Prepared:
   mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
   sharding.check_batch(config.train.batch_size, mesh, accumulate=config.train.accumulate)
   loss = losses.load_loss(config.loss.name)
-  losses.check_objective(loss, losses.hyper_of(loss, config.loss), ("w", "l"))
   if loss.NEEDS.rows != "pairs":
     raise UserError(f"iterations draw pairs; {config.loss.name!r} learns from other rows")
+  losses.check_objective(loss, losses.hyper_of(loss, config.loss), ("w", "l"))
   settings = config.iterate
   image_size = _load(config, config.model.path, mesh).image_size
   if config.model.start:
@@ -115,7 +117,7 @@ def run(prepared: Prepared, workdir: Path) -> None:
     if not online.is_finished(directory):
       _draw_pairs(prepared, directory, model, k)
     drawn = time.perf_counter()
-    if not (trained / "report.html").exists():
+    if not (trained / _PHASES).exists():
       if not _trained_on(directory):
         raise UserError(f"no pair in {directory} differs by iterate.min_change or more")
       print(f"iteration {k} of {config.iterate.num_iterations}", flush=True)
@@ -130,9 +132,6 @@ def run(prepared: Prepared, workdir: Path) -> None:
       workdir_lib.write_json(trained / _PHASES, parts)
     model = str(trained)
   _report(prepared, workdir)
-
-
-_PHASES = "phases.json"  # seconds of an iteration's phases, in the process that ended it
 
 
 def _trained_on(directory: Path) -> int:

@@ -52,7 +52,7 @@ def load(
     if step is not None or not ema:
       raise UserError(f"--step and --no-ema are a run's, and {name} is none")
     return pipeline_lib.load_pipeline(name, dtype=dtype, mesh=mesh, variant=variant)
-  workdir = _trained_in(user_path(name))
+  workdir = trained_in(user_path(name))
   if variant:
     raise UserError(f"--variant is a pipeline's; the base of the run {workdir} has its own")
   config = _read_config(workdir)
@@ -89,17 +89,21 @@ def prompt_prefix(name: str) -> str:
   """What goes before every prompt of a run's model, '' for other models and most losses."""
   if not _is_workdir(name):
     return ""
-  data = _read_config(_trained_in(user_path(name))).get("data", {})
+  data = _read_config(trained_in(user_path(name))).get("data", {})
   return str(data.get("good_prefix", ""))
 
 
 def _is_workdir(name: str) -> bool:
-  path = _trained_in(user_path(name))
+  path = trained_in(user_path(name))
   return (path / CONFIG).is_file() and (path / "checkpoints").is_dir()
 
 
-def _trained_in(path: Path) -> Path:
-  """Where a run has trained: in its workdir, or of an iterative one in the last iteration's."""
+def trained_in(path: Path) -> Path:
+  """Where a run has trained: in its workdir, or of an iterative one in the last iteration's.
+
+  Raises:
+    UserError: none of its iterations is finished.
+  """
   if not (path / CONFIG).is_file() or not (path / PAIRS).is_dir():
     return path
   finished = [p.parent for p in (path / ITERATIONS).glob("*/report.html")]

@@ -62,6 +62,11 @@ def reduced_configs(
       unet[field] = unet[field][:2]
     unet["up_block_types"] = unet["up_block_types"][1:]
     unet["transformer_layers_per_block"] = [1, 1]
+  if shallow and family == "sd15":  # two of its four, with text and without
+    unet["block_out_channels"] = channels[:2]
+    unet["down_block_types"] = unet["down_block_types"][2:]
+    unet["up_block_types"] = unet["up_block_types"][:2]
+    unet["sample_size"] = 8
   for i, name in enumerate(sorted(encoders)):
     configs[name] |= {
       "hidden_size": WIDTHS[i],

@@ -6,11 +6,13 @@ import json
 import shutil
 import sys
 
+import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT
 
 from jaxpref import config as config_lib
+from jaxpref.models import pipeline
 
 sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts there share campaign.py
 
@@ -96,6 +98,57 @@ def test_dro_ablations(surroundings, tmp_path, monkeypatch):
   assert set(results) == {"states/2"}
   monkeypatch.setattr(campaign.main, "main", lambda _: pytest.fail("ran again"))
   program.main([*arguments, "--report"])
+
+
+def test_online(surroundings, tiny_pipeline, tmp_path, monkeypatch):
+  program = _program("online")
+  monkeypatch.setattr(program, "SIZES", (4,))
+  monkeypatch.setattr(program, "UPDATES", 1)
+  monkeypatch.setattr(program, "ITERATIONS", 1)
+  monkeypatch.setattr(program, "SCALES", {"s_I": [(3.5, 3.0)]})
+  monkeypatch.setattr(program, "PICTURES", 8)
+  monkeypatch.setattr(program, "PROMPTS", 2)
+  both = {"iterative-4": program.kinds()["iterative-4"]}  # SPIN and DPO are run elsewhere
+  monkeypatch.setattr(program, "kinds", lambda: both)
+  fields = ["iterate.min_change=0", "optim.lr=1e-3"]  # random weights draw all alike
+  arguments = ["--seeds", "0", "--improver-updates=1"]
+  kept = [f for f in surroundings if not f.startswith("train.")]
+  monkeypatch.setattr(
+    program, "_arguments", _with_fields(program._arguments, "iterative_dpo", fields)
+  )
+  drawn = []
+
+  def draw(model, prompts, seeds, **options):  # but for the last, which says that it works
+    drawn.append((model, prompts, seeds, options))
+    pictures = np.random.default_rng(len(drawn)).integers(0, 256, (len(seeds), 16, 16, 3))
+    return pipeline.load_pipeline(str(tiny_pipeline)), pictures.astype(np.uint8)
+
+  really_draw = program._draw
+  monkeypatch.setattr(program, "_draw", draw)
+  with pytest.raises(SystemExit, match="not finished yet: improver 0, iterative-4 0, without"):
+    program.main([*arguments, *kept, "--report"])
+  # The same improver stands for the one without reconstruction: a run less.
+  train_improver = program._improver
+  monkeypatch.setattr(
+    program, "_improver", lambda runs, _, *rest: train_improver(runs, "improver-0", *rest[:2])
+  )
+  program.main([*arguments, *kept])
+  improved = [call for call in drawn if "shown" in call[-1]][-1]
+  assert really_draw(*improved[:-1], **improved[-1])[1].shape == (8, 16, 16, 3)
+  results = json.loads((tmp_path / "out" / "results.json").read_text())
+  assert set(results) == {"improver", "iterative-4", "scales", "without"}
+  assert len(results["iterative-4"]["vendi"]) == 1
+  table = (tmp_path / "out" / "online.md").read_text()
+  assert "| iterative-4 | " in table and "| without reconstruction 3.5 | 3 | " in table
+  assert (tmp_path / "out" / "improver.png").stat().st_size > 500
+  shutil.rmtree(tmp_path / "runs")
+  program.main([*arguments, *kept, "--report"])
+  assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+  assert len(set(program.train_prompts(40))) == 40
+
+
+def _with_fields(function, config, fields):
+  return lambda c, *rest: function(c, *rest, *(fields if c == config else []))
 
 
 def test_every_ablation_is_a_sound_configuration():

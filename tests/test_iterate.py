@@ -8,12 +8,16 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT
+from ml_collections import ConfigDict
 from PIL import Image
+from safetensors.numpy import load_file
 from test_train import _parameters as parameters
 
-from jaxpref import checkpoint, export, generate, iterate, main, sharding, tuned
+from jaxpref import checkpoint, export, generate, iterate, main, sharding, train, tuned
+from jaxpref import config as config_lib
 from jaxpref import prepare as prepare_lib
 from jaxpref.data import encode, experts, online
+from jaxpref.data import rows as rows_lib
 from jaxpref.evaluation import evaluate
 from jaxpref.evaluation import generate as generate_lib
 from jaxpref.models import pipeline, save
@@ -136,9 +140,6 @@ def test_pairs_are_what_policy_and_improver_draw(finished, tiny_pipeline, improv
   assert len({row["jpg_1"] for row in rows} | {row["jpg_0"] for row in rows}) == 24
   inner = json.loads((finished / "iterations" / "1" / "config.json").read_text())
   assert inner["data"]["path"] == str(finished / "pairs" / "1")
-  from jaxpref import config as config_lib
-  from jaxpref.data import rows as rows_lib
-
   config, _ = config_lib.parse_args(
     [
       *("--config=configs/dpo.py:tiny", "--config.data.source=online"),
@@ -156,41 +157,37 @@ def test_pairs_are_what_policy_and_improver_draw(finished, tiny_pipeline, improv
   np.testing.assert_allclose(encoded["latents"][:, 1], latents, atol=2e-2)
 
 
-PLACES = ("pairs", "training", "evaluation")
-
-
-@pytest.mark.parametrize("place", PLACES)
 def test_stopped_anywhere_it_ends_the_same(
-  place, finished, tiny_pipeline, improver, tmp_path, monkeypatch, capsys
+  finished, tiny_pipeline, improver, tmp_path, monkeypatch, capsys
 ):
+  """Stopped while it draws pairs, trains and evaluates, and started again each time."""
   workdir = tmp_path / "run"
   given = arguments(tiny_pipeline, improver, workdir)
 
-  def stopping(function, after):
-    calls = []
+  def stop_after(module, name, calls):
+    function, left = getattr(module, name), [calls]
 
     def call(*args, **kwargs):
       out = function(*args, **kwargs)
-      calls.append(args)
-      if len(calls) == after:
+      left[0] -= 1
+      if not left[0]:
         raise KeyboardInterrupt
       return out
 
-    return call
+    with monkeypatch.context() as patch:
+      patch.setattr(module, name, call)
+      assert main.main(given) == 130
+    shards = workdir.glob("pairs/*/online*")
+    return {p: p.stat().st_mtime_ns for p in shards}
 
-  with monkeypatch.context() as patch:
-    match place:
-      case "pairs":  # after a shard of the second iteration's two
-        patch.setattr(online, "write_shard", stopping(online.write_shard, 3))
-      case "training":
-        patch.setattr(checkpoint, "save", stopping(checkpoint.save, 3))
-      case "evaluation":
-        patch.setattr(evaluate, "evaluate", stopping(evaluate.evaluate, 1))
-    assert main.main(given) == 130
-  shards = {p: p.stat().st_mtime_ns for p in workdir.glob("pairs/*/online*")}
-  assert len(shards) == {"pairs": 3, "training": 4, "evaluation": 2}[place]
+  first = stop_after(online, "write_shard", 1)  # of the two of the first iteration
+  second = stop_after(checkpoint, "save", 1)  # of two
+  third = stop_after(evaluate, "evaluate", 1)
+  fourth = stop_after(online, "write_shard", 1)  # of the second iteration's
+  assert [len(shards) for shards in (first, second, third, fourth)] == [1, 2, 2, 3]
   assert main.main(given) == 0
-  assert {p: p.stat().st_mtime_ns for p in shards} == shards  # drawn once
+  for shards in (first, second, third, fourth):  # each was drawn once
+    assert {p: p.stat().st_mtime_ns for p in shards} == shards
   for k in ("1", "2"):
     ours, theirs = (parameters(w / "iterations" / k) for w in (workdir, finished))
     assert ours[0] == theirs[0] == 4
@@ -212,22 +209,15 @@ def test_a_finished_run_goes_on_with_more_iterations(
   assert "train.num_updates was 4, now 6" in capsys.readouterr().err
   # Pairs of another improver are not mixed with these.
   (workdir / "pairs" / "3" / "dataset_info.json").unlink()
-  other = write_improver(tiny_pipeline, tmp_path / "other")
-  tensors = other / "unet" / "diffusion_pytorch_model.safetensors"
-  data = save.save_tensors
-  from safetensors.numpy import load_file
-
-  weights = load_file(tensors)
-  weights["conv_in.bias"] += 1.0
-  data(tensors, weights)
-  shutil.rmtree(improver_copy := tmp_path / "kept", ignore_errors=True)
-  shutil.copytree(improver, improver_copy)
+  weights = improver / "unet" / "diffusion_pytorch_model.safetensors"
+  ours = weights.read_bytes()
   try:
-    shutil.copyfile(tensors, improver / "unet" / "diffusion_pytorch_model.safetensors")
+    tensors = load_file(weights)
+    save.save_tensors(weights, tensors | {"conv_in.bias": tensors["conv_in.bias"] + 1})
     assert main.main(given) == 2
     assert "holds pairs of another improver" in capsys.readouterr().err
   finally:
-    shutil.copytree(improver_copy, improver, dirs_exist_ok=True)
+    weights.write_bytes(ours)
 
 
 def test_spin(tiny_pipeline, tmp_path, capsys):
@@ -244,8 +234,6 @@ def test_spin(tiny_pipeline, tmp_path, capsys):
   data = {experts.decode(file).tobytes() for row in rows for file in [row["jpg_0"]]}
   config = json.loads((workdir / "config.json").read_text())
   assert config["data"]["source"] == "shapes" and {row["seed_0"] for row in rows} == {-1}
-  from jaxpref.data import rows as rows_lib
-
   ready = iterate.prepare(_config(given))
   images = {row.images[0].tobytes() for row in ready.rows}
   assert data <= images and rows_lib.fingerprint(ready.rows)
@@ -257,30 +245,32 @@ def test_spin(tiny_pipeline, tmp_path, capsys):
 
 
 def _config(given):
-  from jaxpref import config as config_lib
-
   return config_lib.parse_args([a for a in given if "workdir" not in a], flags={})[0]
 
 
 def _inner(workdir, k):
-  from ml_collections import ConfigDict
-
   file = workdir / "iterations" / str(k) / "config.json"
   return ConfigDict(json.loads(file.read_text()))
 
 
 def test_pairs_that_hardly_differ_are_not_trained_on(
-  finished, tiny_pipeline, improver, tmp_path, capsys
+  finished, tiny_pipeline, improver, tmp_path, monkeypatch, capsys
 ):
   change = sorted(row["change"] for row in online.open_pairs(finished / "pairs" / "1"))
-  fields = {"iterate.min_change": change[6], "iterate.num_iterations": 1}
   workdir = tmp_path / "half"
-  assert main.main(arguments(tiny_pipeline, improver, workdir, **fields)) == 0
+  trained_on = []
+
+  def look(prepared, _):
+    trained_on.extend(prepared.rows)
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train, "run", look)
+    fields = {"iterate.min_change": change[6]}
+    assert main.main(arguments(tiny_pipeline, improver, workdir, **fields)) == 130
   rows = list(online.open_pairs(workdir / "pairs" / "1"))
-  assert sum(row["label_0"] == 0.5 for row in rows) == 6
-  assert "6 of 12" in (workdir / "report.html").read_text()
-  html = (workdir / "report.html").read_text()
-  assert "too little to train on" in html
+  kept = [row["caption"].decode() for row in rows if row["label_0"] != row["label_1"]]
+  assert len(rows) == 12 and [row.caption for row in trained_on] == kept and len(kept) == 6
   none = arguments(tiny_pipeline, improver, tmp_path / "none", **{"iterate.min_change": 1e6})
   assert main.main(none) == 2
   assert "differs by iterate.min_change or more" in capsys.readouterr().err

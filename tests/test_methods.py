@@ -134,7 +134,7 @@ def test_presets_are_sound(name, preset):
       ],
       "loss.weight_winning, ..._reconstruction, ..._unconditional: all are 0",
     ),
-    ("spin", ["--config.loss.name=sft"], "iterations draw pairs; 'sft' learns from other"),
+    ("spin", ["--config.loss.name=listwise"], "iterations draw pairs; 'listwise' learns"),
     ("spin", ["--config.iterate.winners=best"], "'iterate.winners' must be one of"),
     ("spin", ["--config.iterate.winners=improved"], "iterate.improver names none"),
     ("iterative_dpo", ["--config.iterate.improver=shapes"], "shapes is no improver"),

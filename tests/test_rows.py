@@ -140,7 +140,7 @@ def test_unknown_sources_name_the_nearest(wrong, near):
 
 
 def test_a_source_without_such_rows_names_one_with():
-  with pytest.raises(UserError, match="folder has no pairs.*; shapes, pickapic has"):
+  with pytest.raises(UserError, match="folder has no pairs.*; shapes, pickapic, online has"):
     rows_lib.load_rows("pairs", _data(source="folder"), image_size=64, seed=0)
 
 
