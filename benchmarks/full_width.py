@@ -4,7 +4,11 @@
 
 Writes the pipeline once (float16) under --work, then measures in one process and prints a
 JSON object: seconds of loading, of compiling and of each phase of an update, the devices'
-peak memory. Random weights cost what trained ones do.
+peak memory. Random weights cost what trained ones do. Where an accelerator is lacking,
+--lora-rank and --size make it fit:
+
+  python benchmarks/full_width.py --configs=tests/golden/model_configs/sd15 \
+    --dtype=float32 --lora-rank=8 --size=256 --updates=1
 """
 
 import argparse
@@ -25,8 +29,8 @@ import numpy as np
 from jaxpref import losses, optim, rollouts, runtime, sharding, steps
 from jaxpref.data import encode
 from jaxpref.evaluation import generate
+from jaxpref.models import lora, save, text
 from jaxpref.models import pipeline as pipeline_lib
-from jaxpref.models import save, text
 from jaxpref.models import unet as unet_lib
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler", "model_index")
@@ -42,6 +46,8 @@ def main(argv: list[str]) -> None:
   add("--dtype", default="bfloat16", help="of the computation")
   add("--batch-size", type=int, default=2, help="rows of the DRO step")
   add("--updates", type=int, default=3, help="timed after one that compiles")
+  add("--size", type=int, help="of pictures in pixels; what the model was trained for")
+  add("--lora-rank", type=int, default=0, help="train low-rank additions; 0: all parameters")
   add("--num-steps", type=int, default=20, help="of the solver, in rollouts and pictures")
   options = parser.parse_args(argv)
   runtime.use_all_cores()
@@ -104,6 +110,7 @@ def measure(model: Path, options: argparse.Namespace) -> dict:
     "versions": {p: metadata.version(p) for p in ("jax", "flax", "diffusers")},
     "python": platform.python_version(),
     "dtype": options.dtype,
+    "trained": f"LoRA of rank {options.lora_rank}" if options.lora_rank else "all parameters",
     "rows": options.batch_size,
     "solver steps": options.num_steps,
   }
@@ -116,9 +123,11 @@ def measure(model: Path, options: argparse.Namespace) -> dict:
     part: sum(leaf.size for leaf in jax.tree.leaves(tree))
     for part, tree in pipeline.params.items()
   }
+  numbers["pixels"] = options.size = options.size or pipeline.image_size
   numbers["host peak GB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
   _dro(pipeline, mesh, options, seconds)
   _draw(pipeline, mesh, options, seconds)
+  numbers["host peak GB, at the end"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
   stats = jax.devices()[0].memory_stats() or {}
   if "peak_bytes_in_use" in stats:
     numbers["device peak GB"] = stats["peak_bytes_in_use"] / 1e9
@@ -128,10 +137,16 @@ def measure(model: Path, options: argparse.Namespace) -> dict:
 def _dro(pipeline, mesh, options, seconds) -> None:
   loss = losses.load_loss("dro")
   tx = optim.make_optimizer(lambda _: 1e-5, weight_decay=0.01, clip_norm=1.0)
-  ref = pipeline.params["unet"]
+  ref = begin = pipeline.params["unet"]
+  adapt = lambda trained, base: trained  # noqa: E731
+  if options.lora_rank:
+    targets = r"attn[12]\.(to_q|to_k|to_v|to_out\.0)$"
+    key = jax.random.key(0)
+    begin = lora.init_lora(ref, rank=options.lora_rank, targets=targets, key=key)
+    adapt = lambda trained, base: lora.Adapted(base, trained, 1.0)  # noqa: E731
   make_state = lambda p: steps.init_state(p, tx, seed=0, lagging_copy=False)  # noqa: E731
-  placement = sharding.params_sharding(mesh, jax.eval_shape(make_state, ref))
-  state = jax.jit(make_state, out_shardings=placement)(ref)
+  placement = sharding.params_sharding(mesh, jax.eval_shape(make_state, begin))
+  state = jax.jit(make_state, out_shardings=placement)(begin)
   denoise = unet_lib.make_denoise(pipeline.modules["unet"])
   step = steps.make_train_step(
     denoise,
@@ -145,12 +160,12 @@ def _dro(pipeline, mesh, options, seconds) -> None:
     ema_decay=0.9999,
     prompt_dropout=0.2,
     own_targets=True,
+    adapt=adapt,
   )
   rollout = rollouts.make_rollout(
-    "states",
     denoise,
     pipeline.schedule,
-    latent_shape=pipeline.latent_shape,
+    latent_shape=generate.latent_shape_of(pipeline, (options.size, options.size)),
     num_steps=options.num_steps,
     solver="dpm_solver",
     order=2,
@@ -158,7 +173,7 @@ def _dro(pipeline, mesh, options, seconds) -> None:
     prompt_dropout=0.2,
   )
   rows = options.batch_size
-  size = pipeline.image_size
+  size = options.size
   image = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
   cond = encode.encode_prompts(pipeline, mesh, ["a red circle"] * rows)
   latents = encode.encode_images(pipeline, mesh, [image] * rows, batch_size=1)
@@ -168,7 +183,7 @@ def _dro(pipeline, mesh, options, seconds) -> None:
   for _ in range(1 + options.updates):
     began = time.perf_counter()
     negatives = jax.block_until_ready(
-      rollout(state.params, state.seed, state.update, batch["cond"], uncond)
+      rollout(adapt(state.params, ref), state.seed, state.update, batch["cond"], uncond)
     )
     took["rollout"].append(time.perf_counter() - began)
     began = time.perf_counter()
@@ -184,7 +199,13 @@ def _dro(pipeline, mesh, options, seconds) -> None:
 
 def _draw(pipeline, mesh, options, seconds) -> None:
   generator = generate.make_generator(
-    pipeline, mesh, num_steps=options.num_steps, guidance=5.0, batch_size=1, decode="sliced"
+    pipeline,
+    mesh,
+    num_steps=options.num_steps,
+    guidance=5.0,
+    batch_size=1,
+    decode="sliced",
+    size=(options.size, options.size),
   )
   rows = mesh.size
   cond = encode.encode_prompts(pipeline, mesh, ["a red circle"] * rows)

@@ -29,6 +29,12 @@ def base(name: str, preset: str) -> ConfigDict:
   c.model.dtype = "float32"  # of the computation; parameters and moments are float32
   c.model.frozen_dtype = "float32"  # in which the base is held besides what is trained
 
+  c.model.attention = "auto"  # 'stock', 'xla', 'cudnn'; 'auto': by platform, see models/kernels
+  c.model.norm = "auto"  # 'lean' keeps less for the backward pass; 'stock'; 'auto': by platform
+  c.model.remat = (
+    "none"  # computed anew in the backward pass: 'transformer', 'blocks', 'full', ...
+  )
+
   c.data = ConfigDict()
   c.data.source = "shapes"  # 'shapes', 'pickapic' (parquet files), 'folder' (captioned images)
   c.data.path = ""  # of the folder or file
@@ -100,6 +106,9 @@ def base(name: str, preset: str) -> ConfigDict:
       "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
     }[preset]
     c.model.dtype = c.model.frozen_dtype = "bfloat16"
+    c.model.remat = (
+      "none"  # computed anew in the backward pass: 'transformer', 'blocks', 'full', ...
+    )
     c.data.source = "pickapic"
     c.rollout.num_steps = 20
     c.optim.lr = 2.048e-5  # 1e-8 a row of the batch

@@ -46,6 +46,9 @@ _AXIS = (lambda value: value >= 1 or value == -1, "at least 1, or -1 for the res
 
 RULES: Rules = {
   **dict.fromkeys(("model.dtype", "model.frozen_dtype"), _one_of("float32", "bfloat16")),
+  "model.attention": _one_of("auto", "stock", "xla", "cudnn"),
+  "model.norm": _one_of("auto", "stock", "lean"),
+  "model.remat": _one_of("none", "attention", "transformer", "blocks", "full"),
   "data.desirable_share": (lambda value: 0 < value < 1, "above 0 and below 1"),
   "data.list_size": _at_least(2),
   "data.experts": _one_of("top", "winners"),

@@ -261,7 +261,10 @@ def _optimizer(config: Any) -> optax.GradientTransformation:
 def _programs(prepared: Prepared, tx: optax.GradientTransformation, placement: Any):
   """The train step, the rollout, and the reference's errors on fixed draws."""
   config, pipeline, needs = prepared.config, prepared.pipeline, prepared.loss.NEEDS
-  denoise = unet_lib.make_denoise(pipeline.modules["unet"])
+  model = config.model
+  denoise = unet_lib.make_denoise(
+    pipeline.modules["unet"], attention=model.attention, norm=model.norm, remat=model.remat
+  )
   dropout = config.data.prompt_dropout
   fresh = config.rollout.refresh_every == 1 and config.rollout.guidance == 1.0
   train_step = steps.make_train_step(

@@ -1,9 +1,33 @@
-"""What is changed inside diffusers' Flax modules, from outside, with flax interceptors."""
+"""What is changed inside diffusers' Flax modules, from outside, with flax interceptors.
+
+Each is (next_fun, args, kwargs, context) -> output; parameters keep their names and places.
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from diffusers.models.attention_flax import FlaxGEGLU, FlaxTransformer2DModel
+from diffusers.models.attention_flax import (
+  FlaxAttention,
+  FlaxBasicTransformerBlock,
+  FlaxGEGLU,
+  FlaxTransformer2DModel,
+)
+from diffusers.models.resnet_flax import FlaxResnetBlock2D
+
+from jaxpref.models import kernels
+
+Interceptor = Callable[..., Any]
+# What is computed again on the way back, rather than kept; from little to much.
+REMAT: dict[str, tuple[type[nn.Module], ...]] = {
+  "none": (),
+  "attention": (FlaxAttention,),
+  "transformer": (FlaxBasicTransformerBlock,),
+  "blocks": (FlaxBasicTransformerBlock, FlaxResnetBlock2D),
+  "full": (FlaxTransformer2DModel, FlaxResnetBlock2D),
+}
 
 
 def exact_gelu(next_fun, args, kwargs, context: nn.module.InterceptorContext):
@@ -26,3 +50,76 @@ def transformer_norm(next_fun, args, kwargs, context: nn.module.InterceptorConte
   ):
     return next_fun(*args, **kwargs)
   return module.clone(epsilon=1e-6, parent=None).apply(module.variables, *args, **kwargs)
+
+
+def attention(kernel: str) -> Interceptor:
+  """Attention by `kernels.dot_product_attention`; the stock module keeps all logits."""
+
+  def intercept(next_fun, args, kwargs, context: nn.module.InterceptorContext):
+    module = context.module
+    if not (isinstance(module, FlaxAttention) and context.method_name == "__call__"):
+      return next_fun(*args, **kwargs)
+    hidden, told = _given(args, kwargs, "hidden_states", "context")
+    told = hidden if told is None else told
+
+    def by_head(x):
+      return x.reshape(*x.shape[:2], module.heads, module.dim_head)
+
+    out = kernels.dot_product_attention(
+      *(by_head(module.query(hidden)), by_head(module.key(told)), by_head(module.value(told))),
+      scale=module.scale,
+      kernel=kernel,
+    )
+    out = module.proj_attn(out.reshape(*out.shape[:2], -1))
+    deterministic = _given(args, kwargs, "hidden_states", "context", "deterministic")[2]
+    return module.dropout_layer(out, deterministic=deterministic is not False)
+
+  return intercept
+
+
+def lean_norm(next_fun, args, kwargs, context: nn.module.InterceptorContext):
+  """Group norms by `kernels.group_norm`, in residual blocks with the SiLU after them."""
+  module = context.module
+  if context.method_name != "__call__":
+    return next_fun(*args, **kwargs)
+  if isinstance(module, nn.GroupNorm):
+    spatial = isinstance(module.parent, FlaxTransformer2DModel)
+    return _norm(module, args[0], epsilon=1e-6 if spatial else None)
+  if not isinstance(module, FlaxResnetBlock2D):
+    return next_fun(*args, **kwargs)
+  x, temb, deterministic = _given(args, kwargs, "hidden_states", "temb", "deterministic")
+  shift = module.time_emb_proj(nn.swish(temb))[:, None, None]
+  hidden = module.conv1(_norm(module.norm1, x, silu=True)) + shift
+  hidden = _norm(module.norm2, hidden, silu=True)
+  hidden = module.dropout(hidden, deterministic is not False)
+  shortcut = module.conv_shortcut
+  return module.conv2(hidden) + (x if shortcut is None else shortcut(x))
+
+
+def remat(which: str) -> Interceptor:
+  """Computes the inside of these modules again in the backward pass.
+
+  Args:
+    which: a key of `REMAT`.
+  """
+
+  def intercept(next_fun, args, kwargs, context: nn.module.InterceptorContext):
+    if not isinstance(context.module, REMAT[which]) or context.method_name != "__call__":
+      return next_fun(*args, **kwargs)
+    again = nn.remat(lambda module, *a: next_fun(*a, **kwargs))
+    return again(context.module, *args)
+
+  return intercept
+
+
+def _norm(module: nn.GroupNorm, x: jax.Array, *, epsilon=None, silu=False) -> jax.Array:
+  weights = module.variables["params"]
+  return kernels.group_norm(
+    *(x, weights["scale"], weights["bias"]),
+    *(module.num_groups, module.epsilon if epsilon is None else epsilon, silu),
+  )
+
+
+def _given(args, kwargs, *names) -> list[Any]:
+  """Arguments by position or by name, None where they are not given."""
+  return [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]

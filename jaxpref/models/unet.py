@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from diffusers import FlaxUNet2DConditionModel
 
 from jaxpref.errors import UserError
-from jaxpref.models import interceptors, lora
+from jaxpref.models import interceptors, kernels, lora
 
 Params = Mapping[str, Any]
 # What a text says to a UNet, a row a prompt: 'text' [B, L, D], and for SDXL 'pooled' [B, P]
@@ -79,12 +79,25 @@ def refuse_unsupported(config: Mapping[str, Any], supported: Mapping[str, Any]) 
     raise UserError(f"diffusers' Flax modules do not support {given}")
 
 
-def make_denoise(unet: nn.Module) -> Denoise:
+def make_denoise(
+  unet: nn.Module, *, attention: str = "auto", norm: str = "auto", remat: str = "none"
+) -> Denoise:
   """The UNet's forward pass as `denoise(params, x_t, t, cond)`.
 
   Policy and reference both go through this function, in one program: other kernels for
   either would drown the margin between them in rounding. `params` may be `lora.Adapted`.
+
+  Args:
+    unet: from `build_unet`.
+    attention: 'stock', 'xla' or 'cudnn', see `kernels.dot_product_attention`, or 'auto', see
+      `kernels.resolve_attention`.
+    norm: 'stock', 'lean' (`interceptors.lean_norm`), or 'auto', which is 'stock' on CPUs.
+    remat: of `interceptors.REMAT`.
   """
+  platform = jax.default_backend()
+  attention = kernels.resolve_attention(attention, platform)
+  if norm == "auto":
+    norm = "stock" if platform == "cpu" else "lean"
 
   def denoise(params, x_t, t, cond):
     adapted = isinstance(params, lora.Adapted)
@@ -96,9 +109,11 @@ def make_denoise(unet: nn.Module) -> Denoise:
       added = {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]}
     # Interceptors live on a global stack that is read while tracing, hence inside.
     with contextlib.ExitStack() as stack:
-      for interceptor in (
+      for interceptor in (  # the outermost first
+        *([interceptors.remat(remat)] if remat != "none" else []),
+        *([interceptors.lean_norm] if norm == "lean" else [interceptors.transformer_norm]),
+        *([interceptors.attention(attention)] if attention != "stock" else []),
         interceptors.exact_gelu,
-        interceptors.transformer_norm,
         *([lora.interceptor(params.scale)] if adapted else []),
       ):
         stack.enter_context(nn.intercept_methods(interceptor))
