@@ -23,6 +23,7 @@ import pandas as pd
 
 from jaxpref import config as config_lib
 from jaxpref import main, tuned
+from jaxpref.errors import DivergedError
 from jaxpref.models import pipeline
 
 
@@ -76,13 +77,13 @@ def run(workdir: Path, arguments: Sequence[str]) -> bool:
     arguments: of `jaxpref.main`, besides the workdir.
 
   Returns:
-    Whether it is finished; if not it failed, as a learning rate may be too high, and says
-    why on the terminal.
+    Whether it is finished; if not it has diverged, as with too high a learning rate. Any
+    other failure, which it has said on the terminal, ends the program.
   """
   print(f"\n== {workdir}: {' '.join(arguments)}", flush=True)
   status = main.main([f"--workdir={workdir}", *arguments])
   jax.clear_caches()  # the next run has programs of its own
-  if status == 130:  # interrupted
+  if status not in (0, DivergedError.status):
     sys.exit(status)
   return not status
 

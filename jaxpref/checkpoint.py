@@ -235,6 +235,14 @@ def find_good(directory: str | Path, *, step: int | None = None) -> Good:
   raise UserError(f"no good checkpoint in {directory} ({'; '.join(problems)})")
 
 
+def stored(directory: str | Path, step: int) -> dict[str, Any]:
+  """What a checkpoint's arrays are, with `shape` and `dtype`, by their paths in the state."""
+  path = Path(directory).absolute() / str(step)
+  state = ocp.checkpointables_metadata(path).metadata["state"]
+  leaves = jax.tree.leaves_with_path(state)
+  return {"/".join(str(getattr(k, "key", k)) for k in keys): leaf for keys, leaf in leaves}
+
+
 def restore_subtree(directory: str | Path, step: int, abstract: Any) -> Any:
   """Restores only a part of a state, such as its averaged parameters; changes nothing.
 

@@ -45,7 +45,7 @@ FLAGS = {"workdir": "directory of the run; runs/<name>-<preset> by default"}
 def exit_status(
   job: Callable[[list[str]], None], argv: list[str], *, continues: bool = True
 ) -> int:
-  """Runs a program's job: 0, 2 after a one-line error of the user's, 130 if interrupted.
+  """Runs a program's job: 0, 2 after a one-line error, 3 if diverged, 130 if interrupted.
 
   Args:
     job: takes the arguments.
@@ -58,7 +58,7 @@ def exit_status(
     job(argv)
   except UserError as error:
     print(f"jaxpref: error: {error}", file=sys.stderr)
-    return 2
+    return error.status
   except OSError as error:
     if error.errno not in _REFUSALS:
       raise

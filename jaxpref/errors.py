@@ -3,3 +3,11 @@
 
 class UserError(Exception):
   """Bad input, said in one line; `main` prints it and exits with status 2."""
+
+  status = 2
+
+
+class DivergedError(UserError):
+  """A run whose numbers are no longer finite; the exit status is 3."""
+
+  status = 3

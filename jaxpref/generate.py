@@ -160,14 +160,9 @@ def _check(flags: argparse.Namespace) -> None:
   """Refuses flags that do not go together, and fills in what depends on the model's kind."""
   if bool(flags.model) == bool(flags.improver):
     raise UserError("give one of --model and --improver")
-  if bool(flags.images) != bool(flags.improver):
-    raise UserError("--improver and --images go together: what to improve with, and what")
+  _check_images(flags)
   if not flags.prompts and not flags.images:
     raise UserError("the following arguments are required: --prompts")
-  if flags.image_guidance is not None and not flags.improver:
-    raise UserError("--image-guidance is an improver's")
-  if flags.size and flags.improver:
-    raise UserError("--size is not for an improver, which draws what it was trained for")
   if flags.guidance is None:
     flags.guidance = 3.5 if flags.improver else 7.5
   if flags.image_guidance is None:
@@ -183,6 +178,19 @@ def _check(flags: argparse.Namespace) -> None:
   out = user_path(flags.out)
   if out.exists() and not out.is_dir():
     raise UserError(f"{out} is a file, not a directory")
+
+
+def _check_images(flags: argparse.Namespace) -> None:
+  """Refuses what does not go together with improving, or with not improving."""
+  if bool(flags.images) != bool(flags.improver):
+    raise UserError("--improver and --images go together: what to improve with, and what")
+  if flags.image_guidance is not None and not flags.improver:
+    raise UserError("--image-guidance is an improver's")
+  if flags.size and flags.improver:
+    raise UserError("--size is not for an improver, which draws what it was trained for")
+  out = user_path(flags.out).resolve()
+  if flags.images and out.is_relative_to(user_path(flags.images).resolve()):
+    raise UserError(f"--out={flags.out} lies in --images, whose pictures would grow in number")
 
 
 def _pictures(
@@ -229,20 +237,17 @@ def _pictures(
   total = len(subjects) * count
   if not 0 <= flags.seed < 2**32 - total:
     raise UserError(f"--seed must be at least 0 and below 2^32 less {total} pictures")
-  return [
-    Picture(
-      out / f"{stem}-{number:02d}.png",
-      {
-        **shared,
-        **more,
-        "prompt": prefix + prompt,
-        "seed": flags.seed + i * count + number,
-      },
-      image,
-    )
-    for i, (stem, prompt, image, more) in enumerate(subjects)
-    for number in range(count)
-  ]
+  names = [stem for stem, *_ in subjects]
+  if twice := sorted({name for name in names if names.count(name) > 1}):
+    raise UserError(f"several pictures in --images would become {twice[0]}: rename them")
+  pictures = []
+  for i, (stem, prompt, image, more) in enumerate(subjects):
+    # Pictures to improve differ by themselves; so they keep their seeds among others.
+    first = flags.seed + (0 if flags.images else i * count)
+    for number in range(count):
+      settings = {**shared, **more, "prompt": prefix + prompt, "seed": first + number}
+      pictures.append(Picture(out / f"{stem}-{number:02d}.png", settings, image))
+  return pictures
 
 
 def read_prompts(text: str) -> list[str]:

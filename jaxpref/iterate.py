@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxpref import losses, metrics, progress, runtime, sharding, train, tuned
+from jaxpref import checkpoint, metrics, progress, runtime, train, tuned
 from jaxpref import prepare as prepare_lib
 from jaxpref import workdir as workdir_lib
 from jaxpref.data import encode, online
@@ -29,13 +29,13 @@ from jaxpref.errors import UserError
 from jaxpref.evaluation import compare, evaluate, generate
 from jaxpref.models import pipeline as pipeline_lib
 
-# Another number of updates would train every iteration on, from a model that has changed.
-RESUME_SAFE = ("evaluate", "train.log_every", "train.keep", "iterate.num_iterations")
+# Other updates or evaluations would make iterations that do not compare.
+RESUME_SAFE = ("train.log_every", "train.keep", "iterate.num_iterations")
 # What an iteration's training may find changed when it goes on: the workdir may have moved.
-_RESUME_SAFE = (*workdir_lib.RESUME_SAFE, "data.path", "model.start", "evaluate.prompts")
+_RESUME_SAFE = (*RESUME_SAFE, "data.path", "model.start", "evaluate.prompts")
 _GALLERY = 12
-# Seconds of an iteration's phases, in the process that ended it; written last.
-_PHASES = "phases.json"
+_PHASES = "phases.json"  # seconds by phase; of an iteration's training written last
+_INPUTS = "inputs.json"  # digests of what the run was begun with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +45,16 @@ class Prepared:
   Attributes:
     config: of the whole run.
     mesh: to draw on.
-    rows: prompts, and images where those are the winners.
+    rows: captions, and images where those are the winners.
     prompts: of the evaluations.
+    inputs: digests of all that it was read from.
   """
 
   config: ConfigDict
   mesh: Mesh
   rows: list[rows_lib.Row]
   prompts: list[str]
+  inputs: dict[str, str]
 
 
 def prepare(config: ConfigDict) -> Prepared:
@@ -61,39 +63,53 @@ def prepare(config: ConfigDict) -> Prepared:
   Raises:
     UserError: it is.
   """
-  runtime.cache_programs()
-  mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
-  sharding.check_batch(config.train.batch_size, mesh, accumulate=config.train.accumulate)
-  loss = losses.load_loss(config.loss.name)
-  if loss.NEEDS.rows != "pairs":
-    raise UserError(f"iterations draw pairs; {config.loss.name!r} learns from other rows")
-  losses.check_objective(loss, losses.hyper_of(loss, config.loss), ("w", "l"))
   settings = config.iterate
-  image_size = _load(config, config.model.path, mesh).image_size
-  if config.model.start:
-    _load(config, config.model.start, mesh)
+  checked = prepare_lib.check(_inner_config(config))
+  needs = checked.loss.NEEDS
+  if needs.rows != "pairs" or needs.arms or needs.rollout:
+    raise UserError(f"iterations draw pairs; {config.loss.name!r} learns from other rows")
+  if config.data.num_rows > settings.num_pairs:
+    raise UserError(
+      f"data.num_rows = {config.data.num_rows} of iterate.num_pairs = {settings.num_pairs}"
+    )
+  base = checked.pipeline
+  prepare_lib.check_steps(base, "iterate.num_steps", settings.num_steps)
+  inputs = {"base": base.digest, "start": checked.start.get("digest", "")}
   if settings.winners == "improved":
-    if not settings.improver:
-      raise UserError(
-        "iterate.improver names none; make one with: "
-        "python -m jaxpref.main --config=configs/improver.py"
-      )
-    improver = _load(config, settings.improver, mesh)
-    if not improver.is_improver:
-      raise UserError(f"iterate.improver: {settings.improver} is no improver")
-    if improver.image_size != image_size:
-      raise UserError(
-        f"iterate.improver: {settings.improver} draws {improver.image_size} pixels, the model "
-        f"{image_size}"
-      )
-  rows = rows_lib.load_rows("experts", config.data, image_size=image_size, seed=config.seed)
+    inputs["improver"] = _check_improver(config, base, checked.mesh)
+  kind = "captions" if settings.winners == "improved" else "experts"
+  rows = rows_lib.load_rows(kind, config.data, image_size=base.image_size, seed=config.seed)
   prompts = evaluate.choose_prompts(
     prepare_lib.prompts_source(config),
     config.evaluate.num_prompts,
     [row.caption for row in rows],
     seed=config.evaluate.seed,
   )
-  return Prepared(config, mesh, rows, prompts)
+  # As they come back from a file with a prompt a line.
+  prompts = list(dict.fromkeys(" ".join(prompt.split()) for prompt in prompts))
+  evaluate.usable_scorers(config.evaluate.scorers, prompts)
+  inputs["data"] = rows_lib.fingerprint(rows)
+  return Prepared(config, checked.mesh, rows, prompts, inputs)
+
+
+def _check_improver(config: ConfigDict, base: pipeline_lib.Pipeline, mesh: Mesh) -> str:
+  """Refuses what cannot improve the base's pictures; returns the digest of what can."""
+  name = config.iterate.improver
+  if not name:
+    raise UserError(
+      "iterate.improver names none; make one with: "
+      "python -m jaxpref.main --config=configs/improver.py"
+    )
+  improver = _load(config, name, mesh)
+  if not improver.is_improver:
+    raise UserError(f"iterate.improver: {name} is no improver")
+  if improver.image_size != base.image_size:
+    raise UserError(
+      f"iterate.improver: {name} draws {improver.image_size} pixels, the model "
+      f"{base.image_size}"
+    )
+  prepare_lib.check_steps(improver, "improve.num_steps", config.improve.num_steps)
+  return improver.digest
 
 
 def _load(config: ConfigDict, name: str, mesh: Mesh) -> pipeline_lib.Pipeline:
@@ -109,57 +125,72 @@ def run(prepared: Prepared, workdir: Path) -> None:
     UserError: something cannot be written, or is of another run.
   """
   config = prepared.config
+  count = config.iterate.num_iterations
+  if more := [p.name for p in (workdir / tuned.ITERATIONS).glob(f"{count + 1}")]:
+    raise UserError(f"{workdir} has iteration {more[0]} already, more than {count}")
+  _check_inputs(prepared, workdir)
   workdir_lib.write_config(workdir, config)
   model = config.model.start or config.model.path
-  for k in range(1, config.iterate.num_iterations + 1):
-    directory, trained = workdir / tuned.PAIRS / str(k), workdir / tuned.ITERATIONS / str(k)
-    began = time.perf_counter()
-    if not online.is_finished(directory):
-      _draw_pairs(prepared, directory, model, k)
-    drawn = time.perf_counter()
-    if not (trained / _PHASES).exists():
-      if not _trained_on(directory):
-        raise UserError(f"no pair in {directory} differs by iterate.min_change or more")
-      print(f"iteration {k} of {config.iterate.num_iterations}", flush=True)
-      inner = _inner_config(prepared, workdir, directory, model, k)
-      ready = prepare_lib.prepare(inner)
-      opened = workdir_lib.open_workdir(trained, inner, resume_safe=_RESUME_SAFE)
-      try:
-        train.run(ready, opened.path)
-      finally:
-        workdir_lib.release(opened)
-      parts = {"generate": drawn - began, "train": time.perf_counter() - drawn}
-      workdir_lib.write_json(trained / _PHASES, parts)
-    model = str(trained)
+  for k in range(1, count + 1):
+    if not (workdir / tuned.ITERATIONS / str(k) / _PHASES).exists():
+      _iterate(prepared, workdir, model, k)
+    model = str(workdir / tuned.ITERATIONS / str(k))
+    # Exactly this model: an older checkpoint of it would be another.
+    checkpoint.find_good(Path(model) / "checkpoints", step=config.train.num_updates)
+    _write_metrics(workdir, k)
   _report(prepared, workdir)
 
 
-def _trained_on(directory: Path) -> int:
-  """How many of the pairs are no ties."""
-  source = online.open_pairs(directory)
-  return sum(
-    row["label_0"] != row["label_1"] for row in map(source.__getitem__, range(len(source)))
-  )
+def _check_inputs(prepared: Prepared, workdir: Path) -> None:
+  """A run goes on with the models and the data that it was begun with."""
+  file = workdir / _INPUTS
+  if file.exists():
+    found = json.loads(file.read_text(encoding="utf-8"))
+    if changed := [name for name, d in prepared.inputs.items() if found.get(name) != d]:
+      raise UserError(
+        f"{workdir} was begun with another {changed[0]}; choose another --workdir"
+      )
+  workdir_lib.write_json(file, prepared.inputs)
+
+
+def _iterate(prepared: Prepared, workdir: Path, model: str, k: int) -> None:
+  """Draws pairs with `model` and trains it on them; what it reads is free afterwards."""
+  pairs, trained = workdir / tuned.PAIRS / str(k), workdir / tuned.ITERATIONS / str(k)
+  if not online.is_finished(pairs):
+    _draw_pairs(prepared, pairs, model, k)
+  if not online.summary(pairs)["trained_on"]:
+    raise UserError(f"no pair in {pairs} differs by iterate.min_change or more")
+  print(f"iteration {k} of {prepared.config.iterate.num_iterations}", flush=True)
+  config = _inner_config(prepared.config, pairs=pairs, model=model, k=k)
+  if prepare_lib.prompts_source(prepared.config) == "captions":
+    # The same for all, whichever captions an iteration's pairs have.
+    file = workdir / "prompts.txt"
+    workdir_lib.write_text(file, "\n".join(prepared.prompts) + "\n")
+    with config.unlocked():
+      config.evaluate.prompts = str(file)
+  began = time.perf_counter()
+  ready = prepare_lib.prepare(config)
+  opened = workdir_lib.open_workdir(trained, config, resume_safe=_RESUME_SAFE)
+  try:
+    train.run(ready, opened.path)
+  finally:
+    workdir_lib.release(opened)
+  workdir_lib.write_json(trained / _PHASES, {"train": time.perf_counter() - began})
 
 
 def _inner_config(
-  prepared: Prepared, workdir: Path, pairs: Path, model: str, k: int
+  config: ConfigDict, *, pairs: Path = Path(), model: str = "", k: int = 1
 ) -> ConfigDict:
   """The configuration of an iteration's training."""
-  inner = prepared.config.copy_and_resolve_references()
+  inner = config.copy_and_resolve_references()
   with inner.unlocked():
     del inner.iterate
     inner.name = f"{inner.name}-{k}"
-    inner.model.start = "" if model == inner.model.path else model
+    if model:
+      inner.model.start = "" if model == inner.model.path else model
     inner.seed = (inner.seed + 100_003 * k) % 2**31  # else its draws were those of the last
     inner.data.source, inner.data.path = "online", str(pairs)
-    if prepare_lib.prompts_source(prepared.config) == "captions":
-      # The same for all, whichever captions an iteration's pairs have.
-      file = workdir / "prompts.txt"
-      workdir_lib.write_text(file, "\n".join(prepared.prompts) + "\n")
-      inner.evaluate.prompts = str(file)
-    else:
-      inner.evaluate.prompts = prepare_lib.prompts_source(prepared.config)
+    inner.evaluate.prompts = prepare_lib.prompts_source(config)
   return inner
 
 
@@ -168,16 +199,6 @@ def _draw_pairs(prepared: Prepared, directory: Path, model: str, k: int) -> None
   config, mesh, settings = prepared.config, prepared.mesh, prepared.config.iterate
   policy = _load(config, model, mesh)
   improver = _load(config, settings.improver, mesh) if settings.winners == "improved" else None
-  made_with = {
-    "policy": policy.digest,
-    "improver": improver.digest if improver else "",
-    "data": rows_lib.fingerprint(prepared.rows),
-  }
-  record = directory / "made_with.json"
-  if record.exists() and (found := json.loads(record.read_text())) != made_with:
-    other = next(name for name in made_with if found.get(name) != made_with[name])
-    raise UserError(f"{directory} holds pairs of another {other}; remove it to draw them anew")
-  workdir_lib.write_json(record, made_with)
   draw = generate.make_generator(
     policy,
     mesh,
@@ -195,12 +216,14 @@ def _draw_pairs(prepared: Prepared, directory: Path, model: str, k: int) -> None
       image_guidance=config.improve.image_guidance,
       batch_size=settings.batch_size,
     )
+  directory.mkdir(parents=True, exist_ok=True)
   shards = online.shards_of(settings.num_pairs, settings.shard_size)
   missing = online.missing(directory, len(shards))
   rng = np.random.default_rng([config.seed, k])
   order = rng.permutation(len(prepared.rows))
   # The upper half of the seeds: evaluations take theirs from the lower.
   seeds = rng.integers(2**31, 2**32, size=(settings.num_pairs, 2)).astype(np.uint32)
+  clock = metrics.Stopwatch()
   with progress.progress_bar(
     total=settings.num_pairs,
     initial=settings.num_pairs - sum(len(shards[i]) for i in missing),
@@ -211,32 +234,58 @@ def _draw_pairs(prepared: Prepared, directory: Path, model: str, k: int) -> None
       index = np.array(shards[shard])
       rows = [prepared.rows[order[i % len(order)]] for i in index]
       captions = [row.caption for row in rows]
-      cond = encode.encode_prompts(policy, mesh, captions)
-      losers = draw(policy.params["unet"], cond, seeds[index, 1])
-      latents = encode.encode_images(policy, mesh, list(losers))
-      if improver and improve:
-        told = {**encode.encode_prompts(improver, mesh, captions), "image": latents}
-        winners = improve(improver.params["unet"], told, seeds[index, 0])
-      else:
-        winners = np.stack([row.images[0] for row in rows])
-      better = encode.encode_images(policy, mesh, list(winners))
-      change = np.sqrt(np.mean(np.square(better - latents), axis=(1, 2, 3)))
-      online.write_shard(
-        *(directory, shard, len(shards)),
-        [
-          _columns(config, made_with, int(i), captions[j], winners[j], losers[j], change[j])
+      with clock("generate"):
+        cond = encode.encode_prompts(policy, mesh, captions)
+        losers = draw(policy.params["unet"], cond, seeds[index, 1])
+      with clock("improve"):
+        winners = np.stack([row.images[0] for row in rows]) if not improver else losers
+        if improver and improve:
+          told = dict(encode.encode_prompts(improver, mesh, captions))
+          told["image"] = encode.encode_images(improver, mesh, list(losers))
+          winners = improve(improver.params["unet"], told, seeds[index, 0])
+      with clock("write"):
+        worse, better = (
+          encode.encode_images(policy, mesh, list(images)) for images in (losers, winners)
+        )
+        change = np.sqrt(np.mean(np.square(better - worse), axis=(1, 2, 3)))
+        made = _how_made(config, policy.digest, improver.digest if improver else "")
+        columns = [
+          _columns(config, made, int(i), captions[j], winners[j], losers[j], change[j])
           | {"seed_0": int(seeds[i, 0]) if improver else -1, "seed_1": int(seeds[i, 1])}
           for j, i in enumerate(index)
-        ],
-      )
+        ]
+        online.write_shard(directory, shard, len(shards), columns)
+      _add_phases(directory / _PHASES, clock)
       bar.update(len(index))
   lengths = [len(shard) for shard in shards]
   online.finish(directory, lengths, description=f"Iteration {k} of {config.name}.")
 
 
+def _add_phases(file: Path, clock: metrics.Stopwatch) -> None:
+  """Adds what was measured since the last shard, in this process or an earlier one."""
+  before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+  elapsed = clock.elapsed()
+  now = {name: share * elapsed for name, share in clock.shares().items()}
+  workdir_lib.write_json(file, {name: before.get(name, 0.0) + now[name] for name in now})
+  clock.reset()
+
+
+def _how_made(config: ConfigDict, policy: str, improver: str) -> dict[str, Any]:
+  """Columns that all pairs of an iteration share."""
+  return {
+    "has_label": True,
+    "guidance": config.iterate.guidance,
+    "text_guidance": config.improve.text_guidance if improver else 0.0,
+    "image_guidance": config.improve.image_guidance if improver else 0.0,
+    "num_steps": config.iterate.num_steps,
+    "model_0": improver or "data",
+    "model_1": policy,
+  }
+
+
 def _columns(
   config: ConfigDict,
-  made_with: Mapping[str, str],
+  made: Mapping[str, Any],
   i: int,
   caption: str,
   winner: np.ndarray,
@@ -244,26 +293,38 @@ def _columns(
   change: float,
 ) -> dict[str, Any]:
   """A pair as `data.online` stores it, all but its seeds."""
-  settings, improved = config.iterate, bool(made_with["improver"])
-  differ = change >= settings.min_change
+  differ = change >= config.iterate.min_change
   return {
+    **made,
     "caption": caption,
-    "has_label": True,
     "ranking_id": i,
     "change": change,
-    "guidance": settings.guidance,
-    "text_guidance": config.improve.text_guidance if improved else 0.0,
-    "image_guidance": config.improve.image_guidance if improved else 0.0,
-    "num_steps": settings.num_steps,
     "image_0_uid": f"{i}-winner",
     "image_1_uid": f"{i}-loser",
     "jpg_0": store.png(winner),
     "jpg_1": store.png(loser),
     "label_0": 1.0 if differ else 0.5,
     "label_1": 0.0 if differ else 0.5,
-    "model_0": made_with["improver"] or "data",
-    "model_1": made_with["policy"],
   }
+
+
+def _write_metrics(workdir: Path, k: int) -> None:
+  """A line for each iteration, beside those for each update in the iterations' workdirs."""
+  lines = []
+  for i in range(1, k + 1):
+    found = online.summary(workdir / tuned.PAIRS / str(i))
+    phases = {f"time/{name}_seconds": seconds for name, seconds in _phases(workdir, i).items()}
+    pairs = {f"pairs/{name}": found[name] for name in ("pairs", "trained_on", "change")}
+    lines.append(json.dumps({"step": i, **pairs, **phases}) + "\n")
+  workdir_lib.write_text(workdir / metrics.FILE, "".join(lines))
+
+
+def _phases(workdir: Path, k: int) -> dict[str, float]:
+  files = (workdir / tuned.PAIRS / str(k), workdir / tuned.ITERATIONS / str(k))
+  found: dict[str, float] = {}
+  for directory in files:
+    found |= json.loads((directory / _PHASES).read_text(encoding="utf-8"))
+  return found
 
 
 def _report(prepared: Prepared, workdir: Path) -> None:
@@ -286,12 +347,13 @@ def _report(prepared: Prepared, workdir: Path) -> None:
     "seed": config.seed,
     **runtime.facts(),
   }
+  captions = {" ".join(row.caption.split()) for row in prepared.rows}
   evaluate.write_report(
     workdir,
     last / "evaluation" / str(updates),
     config,
     facts,
-    held_out=not {row.caption for row in prepared.rows} & set(prepared.prompts),
+    held_out=not captions & set(prepared.prompts),
     curves=curves,
     iterations=table,
     pairs=_gallery(workdir / tuned.PAIRS / str(count)),
@@ -301,19 +363,17 @@ def _report(prepared: Prepared, workdir: Path) -> None:
 def _summary(workdir: Path, k: int, updates: int) -> dict[str, str]:
   """An iteration's row in the report's table."""
   trained = workdir / tuned.ITERATIONS / str(k)
-  source = online.open_pairs(workdir / tuned.PAIRS / str(k))
-  rows = [source[i] for i in range(len(source))]
-  phases = json.loads((trained / _PHASES).read_text())
+  pairs = online.summary(workdir / tuned.PAIRS / str(k))
   results = json.loads((trained / "evaluation" / str(updates) / evaluate.RESULTS).read_text())
   row = {
     "iteration": str(k),
-    "pairs trained on": f"{_trained_on(workdir / tuned.PAIRS / str(k))} of {len(rows)}",
-    "change, mean": compare.number(float(np.mean([row["change"] for row in rows]))),
+    "pairs trained on": f"{pairs['trained_on']} of {pairs['pairs']}",
+    "change, mean": compare.number(pairs["change"]),
   }
   for key, entry in results.items():
     row[key] = compare.number(entry["tuned"]["mean"])
     row[f"{key}, win rate"] = compare.percent(entry["win_rate"])
-  for name, seconds in phases.items():
+  for name, seconds in _phases(workdir, k).items():
     row[f"{name}, minutes"] = f"{seconds / 60:.1f}"
   return row
 

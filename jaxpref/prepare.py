@@ -2,7 +2,7 @@
 
 import dataclasses
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,39 +33,29 @@ class Prepared:
   scorers: tuple[str, ...]
 
 
+class Checked(NamedTuple):
+  """What of a run's input does not depend on its rows; see `Prepared`."""
+
+  mesh: Mesh
+  loss: ModuleType
+  hyper: dict[str, Any]
+  arms: tuple[str, ...]
+  pipeline: pipeline_lib.Pipeline
+  start: dict[str, Any]
+
+
 def prepare(config: Any) -> Prepared:
   """Everything a run reads.
 
   Raises:
     UserError: whatever is wrong with it; the workdir has not been touched then.
   """
-  runtime.cache_programs()
-  mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
-  sharding.check_batch(config.train.batch_size, mesh, accumulate=config.train.accumulate)
-  loss = losses.load_loss(config.loss.name)
-  hyper = losses.hyper_of(loss, config.loss)
-  arms = loss.NEEDS.arms or rows_lib.arms_of(loss.NEEDS.rows, config.data.list_size)
-  arms += ("p",) if loss.NEEDS.rollout else ()
-  _check_needs(loss.NEEDS, config)
-  losses.check_objective(loss, hyper, arms)
-  pipeline = pipeline_lib.load_pipeline(
-    config.model.path,
-    dtype=jnp.dtype(config.model.dtype),
-    mesh=mesh,
-    variant=config.model.variant,
-  )
-  if loss.NEEDS.condition == "image":
-    pipeline = pipeline_lib.widen(pipeline)
-  elif pipeline.is_improver:
-    raise UserError(f"{config.model.path} is an improver; configs/improver.py trains it on")
-  # More steps than the schedule has are refused here, not at the first picture.
-  grid.offset_grid(pipeline.schedule, config.rollout.num_steps, jnp.zeros(1, jnp.int32))
-  grid.uniform_grid(pipeline.schedule, config.evaluate.num_steps, 1, **pipeline.spacing)
-  start = _load_start(config, pipeline, mesh) if config.model.start else {}
-  if config.lora.rank:  # a pattern without a match is refused here, too
-    jax.eval_shape(lambda p: init_trained(config, p), pipeline.params["unet"])
+  checked = check(config)
   rows = rows_lib.load_rows(
-    loss.NEEDS.rows, config.data, image_size=pipeline.image_size, seed=config.seed
+    checked.loss.NEEDS.rows,
+    config.data,
+    image_size=checked.pipeline.image_size,
+    seed=config.seed,
   )
   prompts = evaluate.choose_prompts(
     prompts_source(config),
@@ -74,7 +64,54 @@ def prepare(config: Any) -> Prepared:
     seed=config.evaluate.seed,
   )
   usable = evaluate.usable_scorers(config.evaluate.scorers, prompts)
-  return Prepared(config, mesh, loss, hyper, arms, pipeline, start, rows, prompts, usable)
+  return Prepared(config, *checked, rows, prompts, usable)
+
+
+def check(config: Any) -> Checked:
+  """Reads the models, and refuses settings that cannot be.
+
+  Raises:
+    UserError: whatever is wrong.
+  """
+  runtime.cache_programs()
+  mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+  sharding.check_batch(config.train.batch_size, mesh, accumulate=config.train.accumulate)
+  loss = losses.load_loss(config.loss.name)
+  hyper = losses.hyper_of(loss, config.loss)
+  of_rows = rows_lib.arms_of(loss.NEEDS.rows, config.data.list_size)
+  arms = (*(loss.NEEDS.arms or of_rows), *(("p",) if loss.NEEDS.rollout else ()))
+  _check_needs(loss, config)
+  losses.check_objective(loss, hyper, arms, images=len(of_rows))
+  pipeline = pipeline_lib.load_pipeline(
+    config.model.path,
+    dtype=jnp.dtype(config.model.dtype),
+    mesh=mesh,
+    variant=config.model.variant,
+  )
+  if loss.NEEDS.condition == "image":
+    if "improve" not in config:
+      raise UserError(
+        "a loss that is shown an image needs a section improve in its config file"
+      )
+    pipeline = pipeline_lib.widen(pipeline)
+    check_steps(pipeline, "improve.num_steps", config.improve.num_steps)
+  elif pipeline.is_improver:
+    raise UserError(f"{config.model.path} is an improver; configs/improver.py trains it on")
+  # More steps than the schedule has are refused here, not at the first picture.
+  grid.offset_grid(pipeline.schedule, config.rollout.num_steps, jnp.zeros(1, jnp.int32))
+  check_steps(pipeline, "evaluate.num_steps", config.evaluate.num_steps)
+  start = _load_start(config, pipeline, mesh) if config.model.start else {}
+  if config.lora.rank:  # a pattern without a match is refused here, too
+    jax.eval_shape(lambda p: init_trained(config, p), pipeline.params["unet"])
+  return Checked(mesh, loss, hyper, arms, pipeline, start)
+
+
+def check_steps(pipeline: pipeline_lib.Pipeline, field: str, num_steps: int) -> None:
+  """Refuses more solver steps than the pipeline's schedule has."""
+  try:
+    grid.uniform_grid(pipeline.schedule, num_steps, 1, **pipeline.spacing)
+  except UserError as error:
+    raise UserError(f"{field}: {error}") from error
 
 
 def prompts_source(config: Any) -> str:
@@ -108,8 +145,9 @@ def _load_start(config: Any, pipeline: pipeline_lib.Pipeline, mesh: Mesh) -> dic
   return {"params": params, "digest": start.digest}
 
 
-def _check_needs(needs: losses.Needs, config: Any) -> None:
+def _check_needs(loss: ModuleType, config: Any) -> None:
   """Refuses settings that this loss makes nothing of, rather than ignoring them."""
+  needs = loss.NEEDS
   rollout, draws = config.rollout, config.data.noise_draws
   if draws and needs.rollout:
     raise UserError("data.noise_draws fixes timesteps and noise, which rollouts draw anew")
@@ -117,8 +155,10 @@ def _check_needs(needs: losses.Needs, config: Any) -> None:
     raise UserError("lora.rank leaves out the input's new weights, which this loss must train")
   if draws and needs.reference == "start":
     raise UserError("data.noise_draws knows the base's errors, not those of the start")
-  if draws and needs.arms:
+  if draws and hasattr(loss, "arrange"):
     raise UserError("data.noise_draws is for losses that take images as the rows have them")
+  if needs.rollout and hasattr(loss, "arrange"):
+    raise UserError(f"{config.loss.name} both rolls out and arranges its rows, which cannot be")
   if draws and needs.residuals:
     raise UserError("data.noise_draws keeps errors, and this loss needs predictions")
   if draws and needs.reference and config.model.dtype != "float32":

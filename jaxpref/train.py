@@ -30,7 +30,7 @@ from jaxpref import (
 from jaxpref import workdir as workdir_lib
 from jaxpref.data import encode, loader
 from jaxpref.data import rows as rows_lib
-from jaxpref.errors import UserError
+from jaxpref.errors import DivergedError, UserError
 from jaxpref.evaluation import evaluate
 from jaxpref.models import lora as lora_lib
 from jaxpref.models import unet as unet_lib
@@ -309,7 +309,7 @@ def _check_finite(values: Mapping[str, jax.Array], done: int) -> None:
   """Before a save: what has diverged must not take a good checkpoint's place."""
   for name in ("loss", "optim/grad_norm"):
     if not np.isfinite(value := float(values[name])):
-      raise UserError(
+      raise DivergedError(
         f"{name} is {value} at update {done}: the run has diverged, which a lower optim.lr "
         "may prevent; nothing of it is saved"
       )
@@ -318,9 +318,13 @@ def _check_finite(values: Mapping[str, jax.Array], done: int) -> None:
 def _check_continues(
   stored: dict[str, Any], identity: dict[str, Any], start: int, config: Any
 ) -> None:
-  things = {"data": "training images", "pipeline": "base pipeline's weights"}
+  things = {
+    "data": "training images",
+    "pipeline": "base pipeline's weights",
+    "start": "weights in model.start",
+  }
   for name, thing in things.items():
-    if stored.get(name) != identity[name]:
+    if stored.get(name) != identity.get(name):
       raise UserError(f"the {thing} are not those that this workdir's run began with")
   wanted, before = identity["num_updates"], stored["num_updates"]
   if start > wanted:

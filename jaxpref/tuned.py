@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from jaxpref import checkpoint, losses, sharding
+from jaxpref import checkpoint, sharding
 from jaxpref.errors import UserError
 from jaxpref.models import hub, lora
 from jaxpref.models import pipeline as pipeline_lib
@@ -59,7 +59,8 @@ def load(
   found = checkpoint.find_good(workdir / "checkpoints", step=step)
   rank = config.get("lora", {}).get("rank", 0)
   pipeline = _load_base(workdir, config["model"], dtype, mesh, without_unet=not rank)
-  if losses.load_loss(config["loss"]["name"]).NEEDS.condition == "image":
+  kernel = checkpoint.stored(workdir / "checkpoints", found.step).get("params/conv_in/kernel")
+  if kernel and kernel.shape[2] > pipeline.latent_shape[0]:
     pipeline = pipeline_lib.widen(pipeline)
   if found.metadata.get("pipeline") != pipeline.digest:
     raise UserError(f"the weights in {pipeline.path} are not those that {workdir} began with")
@@ -104,18 +105,18 @@ def trained_in(path: Path) -> Path:
   Raises:
     UserError: none of its iterations is finished.
   """
-  if not (path / CONFIG).is_file() or not (path / PAIRS).is_dir():
+  if not (path / CONFIG).is_file() or "iterate" not in _read_config(path):
     return path
   finished = [p.parent for p in (path / ITERATIONS).glob("*/report.html")]
-  if not finished:
+  if not (numbered := [p for p in finished if p.name.isdecimal()]):
     raise UserError(f"no iteration of the run {path} is finished yet")
-  return max(finished, key=lambda p: int(p.name))
+  return max(numbered, key=lambda p: int(p.name))
 
 
 def _read_config(workdir: Path) -> dict[str, Any]:
   try:
     config = json.loads((workdir / CONFIG).read_text(encoding="utf-8"))
-    _ = config["model"]["path"], config["loss"]["name"]
+    _ = config["model"]["path"]
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(f"{workdir / CONFIG} is no run's configuration: {error!r}") from error
   return config

@@ -177,6 +177,7 @@ def test_what_is_improved_depends_on_picture_and_seed_alone(
     (["--improver={improver}", "--images={folder}", "--size=32"], "--size is not for"),
     (["--improver={improver}", "--images=/nowhere"], "--images '/nowhere' is not a folder"),
     (["--improver={improver}", "--images={folder}", "--image-guidance=-1"], "at least 0"),
+    (["--improver={improver}", "--images={folder}", "--out={folder}/x"], "lies in --images"),
     (["--improver={improver}", "--images={folder}", "--prompts=setup.py.txt"], "cannot read"),
   ],
 )
@@ -185,7 +186,7 @@ def test_what_cannot_be_improved(
 ):
   names = {"improver": improving, "base": tiny_pipeline, "folder": folder}
   given = [flag.format(**names) for flag in flags]
-  assert generate.main([*given, f"--out={tmp_path / 'x'}"]) == 2
+  assert generate.main([f"--out={tmp_path / 'x'}", *given]) == 2
   assert message in capsys.readouterr().err
   assert not (tmp_path / "x").exists()
 

@@ -13,11 +13,23 @@ from PIL import Image
 from safetensors.numpy import load_file
 from test_train import _parameters as parameters
 
-from jaxpref import checkpoint, export, generate, iterate, main, sharding, train, tuned
+from jaxpref import (
+  checkpoint,
+  export,
+  generate,
+  iterate,
+  losses,
+  main,
+  noising,
+  sharding,
+  train,
+  tuned,
+)
 from jaxpref import config as config_lib
 from jaxpref import prepare as prepare_lib
 from jaxpref.data import encode, experts, online
 from jaxpref.data import rows as rows_lib
+from jaxpref.errors import UserError
 from jaxpref.evaluation import evaluate
 from jaxpref.evaluation import generate as generate_lib
 from jaxpref.models import pipeline, save
@@ -79,8 +91,13 @@ def apart(line):
 
 def test_what_an_iterative_run_leaves(finished):
   assert sorted(p.name for p in finished.iterdir() if p.name[0] != ".") == [
-    *("config.json", "iterations", "pairs", "report.html"),
+    *("config.json", "inputs.json", "iterations", "metrics.jsonl", "pairs", "report.html"),
   ]
+  text = (finished / "metrics.jsonl").read_text()
+  for k, line in enumerate(map(json.loads, text.splitlines()), 1):
+    assert line["step"] == k and line["pairs/trained_on"] == line["pairs/pairs"] == 12
+    for phase in ("generate", "improve", "write", "train"):
+      assert line[f"time/{phase}_seconds"] > 0
   for k in (1, 2):
     assert len(lines_of(finished, k)) == 4
     results = finished / "iterations" / str(k) / "evaluation" / "4" / evaluate.RESULTS
@@ -88,7 +105,7 @@ def test_what_an_iterative_run_leaves(finished):
   # The reference is the base throughout: the second iteration begins away from it.
   assert apart(lines_of(finished, 1)[0]) < 1e-6 < apart(lines_of(finished, 2)[0])
   html = (finished / "report.html").read_text()
-  assert "Pairs trained on" in html and html.count("winner:") == 12
+  assert "Pairs of the last iteration" in html and html.count("winner:") == 12
   assert '<h2 id="iterations">' in html and "12 of 12" in html
   # The second iteration's pairs are drawn by the first one's model.
   first = tuned.load(str(finished / "iterations" / "1"))
@@ -152,9 +169,25 @@ def test_pairs_are_what_policy_and_improver_draw(finished, tiny_pipeline, improv
   for row, got in zip(rows, trained_on, strict=True):
     for k in (0, 1):
       np.testing.assert_array_equal(got.images[k], experts.decode(row[f"jpg_{k}"]))
-  # A batch of them, as a step takes it: winner first.
-  encoded = encode.encode_rows(base, mesh, trained_on, flip=False)
-  np.testing.assert_allclose(encoded["latents"][:, 1], latents, atol=2e-2)
+  # A batch of them, as a step takes it: winner first, one noise and timestep for both.
+  batch = encode.encode_rows(base, mesh, trained_on, flip=False)
+  pixels = [[experts.decode(row[f"jpg_{k}"]) for row in rows] for k in (0, 1)]
+  x0 = np.stack([encode.encode_images(base, mesh, of) for of in pixels], axis=1)
+  empty = encode.encode_no_prompt(base, mesh)
+  arms = noising.make_arms(
+    *(base.schedule, losses.load_loss("dpo").NEEDS, batch, None, empty),
+    seed=7,
+    update=3,
+    prompt_dropout=0.0,
+  )
+  alpha_bar = np.asarray(base.schedule.alpha_bar)[np.asarray(arms.t)][:, None, None, None, None]
+  assert base.schedule.prediction_type == "v_prediction"
+  v = np.asarray(arms.target)
+  eps = (v + np.sqrt(1 - alpha_bar) * x0) / np.sqrt(alpha_bar)
+  np.testing.assert_allclose(eps[:, 0], eps[:, 1], atol=2e-2)  # the last have little x0
+  by_hand = np.sqrt(alpha_bar) * x0 + np.sqrt(1 - alpha_bar) * eps
+  np.testing.assert_allclose(arms.x_t, by_hand, atol=2e-2)
+  np.testing.assert_allclose(arms.cond["text"], cond["text"], rtol=1e-5, atol=1e-6)
 
 
 def test_stopped_anywhere_it_ends_the_same(
@@ -183,6 +216,7 @@ def test_stopped_anywhere_it_ends_the_same(
   first = stop_after(online, "write_shard", 1)  # of the two of the first iteration
   second = stop_after(checkpoint, "save", 1)  # of two
   third = stop_after(evaluate, "evaluate", 1)
+  assert not (workdir / "iterations" / "1" / "report.html").exists()
   fourth = stop_after(online, "write_shard", 1)  # of the second iteration's
   assert [len(shards) for shards in (first, second, third, fourth)] == [1, 2, 2, 3]
   assert main.main(given) == 0
@@ -207,15 +241,17 @@ def test_a_finished_run_goes_on_with_more_iterations(
   # More updates of each would bend all iterations after the first.
   assert main.main([*given, "--config.train.num_updates=6"]) == 2
   assert "train.num_updates was 4, now 6" in capsys.readouterr().err
+  fewer = arguments(tiny_pipeline, improver, workdir, **{"iterate.num_iterations": 1})
+  assert main.main(fewer) == 2
+  assert "has iteration 2 already, more than 1" in capsys.readouterr().err
   # Pairs of another improver are not mixed with these.
-  (workdir / "pairs" / "3" / "dataset_info.json").unlink()
   weights = improver / "unet" / "diffusion_pytorch_model.safetensors"
   ours = weights.read_bytes()
   try:
     tensors = load_file(weights)
     save.save_tensors(weights, tensors | {"conv_in.bias": tensors["conv_in.bias"] + 1})
     assert main.main(given) == 2
-    assert "holds pairs of another improver" in capsys.readouterr().err
+    assert "was begun with another improver" in capsys.readouterr().err
   finally:
     weights.write_bytes(ours)
 
@@ -236,7 +272,7 @@ def test_spin(tiny_pipeline, tmp_path, capsys):
   assert config["data"]["source"] == "shapes" and {row["seed_0"] for row in rows} == {-1}
   ready = iterate.prepare(_config(given))
   images = {row.images[0].tobytes() for row in ready.rows}
-  assert data <= images and rows_lib.fingerprint(ready.rows)
+  assert data <= images
   assert {row["model_0"] for row in rows} == {b"data"}
   # What the second iteration began with are the first one's additions, averaged.
   start = prepare_lib.prepare(_inner(workdir, 2)).start
@@ -274,6 +310,31 @@ def test_pairs_that_hardly_differ_are_not_trained_on(
   none = arguments(tiny_pipeline, improver, tmp_path / "none", **{"iterate.min_change": 1e6})
   assert main.main(none) == 2
   assert "differs by iterate.min_change or more" in capsys.readouterr().err
+
+
+def test_half_written_data_sets_are_none(tmp_path):
+  row = {
+    **{"caption": "a", "has_label": True, "ranking_id": 0, "change": 1.0, "guidance": 2.0},
+    **{"text_guidance": 0.0, "image_guidance": 0.0, "num_steps": 2},
+    **{f"{name}_{k}": 1 for name in ("label", "seed") for k in (0, 1)},
+    **{f"model_{k}": "x" for k in (0, 1)},
+    **{"image_0_uid": "x", "image_1_uid": "y", "jpg_0": b"", "jpg_1": b""},
+  }
+  directory = tmp_path / "pairs"
+  online.write_shard(directory, 0, 2, [row])
+  (directory / ".online_pairs-train.array_record-00001-of-00002.77.tmp").write_bytes(b"half")
+  assert online.missing(directory, 2) == [1] and len(list(directory.iterdir())) == 1
+  online.write_shard(directory, 1, 2, [row | {"label_1": 0}])
+  with pytest.raises(UserError, match="no complete.json"):
+    online.open_pairs(directory)
+  online.finish(directory, [1, 1], description="two")
+  found = online.summary(directory)
+  assert (found["pairs"], found["trained_on"], found["change"]) == (2, 1, 1.0)
+  assert [r["caption"] for r in online.open_pairs(directory)] == [b"a", b"a"]
+  shard = next(directory.glob("*00001-of-00002"))
+  shard.write_bytes(shard.read_bytes()[:-10])
+  with pytest.raises(UserError, match=f"are damaged: {shard.name}"):
+    online.open_pairs(directory)
 
 
 def test_the_papers_recipe_starts(tmp_path, capsys):

@@ -219,7 +219,7 @@ def test_what_a_run_began_with_must_stay(tiny_pipeline, tmp_path, capsys):
 
 def test_what_diverges_is_not_saved(tiny_pipeline, tmp_path, capsys):
   arguments = _arguments(tiny_pipeline, tmp_path / "run", "sft", **{"optim.lr": 1e30})
-  assert main.main(arguments) == 2
+  assert main.main(arguments) == 3
   assert "the run has diverged" in capsys.readouterr().err
   assert checkpoint.steps(tmp_path / "run" / "checkpoints") == []
 

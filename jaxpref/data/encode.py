@@ -1,5 +1,6 @@
 """Images and captions to latents and what the denoiser is told of a text; before training."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,11 +26,15 @@ def encode_images(
 
   `batch_size` images at once, fewer where they are large.
   """
-  vae = pipeline.modules["vae"]
-  run = jax.jit(lambda p, x: vae_lib.encode(vae, p, x))
+  run = functools.partial(_encode, pipeline.modules["vae"])
   fits = mesh.size * _PIXELS_AT_ONCE // (images[0].shape[0] * images[0].shape[1])
   size = min(batch_size, max(fits, 1))
   return in_batches(run, pipeline.params["vae"], np.stack(images), size, mesh)
+
+
+@functools.partial(jax.jit, static_argnums=0)  # one program for all calls
+def _encode(vae, params, images):
+  return vae_lib.encode(vae, params, images)
 
 
 def encode_rows(

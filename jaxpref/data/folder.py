@@ -4,6 +4,7 @@
 depth. What cannot be used is counted and named in one warning, and the rest is used.
 """
 
+import contextlib
 import logging
 import os
 import warnings
@@ -78,6 +79,24 @@ def load_folder(
       f"or NNN/caption.txt beside one image{'; see the warning' if skipped else ''}"
     )
   return examples
+
+
+def load_captions(path: str | os.PathLike) -> list[str]:
+  """The captions of a folder's pictures, in order of their paths; no picture is read.
+
+  Raises:
+    UserError: there is no such folder, or no caption in it.
+  """
+  root = Path(path).expanduser()
+  if not os.fspath(path) or not root.is_dir():
+    raise UserError(f"data.path {os.fspath(path)!r} is not a folder")
+  captions = []
+  for _, text in _pairs(root)[0]:
+    with contextlib.suppress(OSError, ValueError):  # whoever reads the pictures names it
+      captions.append(_read_caption(text) if text else "")
+  if not captions:
+    raise UserError(f"no image with a caption in {root}")
+  return captions
 
 
 def read_image(path: Path, image_size: int) -> np.ndarray:

@@ -1,11 +1,12 @@
 """Pairs that models have drawn, as an ArrayRecord data set that tensorflow_datasets reads.
 
 It is written a shard at a time, each whole or not at all, so that what was drawn before an
-interruption is not drawn again; its metadata comes last. Columns are those of Pick-a-Pic v2
+interruption is not drawn again; `complete.json` comes last. Columns are those of Pick-a-Pic v2
 and how the pair was made. Image 0 is the winner, image 1 the loser; where they hardly
 differ the labels call a tie, which training leaves out.
 """
 
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,10 +16,11 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from jaxpref import workdir
 from jaxpref.errors import UserError
 
 _NAME, _SPLIT = "online_pairs", "train"
-_INFO = "dataset_info.json"
+_COMPLETE = "complete.json"  # the sizes of all files, and what is in them
 
 
 def _features() -> tfds.features.FeaturesDict:
@@ -50,7 +52,9 @@ def shards_of(rows: int, size: int) -> list[range]:
 
 
 def missing(directory: Path, shards: int) -> list[int]:
-  """Shards that are not there yet."""
+  """Shards that are not there yet; what a killed process has left of them is removed."""
+  for rest in directory.glob(f".{_NAME}-*.tmp"):
+    rest.unlink()
   return [i for i in range(shards) if not _path(directory, i, shards).exists()]
 
 
@@ -78,6 +82,8 @@ def write_shard(
     for row in rows:
       writer.write(serializer.serialize_example(features.encode_example(dict(row))))
     writer.close()
+    with temporary.open("rb") as file:
+      os.fsync(file.fileno())
     temporary.replace(path)
   except (OSError, RuntimeError) as error:  # the latter is ArrayRecord's
     temporary.unlink(missing_ok=True)
@@ -85,7 +91,7 @@ def write_shard(
 
 
 def finish(directory: Path, lengths: Sequence[int], *, description: str) -> None:
-  """Writes what makes a directory of shards a data set.
+  """Makes a data set of a directory of shards.
 
   Args:
     directory: with all shards.
@@ -109,28 +115,53 @@ def finish(directory: Path, lengths: Sequence[int], *, description: str) -> None
     description=description,
     check_data=False,  # it would take TensorFlow
   )
+  source = tfds.builder_from_directory(directory).as_data_source(_SPLIT)
+  count, kept, change = len(source), 0, 0.0
+  for i in range(count):  # one at a time: they may be more than memory holds
+    row = source[i]
+    kept += int(row["label_0"] != row["label_1"])
+    change += float(row["change"]) / count
+  found = {"pairs": count, "trained_on": kept, "change": change, "sizes": _sizes(directory)}
+  workdir.write_json(directory / _COMPLETE, found)
 
 
 def is_finished(directory: Path) -> bool:
   """Whether the data set is whole."""
-  return (directory / _INFO).exists()
+  return (directory / _COMPLETE).exists()
+
+
+def summary(directory: Path) -> dict[str, Any]:
+  """Of a finished data set: 'pairs', those 'trained_on' (no ties), and their mean 'change'.
+
+  Raises:
+    UserError: there is none in the directory, or files of it are missing or cut short.
+  """
+  try:
+    found = json.loads((directory / _COMPLETE).read_text(encoding="utf-8"))
+    expected = dict(found["sizes"])
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise UserError(f"there are no generated pairs in {directory}: no {_COMPLETE}") from error
+  there = _sizes(directory)
+  if damaged := [name for name, size in expected.items() if there.get(name) != size]:
+    raise UserError(f"the pairs in {directory} are damaged: {', '.join(damaged)}")
+  return found
 
 
 def open_pairs(directory: str | os.PathLike) -> Sequence[Mapping[str, Any]]:
   """The rows of a finished data set: `len`, `[i]`, columns to values, text as bytes.
 
   Raises:
-    UserError: there is none in the directory, or it is not of this kind.
+    UserError: as `summary`.
   """
   path = Path(directory).expanduser()
-  if not is_finished(path):
-    raise UserError(f"there are no generated pairs in {path}: no {_INFO}")
-  try:
-    builder = tfds.builder_from_directory(path)
-    return builder.as_data_source(_SPLIT)
-  except (OSError, ValueError, RuntimeError, AssertionError) as error:
-    reason = str(error).partition("\n")[0]
-    raise UserError(f"the pairs in {path} cannot be read: {reason}") from error
+  summary(path)
+  return tfds.builder_from_directory(path).as_data_source(_SPLIT)
+
+
+def _sizes(directory: Path) -> dict[str, int]:
+  files = (*directory.glob(f"{_NAME}-*"), *directory.glob("*_info.json"))
+  files = (*files, directory / "features.json")
+  return {p.name: p.stat().st_size for p in sorted(files) if p.exists()}
 
 
 def _path(directory: Path, shard: int, shards: int) -> Path:

@@ -16,9 +16,9 @@ from jaxpref.data import experts, folder, pickapic
 from jaxpref.errors import UserError
 
 _KINDS_OF = {
-  "shapes": ("experts", "pairs", "singles", "lists"),
-  "pickapic": ("experts", "pairs", "singles"),
-  "folder": ("experts",),
+  "shapes": ("experts", "captions", "pairs", "singles", "lists"),
+  "pickapic": ("experts", "captions", "pairs", "singles"),
+  "folder": ("experts", "captions"),
   "online": ("pairs",),
 }
 SOURCES = tuple(_KINDS_OF)
@@ -51,7 +51,8 @@ def load_rows(kind: str, data: Any, *, image_size: int, seed: int) -> list[Row]:
   """The rows of a run.
 
   Args:
-    kind: 'experts', 'pairs', 'singles' or 'lists'.
+    kind: 'experts', 'pairs', 'singles' or 'lists'; or 'captions', each once and without
+      images, of which `num_experts` is the limit as well.
     data: the configuration's section.
     image_size: height and width in pixels.
     seed: of what is drawn, which of the undesirable images are used.
@@ -67,6 +68,8 @@ def load_rows(kind: str, data: Any, *, image_size: int, seed: int) -> list[Row]:
     raise UserError(
       f"data.source={data.source} has no {kind}, which this loss learns from; {able} has"
     )
+  if kind == "captions":
+    return [Row((), caption) for caption in _captions(data)]
   if data.source == "folder":
     found = folder.load_folder(data.path, image_size=image_size, limit=data.num_experts)
     return [Row((e.image,), e.caption) for e in found]
@@ -96,6 +99,18 @@ def load_rows(kind: str, data: Any, *, image_size: int, seed: int) -> list[Row]:
   if len(rows) < max(wanted, 1):
     raise UserError(f"the data has {len(rows)} {kind}, {wanted or 'at least one'} wanted")
   return [r._replace(images=tuple(_fit(i, image_size) for i in r.images)) for r in rows]
+
+
+def _captions(data: Any) -> list[str]:
+  if data.source == "folder":
+    found: Iterable[str] = folder.load_captions(data.path)
+  else:
+    source = _pairs_of(data)
+    found = (experts.text_of(source[i]["caption"]) for i in range(len(source)))
+  unique = list(dict.fromkeys(found))
+  if len(unique) < max(data.num_experts, 1):
+    raise UserError(f"the data has {len(unique)} captions, not {data.num_experts or 'one'}")
+  return unique[: data.num_experts or None]
 
 
 def _pairs_of(data: Any) -> Sequence[Mapping[str, Any]]:

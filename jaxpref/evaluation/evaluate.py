@@ -135,11 +135,13 @@ def evaluate(
     cond = jax.tree.map(lambda x: np.repeat(x, repeats, axis=0), conds[model])
     if improve and model == "tuned":
       cond["image"] = encode_images(pipeline, mesh, list(images["base"]))
+    # An improver's noise is not that of the picture it is shown.
+    noise = seeds ^ np.uint32(2**31) if improve and model == "tuned" else seeds
     with progress.progress_bar(
       total=len(texts), desc=f"pictures of the {model} model", unit="image"
     ) as bar:
       images[model] = generators[model](
-        params, cond, seeds, lambda done, bar=bar: bar.update(done - bar.n)
+        params, cond, noise, lambda done, bar=bar: bar.update(done - bar.n)
       )
     _save_images(directory / "images" / model, images[model], seeds)
   scores = {

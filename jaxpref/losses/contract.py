@@ -153,13 +153,16 @@ def _takes(function: Callable) -> dict[str, bool]:
   return {p.name: p.default is p.empty for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-def check_objective(module: ModuleType, hyper: Mapping[str, Any], arms: Sequence[str]) -> None:
+def check_objective(
+  module: ModuleType, hyper: Mapping[str, Any], arms: Sequence[str], *, images: int
+) -> None:
   """Traces a loss on nothing: what it refuses, it refuses before anything is written.
 
   Args:
     module: of the loss.
     hyper: its hyper-parameters.
     arms: of its errors.
+    images: of a row.
 
   Raises:
     UserError: a hyper-parameter is not one of those it knows.
@@ -168,8 +171,8 @@ def check_objective(module: ModuleType, hyper: Mapping[str, Any], arms: Sequence
   values = {arm: jnp.zeros(shape) for arm in arms}
   labels = {"desirable": jnp.zeros(2, bool)} if module.NEEDS.rows == "singles" else {}
   if hasattr(module, "arrange"):
-    x0 = jnp.zeros((2, 2, 1, 1, 1))
-    arranged = bind(module.arrange, hyper)(x0, {}, {}, jax.random.key(0))
+    x0, cond = jnp.zeros((2, images, 1, 1, 1)), {"text": jnp.zeros((2, 1, 1))}
+    arranged = bind(module.arrange, hyper)(x0, cond, cond, jax.random.key(0))
     labels |= arranged.labels
   objective = bind(module.objective, hyper)
   ref = values if module.NEEDS.reference else {}
