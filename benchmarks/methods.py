@@ -106,8 +106,12 @@ def _parser() -> argparse.ArgumentParser:
 def _arguments(name: str, options: argparse.Namespace, *fields: str) -> list[str]:
   method = METHODS[name]
   rows = f"train.batch_size={IMAGES // method.images}"
-  updates = f"train.num_updates={options.updates // method.iterations}"
-  settings = (rows, updates, *method.fixed, *options.set, *fields)
+  if options.updates % method.iterations:
+    sys.exit(f"--updates does not divide by {name}'s {method.iterations} iterations")
+  updates = (f"train.num_updates={options.updates // method.iterations}",)
+  if method.iterations > 1:
+    updates += (f"iterate.num_iterations={method.iterations}",)
+  settings = (rows, *updates, *method.fixed, *options.set, *fields)
   return [
     f"--config=configs/{method.config}.py:{options.preset}",
     *(f"--config.{field}" for field in settings),

@@ -25,7 +25,8 @@ import pandas as pd
 from PIL import Image
 
 from jaxpref import scorers, sharding, tuned
-from jaxpref.data import encode
+from jaxpref.data import encode, experts
+from jaxpref.data.shapes import builder
 from jaxpref.data.shapes import prompts as shapes_prompts
 from jaxpref.evaluation import compare, generate, vendi
 
@@ -106,12 +107,13 @@ def _arguments(config: str, options: argparse.Namespace, *fields: str) -> list[s
 
 
 def train_prompts(count: int) -> list[str]:
-  """Prompts that training may use."""
-  rng = np.random.default_rng(4000)
-  found: dict[str, None] = {}
-  while len(found) < count:
-    found[shapes_prompts.caption(shapes_prompts.draw_prompt(rng, "train"))] = None
-  return list(found)
+  """Captions of the data that is trained on, its categories in turn as in the test prompts."""
+  source = builder.load_preferences("train")
+  captions = dict.fromkeys(experts.text_of(source[i]["caption"]) for i in range(len(source)))
+  by_category: dict[str, list[str]] = {}
+  for caption in captions:
+    by_category.setdefault(shapes_prompts.parse(caption).category, []).append(caption)
+  return [c for several in zip(*by_category.values(), strict=False) for c in several][:count]
 
 
 def _measure_policy(workdir: Path) -> dict[str, Any]:
@@ -158,7 +160,11 @@ def _measure_improver(runs: campaign.Campaign, name: str, workdir: Path) -> dict
   others = train_prompts(PICTURES)
   _, shown = _draw(model, others, seeds)
   _, better = _draw(str(workdir), others, seeds + 10_000, shown=shown, scales=(3.5, 3.0))
-  return {"scales": found, "train prompts": _scores(better, others)}
+  return {
+    "scales": found,
+    "train prompts": _scores(better, others),
+    "base, train prompts": _scores(shown, others),
+  }
 
 
 def _draw(
@@ -224,6 +230,7 @@ def _summary(
     "base": {s: found[0]["means"][f"base/{s}"] for s in SCORERS},
     **{s: [record["means"][f"tuned/{s}"] for record in found] for s in SCORERS},
     "train": {s: [record["train prompts"][s] for record in found] for s in SCORERS},
+    "base, train": found[0].get("base, train prompts", {}),
     "vendi": [record["vendi"] for record in found if "vendi" in record],
     "p": {key: entry["p_value"] for key, entry in compared.items()},
     "win rate": {
@@ -236,15 +243,15 @@ def _summary(
 def _text(results: dict, scales: dict, without: dict, options: argparse.Namespace) -> str:
   spread = campaign.spread
   correct, quality = SCORERS
-  base = results["improver"]["base"]
+  base, on_train = (results["improver"][name] for name in ("base", "base, train"))
   lines = [
     "# The improver and online training on the embedded world",
     "",
     campaign.provenance("python benchmarks/online.py", options.seeds, options.set),
     "",
     "Mean +- standard deviation over seeds. Test prompts are held out; the training prompts "
-    "are 150 others. Win rates are of pairs of pictures of the same prompt and noise against "
-    "the base, by quality, all seeds together, with a 95 % interval over prompts; p is of a "
+    "are 150 captions of the data. Win rates are of pairs of pictures of the same prompt "
+    "and noise against the base, by quality, all seeds together, with a 95 % interval over prompts; p is of a "
     f"paired t-test on prompts. All but the improver are trained for {UPDATES * ITERATIONS} "
     f"updates, {UPDATES} in each of {ITERATIONS} iterations where there are any, at the same "
     f"learning rate. Vendi scores are of {ALIKE} pictures of a prompt, mean over {PROMPTS} "
@@ -252,7 +259,8 @@ def _text(results: dict, scales: dict, without: dict, options: argparse.Namespac
     "",
     "| | correct | quality | correct, train | quality, train | win rate | p | Vendi |",
     "|---|---|---|---|---|---|---|---|",
-    f"| base | {base[correct]:.3f} | {base[quality]:.3f} | | | | | |",
+    f"| base | {base[correct]:.3f} | {base[quality]:.3f} | {on_train[correct]:.3f} "
+    f"| {on_train[quality]:.3f} | | | |",
   ]
   for name, r in results.items():
     key = next(k for k in r["win rate"] if k.startswith(quality))

@@ -147,6 +147,19 @@ def test_online(surroundings, tiny_pipeline, tmp_path, monkeypatch):
   assert len(set(program.train_prompts(40))) == 40
 
 
+def test_what_online_compares_is_sound():
+  program = _program("online")
+  totals = {}
+  for name, kind in program.kinds().items():
+    flags = [f"--config.{field}" for field in kind.fields]
+    path = f"--config={ROOT}/configs/{kind.config}.py"
+    config, _ = config_lib.parse_args([path, *flags], flags={})
+    config_lib.validate(config)
+    times = config.iterate.num_iterations if "iterate" in config else 1
+    totals[name] = (config.train.num_updates * times, config.optim.lr, config.loss.beta)
+  assert len(totals) == 5 and len(set(totals.values())) == 1  # as many updates, alike
+
+
 def _with_fields(function, config, fields):
   return lambda c, *rest: function(c, *rest, *(fields if c == config else []))
 
