@@ -253,9 +253,9 @@ def _text(results: dict, scales: dict, without: dict, options: argparse.Namespac
     "are 150 captions of the data. Win rates are of pairs of pictures of the same prompt "
     "and noise against the base, by quality, all seeds together, with a 95 % interval over "
     "prompts; p is of a paired t-test on prompts. All but the improver are trained for "
-    f"{UPDATES * ITERATIONS} updates, {UPDATES} in each of {ITERATIONS} iterations where there are any, at the same "
-    f"learning rate. Vendi scores are of {ALIKE} pictures of a prompt, mean over {PROMPTS} "
-    "prompts.",
+    f"{UPDATES * ITERATIONS} updates, {UPDATES} in each of {ITERATIONS} iterations where there "
+    f"are any, at the same learning rate. Vendi scores are of {ALIKE} pictures of a prompt, "
+    f"mean over {PROMPTS} prompts.",
     "",
     "| | correct | quality | correct, train | quality, train | win rate | p | Vendi |",
     "|---|---|---|---|---|---|---|---|",
