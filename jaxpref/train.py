@@ -179,7 +179,14 @@ def _evaluate(prepared: Prepared, models: Any, workdir: Path, wall_time: str) ->
     "wall time": wall_time,
   }
   held_out = not {r.caption for r in prepared.rows} & set(prepared.prompts)
-  evaluate.write_report(workdir, directory, config, facts, held_out=held_out)
+  evaluate.write_report(
+    workdir,
+    directory,
+    config,
+    facts,
+    held_out=held_out,
+    improves=prepared.pipeline.is_improver,
+  )
 
 
 def _begin(prepared: Prepared, base: Any) -> Any:

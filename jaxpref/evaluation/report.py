@@ -50,6 +50,7 @@ def write_report(
   facts: Mapping[str, Any],
   headline: str | None = None,
   held_out: bool = True,
+  improves: bool = False,
   iterations: Sequence[Mapping[str, str]] = (),
   pairs: Sequence[Mapping[str, Any]] = (),
 ) -> None:
@@ -69,6 +70,7 @@ def write_report(
     facts: label -> value: versions, device, seed, wall time, updates.
     headline: the scorer that the verdict quotes; see `verdict`.
     held_out: whether none of the prompts was trained on.
+    improves: whether the tuned model's pictures are its versions of the base's.
     iterations: of an iterative run, a table's rows, column to text, all with the same
       columns.
     pairs: of an iterative run, some of those it trained on: mappings with `prompt`, `note`
@@ -104,6 +106,7 @@ def write_report(
     examples=[_example(e, results, judge) for e in examples],
     config=flatten(config),
     facts=facts,
+    improves=improves,
     iterations=iterations,
     pairs=[
       {**p, "sides": [(side, _picture(p[f"{side}_png"])) for side in ("loser", "winner")]}
