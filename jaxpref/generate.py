@@ -51,8 +51,12 @@ def _parser() -> argparse.ArgumentParser:
   add("--images-per-prompt", type=_count, default=1, metavar="N")
   add("--seed", type=int, default=0, help="of the first picture; each next one's is one more")
   add("--negative", default="", help="a prompt to be guided away from")
-  add("--guidance", type=float, help="scale towards the prompt; 7.5, of an improver 3.5")
-  add("--image-guidance", type=float, help="of an improver, towards its picture; 3.0")
+  add(
+    "--guidance",
+    type=float,
+    help="scale towards the prompt; of a run as it was evaluated with, else 7.5, improvers 3.5",
+  )
+  add("--image-guidance", type=float, help="of an improver, to its picture; its run's, or 3")
   add("--steps", type=_count, default=30, help="of the solver")
   add("--solver", choices=tuple(SOLVERS), default="dpm_solver")
   add("--order", type=int, choices=(1, 2, 3), default=2, help="of the DPM-Solver")
@@ -102,6 +106,7 @@ def _run(argv: list[str]) -> None:
   from jaxpref import progress, runtime, sharding, tuned, workdir  # noqa: PLC0415
   from jaxpref.data import encode  # noqa: PLC0415
   from jaxpref.evaluation import generate  # noqa: PLC0415
+  from jaxpref.models import hub, text  # noqa: PLC0415
 
   runtime.cache_programs()
   mesh = sharding.make_mesh()
@@ -116,13 +121,24 @@ def _run(argv: list[str]) -> None:
   if pipeline.is_improver != bool(flags.improver):
     what = "no improver" if flags.improver else "an improver: --improver takes it, and --images"
     raise UserError(f"{flags.improver or flags.model} is {what}")
-  # What the model was told of its good pictures, it is told again.
-  prefix = tuned.prompt_prefix(flags.improver or flags.model)
+  # As in the run's evaluation: its scales, and what the model was told of good pictures.
+  name = flags.improver or flags.model
+  if flags.guidance is None:
+    usual = 2.0 if flags.model in hub.BUNDLED else 7.5
+    flags.guidance = (
+      tuned.setting(name, "improve", "text_guidance", 3.5)
+      if flags.improver
+      else tuned.setting(name, "evaluate", "guidance", usual)
+    )
+  if flags.image_guidance is None:
+    flags.image_guidance = tuned.setting(name, "improve", "image_guidance", 3.0)
+  prefix = tuned.prompt_prefix(name)
   wanted = _pictures(flags, out, pipeline, prefix)
   missing = [picture for picture in wanted if not is_drawn(picture.file, picture.settings)]
   if not missing:
     print(f"{len(wanted)} pictures in {out}, 0 of them new")
     return
+  text.warn_of_cut(pipeline.tokenizers, [p.settings["prompt"] for p in wanted])
   generator = generate.make_generator(
     pipeline,
     mesh,
@@ -136,6 +152,7 @@ def _run(argv: list[str]) -> None:
     decode=flags.decode,
     image_guidance=flags.image_guidance if flags.improver else None,
   )
+  workdir.make_writable(out)  # before anything is drawn
   size = tuple(missing[0].settings["size"])
   step = sharding.round_up(min(flags.batch_size, len(wanted)), mesh)
   with progress.progress_bar(
@@ -161,14 +178,11 @@ def _check(flags: argparse.Namespace) -> None:
   if bool(flags.model) == bool(flags.improver):
     raise UserError("give one of --model and --improver")
   _check_images(flags)
-  if not flags.prompts and not flags.images:
+  if flags.prompts is None and not flags.images:
     raise UserError("the following arguments are required: --prompts")
-  if flags.guidance is None:
-    flags.guidance = 3.5 if flags.improver else 7.5
-  if flags.image_guidance is None:
-    flags.image_guidance = 3.0
   for name in ("guidance", "image_guidance"):
-    if not 0 <= (value := getattr(flags, name)) < math.inf:
+    value = getattr(flags, name)
+    if value is not None and not 0 <= value < math.inf:
       option = name.replace("_", "-")
       raise UserError(f"--{option} must be finite and at least 0, got {value}")
   if flags.prompts is not None:

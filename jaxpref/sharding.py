@@ -30,6 +30,9 @@ def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
   total = jax.device_count()
   if data == -1 and fsdp == -1:
     raise UserError("only one of mesh.data and mesh.fsdp can be -1")
+  for name, count in (("data", data), ("fsdp", fsdp)):
+    if count > 0 and total % count:
+      raise UserError(f"mesh.{name} = {count} does not divide the number of devices, {total}")
   shape = (total // fsdp if data == -1 else data, total // data if fsdp == -1 else fsdp)
   if shape[0] * shape[1] != total:
     raise UserError(f"mesh.data x mesh.fsdp = {shape[0]} x {shape[1]}, but devices: {total}")

@@ -94,6 +94,13 @@ def prompt_prefix(name: str) -> str:
   return str(data.get("good_prefix", ""))
 
 
+def setting(name: str, section: str, field: str, default: float) -> float:
+  """What a run's configuration says, `default` for other models."""
+  if not _is_workdir(name):
+    return default
+  return _read_config(trained_in(user_path(name))).get(section, {}).get(field, default)
+
+
 def _is_workdir(name: str) -> bool:
   path = trained_in(user_path(name))
   return (path / CONFIG).is_file() and (path / "checkpoints").is_dir()

@@ -76,7 +76,7 @@ def open_workdir(
   if "://" in str(path):
     raise UserError(f"{path}: not a local path; mount the bucket and name the mount")
   path = user_path(path).absolute()
-  _make_writable(path)
+  make_writable(path)
   stored = path / CONFIG
   if not stored.exists() and (others := _visible(path)):
     raise UserError(
@@ -141,7 +141,12 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
     raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
-def _make_writable(path: Path) -> None:
+def make_writable(path: Path) -> None:
+  """Makes a directory where there is none, and tries to write into it.
+
+  Raises:
+    UserError: it is a file, or cannot be written to.
+  """
   try:
     path.mkdir(parents=True, exist_ok=True)
     # Only a real file tells: root passes permission checks that a read-only mount fails.

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import live, xla_flags
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from jaxpref import export, generate, main, tuned
@@ -158,6 +159,33 @@ def test_export_refuses(tuned_run, tmp_path, capsys):
   message = fails(export, [f"--workdir={changed}", new], capsys)
   assert "are not those" in message
   assert not (tmp_path / "new").exists()
+
+
+def test_a_full_disk_and_no_place_at_all_are_one_line(
+  tiny_pipeline, tmp_path, capsys, monkeypatch
+):
+  flags = [f"--workdir={tiny_pipeline}", "--dtype=float32"]
+  assert "cannot write to /proc/x" in fails(export, [*flags, "--out=/proc/x/y"], capsys)
+
+  def full(*_, **__):
+    raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+  monkeypatch.setattr(save, "save_file", full)
+  for more in (
+    [f"--out={tmp_path / 'd'}"],
+    [f"--out={tmp_path}/f.safetensors", "--single-file"],
+  ):
+    assert "No space left on device" in fails(export, [*flags, *more], capsys)
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_runs_pictures_are_drawn_as_it_was_evaluated(tuned_run, tmp_path, capsys):
+  _, workdir = tuned_run
+  evaluated = json.loads((workdir / "config.json").read_text())["evaluate"]["guidance"]
+  flags = (f"--prompts={PROMPT}", "--steps=1")
+  assert generate.main([f"--model={workdir}", f"--out={tmp_path / 'a'}", *flags]) == 0
+  shown = Image.open(tmp_path / "a" / "00000-00.png").info
+  assert json.loads(shown["jaxpref"])["guidance"] == evaluated != 7.5
 
 
 def test_weights_too_large_for_float16(tiny_pipeline, tmp_path, capsys):

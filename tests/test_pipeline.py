@@ -104,7 +104,26 @@ def test_tokenizer_cuts_pads_and_counts(loaded, caplog):
   start, end = loaded.tokenizers[0].bos_token_id, loaded.tokenizers[0].eos_token_id
   assert (ids[:, 0] == start).all() and (ids[:, -1] == end).all()
   assert (ids[2, 1:] == end).all()
+  assert not caplog.records
+  # Said once, and of distinct texts.
+  text.warn_of_cut(loaded.tokenizers * 2, ["a ring", "ring " * 60, "", "ring " * 60])
   assert [r.getMessage() for r in caplog.records] == ["1 of 3 prompts cut to 16 tokens"]
+
+
+def test_a_vocabulary_without_its_merges_is_refused(loaded, tmp_path):
+  shutil.copytree(loaded.path / "tokenizer", tmp_path / "tokenizer")
+  (tmp_path / "tokenizer" / "merges.txt").write_text("")
+  with pytest.raises(UserError, match="its merges.txt is empty"):
+    text.load_tokenizer(tmp_path / "tokenizer")
+
+
+@pytest.mark.parametrize("name", ["FluxPipeline", "StableDiffusionInpaintPipeline", 7])
+def test_other_pipelines_are_named(loaded, tmp_path, name):
+  copy = shutil.copytree(loaded.path, tmp_path / "x")
+  index = json.loads((copy / "model_index.json").read_text())
+  (copy / "model_index.json").write_text(json.dumps(index | {"_class_name": name}))
+  with pytest.raises(UserError, match=f"model_index.json is of {name}, not of Stable Diff"):
+    pipeline.load_pipeline(str(copy))
 
 
 def test_slow_and_fast_tokenizers_agree(tiny_pipeline, tmp_path):

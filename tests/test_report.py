@@ -161,7 +161,7 @@ def test_only_small_pictures_are_doubled(tmp_path):
 def test_empty_run_still_has_a_page(tmp_path):
   nothing = {"results": {}, "categories": [], "curves": {}, "examples": []}
   page = Page(write(tmp_path / "report.html", **nothing))
-  assert "Nothing was compared." in page.text
+  assert "No scorer judged these pictures" in page.text
   assert not page.all("svg") and not page.all("table")
 
 

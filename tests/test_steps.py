@@ -291,7 +291,7 @@ def test_prompts_are_dropped_at_the_rate():
 
 
 def test_a_missing_row_of_the_mesh_is_refused():
-  with pytest.raises(UserError, match="3 x 1, but devices: 1"):
+  with pytest.raises(UserError, match="mesh.data = 3 does not divide the number of devices, 1"):
     sharding.make_mesh(data=3)
   mesh = sharding.make_mesh()
   with pytest.raises(UserError, match="train.batch_size = 9 does not divide by 2"):

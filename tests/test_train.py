@@ -273,6 +273,7 @@ REFUSALS = {
   "unknown loss": (["--config.loss.name=dor"], "no loss 'dor'"),
   "unknown schedule": (["--config.optim.schedule=up"], "'optim.schedule' must be one of"),
   "unknown solver": (["--config.rollout.solver=euler"], "solver"),
+  "a path that is not read": (["--config.data.path=/no"], "did you mean data.source=folder"),
   "unknown source": (["--config.data.source=fodler"], "did you mean 'folder'"),
   "missing folder": (["--config.data.source=folder", "--config.data.path=/no"], "/no"),
   "too many experts": (["--config.data.num_experts=100000"], "experts"),

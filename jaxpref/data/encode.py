@@ -54,9 +54,11 @@ def encode_rows(
   if flip:
     rows = [*rows, *(r._replace(images=tuple(i[:, ::-1] for i in r.images)) for r in rows)]
   latents = encode_images(pipeline, mesh, [i for r in rows for i in r.images])
+  told = [r.prefix + r.caption for r in rows]
+  text.warn_of_cut(pipeline.tokenizers, told, "captions of the data")
   return {
     "latents": latents.reshape((len(rows), -1, *latents.shape[1:])),
-    "cond": encode_prompts(pipeline, mesh, [r.prefix + r.caption for r in rows]),
+    "cond": encode_prompts(pipeline, mesh, told),
     "labels": {"desirable": np.array([r.desirable for r in rows])},
   }
 

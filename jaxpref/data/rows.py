@@ -63,6 +63,11 @@ def load_rows(kind: str, data: Any, *, image_size: int, seed: int) -> list[Row]:
   if data.source not in SOURCES:
     near = difflib.get_close_matches(data.source, SOURCES, n=1, cutoff=0)[0]
     raise UserError(f"data.source {data.source!r} is unknown; did you mean {near!r}?")
+  if data.source == "shapes" and data.path:
+    raise UserError(
+      f"data.path = {data.path!r} is not read with data.source=shapes; did you mean "
+      "data.source=folder?"
+    )
   if kind not in _KINDS_OF[data.source]:
     able = ", ".join(s for s in SOURCES if kind in _KINDS_OF[s])
     raise UserError(

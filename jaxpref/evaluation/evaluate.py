@@ -21,6 +21,7 @@ from jaxpref.data.encode import encode_images, encode_prompts
 from jaxpref.data.shapes import prompts as shapes_prompts
 from jaxpref.errors import UserError
 from jaxpref.evaluation import compare, generate, grid, report
+from jaxpref.models import text
 from jaxpref.models.pipeline import Pipeline
 
 RESULTS = "results.json"
@@ -127,6 +128,7 @@ def evaluate(
   repeats = settings.images_per_prompt
   seeds = generate.seeds_of(len(prompts), repeats, seed=settings.seed)
   texts = [p for p in prompts for _ in range(repeats)]
+  text.warn_of_cut(pipeline.tokenizers, [prefix + p for p in prompts], "prompts to evaluate on")
   conds = dict.fromkeys(models, encode_prompts(pipeline, mesh, prompts))
   if prefix:
     conds["tuned"] = encode_prompts(pipeline, mesh, [prefix + p for p in prompts])

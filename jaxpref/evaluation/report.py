@@ -134,7 +134,7 @@ def verdict(
     ValueError: `headline` is not among the results.
   """
   if not results:
-    return "Nothing was compared."
+    return "No scorer judged these pictures: compare them by eye."
   judge = _judge(results, headline)
   entry = results[judge]
   prompts = entry["prompts"]
@@ -226,7 +226,7 @@ def _weight(results: Mapping[str, dict[str, Any]], key: str) -> tuple[bool, bool
 
 def _state(results: Mapping[str, dict[str, Any]], judge: str | None) -> str:
   if judge is None:
-    return "undecided"
+    return "unscored"
   told = outcome(results[judge])
   others = {outcome(e) for e in results.values() if not e["selected_training_data"]}
   return "mixed" if {"won", "lost"} <= others | {told} else told

@@ -99,6 +99,8 @@ class Pipeline:
 # Ways to space timesteps that the samplers lack; and the choices among those they have.
 _OTHER_SPACINGS = ("use_beta_sigmas", "use_exponential_sigmas", "use_lu_lambdas")
 _SPACING = {"timestep_spacing": grid.SPACINGS, "final_sigmas_type": grid.FINALS}
+_CLASSES = ("StableDiffusionPipeline", "StableDiffusionImg2Img", "StableDiffusionXL")
+_OTHER_TASKS = ("Inpaint", "Upscale", "ControlNet", "Adapter", "InstructPix2Pix")
 # What the libraries raise of configurations that describe nothing.
 _LIBRARY_ERRORS = (AttributeError, TypeError, ValueError, LookupError, ArithmeticError)
 _BUILD: dict[str, Callable] = {
@@ -202,6 +204,9 @@ def load_pipeline(
 
 def _read_configs(path: Path) -> dict[str, dict[str, Any]]:
   index = _read_json(path / "model_index.json")
+  name = index.get("_class_name", "StableDiffusionPipeline")
+  if not str(name).startswith(_CLASSES) or any(part in str(name) for part in _OTHER_TASKS):
+    raise UserError(f"{path}/model_index.json is of {name}, not of Stable Diffusion 1, 2 or XL")
   there = {name for name, component in index.items() if component != [None, None]}
   parts = ["unet", "vae", "text_encoder"]
   if "text_encoder_2" in there:

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from jaxpref import workdir
+from jaxpref.errors import UserError
 from jaxpref.models import convert, single_file, weights
 
 # Components that pictures do not need; their places in the index are emptied.
@@ -56,7 +59,7 @@ def save_pipeline(
   Raises:
     UserError: a weight is too large for `dtype`, or a file cannot be written.
   """
-  target.parent.mkdir(parents=True, exist_ok=True)
+  workdir.make_writable(target.parent)
   work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
   try:
     for part, tree in params.items():
@@ -64,8 +67,7 @@ def save_pipeline(
       _write_json(work / part / "config.json", configs[part])
       tensors = convert.export_tensors(tree, dtype)
       file = work / part / f"{weights.stem_of(part)}.safetensors"
-      save_file(tensors, file, metadata={"format": "pt"})
-      file.chmod(0o644)  # safetensors keeps its files to their owner
+      _save_file(tensors, file)
       tokenizer = part.replace("text_encoder", "tokenizer")
       if tokenizer != part:
         shutil.copytree(tokenizers_from / tokenizer, work / tokenizer)
@@ -107,15 +109,27 @@ def save_single_file(
 
 
 def save_tensors(target: Path, tensors: Mapping[str, np.ndarray]) -> None:
-  """Writes a safetensors file, whole or not at all."""
-  target.parent.mkdir(parents=True, exist_ok=True)
+  """Writes a safetensors file, whole or not at all.
+
+  Raises:
+    UserError: it cannot be written.
+  """
+  workdir.make_writable(target.parent)
   work = target.with_name(f".{target.name}.tmp")
   try:
-    save_file(dict(tensors), work, metadata={"format": "pt"})
-    work.chmod(0o644)  # safetensors keeps its files to their owner
+    _save_file(tensors, work)
     work.replace(target)
   finally:
     work.unlink(missing_ok=True)
+
+
+def _save_file(tensors: Mapping[str, np.ndarray], file: Path) -> None:
+  try:
+    save_file(dict(tensors), file, metadata={"format": "pt"})
+  except SafetensorError as error:  # of the operating system's, which it wraps
+    reason = str(error).removeprefix("Error while serializing: ").removeprefix("I/O error: ")
+    raise UserError(f"cannot write to {file.parent}: {reason}") from error
+  file.chmod(0o644)  # safetensors keeps its files to their owner
 
 
 def replace_directory(new: Path, target: Path) -> None:

@@ -81,23 +81,33 @@ def _positions(ids: jax.Array) -> jax.Array:
 
 
 def tokenize(tokenizers: Sequence[Any], texts: Sequence[str]) -> list[np.ndarray]:
-  """Token ids by tokenizer, int32 [B, L], cut and padded to its length.
-
-  How many texts were cut, by any of them, is logged once.
-  """
-  cut = np.zeros(len(texts), bool)
+  """Token ids by tokenizer, int32 [B, L], cut and padded to its length."""
   ids = []
-  # The count of what is cut is ours to tell, not a warning for each text.
+  for tokenizer in tokenizers:
+    length = tokenizer.model_max_length
+    fitted = tokenizer(list(texts), truncation=True, padding="max_length", max_length=length)
+    ids.append(np.asarray(fitted["input_ids"], np.int32))
+  return ids
+
+
+def warn_of_cut(tokenizers: Sequence[Any], texts: Sequence[str], what: str = "prompts") -> None:
+  """Logs, once for all of them, how many distinct texts are longer than a tokenizer's length.
+
+  Args:
+    tokenizers: of a pipeline.
+    texts: any; `what` says in the message what they are.
+    what: see there.
+  """
+  unique = list(dict.fromkeys(texts))
+  cut = np.zeros(len(unique), bool)
+  # The count is ours to tell, not a warning for each text.
   with _quiet("transformers.tokenization_utils_base"):
     for tokenizer in tokenizers:
       length = tokenizer.model_max_length
-      full = tokenizer(list(texts), truncation=False, padding=False)["input_ids"]
+      full = tokenizer(unique, truncation=False, padding=False)["input_ids"]
       cut |= np.array([len(row) > length for row in full])
-      fitted = tokenizer(list(texts), truncation=True, padding="max_length", max_length=length)
-      ids.append(np.asarray(fitted["input_ids"], np.int32))
   if cut.any():
-    logging.warning("%d of %d prompts cut to %d tokens", cut.sum(), len(texts), length)
-  return ids
+    logging.warning("%d of %d %s cut to %d tokens", cut.sum(), len(unique), what, length)
 
 
 @contextlib.contextmanager
@@ -109,6 +119,9 @@ def _quiet(name: str):
     yield
   finally:
     logger.setLevel(level)
+
+
+_BYTES = 514  # entries of a vocabulary without merges: bytes, twice, and the two marks
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -125,6 +138,9 @@ def load_tokenizer(directory: Path) -> Any:
     tokenizer = CLIPTokenizerFast.from_pretrained(str(directory), local_files_only=True)
   except Exception as error:  # the tokenizers library raises nothing more special
     raise UserError(f"{directory} holds no CLIP tokenizer: {_first_line(error)}") from error
+  model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+  if not model["merges"] and len(model["vocab"]) > _BYTES:
+    raise UserError(f"{directory} has words but no merges: its merges.txt is empty")
   length = tokenizer.model_max_length
   if not isinstance(length, int) or not 2 < length < 10_000:  # beyond: "not stated"
     raise UserError(f"{directory}/tokenizer_config.json states no model_max_length of use")
