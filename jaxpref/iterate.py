@@ -371,10 +371,11 @@ def _summary(workdir: Path, k: int, updates: int) -> dict[str, str]:
     "change, mean": compare.number(pairs["change"]),
   }
   for key, entry in results.items():
-    row[key] = compare.number(entry["tuned"]["mean"])
-    row[f"{key}, win rate"] = compare.percent(entry["win_rate"])
-  for name, seconds in _phases(workdir, k).items():
-    row[f"{name}, minutes"] = f"{seconds / 60:.1f}"
+    mean, rate = compare.number(entry["tuned"]["mean"]), compare.percent(entry["win_rate"])
+    row[f"{key}, win rate"] = f"{mean}, {rate}"
+  phases = _phases(workdir, k)
+  minutes = (f"{seconds / 60:.1f}" for seconds in phases.values())
+  row[f"minutes: {', '.join(phases)}"] = ", ".join(minutes)
   return row
 
 

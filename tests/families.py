@@ -105,3 +105,17 @@ def write_pipeline(family: str, directory: Path, *, shallow: bool = False) -> Pa
     target, params, configs=configs, tokenizers_from=directory, dtype=np.float32
   )
   return target
+
+
+def write_improver(base: Path, target: Path) -> Path:
+  """An improver of a pipeline's layout, which makes something of the image it is shown."""
+  loaded = pipeline.load_pipeline(str(base))
+  wide = pipeline.widen(loaded)
+  kernel = np.array(wide.params["unet"]["conv_in"]["kernel"])
+  new = kernel[:, :, loaded.latent_shape[0] :]
+  new[...] = np.random.default_rng(0).standard_normal(new.shape) / 3
+  wide.params["unet"]["conv_in"]["kernel"] = kernel
+  save.save_pipeline(
+    target, wide.params, configs=wide.configs, tokenizers_from=loaded.path, dtype=np.float32
+  )
+  return target

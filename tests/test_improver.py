@@ -2,6 +2,7 @@
 
 import json
 
+import families
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,6 @@ from PIL import Image
 from jaxpref import generate, losses, main, noising
 from jaxpref.diffusion import schedule as schedule_lib
 from jaxpref.losses import improver
-from jaxpref.models import pipeline, save
 
 ROWS, SHAPE = 3000, (1, 2, 2)
 WEIGHTS = {"weight_winning": 3.0, "weight_reconstruction": 2.0, "weight_unconditional": 1.0}
@@ -99,17 +99,7 @@ def test_errors_by_task_are_means_over_their_rows():
 
 @pytest.fixture(scope="module")
 def improving(tiny_pipeline, tmp_path_factory):
-  """An improver with random weights that make something of the image."""
-  loaded = pipeline.load_pipeline(str(tiny_pipeline))
-  wide = pipeline.widen(loaded)
-  kernel = np.array(wide.params["unet"]["conv_in"]["kernel"])
-  kernel[:, :, 4:] = np.random.default_rng(0).standard_normal(kernel[:, :, 4:].shape) / 3
-  wide.params["unet"]["conv_in"]["kernel"] = kernel
-  target = tmp_path_factory.mktemp("improver") / "pipeline"
-  save.save_pipeline(
-    target, wide.params, configs=wide.configs, tokenizers_from=loaded.path, dtype=np.float32
-  )
-  return target
+  return families.write_improver(tiny_pipeline, tmp_path_factory.mktemp("x") / "pipeline")
 
 
 @pytest.fixture

@@ -43,20 +43,9 @@ def surroundings(monkeypatch, tfds_dir):
 
 @pytest.fixture(scope="module")
 def improver(tiny_pipeline, tmp_path_factory):
-  return write_improver(tiny_pipeline, tmp_path_factory.mktemp("improver") / "pipeline")
-
-
-def write_improver(base, target):
-  """One that makes something of the image."""
-  loaded = pipeline.load_pipeline(str(base))
-  wide = pipeline.widen(loaded)
-  kernel = np.array(wide.params["unet"]["conv_in"]["kernel"])
-  kernel[:, :, 4:] = np.random.default_rng(0).standard_normal(kernel[:, :, 4:].shape) / 3
-  wide.params["unet"]["conv_in"]["kernel"] = kernel
-  save.save_pipeline(
-    target, wide.params, configs=wide.configs, tokenizers_from=loaded.path, dtype=np.float32
+  return families.write_improver(
+    tiny_pipeline, tmp_path_factory.mktemp("improver") / "pipeline"
   )
-  return target
 
 
 def arguments(base, improver, workdir, method="iterative_dpo", **fields):
@@ -340,7 +329,7 @@ def test_half_written_data_sets_are_none(tmp_path):
 def test_the_papers_recipe_starts(tmp_path, capsys):
   """`iterative_dpo.py:sd15` on an SD 1.5 of reduced width with random weights."""
   base = families.write_pipeline("sd15", tmp_path, shallow=True)
-  better = write_improver(base, tmp_path / "improver")
+  better = families.write_improver(base, tmp_path / "improver")
   folder = tmp_path / "pictures"
   folder.mkdir()
   rng = np.random.default_rng(0)

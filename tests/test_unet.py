@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from diffusers.models.attention_flax import FlaxTransformer2DModel
 
+from jaxpref.errors import UserError
 from jaxpref.models import interceptors, pipeline, unet
 
 
@@ -35,6 +36,13 @@ def test_a_widened_input_is_ignored_until_it_is_trained(tiny_pipeline):
   assert np.abs(grads["conv_in"]["kernel"][:, :, 4:]).max() > 0  # it can learn
   with pytest.raises(ValueError, match="cannot widen"):
     unet.widen_input(wide_params, 8)
+
+
+@pytest.mark.parametrize("field", ["down_block_types", "up_block_types", "mid_block_type"])
+def test_unknown_blocks_are_named(tiny_pipeline, field):
+  config = pipeline.load_pipeline(str(tiny_pipeline)).configs["unet"]
+  with pytest.raises(UserError, match=f"{field}: 'Foo' is not one of"):
+    unet.build_unet({**config, field: "Foo"}, dtype=jnp.float32)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -48,6 +48,12 @@ _SUPPORTED = {
   "timestep_post_act": None,
 }
 
+_BLOCKS = {
+  "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+  "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+  "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+
 
 def build_unet(config: Mapping[str, Any], *, dtype: Any) -> Any:
   """The UNet of a diffusers `unet/config.json`, without parameters.
@@ -61,6 +67,11 @@ def build_unet(config: Mapping[str, Any], *, dtype: Any) -> Any:
     UserError: the configuration asks for what the Flax module cannot do.
   """
   refuse_unsupported(config, _SUPPORTED)
+  for field, blocks in _BLOCKS.items():
+    given = config.get(field) or blocks[0]
+    for name in [given] if isinstance(given, str) else given:
+      if name not in blocks:
+        raise UserError(f"{field}: {name!r} is not one of {', '.join(blocks)}")
   known = FlaxUNet2DConditionModel.__dataclass_fields__
   # JSON has lists where flax wants hashable fields.
   fields = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
