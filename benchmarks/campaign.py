@@ -22,9 +22,19 @@ import numpy as np
 import pandas as pd
 
 from jaxpref import config as config_lib
-from jaxpref import main, tuned
+from jaxpref import main, sharding, tuned
+from jaxpref import workdir as workdir_lib
+from jaxpref.data import encode
+from jaxpref.data.shapes import prompts as shapes_prompts
 from jaxpref.errors import DivergedError
+from jaxpref.evaluation import generate, vendi
 from jaxpref.models import pipeline
+
+ALIKE, PROMPTS = 16, 10  # pictures of a prompt whose diversity is scored, and prompts
+DIVERSITY = (
+  f"Vendi scores are of {ALIKE} pictures of a prompt ({ALIKE} would be most diverse), by the "
+  f"cosine of their latents, mean over {PROMPTS} prompts."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,16 +148,8 @@ def record_run(
   }
   campaign.records.mkdir(parents=True, exist_ok=True)
   scores.to_parquet(campaign.records / f"{name}.parquet", index=False)
-  write_json(campaign.records / f"{name}.json", record)
+  workdir_lib.write_json(campaign.records / f"{name}.json", record)
   return record
-
-
-def write_json(file: Path, content: Any) -> None:
-  """Whole or not at all."""
-  file.parent.mkdir(parents=True, exist_ok=True)
-  new = file.with_name(file.name + ".new")
-  new.write_text(json.dumps(content, indent=1) + "\n")
-  new.replace(file)
 
 
 def newest_evaluation(workdir: Path) -> Path:
@@ -165,6 +167,25 @@ def means_of(scores: pd.DataFrame) -> dict[str, float]:
   """Mean score by '<model>/<scorer>'."""
   means = scores.groupby(["model", "scorer"]).score.mean()
   return {f"{model}/{scorer}": float(value) for (model, scorer), value in means.items()}
+
+
+def diversity_of(model: str) -> float:
+  """Vendi score of pictures of one prompt, by their latents, mean over test prompts.
+
+  Args:
+    model: a run or a pipeline.
+  """
+  mesh = sharding.make_mesh()
+  pipe = tuned.load(model, mesh=mesh)
+  generator = generate.make_generator(pipe, mesh, num_steps=20, guidance=2.0, batch_size=40)
+  prefix = tuned.prompt_prefix(model)
+  prompts = [prefix + p for p in shapes_prompts.held_out(150, seed=3000)[:PROMPTS]]
+  cond = encode.encode_prompts(pipe, mesh, prompts)
+  cond = jax.tree.map(lambda x: np.repeat(x, ALIKE, axis=0), cond)
+  images = generator(pipe.params["unet"], cond, np.arange(PROMPTS * ALIKE) + 9000)
+  latents = encode.encode_images(pipe, mesh, list(images)).reshape(PROMPTS, ALIKE, -1)
+  jax.clear_caches()
+  return float(np.mean([vendi.vendi_score(of) for of in latents]))
 
 
 def spread(values: Sequence[float], form: str = "{:.3f}") -> str:

@@ -18,19 +18,16 @@ import sys
 from pathlib import Path
 
 import campaign
-import jax
 import numpy as np
 import pandas as pd
 from PIL import Image
 
-from jaxpref import sharding, tuned
-from jaxpref.data import encode
+from jaxpref import workdir as workdir_lib
 from jaxpref.data.shapes import prompts as shapes_prompts
-from jaxpref.evaluation import compare, generate, grid, vendi
+from jaxpref.evaluation import compare, grid
 
 RATES = (1e-4, 3e-4, 1e-3)
 IMAGES = 64  # trained on at an update, over rows and images of a row
-ALIKE, PROMPTS = 16, 10  # pictures of a prompt whose diversity is scored, and prompts
 SHOWN = 8  # test prompts in the grid of pictures
 
 
@@ -169,7 +166,7 @@ def _validate(
     scores = pd.read_parquet(campaign.newest_evaluation(workdir) / "scores.parquet")
     score = float(scores[scores.model == "tuned"].groupby("scorer").score.mean().sum())
   stored["scores"][key] = score
-  campaign.write_json(record, stored)
+  workdir_lib.write_json(record, stored)
   return score
 
 
@@ -189,8 +186,10 @@ def record_base(runs: campaign.Campaign, options: argparse.Namespace) -> None:
   file = runs.records / "base.json"
   stored = json.loads(file.read_text()) if file.exists() else {}
   if stored.get("base") != runs.base and not runs.report_only:
-    vendi_score = _vendi(campaign.model_of(_arguments(options.methods[0], options)))
-    campaign.write_json(file, {"base": runs.base, "vendi": vendi_score})
+    vendi_score = campaign.diversity_of(
+      campaign.model_of(_arguments(options.methods[0], options))
+    )
+    workdir_lib.write_json(file, {"base": runs.base, "vendi": vendi_score})
 
 
 def _diversity_and_pictures(
@@ -203,27 +202,12 @@ def _diversity_and_pictures(
     shown = [np.asarray(Image.open(paths[i])) for i in _shown(len(paths))]
     runs.records.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.concatenate(shown, axis=1)).save(runs.records / file)
-  return {"vendi": _vendi(str(workdir))}
+  return {"vendi": campaign.diversity_of(str(workdir))}
 
 
 def _shown(count: int) -> np.ndarray:
   """Which of so many pictures, in the order of their seeds, the grid shows."""
   return np.linspace(0, count - 1, SHOWN).astype(int)
-
-
-def _vendi(model: str) -> float:
-  """Diversity of pictures of one prompt, by their latents, mean over test prompts."""
-  mesh = sharding.make_mesh()
-  pipeline = tuned.load(model, mesh=mesh)
-  generator = generate.make_generator(pipeline, mesh, num_steps=20, guidance=2.0, batch_size=40)
-  prefix = tuned.prompt_prefix(model)
-  prompts = [prefix + p for p in shapes_prompts.held_out(150, seed=3000)[:PROMPTS]]
-  cond = encode.encode_prompts(pipeline, mesh, prompts)
-  cond = jax.tree.map(lambda x: np.repeat(x, ALIKE, axis=0), cond)
-  images = generator(pipeline.params["unet"], cond, np.arange(PROMPTS * ALIKE) + 9000)
-  latents = encode.encode_images(pipeline, mesh, list(images)).reshape(PROMPTS, ALIKE, -1)
-  jax.clear_caches()
-  return float(np.mean([vendi.vendi_score(of) for of in latents]))
 
 
 def report(
@@ -238,7 +222,7 @@ def report(
     "categories": _by_category(base),
     "vendi": [json.loads((runs.records / "base.json").read_text())["vendi"]],
   }
-  campaign.write_json(options.out / "results.json", numbers)
+  workdir_lib.write_json(options.out / "results.json", numbers)
   text = _text(numbers, options)
   (options.out / "methods.md").write_text(text, encoding="utf-8")
   prompts = list(base.drop_duplicates("seed").sort_values("seed").prompt)
@@ -293,8 +277,7 @@ def _text(numbers: dict, options: argparse.Namespace) -> str:
     "correctness and quality taken; the test prompts below had no part in it. Mean +- "
     "standard deviation over seeds. The win rate is that of the tuned model's pictures over "
     "the base's by quality, all seeds together, with a 95 % interval "
-    f"over prompts. Vendi scores are of {ALIKE} pictures of a prompt ({ALIKE} would be most "
-    f"diverse), by the cosine of their latents, mean over {PROMPTS} prompts. Minutes are whole "
+    f"over prompts. {campaign.DIVERSITY} Minutes are whole "
     "runs with the evaluation, on a machine that may have been shared: hints.",
     "",
     "| method | correct | quality | win rate | Vendi | minutes | lr, strength |",

@@ -25,10 +25,11 @@ import pandas as pd
 from PIL import Image
 
 from jaxpref import scorers, sharding, tuned
+from jaxpref import workdir as workdir_lib
 from jaxpref.data import encode, experts
 from jaxpref.data.shapes import builder
 from jaxpref.data.shapes import prompts as shapes_prompts
-from jaxpref.evaluation import compare, generate, vendi
+from jaxpref.evaluation import compare, generate
 
 SCALES = {  # (s_T, s_I)
   "s_I": [(3.5, s) for s in (0.0, 1.0, 2.0, 3.0, 5.0)],
@@ -37,7 +38,6 @@ SCALES = {  # (s_T, s_I)
 SIZES = (50, 200, 800)  # pairs drawn in each iteration; the last is compared with others
 UPDATES, ITERATIONS = 100, 3  # of an iteration; offline DPO makes all of them in one
 PICTURES = 150  # prompts of a comparison by scales, one picture each
-ALIKE, PROMPTS = 16, 10  # pictures of a prompt whose diversity is scored, and prompts
 SCORERS = ("shapes.correct", "shapes.quality")
 
 
@@ -119,15 +119,10 @@ def train_prompts(count: int) -> list[str]:
 def _measure_policy(workdir: Path) -> dict[str, Any]:
   """Scores on training prompts, and the diversity of pictures of one prompt."""
   prompts = train_prompts(PICTURES)
-  pipeline, images = _draw(str(workdir), prompts, np.arange(len(prompts)) + 5000)
-  alike = shapes_prompts.held_out(150, seed=3000)[:PROMPTS]
-  seeds = np.arange(PROMPTS * ALIKE) + 9000
-  _, many = _draw(str(workdir), [p for p in alike for _ in range(ALIKE)], seeds)
-  latents = encode.encode_images(pipeline, sharding.make_mesh(), list(many))
-  by_prompt = latents.reshape(PROMPTS, ALIKE, -1)
+  _, images = _draw(str(workdir), prompts, np.arange(len(prompts)) + 5000)
   return {
     "train prompts": _scores(images, prompts),
-    "vendi": float(np.mean([vendi.vendi_score(of) for of in by_prompt])),
+    "vendi": campaign.diversity_of(str(workdir)),
   }
 
 
@@ -211,7 +206,7 @@ def report(
   first = options.seeds[0]
   scales = records["improver", first]["scales"]
   without = records["without reconstruction", first]["scales"]
-  campaign.write_json(
+  workdir_lib.write_json(
     options.out / "results.json", {**results, "scales": scales, "without": without}
   )
   text = _text(results, scales, without, options)
@@ -254,8 +249,7 @@ def _text(results: dict, scales: dict, without: dict, options: argparse.Namespac
     "and noise against the base, by quality, all seeds together, with a 95 % interval over "
     "prompts; p is of a paired t-test on prompts. All but the improver are trained for "
     f"{UPDATES * ITERATIONS} updates, {UPDATES} in each of {ITERATIONS} iterations where there "
-    f"are any, at the same learning rate. Vendi scores are of {ALIKE} pictures of a prompt, "
-    f"mean over {PROMPTS} prompts.",
+    f"are any, at the same learning rate. {campaign.DIVERSITY}",
     "",
     "| | correct | quality | correct, train | quality, train | win rate | p | Vendi |",
     "|---|---|---|---|---|---|---|---|",

@@ -126,8 +126,8 @@ def run(prepared: Prepared, workdir: Path) -> None:
   """
   config = prepared.config
   count = config.iterate.num_iterations
-  if more := [p.name for p in (workdir / tuned.ITERATIONS).glob(f"{count + 1}")]:
-    raise UserError(f"{workdir} has iteration {more[0]} already, more than {count}")
+  if (workdir / tuned.ITERATIONS / str(count + 1)).exists():
+    raise UserError(f"{workdir} has iteration {count + 1} already, more than {count}")
   _check_inputs(prepared, workdir)
   workdir_lib.write_config(workdir, config)
   model = config.model.start or config.model.path
@@ -238,8 +238,9 @@ def _draw_pairs(prepared: Prepared, directory: Path, model: str, k: int) -> None
         cond = encode.encode_prompts(policy, mesh, captions)
         losers = draw(policy.params["unet"], cond, seeds[index, 1])
       with clock("improve"):
-        winners = np.stack([row.images[0] for row in rows]) if not improver else losers
-        if improver and improve:
+        if not (improver and improve):
+          winners = np.stack([row.images[0] for row in rows])
+        else:
           told = dict(encode.encode_prompts(improver, mesh, captions))
           told["image"] = encode.encode_images(improver, mesh, list(losers))
           winners = improve(improver.params["unet"], told, seeds[index, 0])

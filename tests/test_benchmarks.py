@@ -66,7 +66,7 @@ def test_methods(surroundings, tmp_path, monkeypatch):
   program = _program("methods")
   monkeypatch.setattr(program, "SIX_RATES", (1e-4,))  # in the place of six
   monkeypatch.setattr(program, "IMAGES", 4)
-  monkeypatch.setattr(program, "PROMPTS", 2)
+  monkeypatch.setattr(campaign, "PROMPTS", 2)
   arguments = [*surroundings, "--methods=sft", "--seeds", "0"]
   with pytest.raises(SystemExit, match="no method is finished"):
     program.main([*arguments, "--report"])
@@ -107,7 +107,7 @@ def test_online(surroundings, tiny_pipeline, tmp_path, monkeypatch):
   monkeypatch.setattr(program, "ITERATIONS", 1)
   monkeypatch.setattr(program, "SCALES", {"s_I": [(3.5, 3.0)]})
   monkeypatch.setattr(program, "PICTURES", 8)
-  monkeypatch.setattr(program, "PROMPTS", 2)
+  monkeypatch.setattr(campaign, "PROMPTS", 2)
   both = {"iterative-4": program.kinds()["iterative-4"]}  # SPIN and DPO are run elsewhere
   monkeypatch.setattr(program, "kinds", lambda: both)
   fields = ["iterate.min_change=0", "optim.lr=1e-3"]  # random weights draw all alike
