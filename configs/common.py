@@ -21,6 +21,7 @@ def base(name: str, preset: str) -> ConfigDict:
   c.name = name  # of the run and its default workdir
   c.preset = preset  # chosen with the file, as in configs/dro.py:tiny
   c.seed = 0  # of everything random; same seed, same numbers
+  c.profile = 0  # updates to trace, from the third on, into <workdir>/profile
 
   c.model = ConfigDict()
   c.model.path = "shapes"  # 'shapes', a directory in diffusers' layout, or a hub id
@@ -56,6 +57,7 @@ def base(name: str, preset: str) -> ConfigDict:
   c.rollout.guidance = 1.0  # classifier-free guidance scale; 1 is none
   c.rollout.refresh_every = 1  # updates after which the sampling copy of the policy is renewed
   c.rollout.states = 1  # of each trajectory to train on, evenly spaced
+  c.rollout.batch_size = 0  # rows drawn at once, over all devices; 0: all
   c.rollout.replay = 0  # updates whose samples are also trained on later, as an ablation
 
   c.lora = ConfigDict()  # train low-rank additions in the place of all parameters

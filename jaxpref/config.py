@@ -52,7 +52,10 @@ RULES: Rules = {
   "data.desirable_share": (lambda value: 0 < value < 1, "above 0 and below 1"),
   "data.list_size": _at_least(2),
   "data.experts": _one_of("top", "winners"),
-  **dict.fromkeys(("data.num_rows", "data.noise_draws", "rollout.replay"), _at_least(0)),
+  **dict.fromkeys(
+    ("data.num_rows", "data.noise_draws", "rollout.batch_size", "rollout.replay", "profile"),
+    _at_least(0),
+  ),
   "lora.rank": _at_least(0),
   **dict.fromkeys(("lora.alpha", "loss.beta", "loss.snr"), _POSITIVE),
   **dict.fromkeys(("loss.margin", "loss.target_margin"), _FINITE),

@@ -30,7 +30,7 @@ from jaxpref.evaluation import compare, evaluate, generate
 from jaxpref.models import pipeline as pipeline_lib
 
 # Other updates or evaluations would make iterations that do not compare.
-RESUME_SAFE = ("train.log_every", "train.keep", "iterate.num_iterations")
+RESUME_SAFE = ("profile", "train.log_every", "train.keep", "iterate.num_iterations")
 # What an iteration's training may find changed when it goes on: the workdir may have moved.
 _RESUME_SAFE = (*RESUME_SAFE, "data.path", "model.start", "evaluate.prompts")
 _GALLERY = 12

@@ -1,8 +1,9 @@
 """What a run reads, all of it, and checked before anything is written."""
 
 import dataclasses
+from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,18 @@ from jaxpref.models import pipeline as pipeline_lib
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
-  """A run's input, read and checked."""
+class Checked:
+  """What of a run's input does not depend on its rows.
+
+  Attributes:
+    config: of the run.
+    mesh: it runs on.
+    loss: its module.
+    hyper: the loss's hyper-parameters.
+    arms: of a row, see `steps.make_train_step`.
+    pipeline: the base; `programs` need only its modules and schedule.
+    start: of a `model.start`, its 'params' and 'digest'.
+  """
 
   config: Any
   mesh: Mesh
@@ -27,21 +38,16 @@ class Prepared:
   hyper: dict[str, Any]
   arms: tuple[str, ...]
   pipeline: pipeline_lib.Pipeline
-  start: dict[str, Any]  # of a `model.start`, its 'params' and 'digest'
+  start: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared(Checked):
+  """A run's input, read and checked."""
+
   rows: list[rows_lib.Row]
   prompts: list[str]
   scorers: tuple[str, ...]
-
-
-class Checked(NamedTuple):
-  """What of a run's input does not depend on its rows; see `Prepared`."""
-
-  mesh: Mesh
-  loss: ModuleType
-  hyper: dict[str, Any]
-  arms: tuple[str, ...]
-  pipeline: pipeline_lib.Pipeline
-  start: dict[str, Any]
 
 
 def prepare(config: Any) -> Prepared:
@@ -64,30 +70,34 @@ def prepare(config: Any) -> Prepared:
     seed=config.evaluate.seed,
   )
   usable = evaluate.usable_scorers(config.evaluate.scorers, prompts)
-  return Prepared(config, *checked, rows, prompts, usable)
+  return Prepared(**vars(checked), rows=rows, prompts=prompts, scorers=usable)
 
 
-def check(config: Any) -> Checked:
+def check(config: Any, *, devices: Sequence[Any] = ()) -> Checked:
   """Reads the models, and refuses settings that cannot be.
+
+  Args:
+    config: of the run.
+    devices: other ones than this machine's, to plan for: no weights are read then.
 
   Raises:
     UserError: whatever is wrong.
   """
   runtime.cache_programs()
-  mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+  mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, devices=devices)
   sharding.check_batch(config.train.batch_size, mesh, accumulate=config.train.accumulate)
   loss = losses.load_loss(config.loss.name)
   hyper = losses.hyper_of(loss, config.loss)
   of_rows = rows_lib.arms_of(loss.NEEDS.rows, config.data.list_size)
   arms = (*(loss.NEEDS.arms or of_rows), *(("p",) if loss.NEEDS.rollout else ()))
   _check_needs(loss, config)
+  sharding.check_batch(config.rollout.batch_size, mesh, section="rollout")
   losses.check_objective(loss, hyper, arms, images=len(of_rows))
-  pipeline = pipeline_lib.load_pipeline(
-    config.model.path,
-    dtype=jnp.dtype(config.model.dtype),
-    mesh=mesh,
-    variant=config.model.variant,
-  )
+  model = {"dtype": jnp.dtype(config.model.dtype), "variant": config.model.variant}
+  if devices:
+    pipeline = pipeline_lib.describe_pipeline(config.model.path, **model)
+  else:
+    pipeline = pipeline_lib.load_pipeline(config.model.path, mesh=mesh, **model)
   if loss.NEEDS.condition == "image":
     if "improve" not in config:
       raise UserError(
@@ -100,10 +110,11 @@ def check(config: Any) -> Checked:
   # More steps than the schedule has are refused here, not at the first picture.
   grid.offset_grid(pipeline.schedule, config.rollout.num_steps, jnp.zeros(1, jnp.int32))
   check_steps(pipeline, "evaluate.num_steps", config.evaluate.num_steps)
-  start = _load_start(config, pipeline, mesh) if config.model.start else {}
-  if config.lora.rank:  # a pattern without a match is refused here, too
-    jax.eval_shape(lambda p: init_trained(config, p), pipeline.params["unet"])
-  return Checked(mesh, loss, hyper, arms, pipeline, start)
+  start = {}
+  if config.model.start and not devices:
+    start = _load_start(config, pipeline, mesh)
+  abstract_trained(config, pipeline)  # a pattern of LoRA without a match is refused here
+  return Checked(config, mesh, loss, hyper, arms, pipeline, start)
 
 
 def check_steps(pipeline: pipeline_lib.Pipeline, field: str, num_steps: int) -> None:
@@ -121,6 +132,12 @@ def prompts_source(config: Any) -> str:
   return "shapes" if config.data.source == "shapes" else "captions"
 
 
+def abstract_trained(config: Any, pipeline: pipeline_lib.Pipeline) -> Any:
+  """Shapes of what is trained."""
+  base = pipeline_lib.abstract_params(pipeline.modules["unet"])
+  return jax.eval_shape(lambda params: init_trained(config, params), base)
+
+
 def init_trained(config: Any, base: Any) -> Any:
   """What is trained, before the first update: all parameters, or additions to them."""
   lora = config.lora
@@ -134,12 +151,11 @@ def _load_start(config: Any, pipeline: pipeline_lib.Pipeline, mesh: Mesh) -> dic
   """What training begins with in the place of the base's parameters."""
   name, rank = config.model.start, config.lora.rank
   start = tuned.load(name, dtype=jnp.dtype(config.model.dtype), mesh=mesh, merged=not rank)
-  params, wanted = start.params["unet"], pipeline.params["unet"]
+  params, wanted = start.params["unet"], abstract_trained(config, pipeline)
   if rank:
     if not isinstance(params, lora_lib.Adapted):
       raise UserError(f"model.start: {name} is no LoRA run, which lora.rank > 0 asks for")
     params = params.lora
-    wanted = jax.eval_shape(lambda p: init_trained(config, p), wanted)
   if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, wanted):
     raise UserError(f"model.start: what {name} has trained does not fit model.path and lora")
   return {"params": params, "digest": start.digest}
@@ -172,6 +188,11 @@ def _check_needs(loss: ModuleType, config: Any) -> None:
     raise UserError("of experts there are data.num_experts; data.num_rows is for other rows")
   if not needs.rollout and (rollout.states > 1 or rollout.replay):
     raise UserError("rollout.states and rollout.replay are for losses that take states")
+  if rollout.batch_size and config.train.batch_size % rollout.batch_size:
+    raise UserError(
+      f"rollout.batch_size = {rollout.batch_size} does not divide "
+      f"train.batch_size = {config.train.batch_size}"
+    )
   if rollout.states > rollout.num_steps:
     raise UserError(
       f"a trajectory has rollout.num_steps = {rollout.num_steps} states, of which "

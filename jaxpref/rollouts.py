@@ -10,8 +10,10 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from jaxpref import randomness
+from jaxpref import randomness, sharding
 from jaxpref.diffusion import grid as grid_lib
 from jaxpref.diffusion import guidance as guidance_lib
 from jaxpref.diffusion import sample as sample_lib
@@ -38,6 +40,7 @@ def make_rollout(
   denoise: Denoise,
   schedule: NoiseSchedule,
   *,
+  mesh: Mesh,
   latent_shape: tuple[int, int, int],
   num_steps: int,
   solver: str,
@@ -45,6 +48,7 @@ def make_rollout(
   guidance: float,
   prompt_dropout: float,
   states_per_trajectory: int = 1,
+  batch_size: int = 0,
 ) -> Callable[..., States]:
   """The rollout as one jitted program.
 
@@ -53,9 +57,14 @@ def make_rollout(
   `num_steps` states so many are kept, evenly spaced from a random one on: all are equally
   likely, and none is kept twice.
 
+  A trajectory beyond its last kept state is of no use. With a `batch_size`, rows are drawn in
+  the order of where that state is, so many at once, and each lot stops at its last: with one
+  state of each, and many lots, halfway on average. States are the same, whatever the lots.
+
   Args:
     denoise: (params, x_t, t, cond) -> prediction.
     schedule: noise schedule.
+    mesh: from `sharding.make_mesh`.
     latent_shape: channels, height and width.
     num_steps: solver steps from noise to image.
     solver: 'dpm_solver', 'ddim' or 'ddpm'.
@@ -63,6 +72,8 @@ def make_rollout(
     guidance: classifier-free guidance scale; 1 for none, as published.
     prompt_dropout: as in the train step, which drops the same rows' prompts.
     states_per_trajectory: how many are kept, 1 to `num_steps`.
+    batch_size: rows drawn at once, over all devices, a divisor of the rows; 0: all, which
+      is the published loop.
 
   Returns:
     `rollout(params, seed, update, cond, uncond)`, the last two trees of [B, ...] and
@@ -77,31 +88,56 @@ def make_rollout(
     cond = randomness.without_prompts(dropped, cond, uncond)
     spacing = schedule.num_timesteps // num_steps
     offsets = jax.random.randint(jax.random.fold_in(key, 0), (rows,), 0, spacing)
-    noise_keys = jax.random.split(jax.random.fold_in(key, 2), rows)
-    guided = guidance_lib.classifier_free(
-      lambda x_t, t, c: denoise(params, x_t, t, c), cond, uncond, guidance
-    )
-    _, seen = sample_lib.sample(
-      guided,
-      sample_lib.initial_noise(noise_keys, latent_shape),
-      grid_lib.offset_grid(schedule, num_steps, offsets),
-      schedule,
-      solver=solver,
-      order=order,
-      key=noise_keys,
-      trajectory=True,
-    )
     first = jax.random.randint(jax.random.fold_in(key, 1), (rows,), 0, num_steps)
+    noise_keys = jax.random.split(jax.random.fold_in(key, 2), rows)
     stride = num_steps // states_per_trajectory
     picks = (first[:, None] + stride * jnp.arange(states_per_trajectory)) % num_steps
-    at_picks = jax.vmap(lambda steps, k: steps[k], in_axes=(1, 0))
-    return States(
-      x_t=at_picks(seen.states, picks),
-      target=at_picks(seen.predictions, picks),
-      t=at_picks(seen.timesteps, picks),
-    )
+
+    def draw(lot) -> States:
+      cond, offsets, noise_keys, picks = lot
+      guided = guidance_lib.classifier_free(
+        lambda x_t, t, c: denoise(params, x_t, t, c), cond, uncond, guidance
+      )
+      seen = sample_lib.sample_until(
+        guided,
+        sample_lib.initial_noise(noise_keys, latent_shape),
+        grid_lib.offset_grid(schedule, num_steps, offsets),
+        schedule,
+        picks.T,
+        solver=solver,
+        order=order,
+        key=noise_keys,
+      )
+      by_row = lambda x: x.swapaxes(0, 1)  # noqa: E731
+      return States(*map(by_row, (seen.states, seen.predictions, seen.timesteps)))
+
+    drawn = (cond, offsets, noise_keys, picks)
+    if batch_size in (0, rows):
+      return draw(drawn)
+    return _by_lots(draw, drawn, jnp.argsort(picks.max(axis=1)), batch_size, mesh)
 
   return rollout
+
+
+def _by_lots(
+  draw: Callable[[Any], Any], rows: Any, order: jax.Array, batch_size: int, mesh: Mesh
+) -> Any:
+  """`draw` of so many rows at once, in this order; its results in the rows' own."""
+  count = order.shape[0]
+  over_devices = NamedSharding(mesh, P(None, sharding.BATCH_AXES))
+
+  def split(x):
+    x = x[order].reshape(count // batch_size, batch_size, *x.shape[1:])
+    return jax.lax.with_sharding_constraint(x, over_devices)
+
+  drawn = jax.lax.map(draw, jax.tree.map(split, rows))
+  place = jnp.argsort(order)
+  return jax.tree.map(
+    lambda x: jax.lax.with_sharding_constraint(
+      x.reshape(count, *x.shape[2:])[place], sharding.batch_sharding(mesh)
+    ),
+    drawn,
+  )
 
 
 @flax.struct.dataclass

@@ -3,6 +3,7 @@
 A mesh is (data, fsdp): batches are split over both axes, large parameters over `fsdp`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,19 +16,20 @@ from jaxpref.errors import UserError
 BATCH_AXES = ("data", "fsdp")
 
 
-def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
+def make_mesh(*, data: int = -1, fsdp: int = 1, devices: Sequence[Any] = ()) -> Mesh:
   """The mesh over all devices.
 
   Args:
     data: devices along `data`; -1 fills up.
     fsdp: devices along `fsdp`; -1 fills up.
+    devices: others than this machine's.
 
   Raises:
     UserError: they do not multiply to the number of devices.
   """
   if jax.process_count() > 1:
     raise UserError("this version runs on one host; start a single process")
-  total = jax.device_count()
+  total = len(devices) or jax.device_count()
   if data == -1 and fsdp == -1:
     raise UserError("only one of mesh.data and mesh.fsdp can be -1")
   for name, count in (("data", data), ("fsdp", fsdp)):
@@ -37,7 +39,8 @@ def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
   if shape[0] * shape[1] != total:
     raise UserError(f"mesh.data x mesh.fsdp = {shape[0]} x {shape[1]}, but devices: {total}")
   # Auto: diffusers' modules do not run under the default, explicit sharding in types.
-  return jax.make_mesh(shape, BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
+  types = (AxisType.Auto,) * 2
+  return jax.make_mesh(shape, BATCH_AXES, axis_types=types, devices=devices or None)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -4,6 +4,7 @@
 to be read from top to bottom.
 """
 
+import collections
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -11,32 +12,29 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from jaxpref import (
   __version__,
   checkpoint,
+  flops,
   metrics,
-  noising,
-  optim,
-  rollouts,
+  programs,
   runtime,
   sharding,
-  steps,
+  speed,
 )
 from jaxpref import workdir as workdir_lib
 from jaxpref.data import encode, loader
 from jaxpref.data import rows as rows_lib
 from jaxpref.errors import DivergedError, UserError
 from jaxpref.evaluation import evaluate
-from jaxpref.models import lora as lora_lib
 from jaxpref.models import unet as unet_lib
 from jaxpref.prepare import Prepared, init_trained
 
 _log = logging.getLogger(__name__)
+_AHEAD = 2  # updates that the host may be ahead of the devices
 
 
 def run(prepared: Prepared, workdir: Path) -> None:
@@ -45,114 +43,82 @@ def run(prepared: Prepared, workdir: Path) -> None:
   Raises:
     UserError: a checkpoint cannot be written or is not of this run.
   """
-  config, mesh = prepared.config, prepared.mesh
-  pipeline, loss, train = prepared.pipeline, prepared.loss, config.train
+  config, mesh, train = prepared.config, prepared.mesh, prepared.config.train
+  pipeline, needs = prepared.pipeline, prepared.loss.NEEDS
   began = time.time()
 
   # Data: encoded once, then only indices are dealt.
   rows = encode.encode_rows(pipeline, mesh, prepared.rows, flip=config.data.flip)
-  num_rows = len(rows["latents"])
   uncond = jax.device_put(encode.encode_no_prompt(pipeline, mesh), sharding.replicated(mesh))
-  deal = loader.make_loader(num_rows, batch_size=train.batch_size, seed=config.seed)
+  deal = loader.make_loader(len(rows["latents"]), batch_size=train.batch_size, seed=config.seed)
 
   # State: from the base, or from the newest checkpoint.
   base = pipeline.params.pop("unet")  # taken out, so that it can be freed
   begin = _begin(prepared, base)
-  tx = _optimizer(config)
-  lagging = steps.needs_copy(loss.NEEDS, config.rollout.refresh_every)
-  make_state = lambda trained: steps.init_state(  # noqa: E731
-    trained,
-    tx,
-    seed=config.seed,
-    lagging_copy=lagging,
-    replay=_init_replay(prepared, rows, uncond),
-  )
-  abstract = jax.eval_shape(make_state, begin)
-  placement = sharding.params_sharding(mesh, abstract)
+  program = programs.make_programs(prepared, begin, rows, uncond)
   ckptr = checkpoint.open_checkpointer(workdir / "checkpoints", keep=train.keep)
-  identity = {
-    "jaxpref": __version__,
-    "data": rows_lib.fingerprint(prepared.rows),
-    "pipeline": pipeline.digest,
-    "num_updates": train.num_updates,
-    **({"start": prepared.start["digest"]} if prepared.start else {}),
-  }
-  start = 0
-  if checkpoint.latest_step(ckptr) is None:
-    state = jax.jit(make_state, out_shardings=placement)(begin)
-  else:
-    target = jax.tree.map(
-      lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, placement
-    )
-    restored = checkpoint.restore(ckptr, target)
-    start, state = restored.step, restored.state
-    _check_continues(restored.metadata, identity, start, config)
-    deal.set_state(restored.data_state)
-    _log.warning("continuing after update %d of %d", start, train.num_updates)
-  adapt = _adapter(config)
+  identity = _identify(prepared)
+  state, start = _first_state(program, begin, ckptr, deal, identity, config)
   base = unet_lib.freeze(base, config.model.frozen_dtype)
-  frozen = base if config.lora.rank or loss.NEEDS.reference == "base" else None
+  frozen = base if config.lora.rank or needs.reference == "base" else None
   reference = None
-  if loss.NEEDS.reference == "start":
+  if needs.reference == "start":
     # Additions are few, and rounded only where they meet the base's weights.
     reference = begin if config.lora.rank else unet_lib.freeze(begin, config.model.frozen_dtype)
   del begin  # the state has a copy of it
   # Only now: a continuation that is refused changes nothing.
   workdir_lib.write_config(workdir, config)
 
-  # Programs.
-  train_step, rollout, reference_errors = _programs(prepared, tx, placement)
-  known = None
-  if config.data.noise_draws and loss.NEEDS.reference:
-    known = _known_errors(reference_errors, base, uncond, rows, config, mesh)
-
-  # The loop.
+  # The loop. The host runs ahead of the devices, except at updates that are logged: each of
+  # their phases is waited for, so that it can be timed.
+  make_batch = _batch_maker(prepared, program, base, uncond, rows)
   writer = metrics.MetricWriter(
     workdir, total_updates=train.num_updates, start_step=start or None
   )
+  meter = _speedometer(prepared)
   clock = metrics.Stopwatch()
-  images_since = 0
+  profiler = speed.Profiler(workdir / "profile", first=start + 3, updates=config.profile)
+  under_way: collections.deque = collections.deque()
   try:
     for done in range(start + 1, train.num_updates + 1):
+      last = done == train.num_updates
+      logged = last or done % train.log_every == 0
+      wait = jax.block_until_ready if logged else lambda x: x
+      wait(state)
+      clock.reset()
+      profiler.before(done)
       with clock("data"):
-        index = next(deal)
-        batch = jax.tree.map(lambda x, i=index: x[i], rows)
-        if config.data.noise_draws:
-          draw = _draws_of(config, done - 1, len(index))
-          batch |= {"row": index.astype(np.int32), "draw": draw}
-          if known is not None:
-            batch |= {"ref": {arm: of[index, draw] for arm, of in known.items()}}
-        batch = sharding.place_batch(batch, mesh)
+        batch = make_batch(next(deal), done)
       drawn = None
-      if loss.NEEDS.rollout:
+      if program.rollout:
         with clock("rollout"):
-          policy = adapt(state.policy_copy if lagging else state.params, frozen)
-          drawn = rollout(policy, state.seed, state.update, batch["cond"], uncond)
-          jax.block_until_ready(drawn)
+          policy = state.policy_copy if program.lagging else state.params
+          policy = program.adapt(policy, frozen)
+          drawn = program.rollout(policy, state.seed, state.update, batch["cond"], uncond)
+          wait(drawn)
       with clock("update"):
-        state, values = train_step(state, frozen, uncond, batch, drawn, reference)
-        jax.block_until_ready(state.update)
-      images_since += train.batch_size
-      if done % train.log_every == 0 or done == train.num_updates:
-        shares, speed = clock.shares(), images_since / clock.elapsed()
-        numbers = {name: float(v) for name, v in values.items()}
-        times = {f"time/{name}": share for name, share in shares.items()}
-        if done < train.num_updates:
-          _warn_of_nothing(numbers, done)
-        writer.write(done, numbers | {"perf/images_per_second": speed} | times)
-        writer.progress(done, loss=numbers["loss"], images_per_second=speed, shares=shares)
-        images_since = 0
-        clock.reset()
-      if done % train.updates_per_iteration == 0 or done == train.num_updates:
-        with clock("checkpoint"):
-          _check_finite(values, done)
-          checkpoint.save(ckptr, done, state, deal.get_state(), identity)
+        state, values = program.train_step(state, frozen, uncond, batch, drawn, reference)
+        wait(state)
+      meter.add(train.batch_size)
+      profiler.after(done, state)
+      under_way.append(values["loss"])
+      if len(under_way) > _AHEAD:
+        jax.block_until_ready(under_way.popleft())
+      if logged:
+        _log_update(writer, done, values, meter.measure(), clock.shares(), last=last)
+      if done == start + 1:
+        jax.block_until_ready(state)
+        meter.reset()  # until now programs were compiled
+      if last or done % train.updates_per_iteration == 0:
+        _check_finite(values, done)
+        checkpoint.save(ckptr, done, state, deal.get_state(), identity)
   finally:
     # Also after an error: the save under way is finished before the workdir is given up.
+    profiler.close()
     writer.close()
     checkpoint.close(ckptr)
 
-  models = {"base": base, "tuned": adapt(state.ema, base)}
+  models = {"base": base, "tuned": program.adapt(state.ema, base)}
   _evaluate(prepared, models, workdir, f"{time.time() - began:.0f} s, from update {start}")
 
 
@@ -198,36 +164,60 @@ def _begin(prepared: Prepared, base: Any) -> Any:
   return jax.jit(lambda params: init_trained(prepared.config, params))(base)
 
 
-def _adapter(config: Any) -> Callable[[Any, Any], Any]:
-  """(what is trained, base) -> the policy's parameters."""
-  if not config.lora.rank:
-    return lambda trained, base: trained
-  scale = config.lora.alpha / config.lora.rank
-  return lambda trained, base: lora_lib.Adapted(base, trained, scale)
+def _identify(prepared: Prepared) -> dict[str, Any]:
+  """What a checkpoint says of its run, for a continuation to compare."""
+  return {
+    "jaxpref": __version__,
+    "data": rows_lib.fingerprint(prepared.rows),
+    "pipeline": prepared.pipeline.digest,
+    "num_updates": prepared.config.train.num_updates,
+    **({"start": prepared.start["digest"]} if prepared.start else {}),
+  }
 
 
-def _init_replay(prepared: Prepared, rows: Any, uncond: Any) -> Any:
-  """The empty buffer of earlier updates' rows, where one is asked for."""
-  config, pipeline = prepared.config, prepared.pipeline
-  if not config.rollout.replay:
-    return None
-  count = config.train.batch_size
-  batch = jax.tree.map(lambda x: jnp.zeros((count, *x.shape[1:]), x.dtype), rows)
-  states = jnp.zeros((count, config.rollout.states, *pipeline.latent_shape))
-  drawn = rollouts.States(states, states, jnp.zeros(states.shape[:2], jnp.int32))
-  shapes = jax.eval_shape(
-    lambda *a: noising.make_arms(
-      pipeline.schedule, prepared.loss.NEEDS, *a, seed=0, update=0, prompt_dropout=0.0
-    ),
-    *(batch, drawn, uncond),
+def _first_state(
+  program: programs.Programs,
+  begin: Any,
+  ckptr: Any,
+  deal: Any,
+  identity: dict[str, Any],
+  config: Any,
+) -> tuple[Any, int]:
+  """The state to go on from and the updates done; puts `deal` where it was then."""
+  if checkpoint.latest_step(ckptr) is None:
+    return jax.jit(program.make_state, out_shardings=program.placement)(begin), 0
+  target = jax.tree.map(
+    lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+    jax.eval_shape(program.make_state, begin),
+    program.placement,
   )
-  return rollouts.init_replay(shapes, config.rollout.replay)
+  restored = checkpoint.restore(ckptr, target)
+  _check_continues(restored.metadata, identity, restored.step, config)
+  deal.set_state(restored.data_state)
+  _log.warning("continuing after update %d of %d", restored.step, identity["num_updates"])
+  return restored.state, restored.step
 
 
-def _draws_of(config: Any, update: int, rows: int) -> np.ndarray:
-  """Which of its fixed draws each row of a batch takes, int32 [B]."""
-  rng = np.random.default_rng([config.seed, update])
-  return rng.integers(config.data.noise_draws, size=rows, dtype=np.int32)
+def _batch_maker(
+  prepared: Prepared, program: programs.Programs, base: Any, uncond: Any, rows: Any
+) -> Callable[[np.ndarray, int], Any]:
+  """(indices of rows, number of the update) -> a batch on the devices."""
+  config, mesh = prepared.config, prepared.mesh
+  draws = config.data.noise_draws
+  known: dict[str, np.ndarray] = {}
+  if draws and prepared.loss.NEEDS.reference:
+    known = _known_errors(program.reference_errors, base, uncond, rows, config, mesh)
+
+  def make(index: np.ndarray, done: int) -> Any:
+    batch = jax.tree.map(lambda x: x[index], rows)
+    if draws:
+      rng = np.random.default_rng([config.seed, done - 1])
+      draw = rng.integers(draws, size=len(index), dtype=np.int32)
+      batch |= {"row": index.astype(np.int32), "draw": draw}
+      batch |= {"ref": {arm: of[index, draw] for arm, of in known.items()}}
+    return sharding.place_batch(batch, mesh)
+
+  return make
 
 
 def _known_errors(
@@ -247,62 +237,34 @@ def _known_errors(
   return jax.tree.map(lambda *of: np.stack(of, axis=1), *found)
 
 
-def _optimizer(config: Any) -> optax.GradientTransformation:
-  optimizer = config.optim
-  schedule = optim.make_schedule(
-    optimizer.schedule,
-    lr=optimizer.lr,
-    warmup_updates=optimizer.warmup_updates,
-    num_updates=config.train.num_updates,
-  )
-  return optim.make_optimizer(
-    schedule,
-    b1=optimizer.b1,
-    b2=optimizer.b2,
-    eps=optimizer.eps,
-    weight_decay=optimizer.weight_decay,
-    clip_norm=optimizer.clip_norm,
+def _speedometer(prepared: Prepared) -> speed.Speedometer:
+  work = flops.of_update(prepared, flops.of_forward(prepared.pipeline))
+  return speed.Speedometer(
+    images_per_row=len(prepared.arms) - bool(prepared.loss.NEEDS.rollout),
+    flops_per_row=sum(work.values()) / prepared.config.train.batch_size,
   )
 
 
-def _programs(prepared: Prepared, tx: optax.GradientTransformation, placement: Any):
-  """The train step, the rollout, and the reference's errors on fixed draws."""
-  config, pipeline, needs = prepared.config, prepared.pipeline, prepared.loss.NEEDS
-  model = config.model
-  denoise = unet_lib.make_denoise(
-    pipeline.modules["unet"], attention=model.attention, norm=model.norm, remat=model.remat
+def _log_update(
+  writer: metrics.MetricWriter,
+  done: int,
+  values: Mapping[str, jax.Array],
+  performance: Mapping[str, float],
+  shares: Mapping[str, float],
+  *,
+  last: bool,
+) -> None:
+  numbers = {name: float(v) for name, v in values.items()}
+  if not last:
+    _warn_of_nothing(numbers, done)
+  times = {f"time/{name}": share for name, share in shares.items()}
+  writer.write(done, {**numbers, **performance, **times})
+  writer.progress(
+    done,
+    loss=numbers["loss"],
+    images_per_second=performance["perf/images_per_second"],
+    shares=shares,
   )
-  dropout = config.data.prompt_dropout
-  fresh = config.rollout.refresh_every == 1 and config.rollout.guidance == 1.0
-  train_step = steps.make_train_step(
-    *(denoise, pipeline.schedule, prepared.loss, tx),
-    mesh=prepared.mesh,
-    state_sharding=placement,
-    arms=prepared.arms,
-    hyper=prepared.hyper,
-    ema_decay=config.optim.ema_decay,
-    accumulate=config.train.accumulate,
-    refresh_every=config.rollout.refresh_every,
-    own_targets=bool(needs.rollout) and fresh and not config.rollout.replay,
-    adapt=_adapter(config),
-    prompt_dropout=dropout,
-  )
-  rollout = None
-  if needs.rollout:
-    rollout = rollouts.make_rollout(
-      *(denoise, pipeline.schedule),
-      latent_shape=pipeline.latent_shape,
-      num_steps=config.rollout.num_steps,
-      solver=config.rollout.solver,
-      order=config.rollout.order,
-      guidance=config.rollout.guidance,
-      states_per_trajectory=config.rollout.states,
-      prompt_dropout=dropout,
-    )
-  reference_errors = steps.make_reference_errors(
-    *(denoise, pipeline.schedule, prepared.loss), arms=prepared.arms, prompt_dropout=dropout
-  )
-  return train_step, rollout, reference_errors
 
 
 def _warn_of_nothing(values: Mapping[str, float], done: int) -> None:

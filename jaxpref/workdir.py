@@ -24,7 +24,10 @@ from jaxpref.paths import user_path
 CONFIG = "config.json"
 LOCK = ".lock"
 # What may change between the start of a run and its resumption.
-RESUME_SAFE = ("evaluate", "improve", "train.log_every", "train.num_updates", "train.keep")
+RESUME_SAFE = (
+  *("evaluate", "improve", "profile"),
+  *("train.log_every", "train.num_updates", "train.keep"),
+)
 # Network and FUSE file systems answer with one of these when they have no locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 

@@ -69,6 +69,7 @@ def train(
   own=False,
   states=1,
   replay=0,
+  lots=0,
   fixed=False,
   seed=0,
   **hyper,
@@ -119,12 +120,14 @@ def train(
   rollout = rollouts.make_rollout(
     denoise,
     schedule,
+    mesh=mesh,
     latent_shape=(CHANNELS, SIZE, SIZE),
     num_steps=4,
     solver="dpm_solver",
     order=2,
     guidance=1.0,
     states_per_trajectory=states,
+    batch_size=lots,
     **shared,
   )
   params = jax.device_put(params, split.params)

@@ -15,12 +15,13 @@ import optax
 import pytest
 
 from jaxpref import losses, noising, randomness, rollouts, sharding, steps
+from jaxpref.diffusion import sample as sample_lib
 from jaxpref.diffusion import schedule as schedule_lib
 from jaxpref.errors import UserError
 
 CASES = [
   {"name": "dro", "data": 8},
-  {"name": "dro", "data": 4, "fsdp": 2, "accumulate": 2},
+  {"name": "dro", "data": 4, "fsdp": 2, "accumulate": 2, "lots": 8},
   {"name": "dro", "data": 2, "fsdp": 4, "refresh_every": 2, "states": 2, "replay": 2},
   {"name": "sft", "data": 2, "fsdp": 4},
   {"name": "kto", "data": 8},  # its reference point is of the batch of all devices
@@ -256,19 +257,22 @@ def test_update_equals_the_formula_by_hand():
     np.testing.assert_allclose(after[name], want, rtol=1e-4, atol=1e-5)
 
 
-def test_rollout_keeps_states_of_all_timesteps_alike():
-  params, _, empty = devices_main.initial()
-  rollout = rollouts.make_rollout(
-    devices_main.denoise,
+def make_rollout(denoise=devices_main.denoise, **options):
+  """A rollout of the toy problem, in 20 steps."""
+  defaults = {"solver": "dpm_solver", "order": 2, "guidance": 1.0, "prompt_dropout": 0.0}
+  return rollouts.make_rollout(
+    denoise,
     schedule_lib.make_schedule(),
+    mesh=sharding.make_mesh(),
     latent_shape=(devices_main.CHANNELS, 2, 2),
     num_steps=20,
-    solver="dpm_solver",
-    order=2,
-    guidance=1.0,
-    prompt_dropout=0.0,
-    states_per_trajectory=3,
+    **defaults | options,
   )
+
+
+def test_rollout_keeps_states_of_all_timesteps_alike():
+  params, _, empty = devices_main.initial()
+  rollout = make_rollout(states_per_trajectory=3)
   cond = jnp.zeros((2000, devices_main.TOKENS, devices_main.WIDTH))
   out = rollout(params, 3, 0, cond, empty)
   t = np.asarray(out.t)
@@ -281,6 +285,44 @@ def test_rollout_keeps_states_of_all_timesteps_alike():
     np.testing.assert_allclose(out.target[:, k], again, rtol=1e-4, atol=1e-5)
   other = rollout(params, 3, 1, cond, empty)
   assert (np.asarray(other.t) != t).mean() > 0.9
+
+
+@pytest.mark.parametrize(
+  "options",
+  [
+    {"states_per_trajectory": 1},
+    {"states_per_trajectory": 3, "guidance": 2.0},
+    {"solver": "ddpm", "prompt_dropout": 0.5},
+  ],
+)
+def test_lots_that_stop_early_give_the_states_of_whole_trajectories(options, monkeypatch):
+  params, rows, empty = devices_main.initial()
+  steps_done = []
+
+  def counting(params, x_t, t, cond):
+    jax.debug.callback(lambda: steps_done.append(1))
+    return devices_main.denoise(params, x_t, t, cond)
+
+  lots = make_rollout(counting, batch_size=2, **options)(params, 3, 0, rows["cond"], empty)
+  jax.effects_barrier()
+  count = len(steps_done)
+
+  def whole(*args, **kwargs):
+    """Every step of every row, from the loop that images are drawn with."""
+    *problem, kept = args
+    _, seen = sample_lib.sample(*problem, trajectory=True, **kwargs)
+    at = lambda x: jax.vmap(lambda s, k: s[k], in_axes=(1, 1), out_axes=1)(x, kept)  # noqa: E731
+    return jax.tree.map(at, seen)
+
+  monkeypatch.setattr(sample_lib, "sample_until", whole)
+  full = make_rollout(**options)(params, 3, 0, rows["cond"], empty)
+  np.testing.assert_array_equal(lots.t, full.t)
+  np.testing.assert_allclose(lots.x_t, full.x_t, rtol=1e-4, atol=2e-5)
+  np.testing.assert_allclose(lots.target, full.target, rtol=1e-4, atol=2e-5)
+  # Each lot of two rows went as far as the further one, and no step beyond.
+  levels = 20 - np.asarray(full.t) // 50
+  assert count == np.sort(levels.max(axis=1)).reshape(-1, 2).max(axis=1).sum()
+  assert count < 20 * 8
 
 
 def test_prompts_are_dropped_at_the_rate():

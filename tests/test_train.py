@@ -19,7 +19,7 @@ from orbax.checkpoint import v1 as ocp
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from jaxpref import checkpoint, main
+from jaxpref import checkpoint, main, rollouts, steps
 from jaxpref.data.shapes import prompts
 from jaxpref.evaluation import evaluate
 from jaxpref.models import pipeline as pipeline_lib
@@ -74,12 +74,29 @@ def _lines(workdir):
 
 @pytest.fixture(scope="module")
 def finished(tiny_pipeline, tmp_path_factory, tfds_dir):
-  """An uninterrupted run of DRO."""
+  """An uninterrupted run of DRO, whose programs may neither move data nor be compiled twice."""
   workdir = tmp_path_factory.mktemp("runs") / "dro"
+  jitted = []
+
+  def guard(make):
+    def made(*args, **kwargs):
+      jitted.append(program := make(*args, **kwargs))
+
+      def call(*arguments):
+        with jax.transfer_guard("disallow"):
+          return program(*arguments)
+
+      return call
+
+    return made
+
   with pytest.MonkeyPatch.context() as patch:
     patch.chdir(ROOT)
     patch.setenv("TFDS_DATA_DIR", str(tfds_dir))
-    assert main.main(_arguments(tiny_pipeline, workdir)) == 0
+    patch.setattr(steps, "make_train_step", guard(steps.make_train_step))
+    patch.setattr(rollouts, "make_rollout", guard(rollouts.make_rollout))
+    assert main.main(_arguments(tiny_pipeline, workdir, profile=1)) == 0
+  assert [program._cache_size() for program in jitted] == [1, 1]
   return workdir
 
 
@@ -95,7 +112,11 @@ def test_a_run_leaves_what_it_promises(finished, capsys):
     "rewards/accuracy",
     "dro/active",
     "optim/grad_norm",
+    "perf/rows_per_second",
     "perf/images_per_second",
+    "perf/tflops_per_second",
+    "perf/compile_seconds",
+    "time/data",
     "time/rollout",
     "time/update",
   ):
@@ -113,6 +134,7 @@ def test_a_run_leaves_what_it_promises(finished, capsys):
   assert len(images) == 6 and Image.open(images[0]).size == (16, 16)
   html = (finished / "report.html").read_text()
   assert "data:image/png;base64" in html
+  assert list((finished / "profile").rglob("*.xplane.pb"))
   assert not re.search(r"""(?:src|href)=["']?(?!data:|#|["'])""", html)
 
 

@@ -24,13 +24,14 @@ _TOKENIZER_FILES = (
 )
 
 
-def find_pipeline(name: str, *, variant: str = "") -> Path:
+def find_pipeline(name: str, *, variant: str = "", configs_only: bool = False) -> Path:
   """The directory that `name` stands for.
 
   Args:
     name: 'shapes' for the bundled pipeline, a directory in diffusers' layout, or the id of
       a repository on the Hugging Face hub, of which the files needed are downloaded once.
     variant: of the weights, see `weights.open_part`.
+    configs_only: download no more than the configuration files.
 
   Raises:
     UserError: it is a file, or there is neither such a directory nor such a repository, or
@@ -47,7 +48,7 @@ def find_pipeline(name: str, *, variant: str = "") -> Path:
     return path
   if not _HUB_ID.fullmatch(name):
     raise UserError(f"there is no directory {path}, and it is no id of the Hugging Face hub")
-  return _download(name, variant)
+  return _download(name, variant, configs_only=configs_only)
 
 
 def _refuse_directory(path: Path) -> None:
@@ -60,7 +61,7 @@ def _refuse_directory(path: Path) -> None:
   raise UserError(f"no {path / INDEX}: not a complete pipeline in diffusers' layout")
 
 
-def _download(repo: str, variant: str) -> Path:
+def _download(repo: str, variant: str, *, configs_only: bool) -> Path:
   try:
     files = huggingface_hub.HfApi().list_repo_files(repo)
   except hub_errors.RepositoryNotFoundError as error:
@@ -78,6 +79,8 @@ def _download(repo: str, variant: str) -> Path:
       f"hub cannot be asked: {_root(error)}"
     ) from error
   wanted = needed_files(files, variant=variant, where=repo)
+  if configs_only:
+    wanted = [file for file in wanted if file == INDEX or file.endswith("config.json")]
   try:
     return Path(huggingface_hub.snapshot_download(repo, allow_patterns=wanted))
   except (hub_errors.HfHubHTTPError, OSError) as error:

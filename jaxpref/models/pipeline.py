@@ -155,27 +155,13 @@ def load_pipeline(
     UserError: a file is missing or damaged, is not what it should be, or does not fit its
       configuration.
   """
-  path = hub.find_pipeline(name, variant=variant)
-  configs = _read_configs(path)
-  modules, shapes = {}, {}
-  for part, make in _BUILD.items():
-    if part in configs:
-      file = path / part / "config.json"
-      try:
-        modules[part] = make(configs[part], dtype=_dtype_of(part, dtype))
-        shapes[part] = abstract_params(modules[part])
-      except UserError as error:
-        raise UserError(f"{file}: {error}") from error
-      except _LIBRARY_ERRORS as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{file} describes no {part} that can be built: {reason}") from error
-  schedule = _schedule(path / "scheduler" / "scheduler_config.json", configs["scheduler"])
+  described = describe_pipeline(name, dtype=dtype, variant=variant, configs_only=False)
+  path, modules = described.path, described.modules
   encoders = [part for part in modules if part.startswith("text_encoder")]
   tokenizers = tuple(
     _load_tokenizer(path, part.replace("text_encoder", "tokenizer"), modules[part])
     for part in encoders
   )
-  _check_fit(path, modules)
 
   def place(_, array):
     if mesh is None:
@@ -191,7 +177,7 @@ def load_pipeline(
   for part in modules:
     params[part], digest = convert.import_tensors(
       weights.open_part(path / part, variant=variant),
-      shapes[part],
+      abstract_params(modules[part]),
       where=str(path / part),
       place=forget if part in without else place,
     )
@@ -199,7 +185,40 @@ def load_pipeline(
   for part in without:
     del params[part]
   digest = hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16]
-  return Pipeline(path, configs, modules, params, tokenizers, schedule, digest)
+  return dataclasses.replace(described, params=params, tokenizers=tokenizers, digest=digest)
+
+
+def describe_pipeline(
+  name: str, *, dtype: Any = jnp.float32, variant: str = "", configs_only: bool = True
+) -> Pipeline:
+  """A pipeline without its parameters and tokenizers, from its configuration files.
+
+  Args:
+    name: as `load_pipeline` takes it.
+    dtype: of the UNet's and text encoders' computation.
+    variant: of the weights.
+    configs_only: of a pipeline on the hub download nothing else.
+
+  Raises:
+    UserError: a file is missing, or is not what it should be.
+  """
+  path = hub.find_pipeline(name, variant=variant, configs_only=configs_only)
+  configs = _read_configs(path)
+  modules = {}
+  for part, make in _BUILD.items():
+    if part in configs:
+      file = path / part / "config.json"
+      try:
+        modules[part] = make(configs[part], dtype=_dtype_of(part, dtype))
+        abstract_params(modules[part])
+      except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+      except _LIBRARY_ERRORS as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{file} describes no {part} that can be built: {reason}") from error
+  schedule = _schedule(path / "scheduler" / "scheduler_config.json", configs["scheduler"])
+  _check_fit(path, modules)
+  return Pipeline(path, configs, modules, {}, (), schedule, "")
 
 
 def _read_configs(path: Path) -> dict[str, dict[str, Any]]:

@@ -133,6 +133,22 @@ def make_denoise(
   return denoise
 
 
+def abstract_cond(modules: Mapping[str, Any], rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes of what a UNet is told, float32 here, for so many rows.
+
+  Args:
+    modules: of a pipeline.
+    rows: B.
+  """
+  shape = lambda *of: jax.ShapeDtypeStruct((rows, *of), jnp.float32)  # noqa: E731
+  tokens = modules["text_encoder"].config.max_position_embeddings
+  cond = {"text": shape(tokens, modules["unet"].cross_attention_dim)}
+  if "text_encoder_2" in modules:
+    pooled = modules["text_encoder_2"].config.projection_dim
+    cond |= {"pooled": shape(pooled), "time_ids": shape(6)}
+  return cond
+
+
 def freeze(params: Params, dtype: Any) -> Any:
   """Parameters that are not trained, their kernels in `dtype`.
 

@@ -1,0 +1,146 @@
+"""What is counted, against what is known: published counts, and programs done by hand."""
+
+import conftest
+import families
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxpref import config as config_lib
+from jaxpref import flops, prepare, programs, sharding
+from jaxpref.models import pipeline as pipeline_lib
+
+SHAPE = jax.ShapeDtypeStruct
+
+
+def count(fun, *shapes):
+  return flops.count(jax.make_jaxpr(fun)(*(SHAPE(s, jnp.float32) for s in shapes)))
+
+
+def test_products_and_convolutions():
+  assert count(lambda a, b: a @ b, (3, 5), (5, 7)) == 2 * 3 * 5 * 7
+  assert count(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (4, 3, 5), (4, 5, 7)) == 840
+  assert count(lambda a, b: a + b, (3,), (3,)) == 0
+
+  def conv(x, kernel, stride=1, groups=1):
+    return jax.lax.conv_general_dilated(
+      x,
+      kernel,
+      (stride, stride),
+      "SAME",
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+      feature_group_count=groups,
+    )
+
+  shapes = (2, 8, 8, 6), (3, 3, 6, 4)
+  assert count(conv, *shapes) == 2 * (2 * 8 * 8 * 4) * 9 * 6
+  assert count(lambda x, k: conv(x, k, groups=2), (2, 8, 8, 6), (3, 3, 3, 4)) == 27648
+  for stride in (1, 2):  # a backward pass is two forward passes
+    forward = count(lambda x, k, s=stride: conv(x, k, s), *shapes)
+    both = count(
+      jax.grad(lambda x, k, s=stride: jnp.square(conv(x, k, s)).sum(), (0, 1)), *shapes
+    )
+    assert both == 3 * forward
+
+
+def test_what_holds_other_programs():
+  product = lambda a, b: a @ b  # noqa: E731
+  shapes, once = ((5, 5), (5, 5)), 2 * 125
+  scanned = lambda a, b: jax.lax.scan(lambda c, _: (c @ b, None), a, length=7)[0]  # noqa: E731
+  assert count(scanned, *shapes) == 7 * once
+  either = lambda a, b: jax.lax.cond(a[0, 0] > 0, lambda: a @ b, lambda: a @ b @ b)  # noqa: E731
+  assert count(either, *shapes) == 2 * once
+  loop = lambda a, b: jax.lax.while_loop(lambda c: c[0, 0] > 0, lambda c: c @ b, a)  # noqa: E731
+  assert count(loop, *shapes) == once
+  assert count(jax.jit(jax.checkpoint(product)), *shapes) == once
+  mesh = sharding.make_mesh()
+  spec = jax.sharding.PartitionSpec("data")
+  split = jax.shard_map(
+    product, mesh=mesh, in_specs=(spec, jax.sharding.PartitionSpec()), out_specs=spec
+  )
+  assert count(split, (8, 5), (5, 5)) == 2 * 8 * 25
+
+
+def described(name, tmp_path):
+  """A real family's pipeline at full width, without weights."""
+  for file in (families.CONFIGS / name).glob("*.json"):
+    where = {
+      "model_index": "model_index.json",
+      "scheduler": "scheduler/scheduler_config.json",
+    }.get(file.stem, f"{file.stem}/config.json")
+    (tmp_path / where).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / where).write_bytes(file.read_bytes())
+  return pipeline_lib.describe_pipeline(str(tmp_path))
+
+
+@pytest.mark.parametrize(("name", "tera"), [("sd15", 0.8033), ("sdxl", 6.761)])
+def test_forward_passes_of_the_real_models(name, tera, tmp_path):
+  pipeline = described(name, tmp_path)
+  assert flops.of_forward(pipeline) / 1e12 == pytest.approx(tera, rel=2e-3)
+  if name == "sd15":
+    improver = pipeline_lib.widen(pipeline)
+    assert flops.of_forward(improver) / 1e12 == pytest.approx(0.8034, rel=2e-3)
+
+
+# Forward passes of SD 1.5 per row, by hand: what the method does with a row's images.
+PASSES = {
+  "sft": 3,
+  "csft": 3,
+  "kto": 4,
+  "mapo": 6,
+  "simpo": 6,
+  "dpo": 8,
+  "dspo": 8,
+  "sdpo": 8,
+  "spin": 8,
+  "listwise": 3 * 4,
+  "dro": 3 + 2,
+  "improver": 3,
+}
+OPTIONS = {
+  "dro": [("rollout.batch_size=4", 3 + 2), ("rollout.refresh_every=2", 6 + 2)],
+  "dpo": [("data.noise_draws=2", 6), ("lora.rank=2", 2 * 2 + 2)],
+}
+CASES = [(name, "", passes) for name, passes in PASSES.items()]
+CASES += [(name, *option) for name, options in OPTIONS.items() for option in options]
+
+
+@pytest.mark.parametrize(("name", "option", "passes"), CASES)
+def test_a_step_costs_what_its_method_says(name, option, passes, monkeypatch):
+  """The step as it is traced, the published count, and the one that runs report."""
+  monkeypatch.chdir(conftest.ROOT)
+  fields = [f"--config=configs/{name}.py:tiny", "--config.model.path=shapes"]
+  fields += [f"--config.{field}" for field in [option] if field]
+  config, _ = config_lib.parse_args(fields, flags={})
+  checked = prepare.check(config, devices=jax.devices()[:1])
+  if name == "listwise":
+    passes *= config.data.list_size / 3
+  forward = flops.of_forward(checked.pipeline)
+  rows = config.train.batch_size
+  cost = flops.of_update(checked, forward)
+  assert sum(cost.values()) - cost.get("rollout", 0.0) == passes * rows * forward
+  program, arguments = programs.abstract_programs(checked)
+  traced = flops.count(jax.make_jaxpr(program.train_step)(*arguments))
+  # Gradients end at the first addition, which is not in the first layer.
+  within = 0.06 if config.lora.rank else 0.02
+  assert traced == pytest.approx(passes * rows * forward, rel=within)
+  if program.rollout:
+    state = arguments.state
+    one_step = flops.count(
+      jax.make_jaxpr(program.rollout)(
+        *(state.params, state.seed, state.update, arguments.batch["cond"], arguments.uncond)
+      )
+    )
+    assert one_step == pytest.approx(rows * forward, rel=0.001)
+
+
+@pytest.mark.parametrize("states", [1, 3])
+@pytest.mark.parametrize("batch_size", [0, 2])
+def test_expected_steps_are_the_mean_of_those_taken(states, batch_size):
+  rng = np.random.default_rng(0)
+  first = rng.integers(20, size=(20_000, 8, 1))
+  last = ((first + 20 // states * np.arange(states)) % 20).max(-1)
+  taken = 1 + np.sort(last).reshape(20_000, -1, batch_size or 8).max(-1)
+  expected = flops.expected_steps(8, 20, states=states, batch_size=batch_size)
+  assert taken.mean() == pytest.approx(expected, rel=0.003)
