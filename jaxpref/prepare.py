@@ -1,7 +1,6 @@
 """What a run reads, all of it, and checked before anything is written."""
 
 import dataclasses
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -73,18 +72,21 @@ def prepare(config: Any) -> Prepared:
   return Prepared(**vars(checked), rows=rows, prompts=prompts, scorers=usable)
 
 
-def check(config: Any, *, devices: Sequence[Any] = ()) -> Checked:
+def check(config: Any, *, mesh: Any = None) -> Checked:
   """Reads the models, and refuses settings that cannot be.
 
   Args:
     config: of the run.
-    devices: other ones than this machine's, to plan for: no weights are read then.
+    mesh: another one than that of this machine's devices, to plan for, abstract or not: no
+      weights are read then.
 
   Raises:
     UserError: whatever is wrong.
   """
   runtime.cache_programs()
-  mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, devices=devices)
+  plans = mesh is not None
+  if not plans:
+    mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
   sharding.check_batch(config.train.batch_size, mesh, accumulate=config.train.accumulate)
   loss = losses.load_loss(config.loss.name)
   hyper = losses.hyper_of(loss, config.loss)
@@ -94,7 +96,7 @@ def check(config: Any, *, devices: Sequence[Any] = ()) -> Checked:
   sharding.check_batch(config.rollout.batch_size, mesh, section="rollout")
   losses.check_objective(loss, hyper, arms, images=len(of_rows))
   model = {"dtype": jnp.dtype(config.model.dtype), "variant": config.model.variant}
-  if devices:
+  if plans:
     pipeline = pipeline_lib.describe_pipeline(config.model.path, **model)
   else:
     pipeline = pipeline_lib.load_pipeline(config.model.path, mesh=mesh, **model)
@@ -111,7 +113,7 @@ def check(config: Any, *, devices: Sequence[Any] = ()) -> Checked:
   grid.offset_grid(pipeline.schedule, config.rollout.num_steps, jnp.zeros(1, jnp.int32))
   check_steps(pipeline, "evaluate.num_steps", config.evaluate.num_steps)
   start = {}
-  if config.model.start and not devices:
+  if config.model.start and not plans:
     start = _load_start(config, pipeline, mesh)
   abstract_trained(config, pipeline)  # a pattern of LoRA without a match is refused here
   return Checked(config, mesh, loss, hyper, arms, pipeline, start)

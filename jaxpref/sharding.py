@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxpref.errors import UserError
@@ -29,7 +29,27 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, devices: Sequence[Any] = ()) -> 
   """
   if jax.process_count() > 1:
     raise UserError("this version runs on one host; start a single process")
-  total = len(devices) or jax.device_count()
+  shape = _mesh_shape(data, fsdp, len(devices) or jax.device_count())
+  # Auto: diffusers' modules do not run under the default, explicit sharding in types.
+  types = (AxisType.Auto,) * 2
+  return jax.make_mesh(shape, BATCH_AXES, axis_types=types, devices=devices or None)
+
+
+def abstract_mesh(mesh: Any, total: int) -> AbstractMesh:
+  """A mesh of so many devices that are not there, to reason about shapes.
+
+  Args:
+    mesh: the configuration's section.
+    total: devices.
+
+  Raises:
+    UserError: as `make_mesh`.
+  """
+  shape = _mesh_shape(mesh.data, mesh.fsdp, total)
+  return AbstractMesh(shape, BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def _mesh_shape(data: int, fsdp: int, total: int) -> tuple[int, int]:
   if data == -1 and fsdp == -1:
     raise UserError("only one of mesh.data and mesh.fsdp can be -1")
   for name, count in (("data", data), ("fsdp", fsdp)):
@@ -38,9 +58,7 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, devices: Sequence[Any] = ()) -> 
   shape = (total // fsdp if data == -1 else data, total // data if fsdp == -1 else fsdp)
   if shape[0] * shape[1] != total:
     raise UserError(f"mesh.data x mesh.fsdp = {shape[0]} x {shape[1]}, but devices: {total}")
-  # Auto: diffusers' modules do not run under the default, explicit sharding in types.
-  types = (AxisType.Auto,) * 2
-  return jax.make_mesh(shape, BATCH_AXES, axis_types=types, devices=devices or None)
+  return shape
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -30,6 +30,22 @@ def real_configs(family: str) -> dict[str, dict[str, Any]]:
   return files
 
 
+def describe(family: str, directory: Path, *, dtype: Any = np.float32) -> pipeline.Pipeline:
+  """A real family's pipeline at full width, without weights, by way of a directory."""
+  return pipeline.describe_pipeline(str(write_configs(family, directory)), dtype=dtype)
+
+
+def write_configs(family: str, directory: Path, **reduced: Any) -> Path:
+  """A pipeline's directory without weights, at full width unless `reduced_configs` is asked."""
+  configs = reduced_configs(family, **reduced) if reduced else real_configs(family)
+  places = {"model_index": "model_index.json", "scheduler": "scheduler/scheduler_config.json"}
+  for name, config in configs.items():
+    target = directory / places.get(name, f"{name}/config.json")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(config))
+  return directory
+
+
 def reduced_configs(
   family: str, *, vocab_size: int, shallow: bool = False
 ) -> dict[str, dict[str, Any]]:

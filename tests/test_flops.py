@@ -62,21 +62,9 @@ def test_what_holds_other_programs():
   assert count(split, (8, 5), (5, 5)) == 2 * 8 * 25
 
 
-def described(name, tmp_path):
-  """A real family's pipeline at full width, without weights."""
-  for file in (families.CONFIGS / name).glob("*.json"):
-    where = {
-      "model_index": "model_index.json",
-      "scheduler": "scheduler/scheduler_config.json",
-    }.get(file.stem, f"{file.stem}/config.json")
-    (tmp_path / where).parent.mkdir(parents=True, exist_ok=True)
-    (tmp_path / where).write_bytes(file.read_bytes())
-  return pipeline_lib.describe_pipeline(str(tmp_path))
-
-
 @pytest.mark.parametrize(("name", "tera"), [("sd15", 0.8033), ("sdxl", 6.761)])
 def test_forward_passes_of_the_real_models(name, tera, tmp_path):
-  pipeline = described(name, tmp_path)
+  pipeline = families.describe(name, tmp_path)
   assert flops.of_forward(pipeline) / 1e12 == pytest.approx(tera, rel=2e-3)
   if name == "sd15":
     improver = pipeline_lib.widen(pipeline)
@@ -113,7 +101,7 @@ def test_a_step_costs_what_its_method_says(name, option, passes, monkeypatch):
   fields = [f"--config=configs/{name}.py:tiny", "--config.model.path=shapes"]
   fields += [f"--config.{field}" for field in [option] if field]
   config, _ = config_lib.parse_args(fields, flags={})
-  checked = prepare.check(config, devices=jax.devices()[:1])
+  checked = prepare.check(config, mesh=sharding.make_mesh())
   if name == "listwise":
     passes *= config.data.list_size / 3
   forward = flops.of_forward(checked.pipeline)

@@ -2,6 +2,7 @@
 
 import json
 
+import families
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from conftest import ROOT
 
 from jaxpref import config as config_lib
+from jaxpref import memory
 from jaxpref.models import interceptors, kernels, lora, pipeline, unet
 
 ALTERNATIVES = {
@@ -171,29 +173,9 @@ def test_which_kernel_serves_a_platform(monkeypatch):
   assert asked == ["cudnn", "cudnn", "xla", "xla", "xla", "xla"]
 
 
-def kept_bytes(module, **options):
-  """Of the forward pass of one image, for the backward one; traced, not computed."""
-  size, width = module.sample_size, module.cross_attention_dim
-  params = jax.eval_shape(module.init_weights, jax.random.key(0))
-  denoise = unet.make_denoise(module, **options)
-  x = jax.ShapeDtypeStruct((1, module.in_channels, size, size), jnp.float32)
-  told = {"text": jax.ShapeDtypeStruct((1, 77, width), jnp.float32)}
-  t = jax.ShapeDtypeStruct((1,), jnp.int32)
-  residuals = jax.eval_shape(
-    lambda p, x, t, c: jax.vjp(lambda p: denoise(p, x, t, c), p)[1], params, x, t, told
-  )
-  weights = {(leaf.shape) for leaf in jax.tree.leaves(params)}
-  return sum(
-    leaf.size * leaf.dtype.itemsize
-    for leaf in jax.tree.leaves(residuals)
-    if leaf.shape not in weights  # of parameters, and of their casts, there is one for all
-  )
-
-
-def test_what_is_kept_of_sd15_at_full_width():
+def test_what_is_kept_of_sd15_at_full_width(tmp_path):
   """GiB for an image of 512 pixels in bfloat16."""
-  config = json.loads((ROOT / "tests/golden/model_configs/sd15/unet.json").read_text())
-  module = unet.build_unet(config, dtype=jnp.bfloat16)
+  described = families.describe("sd15", tmp_path, dtype=jnp.bfloat16)
   lean = {"attention": "xla", "norm": "lean"}
   for options, want in (  # the table of docs/performance.md
     ({"attention": "stock", "norm": "stock"}, 4.69),
@@ -201,7 +183,9 @@ def test_what_is_kept_of_sd15_at_full_width():
     ({**lean, "remat": "blocks"}, 0.148),
     ({**lean, "remat": "full"}, 0.084),
   ):
-    assert kept_bytes(module, **options) / 2**30 == pytest.approx(want, rel=0.02), options
+    assert memory.kept_bytes(described, **options) / 2**30 == pytest.approx(want, rel=0.02), (
+      options
+    )
 
 
 def test_bfloat16_is_not_left_on_the_way(tiny_pipeline):

@@ -1,0 +1,71 @@
+r"""Updates of Diffusion-DRO, with the drawing of negatives: as published, and in lots.
+
+  python benchmarks/dro_loop.py --against=torch
+  python benchmarks/dro_loop.py --against=torch --model=tests/golden/model_configs/sd15 \
+    --rows=32 --lots=8 --dtype=bfloat16 --set rollout.num_steps=20
+
+Weights are random; the bundled model is what a CPU is up to. PyTorch's part is in `rivals.py`.
+"""
+
+import sys
+
+import jax
+import side_by_side
+
+from jaxpref import flops
+
+
+def main(argv: list[str]) -> None:
+  """Times as the flags say."""
+  parser = side_by_side.make_parser(__doc__, method="dro", rows=32)
+  parser.add_argument("--lots", type=int, default=8, help="rollout.batch_size of the fast path")
+  options = parser.parse_args(argv)
+  checked = side_by_side.checked_of(options, f"rollout.batch_size={options.lots}")
+  published = side_by_side.checked_of(options)
+  contenders = {"ours": _loop(checked), "ours, all rows at once": _loop(published)}
+  if options.against:
+    import rivals  # noqa: PLC0415  # PyTorch is not needed for ours alone
+
+    steps = checked.config.rollout.num_steps
+    tokens = checked.pipeline.modules["text_encoder"].config.max_position_embeddings
+    for kind in options.rivals:
+      rival = rivals.Rival(
+        side_by_side.unet_config(checked),
+        kind,
+        rows=options.rows,
+        dtype=options.dtype,
+        tokens=tokens,
+      )
+      contenders[kind] = lambda rival=rival: rival.dro(steps)
+  took = side_by_side.take_turns(contenders, options.turns)
+  forward = flops.of_forward(checked.pipeline)
+  side_by_side.report(
+    "DRO",
+    options,
+    took,
+    unit="pairs",
+    units=options.rows,
+    work=sum(flops.of_update(checked, forward).values()),
+  )
+
+
+def _loop(checked):
+  """One update with its rollout."""
+  program, inputs = side_by_side.realise_run(checked)
+  state = [inputs.state]
+
+  def update():
+    now = state[0]
+    drawn = program.rollout(
+      now.params, now.seed, now.update, inputs.batch["cond"], inputs.uncond
+    )
+    state[0], values = program.train_step(
+      now, inputs.base, inputs.uncond, inputs.batch, drawn, inputs.start
+    )
+    jax.block_until_ready(values)
+
+  return update
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])

@@ -1,0 +1,72 @@
+r"""Latents from noise: DPM-Solver++ (2M) with classifier-free guidance.
+
+  python benchmarks/sampler.py --against=torch
+  python benchmarks/sampler.py --against=torch --model=tests/golden/model_configs/sd15 \
+    --rows=16 --dtype=bfloat16 --rivals P1 P2
+
+Weights are random; the bundled model is what a CPU is up to. PyTorch's part is in `rivals.py`.
+"""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import side_by_side
+
+from jaxpref import flops, programs
+from jaxpref.diffusion import grid, guidance, sample
+from jaxpref.models import unet as unet_lib
+
+GUIDANCE = 5.0
+
+
+def main(argv: list[str]) -> None:
+  """Times as the flags say."""
+  parser = side_by_side.make_parser(__doc__, method="sft", rows=16)
+  parser.add_argument("--steps", type=int, default=20, help="of the solver")
+  options = parser.parse_args(argv)
+  checked = side_by_side.checked_of(options)
+  pipeline = checked.pipeline
+  _, inputs = side_by_side.realise_run(checked)
+  params, cond = unet_lib.freeze(inputs.state.params, options.dtype), inputs.batch["cond"]
+  uncond = programs.abstract_rows(checked, 1)["cond"]
+  uncond = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), uncond)
+  denoise = unet_lib.make_denoise(pipeline.modules["unet"])
+  x_t = side_by_side.rows_placed(
+    checked, jax.random.normal(jax.random.key(0), (options.rows, *pipeline.latent_shape))
+  )
+
+  @jax.jit
+  def draw(params, x_t, cond, uncond):
+    guided = guidance.classifier_free(
+      lambda x, t, c: denoise(params, x, t, c), cond, uncond, GUIDANCE
+    )
+    levels = grid.uniform_grid(pipeline.schedule, options.steps, options.rows)
+    return sample.sample(guided, x_t, levels, pipeline.schedule)
+
+  contenders = {"ours": lambda: jax.block_until_ready(draw(params, x_t, cond, uncond))}
+  if options.against:
+    import rivals  # noqa: PLC0415  # PyTorch is not needed for ours alone
+
+    for kind in options.rivals:
+      rival = rivals.Rival(
+        side_by_side.unet_config(checked),
+        kind,
+        rows=options.rows,
+        dtype=options.dtype,
+        tokens=cond["text"].shape[1],
+      )
+      contenders[kind] = lambda rival=rival: rival.sample(options.steps, GUIDANCE)
+  took = side_by_side.take_turns(contenders, options.turns)
+  side_by_side.report(
+    "sampler",
+    options,
+    took,
+    unit="images",
+    units=options.rows,
+    work=2 * options.rows * options.steps * flops.of_forward(pipeline),
+  )
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])

@@ -1,0 +1,241 @@
+"""What the timings share: our programs as a run would build them, rivals, and taking turns.
+
+Contenders take turns, so that a machine that is shared or throttled is so for all of them
+alike; what is reported are medians, and ratios to ours within a turn.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpref import config as config_lib
+from jaxpref import prepare, programs, runtime, sharding, speed
+from jaxpref.models import pipeline as pipeline_lib
+
+BUNDLED = Path(__file__).resolve().parent.parent / "jaxpref/pipelines/shapes"
+RIVALS = {
+  "P0": "PyTorch as the published scripts have it: eager, attention that keeps its logits, "
+  "a solver that loops over samples in Python, separate calls for each half and model",
+  "P1": "PyTorch made fast: SDPA, channels_last, one call for all of a batch, a vectorised "
+  "solver, fused optimizer",
+  "P2": "P1 with torch.compile",
+}
+
+
+def make_parser(description: str, *, method: str, rows: int) -> argparse.ArgumentParser:
+  """Options that all timings have."""
+  parser = argparse.ArgumentParser(
+    description=description.splitlines()[0],
+    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+  )
+  add = parser.add_argument
+  add("--model", type=Path, default=BUNDLED, help="a pipeline's directory; weights are drawn")
+  add("--width", type=int, help="channels of its first level; by default as it has them")
+  add("--latents", type=int, help="their height; by default as the model has them")
+  add("--config", default=f"configs/{method}.py:shapes", help="what ours does")
+  add("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="in that configuration")
+  add("--rows", type=int, default=rows, help="of an update or of a batch")
+  add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation")
+  add("--against", default="", choices=("", "torch"), help="time rivals as well")
+  add("--rivals", nargs="+", default=["P0", "P1"], choices=RIVALS)
+  add("--turns", type=int, default=7, help="of each contender, after one that compiles")
+  add("--out", type=Path, help="JSON file for the numbers; a table is printed anyway")
+  return parser
+
+
+def checked_of(options: argparse.Namespace, *fields: str) -> prepare.Checked:
+  """A run's configuration and models as the options want it, without weights."""
+  runtime.use_all_cores()
+  with tempfile.TemporaryDirectory() as directory:
+    model = lay_out(options, Path(directory))
+    settings = (
+      f"model.path={model}",
+      f"model.dtype={options.dtype}",
+      f"model.frozen_dtype={options.dtype}",
+      f"train.batch_size={options.rows}",
+      *fields,
+      *options.set,
+    )
+    arguments = [f"--config={options.config}", *(f"--config.{field}" for field in settings)]
+    config, _ = config_lib.parse_args(arguments, flags={})
+    config_lib.validate(config)
+    return prepare.check(config, mesh=sharding.make_mesh())
+
+
+def lay_out(options: argparse.Namespace, directory: Path) -> Path:
+  """Writes the model's configuration files as a pipeline has them, narrower if asked for.
+
+  They may also stand side by side, as unet.json, vae.json, and so on.
+  """
+  files = {f.stem: f for f in options.model.glob("*.json")}
+  files |= {f.parent.name: f for f in options.model.glob("*/*config.json")}
+  configs = {name: json.loads(f.read_text()) for name, f in files.items()}
+  unet = configs["unet"]
+  if options.latents:
+    unet["sample_size"] = options.latents
+  if options.width:
+    first = unet["block_out_channels"][0]
+    unet["block_out_channels"] = [
+      options.width * channels // first for channels in unet["block_out_channels"]
+    ]
+    unet["cross_attention_dim"] = 2 * options.width
+    configs["text_encoder"] |= {"hidden_size": 2 * options.width, "num_attention_heads": 4}
+  places = {"model_index": "model_index.json", "scheduler": "scheduler/scheduler_config.json"}
+  for name, config in configs.items():
+    target = directory / places.get(name, f"{name}/config.json")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(config))
+  return directory
+
+
+def realise(shapes: Any, *, seed: int = 0) -> Any:
+  """Arrays of these shapes, placed as they say: normal numbers of a layer's usual size."""
+
+  def one(path, leaf):
+    rng = np.random.default_rng([seed, len(path)])
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+      return jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
+    fan = np.prod(leaf.shape[:-1]) if len(leaf.shape) > 1 else 25.0
+    values = rng.standard_normal(leaf.shape, np.float32) / np.float32(np.sqrt(max(fan, 1.0)))
+    return jax.device_put(values.astype(leaf.dtype), leaf.sharding)
+
+  return jax.tree.map_with_path(one, shapes)
+
+
+def realise_run(checked: prepare.Checked) -> tuple[programs.Programs, programs.Arguments]:
+  """A run's programs, and arguments of random numbers."""
+  program, shapes = programs.abstract_programs(checked)
+  params = realise(shapes.state.params)
+  state = jax.jit(program.make_state, out_shardings=program.placement)(params)
+  rest = realise(shapes._replace(state=None, base=None, start=None, rollout=None))
+  copy = jax.jit(lambda p: jax.tree.map(jnp.copy, p))(params)
+  return program, rest._replace(
+    state=state,
+    base=None if shapes.base is None else copy,
+    start=None if shapes.start is None else copy,
+    rollout=None if shapes.rollout is None else realise(shapes.rollout),
+  )
+
+
+def take_turns(
+  contenders: Mapping[str, Callable[[], None]], turns: int
+) -> dict[str, list[float]]:
+  """Seconds of every turn by contender; each returns when its work is done."""
+  took: dict[str, list[float]] = {name: [] for name in contenders}
+  for name, run in contenders.items():
+    began = time.perf_counter()
+    run()
+    print(f"{name}: first turn {time.perf_counter() - began:.1f} s", flush=True)
+  for _ in range(turns):
+    for name, run in contenders.items():
+      began = time.perf_counter()
+      run()
+      took[name].append(time.perf_counter() - began)
+  return took
+
+
+def matmul_rate(dtype: str) -> float:
+  """FLOP/s that one device reaches in a large product of square matrices."""
+  size = 1024 if jax.default_backend() == "cpu" else 8192
+  a = jnp.ones((size, size), dtype)
+  product = jax.jit(lambda a: a @ a)
+  product(a).block_until_ready()
+  best = min(_timed(lambda: product(a).block_until_ready()) for _ in range(10))
+  return 2 * size**3 / best
+
+
+def report(
+  name: str,
+  options: argparse.Namespace,
+  took: Mapping[str, list[float]],
+  *,
+  unit: str,
+  units: int,
+  work: float,
+) -> None:
+  """Prints a table, and writes everything as JSON where it is wanted.
+
+  Args:
+    name: of the benchmark.
+    options: from `make_parser`.
+    took: from `take_turns`; 'ours' is what others are compared with.
+    unit: what a turn makes, such as 'images'.
+    units: how many.
+    work: FLOPs of a turn, by the method's count.
+  """
+  device = jax.devices()[0]
+  rate = matmul_rate(options.dtype) * jax.device_count()
+  numbers: dict[str, Any] = {
+    "benchmark": name,
+    "date": str(datetime.date.today()),
+    "devices": f"{jax.device_count()} x {device.device_kind}",
+    "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    "versions": {p: _version(p) for p in ("jax", "jaxlib", "diffusers", "torch")},
+    "options": {k: str(v) for k, v in vars(options).items()},
+    "flops of a turn": work,
+    "flops a second of a large product": rate,
+    "peak of the data sheet": speed.peak_of(device.device_kind),
+    "contenders": {},
+  }
+  print(f"\n{numbers['devices']}, {numbers['machine']}, {numbers['versions']}")
+  print(f"\n| {name} | {unit} a second | time / ours | share of a large product's FLOP/s |")
+  print("|---|---|---|---|")
+  for contender, times in took.items():
+    median = statistics.median(times)
+    ratio = statistics.median(
+      mine / ours for mine, ours in zip(times, took["ours"], strict=True)
+    )
+    share = work / median / rate
+    numbers["contenders"][contender] = {
+      "seconds": times,
+      "median": median,
+      f"{unit} a second": units / median,
+      "time / ours": ratio,
+      "share of product": share,
+    }
+    print(f"| {contender} | {units / median:.2f} | {ratio:.2f} | {100 * share:.1f} % |")
+  if options.out:
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(numbers, indent=1) + "\n")
+
+
+def unet_config(checked: prepare.Checked) -> dict[str, Any]:
+  """The UNet's configuration file, for a rival to build."""
+  return {k: v for k, v in checked.pipeline.configs["unet"].items() if k[0] != "_"}
+
+
+def parameters(checked: prepare.Checked) -> int:
+  """Numbers that the UNet has."""
+  tree = pipeline_lib.abstract_params(checked.pipeline.modules["unet"])
+  return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+
+def rows_placed(checked: prepare.Checked, tree: Any) -> Any:
+  """Arrays of a batch on the devices."""
+  return jax.device_put(tree, sharding.batch_sharding(checked.mesh))
+
+
+def _timed(run: Callable[[], Any]) -> float:
+  began = time.perf_counter()
+  run()
+  return time.perf_counter() - began
+
+
+def _version(package: str) -> str:
+  try:
+    return metadata.version(package)
+  except metadata.PackageNotFoundError:
+    return ""

@@ -1,0 +1,56 @@
+r"""An update of supervised fine-tuning: forward, backward, AdamW, moving average.
+
+  python benchmarks/train_step.py --against=torch
+  python benchmarks/train_step.py --against=torch --model=tests/golden/model_configs/sd15 \
+    --rows=32 --dtype=bfloat16 --rivals P1 P2
+
+Weights are random; the bundled model is what a CPU is up to. PyTorch's part is in `rivals.py`.
+"""
+
+import sys
+
+import jax
+import side_by_side
+
+from jaxpref import flops
+
+
+def main(argv: list[str]) -> None:
+  """Times as the flags say."""
+  options = side_by_side.make_parser(__doc__, method="sft", rows=32).parse_args(argv)
+  checked = side_by_side.checked_of(options)
+  program, inputs = side_by_side.realise_run(checked)
+  state = [inputs.state]
+
+  def ours():
+    state[0], values = program.train_step(state[0], *inputs[1:])
+    jax.block_until_ready(values)
+
+  contenders = {"ours": ours}
+  if options.against:
+    import rivals  # noqa: PLC0415  # PyTorch is not needed for ours alone
+
+    tokens = inputs.uncond["text"].shape[1]
+    for kind in options.rivals:
+      rival = rivals.Rival(
+        side_by_side.unet_config(checked),
+        kind,
+        rows=options.rows,
+        dtype=options.dtype,
+        tokens=tokens,
+      )
+      contenders[kind] = rival.sft
+  took = side_by_side.take_turns(contenders, options.turns)
+  forward = flops.of_forward(checked.pipeline)
+  side_by_side.report(
+    "train step",
+    options,
+    took,
+    unit="images",
+    units=options.rows,
+    work=sum(flops.of_update(checked, forward).values()),
+  )
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])

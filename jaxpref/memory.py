@@ -1,0 +1,45 @@
+"""What a run needs of a device's memory, from shapes alone."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpref.models import unet as unet_lib
+from jaxpref.models.pipeline import Pipeline, abstract_params
+
+
+def bytes_on_device(tree: Any) -> int:
+  """Bytes that a tree of placed shapes takes on one device."""
+  leaves = jax.tree.leaves(tree)
+  return sum(
+    int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in leaves
+  )
+
+
+def kept_bytes(pipeline: Pipeline, **options: str) -> int:
+  """What the UNet's forward pass keeps of one latent for the backward pass.
+
+  Args:
+    pipeline: parameters are not needed.
+    **options: `attention`, `norm` and `remat` of `unet.make_denoise`.
+  """
+  unet = pipeline.modules["unet"]
+  params = abstract_params(unet)
+  denoise = unet_lib.make_denoise(unet, **options)
+  x_t = jax.ShapeDtypeStruct((1, *pipeline.latent_shape), jnp.float32)
+  cond = unet_lib.abstract_cond(pipeline.modules, 1)
+  if pipeline.is_improver:
+    cond |= {"image": x_t}
+  residuals = jax.eval_shape(
+    lambda p, x, t, c: jax.vjp(lambda p: denoise(p, x, t, c), p)[1],
+    *(params, x_t, jax.ShapeDtypeStruct((1,), jnp.int32), cond),
+  )
+  # Of parameters, and of their casts, there is one for all latents.
+  weights = {leaf.shape for leaf in jax.tree.leaves(params)}
+  return sum(
+    leaf.size * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(residuals)
+    if leaf.shape not in weights
+  )

@@ -1,0 +1,417 @@
+"""What a run will cost, before anything is rented.
+
+  python -m jaxpref.plan --config=configs/dro.py:sd15 --topology=v5e:4x4
+
+counts parameters, FLOPs of an update by phase, and memory of a device; says whether the run
+fits and which settings make it fit; and, for TPUs and where libtpu is installed, compiles the
+run's programs with the TPU's own compiler, for its account of memory and of messages between
+devices. No accelerator is needed, and of the model only its configuration files.
+"""
+
+import dataclasses
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxpref import cli
+from jaxpref import config as config_lib
+from jaxpref import workdir as workdir_lib
+from jaxpref.errors import UserError
+
+FLAGS = {
+  "topology": "devices to plan for, such as v5e:4x4, v5p:2x2x2, h200:8",
+  "mfu": "share of the devices' peak that time is estimated with; 0.4 by default",
+  "compile": "'yes': with the TPU's compiler (minutes to tens of minutes), else 'no'",
+  "json": "a file for the numbers",
+}
+GIB = 2**30
+_REMAT = ("attention", "transformer", "blocks", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """A kind of device: JAX's name for it, GiB of memory, and JAX's name of its platform."""
+
+  kind: str
+  memory: float
+  platform: str = "gpu"
+
+
+CHIPS = {
+  "v4": Chip("TPU v4", 32, "tpu"),
+  "v5e": Chip("TPU v5 lite", 16, "tpu"),
+  "v5p": Chip("TPU v5", 95, "tpu"),
+  "v6e": Chip("TPU v6 lite", 32, "tpu"),
+  "a100": Chip("NVIDIA A100", 80),
+  "h100": Chip("NVIDIA H100", 80),
+  "h200": Chip("NVIDIA H200", 141),
+}
+
+
+def main(argv: list[str]) -> int:
+  """Plans as the flags say; returns the exit status."""
+  # Before JAX starts: the TPU's compiler looks for a TPU otherwise.
+  os.environ.setdefault("JAX_PLATFORMS", "cpu")
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  return cli.exit_status(_run, argv, continues=False)
+
+
+def _run(argv: list[str]) -> None:
+  config, flags = config_lib.parse_args(argv, flags=FLAGS)
+  config_lib.validate(config)
+  compiles = flags.get("compile", "no")
+  if compiles not in ("yes", "no"):
+    raise UserError(f"--compile is 'yes' or 'no', got {compiles!r}")
+  try:
+    mfu = float(flags.get("mfu", 0.4))
+  except ValueError:
+    mfu = 0.0
+  if not 0 < mfu <= 1:
+    raise UserError(f"--mfu is a share above 0, at most 1, got {flags['mfu']!r}")
+  if "topology" not in flags:
+    raise UserError("--topology is missing, e.g. --topology=v5e:4x4")
+  numbers = plan(config, flags["topology"], mfu=mfu)
+  if compiles == "yes":
+    numbers["compiled"] = compile_programs(config, flags["topology"])
+  print(describe(numbers))
+  if "json" in flags:
+    workdir_lib.write_json(Path(flags["json"]), numbers)
+
+
+def parse_topology(text: str) -> tuple[Chip, int]:
+  """The kind of device, and how many; 'v5e:4x4' are sixteen.
+
+  Raises:
+    UserError: it is no such thing.
+  """
+  name, _, shape = text.partition(":")
+  if name not in CHIPS:
+    raise UserError(f"--topology: {name!r} is not one of {', '.join(CHIPS)}")
+  if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+    raise UserError(f"--topology: {text!r} has no number of devices, such as {name}:8")
+  count = 1
+  for side in shape.split("x"):
+    count *= int(side)
+  return CHIPS[name], count
+
+
+def plan(config: Any, topology: str, *, mfu: float = 0.4) -> dict[str, Any]:
+  """Everything that shapes tell.
+
+  Args:
+    config: of a run.
+    topology: see `parse_topology`.
+    mfu: share of the devices' peak that time is estimated with.
+
+  Returns:
+    A tree of numbers and texts: 'devices', 'parameters', 'flops' of an update by phase,
+    'seconds' of an update and 'hours' of the run at this MFU, 'memory' of a device in GiB as
+    configured, and under 'settings' what other ones need, the cheapest first.
+
+  Raises:
+    UserError: whatever is wrong with the configuration or the topology.
+  """
+  import jax  # noqa: PLC0415  # JAX starts late, for errors to come at once
+  import numpy as np  # noqa: PLC0415
+
+  from jaxpref import flops, prepare, programs, sharding, speed  # noqa: PLC0415
+  from jaxpref.models.pipeline import abstract_params  # noqa: PLC0415
+
+  chip, count = parse_topology(topology)
+  config = _for_accelerator(config)
+  checked = prepare.check(config, mesh=sharding.abstract_mesh(config.mesh, count))
+  _, arguments = programs.abstract_programs(checked)
+  forward = flops.of_forward(checked.pipeline)
+  work = flops.of_update(checked, forward)
+  seconds = sum(work.values()) / count / (mfu * (speed.peak_of(chip.kind) or 1.0))
+  unet = abstract_params(checked.pipeline.modules["unet"])
+  size = lambda tree: sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))  # noqa: E731
+  found = {
+    "config": f"{config.name}:{config.preset}",
+    "model": config.model.path,
+    "topology": topology,
+    "devices": count,
+    "mesh": dict(checked.mesh.shape),
+    "parameters": size(unet),
+    "trained": size(arguments.state.params),
+    "forward": forward,
+    "flops": work,
+    "mfu": mfu,
+    "seconds": seconds,
+    "hours": seconds * config.train.num_updates / 3600,
+    "device": {"kind": chip.kind, "memory": float(chip.memory)},
+    "memory": _memory(checked, arguments, _Kept(checked.pipeline), chip),
+  }
+  found["fits"] = found["memory"]["total"] <= chip.memory
+  found["settings"] = list(_search(config, count, chip))
+  return found
+
+
+class _Kept(dict):
+  """Bytes that a latent's forward pass keeps, by `model.remat`; counted when asked for."""
+
+  def __init__(self, pipeline: Any):
+    super().__init__()
+    self._pipeline = pipeline
+
+  def __missing__(self, remat: str) -> int:
+    from jaxpref import memory  # noqa: PLC0415
+
+    # cuDNN's attention keeps little; XLA's would keep all logits unless they are remade.
+    remade = "attention" if remat == "none" else remat
+    self[remat] = memory.kept_bytes(self._pipeline, attention="xla", norm="lean", remat=remade)
+    return self[remat]
+
+
+def _for_accelerator(config: Any) -> Any:
+  """The configuration with 'auto' as it is there, and without what only reads files."""
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    # XLA's attention in cuDNN's place: that one cannot be traced here.
+    config.model.attention = "stock" if config.model.attention == "stock" else "xla"
+    config.model.norm = "stock" if config.model.norm == "stock" else "lean"
+    config.model.start = ""
+    if "iterate" in config:
+      del config.iterate
+  return config
+
+
+def _logits(checked: Any) -> int:
+  """Bytes of one latent's largest attention by XLA: logits in float32, weights in two bytes."""
+  config = checked.pipeline.configs["unet"]
+  blocks, heads = config["down_block_types"], config.get("attention_head_dim", 8)
+  heads = [heads] * len(blocks) if isinstance(heads, int) else heads
+  tokens = [(checked.pipeline.latent_shape[1] // 2**level) ** 2 for level in range(len(blocks))]
+  attending = [i for i, block in enumerate(blocks) if "Attn" in block]
+  return max((heads[i] * tokens[i] ** 2 * 6 for i in attending), default=0)
+
+
+def _memory(checked: Any, arguments: Any, kept: _Kept, chip: Chip) -> dict[str, float]:
+  """GiB on a device, by what takes it."""
+  from jaxpref import memory, programs  # noqa: PLC0415
+
+  config = checked.config
+  state, on = arguments.state, memory.bytes_on_device
+  arms = len(checked.arms) - programs.has_own_targets(checked)
+  states = config.rollout.states if checked.loss.NEEDS.rollout else 1
+  latents = (
+    config.train.batch_size * states * arms / config.train.accumulate / checked.mesh.size
+  )
+  wide = on(state.params)
+  # A layer's weights are whole while they are used, and so are the policy's casts.
+  cast = wide / 2 if config.model.dtype == "bfloat16" else 0
+  parts = {
+    "parameters, moments, average": wide + on(state.ema) + on(state.opt_state),
+    "gradients and casts": wide + cast,
+    "frozen copies": on(state.policy_copy) + on(arguments.base) + on(arguments.start),
+    "kept for the backward pass": latents * kept[config.model.remat],
+    "attention's logits": latents * _logits(checked) if chip.platform == "tpu" else 0,
+    "batch": on(arguments.batch) + on(arguments.rollout) + on(state.replay),
+  }
+  parts = {name: value / GIB for name, value in parts.items()}
+  return {**parts, "total": sum(parts.values())}
+
+
+def _search(config: Any, count: int, chip: Chip) -> Iterator[dict[str, Any]]:
+  """The largest micro-batch that fits for each way to split and to recompute."""
+  from jaxpref import prepare, programs, sharding  # noqa: PLC0415
+
+  kept = None
+  splits = [n for n in (1, 2, 4, 8, 16, 32, 64) if count % n == 0]
+  rows = config.train.batch_size
+  accumulations = [n for n in range(1, rows + 1) if rows % (n * count) == 0]
+  for fsdp in splits:
+    trial = config.copy_and_resolve_references()
+    with trial.unlocked():
+      trial.mesh.data, trial.mesh.fsdp, trial.train.accumulate = -1, fsdp, 1
+    checked = prepare.check(trial, mesh=sharding.abstract_mesh(trial.mesh, count))
+    _, arguments = programs.abstract_programs(checked)
+    kept = kept if kept is not None else _Kept(checked.pipeline)
+    for remat in _REMAT:
+      for accumulate in accumulations:
+        with trial.unlocked():
+          trial.model.remat, trial.train.accumulate = remat, accumulate
+        needed = _memory(checked, arguments, kept, chip)["total"]
+        if needed <= 0.9 * chip.memory:  # what the estimate leaves out
+          yield {
+            "mesh.fsdp": fsdp,
+            "model.remat": remat,
+            "train.accumulate": accumulate,
+            "rows of a device at once": rows / accumulate / count,
+            "memory": needed,
+          }
+          break
+
+
+def compile_programs(config: Any, topology: str) -> dict[str, Any]:
+  """The TPU compiler's account of a run's programs.
+
+  Args:
+    config: of a run.
+    topology: of TPUs, see `parse_topology`.
+
+  Returns:
+    By program: 'memory', GiB of a device by kind; 'collectives', by operation how often they
+    stand in the program and in its loops, and MiB a device receives at each; 'compile
+    seconds'; or 'error', as when it does not fit.
+
+  Raises:
+    UserError: libtpu is not installed, or it has no such topology.
+  """
+  from jax.experimental import topologies  # noqa: PLC0415
+
+  from jaxpref import prepare, programs, sharding  # noqa: PLC0415
+
+  chip, _ = parse_topology(topology)
+  if chip.platform != "tpu":
+    raise UserError("--compile=yes: only TPUs can be compiled for without having one")
+  try:
+    devices = topologies.get_topology_desc(topology, platform="tpu").devices
+  except Exception as error:  # whatever a plugin raises
+    reason = str(error).partition("\n")[0]
+    raise UserError(
+      f'{topology} cannot be compiled for (pip install "jax[tpu]"?): {reason}'
+    ) from error
+  config = _for_accelerator(config)
+  mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, devices=devices)
+  checked = prepare.check(config, mesh=mesh)
+  program, arguments = programs.abstract_programs(checked)
+  found = {"train step": _compile(program.train_step, arguments)}
+  if program.rollout:
+    state = arguments.state
+    policy = state.policy_copy if program.lagging else state.params
+    inputs = (policy, state.seed, state.update, arguments.batch["cond"], arguments.uncond)
+    found["rollout"] = _compile(program.rollout, inputs)
+  return found
+
+
+def _compile(program: Any, arguments: Any) -> dict[str, Any]:
+  import jax  # noqa: PLC0415
+
+  began = time.perf_counter()
+  lowered = program.lower(*arguments)
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    return {"error": str(error)[:2000], "compile seconds": time.perf_counter() - began}
+  sizes = compiled.memory_analysis()
+  parts = {
+    "arguments": sizes.argument_size_in_bytes,
+    "results": sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+    "temporary": sizes.temp_size_in_bytes,
+    "program": sizes.generated_code_size_in_bytes,
+  }
+  parts = {name: value / GIB for name, value in parts.items()}
+  return {
+    "memory": {**parts, "total": sum(parts.values())},
+    "collectives": collectives(compiled.as_text()),
+    "compile seconds": time.perf_counter() - began,
+  }
+
+
+_COLLECTIVE = re.compile(
+  r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+)
+_SHAPE = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
+_HEAD = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
+_CALLED = re.compile(r"(?:body|condition|calls|to_apply)=%?([\w.-]+)")
+
+
+def collectives(hlo: str) -> dict[str, dict[str, float]]:
+  """Messages between devices in a compiled program's text.
+
+  Returns:
+    By operation: 'count', 'in loops' (of the count, those that recur) and 'MiB' that a
+    device holds of their results, each counted once.
+  """
+  bodies: dict[str, list[str]] = {}
+  name = ""
+  for line in hlo.splitlines():
+    if head := _HEAD.match(line):
+      name = head[1]
+    bodies.setdefault(name, []).append(line)
+  called = {n: set(_CALLED.findall("\n".join(lines))) for n, lines in bodies.items()}
+  looped = set(re.findall(r"body=%?([\w.-]+)", hlo))
+  while more := {c for n in looped for c in called.get(n, ())} - looped:
+    looped |= more
+  found: dict[str, dict[str, float]] = {}
+  for name, lines in bodies.items():
+    for shapes, operation in _COLLECTIVE.findall("\n".join(lines)):
+      entry = found.setdefault(operation, {"count": 0, "in loops": 0, "MiB": 0.0})
+      entry["count"] += 1
+      entry["in loops"] += name in looped
+      entry["MiB"] += sum(_bytes(*shape) for shape in _SHAPE.findall(shapes)) / 2**20
+  return found
+
+
+def _bytes(kind: str, sides: str) -> float:
+  bits = int(re.sub(r"\D", "", kind) or 8)
+  count = 1
+  for side in filter(None, sides.split(",")):
+    count *= int(side)
+  return count * bits / 8
+
+
+def describe(numbers: dict[str, Any]) -> str:
+  """The plan as a text with tables."""
+  device, memory = numbers["device"], numbers["memory"]
+  total = sum(numbers["flops"].values())
+  lines = [
+    f"{numbers['config']} with {numbers['model']} on {numbers['topology']}: "
+    f"{numbers['devices']} x {device['kind']}, mesh {numbers['mesh']}",
+    f"parameters of the UNet: {numbers['parameters']:,}; trained: {numbers['trained']:,}",
+    "",
+    f"an update: {_flops(total)} in all, {numbers['seconds']:.3g} s at "
+    f"{100 * numbers['mfu']:.0f} % of peak; the run: {numbers['hours']:.2g} hours",
+  ]
+  for phase, cost in numbers["flops"].items():
+    lines.append(f"  {phase:<10} {_flops(cost):>15}  {100 * cost / total:3.0f} %")
+  lines += [
+    "",
+    "memory of a device as configured, GiB (an estimate, other scratch space left out):",
+  ]
+  lines += [f"  {name:<30} {value:8.2f}" for name, value in memory.items()]
+  verdict = "fits" if numbers["fits"] else "does NOT fit"
+  lines.append(f"  it {verdict} into {device['memory']:.0f} GiB")
+  lines += ["", "what fits, the largest micro-batch for each way (10 % left free):"]
+  columns = (
+    "mesh.fsdp",
+    "model.remat",
+    "train.accumulate",
+    "rows of a device at once",
+    "memory",
+  )
+  rows = [
+    [f"{s[c]:.2f}" if isinstance(s[c], float) else str(s[c]) for c in columns]
+    for s in numbers["settings"]
+  ]
+  lines += _table(columns, rows) if rows else ["  nothing"]
+  for name, account in numbers.get("compiled", {}).items():
+    lines += ["", f"{name}, compiled in {account['compile seconds']:.0f} s:"]
+    if "error" in account:
+      lines.append("  " + account["error"].partition("\n")[0])
+      continue
+    lines += [f"  {part:<30} {value:8.2f} GiB" for part, value in account["memory"].items()]
+    lines += [
+      f"  {operation}: {e['count']}, of them in loops {e['in loops']}, {e['MiB']:.1f} MiB"
+      for operation, e in account["collectives"].items()
+    ] or ["  no messages between devices"]
+  return "\n".join(lines)
+
+
+def _flops(value: float) -> str:
+  return f"{value / 1e12:,.1f} TFLOP" if value >= 1e11 else f"{value / 1e9:,.3g} GFLOP"
+
+
+def _table(columns: tuple[str, ...], rows: list[list[str]]) -> list[str]:
+  widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+  pad = lambda row: "  " + "  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True))  # noqa: E731
+  return [pad(columns), *map(pad, rows)]
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv[1:]))
