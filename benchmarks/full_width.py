@@ -165,6 +165,7 @@ def _dro(pipeline, mesh, options, seconds) -> None:
   rollout = rollouts.make_rollout(
     denoise,
     pipeline.schedule,
+    mesh=mesh,
     latent_shape=generate.latent_shape_of(pipeline, (options.size, options.size)),
     num_steps=options.num_steps,
     solver="dpm_solver",

@@ -57,7 +57,7 @@ def base(name: str, preset: str) -> ConfigDict:
   c.rollout.guidance = 1.0  # classifier-free guidance scale; 1 is none
   c.rollout.refresh_every = 1  # updates after which the sampling copy of the policy is renewed
   c.rollout.states = 1  # of each trajectory to train on, evenly spaced
-  c.rollout.batch_size = 0  # rows drawn at once, over all devices; 0: all
+  c.rollout.batch_size = 8  # rows drawn at once, each lot as far as it is needed; 0: all
   c.rollout.replay = 0  # updates whose samples are also trained on later, as an ablation
 
   c.lora = ConfigDict()  # train low-rank additions in the place of all parameters
@@ -129,6 +129,7 @@ def base(name: str, preset: str) -> ConfigDict:
     c.data.num_rows = 0 if name in ("sft", "spin", "dro") else 16  # those learn from experts
     c.data.list_size = 3
     c.rollout.num_steps = 2
+    c.rollout.batch_size = 4
     c.train.batch_size = 8
     c.train.num_updates = 4
     c.train.updates_per_iteration = 2

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
+from jaxpref import rollouts
 from jaxpref.models import unet as unet_lib
 from jaxpref.models.pipeline import Pipeline, abstract_params
 from jaxpref.prepare import Checked
@@ -61,18 +62,17 @@ def of_update(checked: Checked, forward: float) -> dict[str, float]:
     cost["reference"] = rows * states * len(checked.arms) * forward
   if needs.rollout:
     guided = 1 if config.rollout.guidance == 1.0 else 2
+    lot = rollouts.rows_at_once(rows, config.rollout.batch_size, devices=checked.mesh.size)
     cost["rollout"] = (
       rows
       * guided
       * forward
-      * expected_steps(
-        rows, config.rollout.num_steps, states=states, batch_size=config.rollout.batch_size
-      )
+      * expected_steps(rows, config.rollout.num_steps, states=states, at_once=lot)
     )
   return cost
 
 
-def expected_steps(rows: int, num_steps: int, *, states: int, batch_size: int) -> float:
+def expected_steps(rows: int, num_steps: int, *, states: int, at_once: int) -> float:
   """Solver steps that a rollout takes, mean over its rows and its draws.
 
   A lot of rows goes as far as the last state that any of them keeps; of rows in order that
@@ -82,14 +82,13 @@ def expected_steps(rows: int, num_steps: int, *, states: int, batch_size: int) -
     rows: of an update.
     num_steps: of a whole trajectory.
     states: kept of each, see `rollouts.make_rollout`.
-    batch_size: rows of a lot, or 0 for all.
+    at_once: rows of a lot.
   """
-  size = batch_size or rows
   first, kept = np.arange(num_steps)[:, None], np.arange(states)
   last = ((first + num_steps // states * kept) % num_steps).max(axis=1)
   reached = np.searchsorted(np.sort(last), np.arange(num_steps), side="right") / num_steps
   # The r-th of the rows lies beyond step k where fewer than r lie at k or before.
-  ranks = np.arange(size, rows + 1, size)[:, None]
+  ranks = np.arange(at_once, rows + 1, at_once)[:, None]
   beyond = stats.binom.cdf(ranks - 1, rows, reached)
   return float(1 + beyond.sum(axis=1).mean())
 

@@ -6,16 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpref import sharding
 from jaxpref.models import unet as unet_lib
 from jaxpref.models.pipeline import Pipeline, abstract_params
 
 
-def bytes_on_device(tree: Any) -> int:
-  """Bytes that a tree of placed shapes takes on one device."""
-  leaves = jax.tree.leaves(tree)
-  return sum(
-    int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in leaves
+def bytes_on_device(tree: Any, mesh: Any) -> int:
+  """Bytes of a device that parameters take, or what is placed like them; a tree of shapes."""
+  placed = sharding.params_sharding(mesh, tree)
+  sizes = jax.tree.map(
+    lambda leaf, where: int(np.prod(where.shard_shape(leaf.shape))) * leaf.dtype.itemsize,
+    *(tree, placed),
   )
+  return sum(jax.tree.leaves(sizes))
 
 
 def kept_bytes(pipeline: Pipeline, **options: str) -> int:

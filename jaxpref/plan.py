@@ -125,6 +125,7 @@ def plan(config: Any, topology: str, *, mfu: float = 0.4) -> dict[str, Any]:
   config = _for_accelerator(config)
   checked = prepare.check(config, mesh=sharding.abstract_mesh(config.mesh, count))
   _, arguments = programs.abstract_programs(checked)
+  kept = _Kept(checked.pipeline)
   forward = flops.of_forward(checked.pipeline)
   work = flops.of_update(checked, forward)
   seconds = sum(work.values()) / count / (mfu * (speed.peak_of(chip.kind) or 1.0))
@@ -144,10 +145,10 @@ def plan(config: Any, topology: str, *, mfu: float = 0.4) -> dict[str, Any]:
     "seconds": seconds,
     "hours": seconds * config.train.num_updates / 3600,
     "device": {"kind": chip.kind, "memory": float(chip.memory)},
-    "memory": _memory(checked, arguments, _Kept(checked.pipeline), chip),
+    "memory": _memory(checked, arguments, kept, chip),
   }
   found["fits"] = found["memory"]["total"] <= chip.memory
-  found["settings"] = list(_search(config, count, chip))
+  found["settings"] = list(_search(checked, arguments, kept, chip))
   return found
 
 
@@ -191,57 +192,52 @@ def _logits(checked: Any) -> int:
 
 
 def _memory(checked: Any, arguments: Any, kept: _Kept, chip: Chip) -> dict[str, float]:
-  """GiB on a device, by what takes it."""
+  """GiB on a device, by what takes it; the sizes of `arguments` are those of any mesh."""
+  import jax  # noqa: PLC0415
+
   from jaxpref import memory, programs  # noqa: PLC0415
 
-  config = checked.config
-  state, on = arguments.state, memory.bytes_on_device
+  config, mesh, state = checked.config, checked.mesh, arguments.state
+  on = lambda tree: memory.bytes_on_device(tree, mesh)  # noqa: E731
   arms = len(checked.arms) - programs.has_own_targets(checked)
   states = config.rollout.states if checked.loss.NEEDS.rollout else 1
-  latents = (
-    config.train.batch_size * states * arms / config.train.accumulate / checked.mesh.size
-  )
+  latents = config.train.batch_size * states * arms / config.train.accumulate / mesh.size
   wide = on(state.params)
-  # A layer's weights are whole while they are used, and so are the policy's casts.
+  # Weights are rounded to the dtype of the computation once for all.
   cast = wide / 2 if config.model.dtype == "bfloat16" else 0
+  rows = (arguments.batch, arguments.rollout, state.replay)
   parts = {
     "parameters, moments, average": wide + on(state.ema) + on(state.opt_state),
     "gradients and casts": wide + cast,
     "frozen copies": on(state.policy_copy) + on(arguments.base) + on(arguments.start),
     "kept for the backward pass": latents * kept[config.model.remat],
     "attention's logits": latents * _logits(checked) if chip.platform == "tpu" else 0,
-    "batch": on(arguments.batch) + on(arguments.rollout) + on(state.replay),
+    "batch": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(rows)) / mesh.size,
   }
   parts = {name: value / GIB for name, value in parts.items()}
   return {**parts, "total": sum(parts.values())}
 
 
-def _search(config: Any, count: int, chip: Chip) -> Iterator[dict[str, Any]]:
+def _search(checked: Any, arguments: Any, kept: _Kept, chip: Chip) -> Iterator[dict[str, Any]]:
   """The largest micro-batch that fits for each way to split and to recompute."""
-  from jaxpref import prepare, programs, sharding  # noqa: PLC0415
+  from jaxpref import sharding  # noqa: PLC0415
 
-  kept = None
-  splits = [n for n in (1, 2, 4, 8, 16, 32, 64) if count % n == 0]
-  rows = config.train.batch_size
+  rows, count = checked.config.train.batch_size, checked.mesh.size
   accumulations = [n for n in range(1, rows + 1) if rows % (n * count) == 0]
-  for fsdp in splits:
-    trial = config.copy_and_resolve_references()
-    with trial.unlocked():
-      trial.mesh.data, trial.mesh.fsdp, trial.train.accumulate = -1, fsdp, 1
-    checked = prepare.check(trial, mesh=sharding.abstract_mesh(trial.mesh, count))
-    _, arguments = programs.abstract_programs(checked)
-    kept = kept if kept is not None else _Kept(checked.pipeline)
-    for remat in _REMAT:
-      for accumulate in accumulations:
-        with trial.unlocked():
-          trial.model.remat, trial.train.accumulate = remat, accumulate
-        needed = _memory(checked, arguments, kept, chip)["total"]
+  for fsdp in (n for n in (1, 2, 4, 8, 16, 32, 64) if count % n == 0):
+    config = checked.config.copy_and_resolve_references().unlock()
+    config.mesh.data, config.mesh.fsdp = -1, fsdp
+    mesh = sharding.abstract_mesh(config.mesh, count)
+    trial = dataclasses.replace(checked, config=config, mesh=mesh)
+    for config.model.remat in _REMAT:
+      for config.train.accumulate in accumulations:
+        needed = _memory(trial, arguments, kept, chip)["total"]
         if needed <= 0.9 * chip.memory:  # what the estimate leaves out
           yield {
             "mesh.fsdp": fsdp,
-            "model.remat": remat,
-            "train.accumulate": accumulate,
-            "rows of a device at once": rows / accumulate / count,
+            "model.remat": config.model.remat,
+            "train.accumulate": config.train.accumulate,
+            "rows of a device at once": rows / config.train.accumulate / count,
             "memory": needed,
           }
           break

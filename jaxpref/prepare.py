@@ -93,7 +93,6 @@ def check(config: Any, *, mesh: Any = None) -> Checked:
   of_rows = rows_lib.arms_of(loss.NEEDS.rows, config.data.list_size)
   arms = (*(loss.NEEDS.arms or of_rows), *(("p",) if loss.NEEDS.rollout else ()))
   _check_needs(loss, config)
-  sharding.check_batch(config.rollout.batch_size, mesh, section="rollout")
   losses.check_objective(loss, hyper, arms, images=len(of_rows))
   model = {"dtype": jnp.dtype(config.model.dtype), "variant": config.model.variant}
   if plans:
@@ -190,11 +189,6 @@ def _check_needs(loss: ModuleType, config: Any) -> None:
     raise UserError("of experts there are data.num_experts; data.num_rows is for other rows")
   if not needs.rollout and (rollout.states > 1 or rollout.replay):
     raise UserError("rollout.states and rollout.replay are for losses that take states")
-  if rollout.batch_size and config.train.batch_size % rollout.batch_size:
-    raise UserError(
-      f"rollout.batch_size = {rollout.batch_size} does not divide "
-      f"train.batch_size = {config.train.batch_size}"
-    )
   if rollout.states > rollout.num_steps:
     raise UserError(
       f"a trajectory has rollout.num_steps = {rollout.num_steps} states, of which "

@@ -142,11 +142,7 @@ def abstract_programs(checked: Checked) -> tuple[Programs, Arguments]:
   state = jax.eval_shape(program.make_state, trained)
   drawn = start = None
   if program.rollout:
-    policy = state.policy_copy if program.lagging else state.params
-    policy = jax.eval_shape(program.adapt, policy, base) if config.lora.rank else policy
-    drawn = jax.eval_shape(
-      program.rollout, policy, state.seed, state.update, batch["cond"], uncond
-    )
+    drawn = _abstract_states(checked)
   if needs.reference == "start":
     start = trained if config.lora.rank else jax.eval_shape(freeze, trained)
   kept = base if config.lora.rank or needs.reference == "base" else None
@@ -206,14 +202,20 @@ def _replay_shapes(checked: Checked, rows: Any, uncond: Any) -> Any:
     return None
   count = config.train.batch_size
   batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), rows)
-  states = jax.ShapeDtypeStruct(
-    (count, config.rollout.states, *pipeline.latent_shape), jnp.float32
-  )
-  t = jax.ShapeDtypeStruct(states.shape[:2], jnp.int32)
-  drawn = jax.eval_shape(rollouts.States, states, states, t)
+  drawn = _abstract_states(checked)
   return jax.eval_shape(
     lambda *a: noising.make_arms(
       pipeline.schedule, checked.loss.NEEDS, *a, seed=0, update=0, prompt_dropout=0.0
     ),
     *(batch, drawn, uncond),
   )
+
+
+def _abstract_states(checked: Checked) -> rollouts.States:
+  """Shapes of what an update's rollout returns."""
+  config, latent_shape = checked.config, checked.pipeline.latent_shape
+  shape = config.train.batch_size, config.rollout.states
+  x_t = jax.ShapeDtypeStruct((*shape, *latent_shape), jnp.float32)
+  target = jax.ShapeDtypeStruct(x_t.shape, config.model.dtype)
+  t = jax.ShapeDtypeStruct(shape, jnp.int32)
+  return jax.eval_shape(rollouts.States, x_t, target, t)

@@ -72,8 +72,7 @@ def make_rollout(
     guidance: classifier-free guidance scale; 1 for none, as published.
     prompt_dropout: as in the train step, which drops the same rows' prompts.
     states_per_trajectory: how many are kept, 1 to `num_steps`.
-    batch_size: rows drawn at once, over all devices, a divisor of the rows; 0: all, which
-      is the published loop.
+    batch_size: rows drawn at once, see `rows_at_once`; 0: all, which is the published loop.
 
   Returns:
     `rollout(params, seed, update, cond, uncond)`, the last two trees of [B, ...] and
@@ -112,11 +111,24 @@ def make_rollout(
       return States(*map(by_row, (seen.states, seen.predictions, seen.timesteps)))
 
     drawn = (cond, offsets, noise_keys, picks)
-    if batch_size in (0, rows):
+    size = rows_at_once(rows, batch_size, devices=mesh.size)
+    if size == rows:
       return draw(drawn)
-    return _by_lots(draw, drawn, jnp.argsort(picks.max(axis=1)), batch_size, mesh)
+    return _by_lots(draw, drawn, jnp.argsort(picks.max(axis=1)), size, mesh)
 
   return rollout
+
+
+def rows_at_once(rows: int, batch_size: int, *, devices: int) -> int:
+  """Rows of a lot: as many as asked for, or so many more that lots and devices are alike.
+
+  Args:
+    rows: of an update, a multiple of the devices.
+    batch_size: asked for, over all devices; 0 for all.
+    devices: over which they are spread.
+  """
+  sizes = range(batch_size or rows, rows)
+  return next((n for n in sizes if rows % n == 0 and n % devices == 0), rows)
 
 
 def _by_lots(

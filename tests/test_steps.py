@@ -325,6 +325,13 @@ def test_lots_that_stop_early_give_the_states_of_whole_trajectories(options, mon
   assert count < 20 * 8
 
 
+def test_lots_are_alike_on_all_devices():
+  at_once = lambda *a, devices=1: rollouts.rows_at_once(*a, devices=devices)  # noqa: E731
+  assert at_once(32, 0) == 32 and at_once(32, 8) == 8 and at_once(32, 7) == 8
+  assert at_once(32, 8, devices=16) == 16 and at_once(32, 8, devices=32) == 32
+  assert at_once(24, 5, devices=2) == 6 and at_once(32, 100) == 32
+
+
 def test_prompts_are_dropped_at_the_rate():
   cond, empty = jnp.ones((4000, 1, 1)), jnp.zeros((1, 1, 1))
   dropped = randomness.dropped_rows(0, jnp.int32(5), 4000, rate=0.2)

@@ -1,0 +1,97 @@
+r"""Attention alone, forward and backward, at the lengths and head sizes of real UNets.
+
+  python benchmarks/attention.py --against=torch
+  python benchmarks/attention.py --against=torch --dtype=bfloat16 --kernels xla cudnn \
+    --shapes 16x4096x8x40 16x1024x8x80 16x256x8x160 16x4096x10x64
+
+A shape is batch x tokens x heads x size of a head. 'plain' keeps all logits, as diffusers' Flax
+modules do; PyTorch's is `scaled_dot_product_attention`.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import side_by_side
+
+from jaxpref import runtime
+from jaxpref.models import kernels
+
+SHAPES = ["2x256x4x40", "2x64x4x64"]
+
+
+def main(argv: list[str]) -> None:
+  """Times as the flags say."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  add = parser.add_argument
+  add("--shapes", nargs="+", default=SHAPES)
+  add("--kernels", nargs="+", default=["plain", "xla"], choices=("plain", "xla", "cudnn"))
+  add("--dtype", default="float32", choices=("float32", "bfloat16"))
+  add("--against", default="", choices=("", "torch"))
+  add("--turns", type=int, default=15)
+  add("--out", type=Path)
+  options = parser.parse_args(argv)
+  runtime.use_all_cores()
+  print(f"{jax.devices()[0].device_kind}, {options.dtype}; milliseconds, medians")
+  numbers = {"device": jax.devices()[0].device_kind, "dtype": options.dtype, "shapes": {}}
+  for text in options.shapes:
+    shape = tuple(map(int, text.split("x")))
+    contenders = {name: ours(name, shape, options.dtype) for name in options.kernels}
+    if options.against:
+      contenders["torch"] = theirs(shape, options.dtype)
+    took = side_by_side.take_turns(contenders, options.turns)
+    medians = {name: 1e3 * statistics.median(times) for name, times in took.items()}
+    numbers["shapes"][text] = medians
+    print(text, "  ".join(f"{name} {ms:.3f}" for name, ms in medians.items()), flush=True)
+  if options.out:
+    options.out.write_text(json.dumps(numbers, indent=1) + "\n")
+
+
+def ours(name: str, shape: tuple[int, ...], dtype: str):
+  """Loss and gradients with one of our kernels."""
+  query, key, value = (jax.random.normal(jax.random.key(i), shape, dtype) for i in range(3))
+  scale = shape[-1] ** -0.5
+
+  @jax.jit
+  def run(query, key, value):
+    def loss(query, key, value):
+      if name == "plain":
+        logits = scale * jnp.einsum("bqhd,bkhd->bhqk", query, key)
+        out = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits), value)
+      else:
+        out = kernels.dot_product_attention(query, key, value, scale=scale, kernel=name)
+      return jnp.square(out.astype(jnp.float32)).sum()
+
+    return jax.value_and_grad(loss, (0, 1, 2))(query, key, value)
+
+  return lambda: jax.block_until_ready(run(query, key, value))
+
+
+def theirs(shape: tuple[int, ...], dtype: str):
+  """The same with PyTorch's fused attention."""
+  import torch  # PyTorch is not needed for ours alone
+
+  device = "cuda" if torch.cuda.is_available() else "cpu"
+  batch, tokens, heads, size = shape
+  tensors = [
+    torch.randn(
+      batch, heads, tokens, size, device=device, dtype=getattr(torch, dtype), requires_grad=True
+    )
+    for _ in range(3)
+  ]
+
+  def run():
+    out = torch.nn.functional.scaled_dot_product_attention(*tensors)
+    torch.autograd.grad(out.float().square().sum(), tensors)
+    if device == "cuda":
+      torch.cuda.synchronize()
+
+  return run
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])

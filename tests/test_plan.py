@@ -1,0 +1,144 @@
+"""Plans: what is counted, what fits, what is refused; compiled for a TPU where libtpu is."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import conftest
+import families
+import pytest
+
+from jaxpref import config as config_lib
+from jaxpref import plan
+from jaxpref.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch):
+  monkeypatch.chdir(conftest.ROOT)
+
+
+@pytest.fixture(scope="module")
+def sd15(tmp_path_factory):
+  return families.write_configs("sd15", tmp_path_factory.mktemp("sd15"))
+
+
+def planned(model, topology, *fields, config="configs/dro.py:sd15", **options):
+  fields = [f"model.path={model}", *fields]
+  arguments = [f"--config={config}", *(f"--config.{field}" for field in fields)]
+  return plan.plan(config_lib.parse_args(arguments, flags={})[0], topology, **options)
+
+
+def test_diffusion_dro_of_sd15(sd15):
+  """Against figures known by other ways: parameters, FLOPs, bytes of the state."""
+  numbers = planned(sd15, "v5e:4x4", "mesh.fsdp=4", mfu=0.5)
+  assert numbers["parameters"] == numbers["trained"] == 859_520_964
+  assert numbers["devices"] == 16 and numbers["mesh"] == {"data": 4, "fsdp": 4}
+  forward = 0.8033e12
+  flops = numbers["flops"]
+  assert flops["policy"] == pytest.approx(3 * 256 * forward, rel=2e-3)
+  assert flops["reference"] == pytest.approx(2 * 256 * forward, rel=2e-3)
+  # Four lots, sorted: about the mean of the quarters' largest.
+  assert 11.5 < flops["rollout"] / (256 * forward) < 13.5
+  assert numbers["seconds"] == pytest.approx(sum(flops.values()) / 16 / (0.5 * 197e12))
+  assert numbers["hours"] == pytest.approx(numbers["seconds"] * 1600 / 3600)
+  memory = numbers["memory"]
+  state = 4 * 4 * 859_520_964 / 4 / 2**30  # parameters, two moments, average; in float32
+  # A few small tensors stay whole.
+  assert memory["parameters, moments, average"] == pytest.approx(state, rel=0.03)
+  assert memory["frozen copies"] == pytest.approx(state / 8, rel=0.15)  # more tensors are small
+  one = memory["kept for the backward pass"]
+  assert one == pytest.approx(0.148, rel=0.02)  # a row a device and micro-batch, remat blocks
+  assert numbers["fits"] and memory["total"] == pytest.approx(
+    sum(v for k, v in memory.items() if k != "total")
+  )
+  assert {s["mesh.fsdp"] for s in numbers["settings"]} >= {4, 8, 16}
+  assert all(s["memory"] <= 0.9 * 16 for s in numbers["settings"])
+  assert not [s for s in numbers["settings"] if s["mesh.fsdp"] == 1]  # all of it on each device
+  text = plan.describe(numbers | {"fits": False})
+  assert "does NOT fit into 16 GiB" in text and "859,520,964" in text
+
+
+def test_other_methods_and_devices():
+  lora = planned("shapes", "h200:1", "lora.rank=8", config="configs/dpo.py:shapes")
+  assert lora["trained"] < lora["parameters"] / 10 and lora["fits"]
+  assert lora["flops"].keys() == {"policy", "reference"}
+  improver = planned("shapes", "h100:8", config="configs/improver.py:shapes")
+  assert improver["parameters"] == 3_984_068 + 4 * 64 * 9
+  assert planned("shapes", "v5p:2x2x2", config="configs/spin.py:shapes")["fits"]
+
+
+REFUSALS = {
+  "no topology": ([], "--topology is missing"),
+  "unknown device": (["--topology=tpu9:8"], "'tpu9' is not one of v4, v5e"),
+  "no number": (["--topology=h100"], "has no number of devices, such as h100:8"),
+  "other number": (["--topology=h100:4x"], "has no number of devices"),
+  "mfu": (["--topology=h100:8", "--mfu=40"], "--mfu is a share"),
+  "compile": (["--topology=h100:8", "--compile=maybe"], "'yes' or 'no'"),
+  "a GPU": (["--topology=h100:8", "--compile=yes"], "only TPUs can be compiled for"),
+  "mesh": (["--topology=h100:8", "--config.mesh.fsdp=3"], "mesh.fsdp = 3 does not divide"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusals_are_one_line(case, capsys):
+  arguments, words = REFUSALS[case]
+  assert plan.main(["--config=configs/sft.py:shapes", *arguments]) == 2
+  error = capsys.readouterr().err
+  assert words in error and error.count("\n") == 1
+
+
+HLO = """HloModule jit_step
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %c = f32[] add(%a, %b)
+}
+
+%inner (p: f32[8]) -> f32[8] {
+  ROOT %g = f32[8]{0} all-gather(%p), dimensions={0}
+}
+
+%body (p: (s32[], f32[4,256])) -> (s32[], f32[4,256]) {
+  %f = f32[8] fusion(%q), kind=kLoop, calls=%inner
+  ROOT %t = (s32[], f32[4,256]) tuple(%i, %x)
+}
+
+ENTRY %main (p: f32[4,256]) -> f32[4,256] {
+  %w = (s32[], f32[4,256]) while(%t), condition=%cond, body=%body
+  %r = (f32[512,1024]{1,0}, bf16[1024]{0}) all-reduce(%x, %y), to_apply=%add
+  ROOT %s = f32[4,256] all-reduce-start(%z), to_apply=%add
+}
+"""
+
+
+def test_messages_are_found_in_a_program():
+  found = plan.collectives(HLO)
+  assert found.keys() == {"all-gather", "all-reduce"}
+  assert found["all-gather"] == {"count": 1, "in loops": 1, "MiB": 32 / 2**20}
+  reduced = found["all-reduce"]
+  assert reduced["count"] == 2 and reduced["in loops"] == 0
+  assert reduced["MiB"] == 2 + 2048 / 2**20 + 4096 / 2**20
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
+def test_the_tpu_compiler_accounts_for_a_step(tmp_path):
+  model = families.write_configs("sdxl", tmp_path / "xl", vocab_size=500, shallow=True)
+  command = [sys.executable, "-m", "jaxpref.plan", "--config=configs/dro.py:sdxl"]
+  fields = {"model.path": model, "train.batch_size": 16, "train.accumulate": 2}
+  command += [f"--config.{k}={v}" for k, v in fields.items()]
+  command += ["--topology=v5e:2x2", "--compile=yes", f"--json={tmp_path / 'plan.json'}"]
+  done = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr[-2000:]
+  compiled = json.loads((tmp_path / "plan.json").read_text())["compiled"]
+  assert compiled["train step"]["memory"]["total"] < 16
+  reduced = compiled["train step"]["collectives"]["all-reduce"]
+  assert reduced["in loops"] == 0 and reduced["MiB"] > 0
+
+
+def test_the_example_of_the_error_is_right():
+  chip, count = plan.parse_topology("v5p:2x2x2")
+  assert chip.kind == "TPU v5" and count == 8
+  with pytest.raises(UserError, match="is not one of"):
+    plan.parse_topology("8")

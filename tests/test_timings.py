@@ -1,0 +1,65 @@
+"""The timing scripts in small, and that PyTorch's part does the same work."""
+
+import json
+import sys
+
+import conftest
+import numpy as np
+import pytest
+from conftest import live
+
+sys.path.insert(0, str(conftest.ROOT / "benchmarks"))
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch):
+  monkeypatch.chdir(conftest.ROOT)
+
+
+@live
+def test_the_fast_rival_draws_what_the_slow_one_does():
+  """Both solvers are DPM-Solver++ (2M), each sample at timesteps of its own."""
+  import rivals
+  import torch
+
+  config = {
+    "block_out_channels": [32],
+    "down_block_types": ["CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D"],
+    "cross_attention_dim": 16,
+    "attention_head_dim": 2,
+    "layers_per_block": 1,
+    "sample_size": 4,
+    "in_channels": 4,
+  }
+  drawn = []
+  for kind in ("P0", "P1"):
+    rival = rivals.Rival(config, kind, rows=6, dtype="float32", tokens=3)
+    torch.manual_seed(1)
+    draw = rival._draw_fast if rival.fast else rival._draw_slowly
+    drawn.append([part.detach().numpy() for part in draw(10)])
+    before = [p.clone() for p in rival.unet.parameters()]
+    rival.dro(4)
+    rival.sft()
+    assert any((a != b).any() for a, b in zip(before, rival.unet.parameters(), strict=True))
+    rival.sample(2, 5.0)
+  (slow, slow_target, slow_t), (fast, fast_target, fast_t) = drawn
+  np.testing.assert_array_equal(slow_t, fast_t)
+  assert len(set(slow_t)) > 3
+  np.testing.assert_allclose(slow, fast, rtol=1e-3, atol=1e-4)
+  np.testing.assert_allclose(slow_target, fast_target, rtol=1e-3, atol=1e-4)
+
+
+def test_scripts_in_small(tmp_path, capsys):
+  import attention
+  import dro_loop
+
+  out = tmp_path / "dro.json"
+  options = ["--config=configs/dro.py:tiny", "--width=32", "--latents=4", "--rows=4"]
+  dro_loop.main([*options, "--lots=2", "--turns=1", f"--out={out}"])
+  numbers = json.loads(out.read_text())
+  assert numbers["contenders"].keys() == {"ours", "ours, all rows at once"}
+  assert numbers["contenders"]["ours"]["time / ours"] == 1.0
+  assert numbers["flops of a turn"] > 0
+  attention.main(["--shapes=1x16x2x8", "--turns=1", f"--out={tmp_path / 'attention.json'}"])
+  assert "| DRO | pairs a second |" in capsys.readouterr().out
