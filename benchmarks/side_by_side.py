@@ -25,7 +25,7 @@ from jaxpref import config as config_lib
 from jaxpref import prepare, programs, runtime, sharding, speed
 from jaxpref.models import pipeline as pipeline_lib
 
-BUNDLED = Path(__file__).resolve().parent.parent / "jaxpref/pipelines/shapes"
+BUNDLED = Path("jaxpref/pipelines/shapes")
 RIVALS = {
   "P0": "PyTorch as the published scripts have it: eager, attention that keeps its logits, "
   "a solver that loops over samples in Python, separate calls for each half and model",

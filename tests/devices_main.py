@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpref import losses, noising, optim, rollouts, sharding, steps
+from jaxpref import losses, noising, optim, plan, rollouts, sharding, steps
 from jaxpref.data import rows as rows_lib
 from jaxpref.diffusion.schedule import make_schedule
 
@@ -72,6 +72,7 @@ def train(
   lots=0,
   fixed=False,
   seed=0,
+  collectives=None,
   **hyper,
 ):
   """Metrics by update, and the parameters."""
@@ -141,6 +142,11 @@ def train(
   batch = sharding.place_batch(rows, mesh)
   empty = jax.device_put(empty, sharding.replicated(mesh))
   history = []
+  if collectives is not None:
+    first = rollout(state.params, state.seed, state.update, batch["cond"], empty)
+    drawn = first if needs.rollout else None
+    text = step.lower(state, params, empty, batch, drawn).compile().as_text()
+    collectives.update(plan.collectives(text))
   for _ in range(updates):
     drawn = None
     if needs.rollout:
@@ -157,7 +163,15 @@ def train(
 if __name__ == "__main__":
   results = []
   for case in json.loads(sys.argv[1]):
-    history, params = train(**case)
+    collectives = {} if case.pop("look", False) else None
+    history, params = train(**case, collectives=collectives)
     flat = [float(np.sum(v.astype(np.float64))) for v in jax.tree.leaves(params)]
-    results.append({"devices": jax.device_count(), "history": history, "sums": flat})
+    results.append(
+      {
+        "devices": jax.device_count(),
+        "history": history,
+        "sums": flat,
+        "collectives": collectives,
+      }
+    )
   print(json.dumps(results))

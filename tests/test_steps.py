@@ -20,7 +20,7 @@ from jaxpref.diffusion import schedule as schedule_lib
 from jaxpref.errors import UserError
 
 CASES = [
-  {"name": "dro", "data": 8},
+  {"name": "dro", "data": 8, "accumulate": 2, "look": True},
   {"name": "dro", "data": 4, "fsdp": 2, "accumulate": 2, "lots": 8},
   {"name": "dro", "data": 2, "fsdp": 4, "refresh_every": 2, "states": 2, "replay": 2},
   {"name": "sft", "data": 2, "fsdp": 4},
@@ -32,7 +32,7 @@ CASES = [
   {"name": "listwise", "data": 2, "fsdp": 4, "accumulate": 2},
   {"name": "dspo", "data": 8},
 ]
-MESH = ("data", "fsdp")
+MESH = ("data", "fsdp", "look")
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,18 @@ def test_eight_devices_equal_one(on_eight, index):
     )
   sums = [np.sum(v.astype(np.float64)) for v in jax.tree.leaves(params)]
   np.testing.assert_allclose(result["sums"], sums, rtol=1e-4, atol=1e-4)
+
+
+def test_a_compiled_update_has_one_message_of_gradients(on_eight, alone):
+  """Across eight devices: gradients and means of metrics, after the micro-batches' loop."""
+  found = on_eight[0]["collectives"]
+  history, params = alone["dro"]
+  gradients = sum(leaf.nbytes for leaf in params.values())
+  reduced = found.pop("all-reduce")
+  assert reduced["in loops"] == 0
+  assert gradients <= reduced["MiB"] * 2**20 <= gradients + 4 * len(history[0])
+  # Nothing else, but for the few numbers of which prompts are dropped.
+  assert all(f["MiB"] * 2**20 < 1024 for f in found.values()), found
 
 
 @pytest.mark.parametrize("name", ["dro", "sft"])

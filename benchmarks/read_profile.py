@@ -1,0 +1,50 @@
+"""Where the devices' time went, from the trace of a run with `--config.profile=N`.
+
+  python -m jaxpref.main --config=configs/dro.py --config.profile=3 --workdir=runs/traced
+  python benchmarks/read_profile.py runs/traced/profile
+
+Adds up what the trace has by kind of operation, the largest first. For a timeline open the
+same directory in XProf, TensorBoard or Perfetto.
+"""
+
+import argparse
+import collections
+import re
+import sys
+from pathlib import Path
+
+import jax
+
+# Of the host's threads, what contains or waits for operations rather than being one.
+_AROUND = re.compile(r"ThunkExecutor|Rendezvous|Wait|Execute|Pjit|Launch|^\$|Arguments|^\[|::")
+
+
+def main(argv: list[str]) -> None:
+  """Prints a table."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("profile", type=Path, help="directory that a run has left")
+  parser.add_argument("--top", type=int, default=15, help="kinds shown")
+  options = parser.parse_args(argv)
+  files = sorted(options.profile.rglob("*.xplane.pb"))
+  if not files:
+    sys.exit(f"no trace under {options.profile}")
+  spent: collections.Counter[str] = collections.Counter()
+  count: collections.Counter[str] = collections.Counter()
+  planes = list(jax.profiler.ProfileData.from_file(str(files[-1])).planes)
+  devices = [p for p in planes if p.name.startswith(("/device:GPU", "/device:TPU"))]
+  for plane in devices or planes:
+    for line in plane.lines:
+      for event in line.events:
+        if not _AROUND.search(event.name):
+          kind = re.sub(r"[.\d]+$", "", event.name)
+          spent[kind] += event.duration_ns
+          count[kind] += 1
+  total = sum(spent.values())
+  print(f"{total / 1e6:.0f} ms of operations, on all devices\n")
+  print("| operation | calls | ms | share |\n|---|---|---|---|")
+  for kind, ns in spent.most_common(options.top):
+    print(f"| {kind} | {count[kind]} | {ns / 1e6:.1f} | {100 * ns / total:.1f} % |")
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])
