@@ -68,7 +68,10 @@ ABLATIONS = {
     "Updates between renewals of the sampling copy",
     {
       "1": (),
-      "10": ("rollout.refresh_every=10",),
+      "2": ("rollout.refresh_every=2",),
+      "4": ("rollout.refresh_every=4",),
+      "8": ("rollout.refresh_every=8",),
+      "16": ("rollout.refresh_every=16",),
       "50": ("rollout.refresh_every=50",),
       "never": ("rollout.refresh_every=100000",),
     },
@@ -149,7 +152,9 @@ def report(by_seed: dict[int, dict], options: argparse.Namespace) -> None:
     "",
     "Each run is `configs/dro.py` with one thing changed. Correctness and quality of the "
     "tuned model's pictures on held-out prompts, mean +- standard deviation over seeds; "
-    "`active` is the share of samples that the hinge still counted, mean over logged updates. "
+    "`active` is the share of samples that the hinge still counted, `own error` the policy's "
+    "on its own samples (against the sampling copy's predictions: 0 where that is renewed at "
+    "every update, and so is what it adds to the gradient), both means over logged updates. "
     "Minutes are of whole runs with their evaluation, on a machine that may have been "
     "shared. Whether the trend is the paper's (Wu et al. 2025, SD 1.5 on Pick-a-Pic) is judged "
     "by the sum of correctness and quality.",
@@ -158,7 +163,7 @@ def report(by_seed: dict[int, dict], options: argparse.Namespace) -> None:
   for name in options.only:
     ablation = ABLATIONS[name]
     text += ["", f"## {ablation.title}", ""]
-    text += ["| | correct | quality | active | minutes |", "|---|---|---|---|---|"]
+    text += ["| | correct | quality | active | own error | minutes |", "|---|" + "---|" * 5]
     sums = {}
     for variant in ablation.variants:
       runs = [_measure(records[name, variant]) for records in by_seed.values()]
@@ -170,6 +175,7 @@ def report(by_seed: dict[int, dict], options: argparse.Namespace) -> None:
           ("correct", "{:.3f}"),
           ("quality", "{:.3f}"),
           ("active", "{:.2f}"),
+          ("own error", "{:.4f}"),
           ("minutes", "{:.1f}"),
         )
       )
@@ -189,6 +195,7 @@ def _measure(record: dict) -> dict[str, float]:
     "correct": record["means"]["tuned/shapes.correct"],
     "quality": record["means"]["tuned/shapes.quality"],
     "active": record["metrics"]["dro/active"],
+    "own error": record["metrics"]["err/policy_p"],
     "minutes": record["minutes"],
   }
 
