@@ -12,7 +12,7 @@ import sys
 import jax
 import side_by_side
 
-from jaxpref import flops
+from jaxpref import flops, programs, rollouts
 
 
 def main(argv: list[str]) -> None:
@@ -21,7 +21,11 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--lots", type=int, default=8, help="rollout.batch_size of the fast path")
   options = parser.parse_args(argv)
   checked = side_by_side.checked_of(options, f"rollout.batch_size={options.lots}")
-  published = side_by_side.checked_of(options)
+  published = side_by_side.checked_of(options, "rollout.batch_size=0")
+  if (
+    rollouts.rows_at_once(options.rows, options.lots, devices=checked.mesh.size) == options.rows
+  ):
+    parser.error("--lots leaves a single lot of all --rows")
   contenders = {"ours": _loop(checked), "ours, all rows at once": _loop(published)}
   if options.against:
     import rivals  # noqa: PLC0415  # PyTorch is not needed for ours alone
@@ -39,13 +43,18 @@ def main(argv: list[str]) -> None:
       contenders[kind] = lambda rival=rival: rival.dro(steps)
   took = side_by_side.take_turns(contenders, options.turns)
   forward = flops.of_forward(checked.pipeline)
+  # Rivals draw whole trajectories, and compute a gradient of their own samples that is zero.
+  num_steps = checked.config.rollout.num_steps
+  works = dict.fromkeys(contenders, options.rows * (num_steps + 2 + 6) * forward)
+  works["ours"] = sum(flops.of_update(checked, forward).values())
+  works["ours, all rows at once"] = sum(flops.of_update(published, forward).values())
   side_by_side.report(
     "DRO",
     options,
     took,
     unit="pairs",
     units=options.rows,
-    work=sum(flops.of_update(checked, forward).values()),
+    work=works,
   )
 
 
@@ -57,7 +66,9 @@ def _loop(checked):
   def update():
     now = state[0]
     drawn = program.rollout(
-      now.params, now.seed, now.update, inputs.batch["cond"], inputs.uncond
+      *programs.rollout_arguments(
+        program, now, inputs.base, inputs.batch["cond"], inputs.uncond
+      )
     )
     state[0], values = program.train_step(
       now, inputs.base, inputs.uncond, inputs.batch, drawn, inputs.start

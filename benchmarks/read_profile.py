@@ -30,7 +30,8 @@ def main(argv: list[str]) -> None:
     sys.exit(f"no trace under {options.profile}")
   spent: collections.Counter[str] = collections.Counter()
   count: collections.Counter[str] = collections.Counter()
-  planes = list(jax.profiler.ProfileData.from_file(str(files[-1])).planes)
+  newest = [f for f in files if f.parent == files[-1].parent]  # a file for each host
+  planes = [p for f in newest for p in jax.profiler.ProfileData.from_file(str(f)).planes]
   devices = [p for p in planes if p.name.startswith(("/device:GPU", "/device:TPU"))]
   for plane in devices or planes:
     for line in plane.lines:

@@ -36,20 +36,21 @@ class Rival:
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     unet = UNet2DConditionModel.from_config(config).to(self.device)
+    unet.set_attn_processor(attention_processor.AttnProcessor2_0())  # the default, for both
     if self.fast:
       unet = unet.to(memory_format=torch.channels_last)
-      unet.set_attn_processor(attention_processor.AttnProcessor2_0())
-    else:
-      unet.set_attn_processor(attention_processor.AttnProcessor())
     self.unet = unet.train()
     self.reference = copy.deepcopy(unet).requires_grad_(False).eval()
     if self.dtype != torch.float32:
       self.reference = self.reference.to(self.dtype)
     self.ema = copy.deepcopy(unet).requires_grad_(False)
     self.policy_copy = copy.deepcopy(unet).requires_grad_(False).eval()
-    options = {"fused": True} if self.fast else {"foreach": False}
+    options = {"fused": True} if self.fast else {}
     self.optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5, **options)
-    compiled = torch.compile if kind == "P2" else lambda module: module
+
+    def compiled(module):
+      return torch.compile(module, dynamic=False) if kind == "P2" else module
+
     self.predict = compiled(self.unet)
     self.predict_reference = compiled(self.reference)
     size = config["sample_size"]
@@ -92,6 +93,9 @@ class Rival:
   @torch.no_grad()
   def sample(self, num_steps: int, guidance: float) -> None:
     """Latents from noise with DPM-Solver++ and guidance."""
+    if self.dtype not in (torch.float32, self.unet.dtype):
+      self.unet.to(self.dtype)  # as ours is: once, not at every call
+    self.unet.eval()
     scheduler = DPMSolverMultistepScheduler(**BETAS)
     scheduler.set_timesteps(num_steps)
     x_t = self._normal(*self.latents.shape)

@@ -27,8 +27,8 @@ from jaxpref.models import pipeline as pipeline_lib
 
 BUNDLED = Path("jaxpref/pipelines/shapes")
 RIVALS = {
-  "P0": "PyTorch as the published scripts have it: eager, attention that keeps its logits, "
-  "a solver that loops over samples in Python, separate calls for each half and model",
+  "P0": "PyTorch as the published loop has it: eager, diffusers' and PyTorch's defaults, a "
+  "solver that loops over samples in Python, a call for each half and model",
   "P1": "PyTorch made fast: SDPA, channels_last, one call for all of a batch, a vectorised "
   "solver, fused optimizer",
   "P2": "P1 with torch.compile",
@@ -103,16 +103,17 @@ def lay_out(options: argparse.Namespace, directory: Path) -> Path:
 
 def realise(shapes: Any, *, seed: int = 0) -> Any:
   """Arrays of these shapes, placed as they say: normal numbers of a layer's usual size."""
+  numbers = iter(range(len(jax.tree.leaves(shapes))))
 
-  def one(path, leaf):
-    rng = np.random.default_rng([seed, len(path)])
+  def one(leaf):
+    rng = np.random.default_rng([seed, next(numbers)])
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
       return jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
     fan = np.prod(leaf.shape[:-1]) if len(leaf.shape) > 1 else 25.0
     values = rng.standard_normal(leaf.shape, np.float32) / np.float32(np.sqrt(max(fan, 1.0)))
     return jax.device_put(values.astype(leaf.dtype), leaf.sharding)
 
-  return jax.tree.map_with_path(one, shapes)
+  return jax.tree.map(one, shapes)
 
 
 def realise_run(checked: prepare.Checked) -> tuple[programs.Programs, programs.Arguments]:
@@ -121,11 +122,10 @@ def realise_run(checked: prepare.Checked) -> tuple[programs.Programs, programs.A
   params = realise(shapes.state.params)
   state = jax.jit(program.make_state, out_shardings=program.placement)(params)
   rest = realise(shapes._replace(state=None, base=None, start=None, rollout=None))
-  copy = jax.jit(lambda p: jax.tree.map(jnp.copy, p))(params)
   return program, rest._replace(
     state=state,
-    base=None if shapes.base is None else copy,
-    start=None if shapes.start is None else copy,
+    base=None if shapes.base is None else realise(shapes.base),
+    start=None if shapes.start is None else realise(shapes.start),
     rollout=None if shapes.rollout is None else realise(shapes.rollout),
   )
 
@@ -164,7 +164,7 @@ def report(
   *,
   unit: str,
   units: int,
-  work: float,
+  work: float | Mapping[str, float],
 ) -> None:
   """Prints a table, and writes everything as JSON where it is wanted.
 
@@ -174,8 +174,9 @@ def report(
     took: from `take_turns`; 'ours' is what others are compared with.
     unit: what a turn makes, such as 'images'.
     units: how many.
-    work: FLOPs of a turn, by the method's count.
+    work: FLOPs of a turn, by the method's count; of each contender where they differ.
   """
+  works = dict(work) if isinstance(work, Mapping) else dict.fromkeys(took, work)
   device = jax.devices()[0]
   rate = matmul_rate(options.dtype) * jax.device_count()
   numbers: dict[str, Any] = {
@@ -185,7 +186,7 @@ def report(
     "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     "versions": {p: _version(p) for p in ("jax", "jaxlib", "diffusers", "torch")},
     "options": {k: str(v) for k, v in vars(options).items()},
-    "flops of a turn": work,
+    "flops of a turn": works,
     "flops a second of a large product": rate,
     "peak of the data sheet": speed.peak_of(device.device_kind),
     "contenders": {},
@@ -198,7 +199,7 @@ def report(
     ratio = statistics.median(
       mine / ours for mine, ours in zip(times, took["ours"], strict=True)
     )
-    share = work / median / rate
+    share = works[contender] / median / rate
     numbers["contenders"][contender] = {
       "seconds": times,
       "median": median,

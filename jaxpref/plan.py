@@ -9,6 +9,7 @@ devices. No accelerator is needed, and of the model only its configuration files
 """
 
 import dataclasses
+import importlib.util
 import os
 import re
 import sys
@@ -29,7 +30,8 @@ FLAGS = {
   "json": "a file for the numbers",
 }
 GIB = 2**30
-_REMAT = ("attention", "transformer", "blocks", "full")
+_USABLE = 0.9  # of a device's memory: scratch space is not in the estimate
+_REMAT = ("none", "attention", "transformer", "blocks", "full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +59,7 @@ def main(argv: list[str]) -> int:
   # Before JAX starts: the TPU's compiler looks for a TPU otherwise.
   os.environ.setdefault("JAX_PLATFORMS", "cpu")
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # it is not going to use one
   return cli.exit_status(_run, argv, continues=False)
 
 
@@ -74,10 +77,20 @@ def _run(argv: list[str]) -> None:
     raise UserError(f"--mfu is a share above 0, at most 1, got {flags['mfu']!r}")
   if "topology" not in flags:
     raise UserError("--topology is missing, e.g. --topology=v5e:4x4")
+  chip, _ = parse_topology(flags["topology"])
+  if compiles == "yes" and chip.platform != "tpu":
+    raise UserError("--compile=yes: only TPUs can be compiled for without having one")
+  if "json" in flags and (not flags["json"] or Path(flags["json"]).is_dir()):
+    raise UserError(f"--json is a file to write, got {flags['json']!r}")
+  if "model" not in config or "loss" not in config:
+    raise UserError(
+      f"{config.name} trains no UNet with a loss; plans are for configurations that do"
+    )
   numbers = plan(config, flags["topology"], mfu=mfu)
+  print(describe(numbers), flush=True)
   if compiles == "yes":
     numbers["compiled"] = compile_programs(config, flags["topology"])
-  print(describe(numbers))
+    print("\n".join(_describe_compiled(numbers["compiled"])))
   if "json" in flags:
     workdir_lib.write_json(Path(flags["json"]), numbers)
 
@@ -99,18 +112,21 @@ def parse_topology(text: str) -> tuple[Chip, int]:
   return CHIPS[name], count
 
 
-def plan(config: Any, topology: str, *, mfu: float = 0.4) -> dict[str, Any]:
+def plan(
+  config: Any, topology: str, *, mfu: float = 0.4, search: bool = True
+) -> dict[str, Any]:
   """Everything that shapes tell.
 
   Args:
     config: of a run.
     topology: see `parse_topology`.
     mfu: share of the devices' peak that time is estimated with.
+    search: whether other settings are looked for.
 
   Returns:
     A tree of numbers and texts: 'devices', 'parameters', 'flops' of an update by phase,
-    'seconds' of an update and 'hours' of the run at this MFU, 'memory' of a device in GiB as
-    configured, and under 'settings' what other ones need, the cheapest first.
+    'seconds' of an update and 'hours' of all at this MFU, 'memory' of a device in GiB as
+    configured, and under 'settings' what else fits, by 'mesh.fsdp' and 'model.remat'.
 
   Raises:
     UserError: whatever is wrong with the configuration or the topology.
@@ -122,10 +138,11 @@ def plan(config: Any, topology: str, *, mfu: float = 0.4) -> dict[str, Any]:
   from jaxpref.models.pipeline import abstract_params  # noqa: PLC0415
 
   chip, count = parse_topology(topology)
+  iterations = config.iterate.num_iterations if "iterate" in config else 1
   config = _for_accelerator(config)
   checked = prepare.check(config, mesh=sharding.abstract_mesh(config.mesh, count))
   _, arguments = programs.abstract_programs(checked)
-  kept = _Kept(checked.pipeline)
+  model = _Model(checked, chip)
   forward = flops.of_forward(checked.pipeline)
   work = flops.of_update(checked, forward)
   seconds = sum(work.values()) / count / (mfu * (speed.peak_of(chip.kind) or 1.0))
@@ -143,29 +160,48 @@ def plan(config: Any, topology: str, *, mfu: float = 0.4) -> dict[str, Any]:
     "flops": work,
     "mfu": mfu,
     "seconds": seconds,
-    "hours": seconds * config.train.num_updates / 3600,
+    "hours": seconds * config.train.num_updates * iterations / 3600,
     "device": {"kind": chip.kind, "memory": float(chip.memory)},
-    "memory": _memory(checked, arguments, kept, chip),
+    "memory": _memory(checked, arguments, model),
   }
-  found["fits"] = found["memory"]["total"] <= chip.memory
-  found["settings"] = list(_search(checked, arguments, kept, chip))
+  found["fits"] = found["memory"]["total"] <= _USABLE * chip.memory
+  found["settings"] = list(_search(checked, arguments, model, chip)) if search else []
   return found
 
 
-class _Kept(dict):
-  """Bytes that a latent's forward pass keeps, by `model.remat`; counted when asked for."""
+class _Model:
+  """What does not change with settings, each traced once: shapes, and bytes kept by remat."""
 
-  def __init__(self, pipeline: Any):
-    super().__init__()
-    self._pipeline = pipeline
+  def __init__(self, checked: Any, chip: Chip):
+    import jax  # noqa: PLC0415
 
-  def __missing__(self, remat: str) -> int:
+    from jaxpref.models import unet  # noqa: PLC0415
+    from jaxpref.models.pipeline import abstract_params  # noqa: PLC0415
+
+    params = {part: abstract_params(m) for part, m in checked.pipeline.modules.items()}
+    dtype = checked.config.model.frozen_dtype
+    self.base = jax.eval_shape(lambda p: unet.freeze(p, dtype), params.pop("unet"))
+    self.encoders = params
+    self.fused = _has_fused_attention(checked, chip)
+    self._pipeline = checked.pipeline
+    self._kept: dict[str, int] = {}
+
+  def kept(self, remat: str) -> int:
+    """Bytes that a latent's forward pass keeps."""
     from jaxpref import memory  # noqa: PLC0415
 
-    # cuDNN's attention keeps little; XLA's would keep all logits unless they are remade.
-    remade = "attention" if remat == "none" else remat
-    self[remat] = memory.kept_bytes(self._pipeline, attention="xla", norm="lean", remat=remade)
-    return self[remat]
+    # Fused attention keeps about as little as one that is computed again.
+    remade = "attention" if remat == "none" and self.fused else remat
+    if remade not in self._kept:
+      self._kept[remade] = memory.kept_bytes(
+        self._pipeline, attention="xla", norm="lean", remat=remade
+      )
+    return self._kept[remade]
+
+
+def _has_fused_attention(checked: Any, chip: Chip) -> bool:
+  """Whether the longest attention is cuDNN's, which it is in two bytes a number."""
+  return chip.platform == "gpu" and checked.config.model.dtype == "bfloat16"
 
 
 def _for_accelerator(config: Any) -> Any:
@@ -182,16 +218,17 @@ def _for_accelerator(config: Any) -> Any:
 
 
 def _logits(checked: Any) -> int:
-  """Bytes of one latent's largest attention by XLA: logits in float32, weights in two bytes."""
+  """Bytes of one latent's largest attention by XLA: logits in float32, and their softmax."""
+  width = 4 + (2 if checked.config.model.dtype == "bfloat16" else 4)
   config = checked.pipeline.configs["unet"]
   blocks, heads = config["down_block_types"], config.get("attention_head_dim", 8)
   heads = [heads] * len(blocks) if isinstance(heads, int) else heads
   tokens = [(checked.pipeline.latent_shape[1] // 2**level) ** 2 for level in range(len(blocks))]
   attending = [i for i, block in enumerate(blocks) if "Attn" in block]
-  return max((heads[i] * tokens[i] ** 2 * 6 for i in attending), default=0)
+  return max((heads[i] * tokens[i] ** 2 * width for i in attending), default=0)
 
 
-def _memory(checked: Any, arguments: Any, kept: _Kept, chip: Chip) -> dict[str, float]:
+def _memory(checked: Any, arguments: Any, model: _Model) -> dict[str, float]:
   """GiB on a device, by what takes it; the sizes of `arguments` are those of any mesh."""
   import jax  # noqa: PLC0415
 
@@ -204,22 +241,29 @@ def _memory(checked: Any, arguments: Any, kept: _Kept, chip: Chip) -> dict[str, 
   latents = config.train.batch_size * states * arms / config.train.accumulate / mesh.size
   wide = on(state.params)
   # Weights are rounded to the dtype of the computation once for all.
-  cast = wide / 2 if config.model.dtype == "bfloat16" else 0
-  rows = (arguments.batch, arguments.rollout, state.replay)
+  rounded = on(model.base) if config.lora.rank else wide
+  casts = rounded / 2 if config.model.dtype == "bfloat16" else 0
+  sums = wide if config.train.accumulate > 1 else 0
+  rows = (arguments.batch, arguments.rollout)
   parts = {
     "parameters, moments, average": wide + on(state.ema) + on(state.opt_state),
-    "gradients and casts": wide + cast,
-    "frozen copies": on(state.policy_copy) + on(arguments.base) + on(arguments.start),
-    "kept for the backward pass": latents * kept[config.model.remat],
-    "attention's logits": latents * _logits(checked) if chip.platform == "tpu" else 0,
-    "batch": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(rows)) / mesh.size,
+    "gradients and casts": wide + sums + casts,
+    # The base is there to the end, for the evaluation.
+    "frozen copies": on(state.policy_copy) + on(model.base) + on(arguments.start),
+    "text encoders, VAE": on(model.encoders),
+    "kept for the backward pass": latents * model.kept(config.model.remat),
+    "attention's logits": 0 if model.fused else latents * _logits(checked),
+    "batch": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(rows)) / mesh.size
+    + on(state.replay),
   }
   parts = {name: value / GIB for name, value in parts.items()}
   return {**parts, "total": sum(parts.values())}
 
 
-def _search(checked: Any, arguments: Any, kept: _Kept, chip: Chip) -> Iterator[dict[str, Any]]:
-  """The largest micro-batch that fits for each way to split and to recompute."""
+def _search(
+  checked: Any, arguments: Any, model: _Model, chip: Chip
+) -> Iterator[dict[str, Any]]:
+  """The largest micro-batch that fits for each way to split (up to 64) and to recompute."""
   from jaxpref import sharding  # noqa: PLC0415
 
   rows, count = checked.config.train.batch_size, checked.mesh.size
@@ -231,8 +275,8 @@ def _search(checked: Any, arguments: Any, kept: _Kept, chip: Chip) -> Iterator[d
     trial = dataclasses.replace(checked, config=config, mesh=mesh)
     for config.model.remat in _REMAT:
       for config.train.accumulate in accumulations:
-        needed = _memory(trial, arguments, kept, chip)["total"]
-        if needed <= 0.9 * chip.memory:  # what the estimate leaves out
+        needed = _memory(trial, arguments, model)["total"]
+        if needed <= _USABLE * chip.memory:
           yield {
             "mesh.fsdp": fsdp,
             "model.remat": config.model.remat,
@@ -262,26 +306,21 @@ def compile_programs(config: Any, topology: str) -> dict[str, Any]:
 
   from jaxpref import prepare, programs, sharding  # noqa: PLC0415
 
-  chip, _ = parse_topology(topology)
-  if chip.platform != "tpu":
-    raise UserError("--compile=yes: only TPUs can be compiled for without having one")
+  if not importlib.util.find_spec("libtpu"):
+    raise UserError('--compile=yes needs the TPU\'s compiler: pip install "jax[tpu]"')
   try:
     devices = topologies.get_topology_desc(topology, platform="tpu").devices
   except Exception as error:  # whatever a plugin raises
     reason = str(error).partition("\n")[0]
-    raise UserError(
-      f'{topology} cannot be compiled for (pip install "jax[tpu]"?): {reason}'
-    ) from error
+    raise UserError(f"{topology} cannot be compiled for: {reason}") from error
   config = _for_accelerator(config)
   mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, devices=devices)
   checked = prepare.check(config, mesh=mesh)
   program, arguments = programs.abstract_programs(checked)
   found = {"train step": _compile(program.train_step, arguments)}
   if program.rollout:
-    state = arguments.state
-    policy = state.policy_copy if program.lagging else state.params
-    inputs = (policy, state.seed, state.update, arguments.batch["cond"], arguments.uncond)
-    found["rollout"] = _compile(program.rollout, inputs)
+    rest = (arguments.state, arguments.base, arguments.batch["cond"], arguments.uncond)
+    found["rollout"] = _compile(program.rollout, programs.rollout_arguments(program, *rest))
   return found
 
 
@@ -310,7 +349,7 @@ def _compile(program: Any, arguments: Any) -> dict[str, Any]:
 
 
 _COLLECTIVE = re.compile(
-  r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+  r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\("
 )
 _SHAPE = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
 _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
@@ -336,16 +375,19 @@ def collectives(hlo: str) -> dict[str, dict[str, float]]:
     looped |= more
   found: dict[str, dict[str, float]] = {}
   for name, lines in bodies.items():
-    for shapes, operation in _COLLECTIVE.findall("\n".join(lines)):
+    for shapes, operation, start in _COLLECTIVE.findall("\n".join(lines)):
       entry = found.setdefault(operation, {"count": 0, "in loops": 0, "MiB": 0.0})
       entry["count"] += 1
       entry["in loops"] += name in looped
-      entry["MiB"] += sum(_bytes(*shape) for shape in _SHAPE.findall(shapes)) / 2**20
+      sizes = [_bytes(*shape) for shape in _SHAPE.findall(shapes)]
+      # What is begun returns operand and result, but for all-reduce, whose results it returns.
+      begun = start and operation != "all-reduce" and len(sizes) > 1
+      entry["MiB"] += (sizes[1] if begun else sum(sizes)) / 2**20
   return found
 
 
 def _bytes(kind: str, sides: str) -> float:
-  bits = int(re.sub(r"\D", "", kind) or 8)
+  bits = int((re.findall(r"\d+", kind) or ["8"])[0])  # f32, bf16, f8e4m3fn; pred is a byte
   count = 1
   for side in filter(None, sides.split(",")):
     count *= int(side)
@@ -362,7 +404,7 @@ def describe(numbers: dict[str, Any]) -> str:
     f"parameters of the UNet: {numbers['parameters']:,}; trained: {numbers['trained']:,}",
     "",
     f"an update: {_flops(total)} in all, {numbers['seconds']:.3g} s at "
-    f"{100 * numbers['mfu']:.0f} % of peak; the run: {numbers['hours']:.2g} hours",
+    f"{100 * numbers['mfu']:.0f} % of peak; the training: {numbers['hours']:.2g} hours",
   ]
   for phase, cost in numbers["flops"].items():
     lines.append(f"  {phase:<10} {_flops(cost):>15}  {100 * cost / total:3.0f} %")
@@ -372,7 +414,11 @@ def describe(numbers: dict[str, Any]) -> str:
   ]
   lines += [f"  {name:<30} {value:8.2f}" for name, value in memory.items()]
   verdict = "fits" if numbers["fits"] else "does NOT fit"
-  lines.append(f"  it {verdict} into {device['memory']:.0f} GiB")
+  lines.append(f"  it {verdict} into nine tenths of {device['memory']:.0f} GiB")
+  if device["kind"].startswith("NVIDIA"):
+    lines.append(
+      "  (JAX takes three quarters unless XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 is set)"
+    )
   lines += ["", "what fits, the largest micro-batch for each way (10 % left free):"]
   columns = (
     "mesh.fsdp",
@@ -386,7 +432,12 @@ def describe(numbers: dict[str, Any]) -> str:
     for s in numbers["settings"]
   ]
   lines += _table(columns, rows) if rows else ["  nothing"]
-  for name, account in numbers.get("compiled", {}).items():
+  return "\n".join(lines)
+
+
+def _describe_compiled(compiled: dict[str, Any]) -> list[str]:
+  lines = []
+  for name, account in compiled.items():
     lines += ["", f"{name}, compiled in {account['compile seconds']:.0f} s:"]
     if "error" in account:
       lines.append("  " + account["error"].partition("\n")[0])
@@ -396,7 +447,7 @@ def describe(numbers: dict[str, Any]) -> str:
       f"  {operation}: {e['count']}, of them in loops {e['in loops']}, {e['MiB']:.1f} MiB"
       for operation, e in account["collectives"].items()
     ] or ["  no messages between devices"]
-  return "\n".join(lines)
+  return lines
 
 
 def _flops(value: float) -> str:

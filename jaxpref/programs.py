@@ -102,6 +102,14 @@ def make_programs(checked: Checked, trained: Any, rows: Any, uncond: Any) -> Pro
   return Programs(adapt, make_state, placement, train_step, rollout, reference_errors, lagging)
 
 
+def rollout_arguments(
+  program: Programs, state: Any, base: Any, cond: Any, uncond: Any
+) -> tuple:
+  """What `program.rollout` is called with; arrays or shapes."""
+  policy = state.policy_copy if program.lagging else state.params
+  return program.adapt(policy, base), state.seed, state.update, cond, uncond
+
+
 class Arguments(NamedTuple):
   """What `train_step` takes, as shapes with their shardings; see `steps.make_train_step`."""
 

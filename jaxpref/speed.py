@@ -1,7 +1,6 @@
 """How fast a run is: rows, images and FLOPs a second, and what the devices could do."""
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,25 @@ import jax
 PEAKS = {
   "TPU v4": 275e12,
   "TPU v5 lite": 197e12,
+  "TPU v5e": 197e12,
   "TPU v5": 459e12,
+  "TPU v5p": 459e12,
   "TPU v6 lite": 918e12,
+  "TPU v6e": 918e12,
   "NVIDIA A100": 312e12,
   "NVIDIA H100 PCIe": 756e12,
+  "NVIDIA H100 NVL": 835e12,
   "NVIDIA H100": 989e12,
   "NVIDIA H200": 989e12,
 }
+_compiled = {"seconds": 0.0}
 
 
 def peak_of(device_kind: str) -> float | None:
   """FLOP/s that a device's data sheet promises in bfloat16, None where it is not known."""
+  if device_kind.startswith("TPU"):
+    return PEAKS.get(device_kind)
+  # GPUs have their memory and their form in the name as well.
   known = [kind for kind in PEAKS if device_kind.startswith(kind)]
   return PEAKS[max(known, key=len)] if known else None
 
@@ -37,7 +44,6 @@ class Speedometer:
   def __init__(self, *, images_per_row: int, flops_per_row: float):
     self._images = images_per_row
     self._flops = flops_per_row
-    self._compiled = _compile_clock()
     self.reset()
 
   def add(self, rows: int) -> None:
@@ -60,7 +66,7 @@ class Speedometer:
       "rows_per_second": speed,
       "images_per_second": speed * self._images,
       "tflops_per_second": flops / 1e12,
-      "compile_seconds": self._compiled(),
+      "compile_seconds": _compiled["seconds"],
     }
     if peak := peak_of(device.device_kind):
       found["mfu"] = flops / peak
@@ -89,9 +95,10 @@ class Profiler:
     self._updates = range(first, first + updates)
     self._on = False
 
-  def before(self, update: int) -> None:
-    """To be called before an update is dispatched."""
+  def before(self, update: int, state: Any) -> None:
+    """To be called before an update is dispatched; what came before is waited for."""
     if self._updates and update == self._updates[0]:
+      jax.block_until_ready(state)
       jax.profiler.start_trace(self._directory)
       self._on = True
 
@@ -108,13 +115,9 @@ class Profiler:
       jax.profiler.stop_trace()
 
 
-def _compile_clock() -> Callable[[], float]:
-  """A function that returns the seconds that XLA has compiled since."""
-  spent = [0.0]
+def _listen(event: str, duration_secs: float, **_: str | int) -> None:
+  if event == "/jax/core/compile/backend_compile_duration":
+    _compiled["seconds"] += duration_secs
 
-  def listen(event: str, duration_secs: float, **_: str | int) -> None:
-    if event == "/jax/core/compile/backend_compile_duration":
-      spent[0] += duration_secs
 
-  jax.monitoring.register_event_duration_secs_listener(listen)
-  return lambda: spent[0]
+jax.monitoring.register_event_duration_secs_listener(_listen)

@@ -5,6 +5,7 @@ to be read from top to bottom.
 """
 
 import collections
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -79,22 +80,26 @@ def run(prepared: Prepared, workdir: Path) -> None:
   clock = metrics.Stopwatch()
   profiler = speed.Profiler(workdir / "profile", first=start + 3, updates=config.profile)
   under_way: collections.deque = collections.deque()
-  try:
+  with contextlib.ExitStack() as at_last:
+    # Also after an error: the save under way is finished before the workdir is given up.
+    at_last.callback(checkpoint.close, ckptr)
+    at_last.callback(writer.close)
+    at_last.callback(profiler.close)
     for done in range(start + 1, train.num_updates + 1):
       last = done == train.num_updates
       logged = last or done % train.log_every == 0
       wait = jax.block_until_ready if logged else lambda x: x
       wait(state)
       clock.reset()
-      profiler.before(done)
+      profiler.before(done, state)
       with clock("data"):
         batch = make_batch(next(deal), done)
       drawn = None
       if program.rollout:
         with clock("rollout"):
-          policy = state.policy_copy if program.lagging else state.params
-          policy = program.adapt(policy, frozen)
-          drawn = program.rollout(policy, state.seed, state.update, batch["cond"], uncond)
+          drawn = program.rollout(
+            *programs.rollout_arguments(program, state, frozen, batch["cond"], uncond)
+          )
           wait(drawn)
       with clock("update"):
         state, values = program.train_step(state, frozen, uncond, batch, drawn, reference)
@@ -112,11 +117,6 @@ def run(prepared: Prepared, workdir: Path) -> None:
       if last or done % train.updates_per_iteration == 0:
         _check_finite(values, done)
         checkpoint.save(ckptr, done, state, deal.get_state(), identity)
-  finally:
-    # Also after an error: the save under way is finished before the workdir is given up.
-    profiler.close()
-    writer.close()
-    checkpoint.close(ckptr)
 
   models = {"base": base, "tuned": program.adapt(state.ema, base)}
   _evaluate(prepared, models, workdir, f"{time.time() - began:.0f} s, from update {start}")

@@ -8,10 +8,11 @@ import sys
 
 import conftest
 import families
+import jax
 import pytest
 
 from jaxpref import config as config_lib
-from jaxpref import plan
+from jaxpref import plan, prepare, programs, sharding
 from jaxpref.errors import UserError
 
 
@@ -49,6 +50,10 @@ def test_diffusion_dro_of_sd15(sd15):
   # A few small tensors stay whole.
   assert memory["parameters, moments, average"] == pytest.approx(state, rel=0.03)
   assert memory["frozen copies"] == pytest.approx(state / 8, rel=0.15)  # more tensors are small
+  assert memory["gradients and casts"] == pytest.approx(2.5 * state / 4, rel=0.03)
+  assert memory["text encoders, VAE"] == pytest.approx(
+    (123.06 + 83.65) * 4e6 / 4 / 2**30, rel=0.1
+  )
   one = memory["kept for the backward pass"]
   assert one == pytest.approx(0.148, rel=0.02)  # a row a device and micro-batch, remat blocks
   assert numbers["fits"] and memory["total"] == pytest.approx(
@@ -58,16 +63,34 @@ def test_diffusion_dro_of_sd15(sd15):
   assert all(s["memory"] <= 0.9 * 16 for s in numbers["settings"])
   assert not [s for s in numbers["settings"] if s["mesh.fsdp"] == 1]  # all of it on each device
   text = plan.describe(numbers | {"fits": False})
-  assert "does NOT fit into 16 GiB" in text and "859,520,964" in text
+  assert "does NOT fit into nine tenths of 16 GiB" in text and "859,520,964" in text
 
 
 def test_other_methods_and_devices():
-  lora = planned("shapes", "h200:1", "lora.rank=8", config="configs/dpo.py:shapes")
+  lora = planned(
+    "shapes", "h200:1", "lora.rank=8", search=False, config="configs/dpo.py:shapes"
+  )
   assert lora["trained"] < lora["parameters"] / 10 and lora["fits"]
   assert lora["flops"].keys() == {"policy", "reference"}
-  improver = planned("shapes", "h100:8", config="configs/improver.py:shapes")
+  improver = planned("shapes", "h100:8", search=False, config="configs/improver.py:shapes")
   assert improver["parameters"] == 3_984_068 + 4 * 64 * 9
-  assert planned("shapes", "v5p:2x2x2", config="configs/spin.py:shapes")["fits"]
+  spin = planned("shapes", "v5p:2x2x2", search=False, config="configs/spin.py:shapes")
+  assert spin["fits"] and spin["hours"] == pytest.approx(spin["seconds"] * 3 * 100 / 3600)
+  # Its frozen parts are the base, for the evaluation, and the start, its reference.
+  dpo = planned("shapes", "v5p:2x2x2", search=False, config="configs/dpo.py:shapes")
+  assert spin["memory"]["frozen copies"] == 2 * dpo["memory"]["frozen copies"]
+
+
+def test_low_rank_additions_draw_with_their_base():
+  """The arguments that the rollout is compiled for are those it is called with."""
+  config = ["--config=configs/dro.py:tiny", "--config.lora.rank=2"]
+  checked = prepare.check(config_lib.parse_args(config, flags={})[0], mesh=sharding.make_mesh())
+  program, arguments = programs.abstract_programs(checked)
+  rest = (arguments.state, arguments.base, arguments.batch["cond"], arguments.uncond)
+  drawn = jax.eval_shape(program.rollout, *programs.rollout_arguments(program, *rest))
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), drawn) == jax.tree.map(
+    lambda x: (x.shape, x.dtype), arguments.rollout
+  )
 
 
 REFUSALS = {
@@ -78,6 +101,9 @@ REFUSALS = {
   "mfu": (["--topology=h100:8", "--mfu=40"], "--mfu is a share"),
   "compile": (["--topology=h100:8", "--compile=maybe"], "'yes' or 'no'"),
   "a GPU": (["--topology=h100:8", "--compile=yes"], "only TPUs can be compiled for"),
+  "no run": (["--config=configs/shapes_base.py", "--topology=h100:8"], "trains no UNet with a"),
+  "no file": (["--topology=h100:8", "--json="], "--json is a file to write"),
+  "a directory": (["--topology=h100:8", "--json=/tmp"], "--json is a file to write"),
   "mesh": (["--topology=h100:8", "--config.mesh.fsdp=3"], "mesh.fsdp = 3 does not divide"),
 }
 
@@ -108,6 +134,7 @@ HLO = """HloModule jit_step
 ENTRY %main (p: f32[4,256]) -> f32[4,256] {
   %w = (s32[], f32[4,256]) while(%t), condition=%cond, body=%body
   %r = (f32[512,1024]{1,0}, bf16[1024]{0}) all-reduce(%x, %y), to_apply=%add
+  %a = (f32[1,256]{1,0}, f32[4,256]{1,0}) all-gather-start(%z), dimensions={0}
   ROOT %s = f32[4,256] all-reduce-start(%z), to_apply=%add
 }
 """
@@ -116,7 +143,7 @@ ENTRY %main (p: f32[4,256]) -> f32[4,256] {
 def test_messages_are_found_in_a_program():
   found = plan.collectives(HLO)
   assert found.keys() == {"all-gather", "all-reduce"}
-  assert found["all-gather"] == {"count": 1, "in loops": 1, "MiB": 32 / 2**20}
+  assert found["all-gather"] == {"count": 2, "in loops": 1, "MiB": (32 + 4096) / 2**20}
   reduced = found["all-reduce"]
   assert reduced["count"] == 2 and reduced["in loops"] == 0
   assert reduced["MiB"] == 2 + 2048 / 2**20 + 4096 / 2**20

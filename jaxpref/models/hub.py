@@ -72,7 +72,7 @@ def _download(repo: str, variant: str, *, configs_only: bool) -> Path:
   except hub_errors.HFValidationError as error:
     raise UserError(f"{repo} is neither a directory nor an id of the hub: {error}") from error
   except (hub_errors.HfHubHTTPError, OSError) as error:
-    if (cached := _cached(repo, variant)) is not None:
+    if (cached := _cached(repo, variant, configs_only=configs_only)) is not None:
       return cached
     raise UserError(
       f"{repo} is no directory, is not whole in the cache of the Hugging Face hub, and the "
@@ -94,10 +94,12 @@ def _root(error: BaseException) -> str:
   return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def _cached(repo: str, variant: str) -> Path | None:
+def _cached(repo: str, variant: str, *, configs_only: bool) -> Path | None:
   """The snapshot that an earlier download has left, if it is whole."""
   try:
     path = Path(huggingface_hub.snapshot_download(repo, local_files_only=True))
+    if configs_only:  # what is missing will be named when it is read
+      return path
     files = [p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()]
     needed_files(files, variant=variant, where=repo)
   except (OSError, UserError):
