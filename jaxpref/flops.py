@@ -4,6 +4,7 @@ A multiplication with its addition counts as two, as is usual; all else is left 
 per cent. Recomputation by `model.remat` is no part of what a method costs.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,12 +33,18 @@ def count(jaxpr: Any) -> float:
 
 def of_forward(pipeline: Pipeline) -> float:
   """FLOPs of the UNet's prediction for one latent."""
-  unet = pipeline.modules["unet"]
-  x_t = jax.ShapeDtypeStruct((1, *pipeline.latent_shape), jnp.float32)
-  t = jax.ShapeDtypeStruct((1,), jnp.int32)
-  cond = unet_lib.abstract_cond(pipeline.modules, 1)
+  told = unet_lib.abstract_cond(pipeline.modules, 1)
   if pipeline.is_improver:
-    cond |= {"image": x_t}
+    told["image"] = jax.ShapeDtypeStruct((1, *pipeline.latent_shape), jnp.float32)
+  shapes = tuple((name, leaf.shape) for name, leaf in told.items())
+  return _of_forward(pipeline.modules["unet"], pipeline.latent_shape, shapes)
+
+
+@functools.cache  # iterations and campaigns ask for the same again
+def _of_forward(unet: Any, latent_shape: tuple[int, ...], told: tuple) -> float:
+  x_t = jax.ShapeDtypeStruct((1, *latent_shape), jnp.float32)
+  t = jax.ShapeDtypeStruct((1,), jnp.int32)
+  cond = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in told}
   denoise = unet_lib.make_denoise(unet, attention="stock", norm="stock")
   return count(jax.make_jaxpr(denoise)(abstract_params(unet), x_t, t, cond))
 
