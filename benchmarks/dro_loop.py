@@ -27,24 +27,12 @@ def main(argv: list[str]) -> None:
   ):
     parser.error("--lots leaves a single lot of all --rows")
   contenders = {"ours": _loop(checked), "ours, all rows at once": _loop(published)}
-  if options.against:
-    import rivals  # noqa: PLC0415  # PyTorch is not needed for ours alone
-
-    steps = checked.config.rollout.num_steps
-    tokens = checked.pipeline.modules["text_encoder"].config.max_position_embeddings
-    for kind in options.rivals:
-      rival = rivals.Rival(
-        side_by_side.unet_config(checked),
-        kind,
-        rows=options.rows,
-        dtype=options.dtype,
-        tokens=tokens,
-      )
-      contenders[kind] = lambda rival=rival: rival.dro(steps)
+  num_steps = checked.config.rollout.num_steps
+  for kind, rival in side_by_side.make_rivals(options, checked).items():
+    contenders[kind] = lambda rival=rival: rival.dro(num_steps)
   took = side_by_side.take_turns(contenders, options.turns)
   forward = flops.of_forward(checked.pipeline)
   # Rivals draw whole trajectories, and compute a gradient of their own samples that is zero.
-  num_steps = checked.config.rollout.num_steps
   works = dict.fromkeys(contenders, options.rows * (num_steps + 2 + 6) * forward)
   works["ours"] = sum(flops.of_update(checked, forward).values())
   works["ours, all rows at once"] = sum(flops.of_update(published, forward).values())

@@ -45,18 +45,8 @@ def main(argv: list[str]) -> None:
     return sample.sample(guided, x_t, levels, pipeline.schedule)
 
   contenders = {"ours": lambda: jax.block_until_ready(draw(params, x_t, cond, uncond))}
-  if options.against:
-    import rivals  # noqa: PLC0415  # PyTorch is not needed for ours alone
-
-    for kind in options.rivals:
-      rival = rivals.Rival(
-        side_by_side.unet_config(checked),
-        kind,
-        rows=options.rows,
-        dtype=options.dtype,
-        tokens=cond["text"].shape[1],
-      )
-      contenders[kind] = lambda rival=rival: rival.sample(options.steps, GUIDANCE)
+  for kind, rival in side_by_side.make_rivals(options, checked).items():
+    contenders[kind] = lambda rival=rival: rival.sample(options.steps, GUIDANCE)
   took = side_by_side.take_turns(contenders, options.turns)
   side_by_side.report(
     "sampler",

@@ -23,7 +23,6 @@ import numpy as np
 
 from jaxpref import config as config_lib
 from jaxpref import prepare, programs, runtime, sharding, speed
-from jaxpref.models import pipeline as pipeline_lib
 
 BUNDLED = Path("jaxpref/pipelines/shapes")
 RIVALS = {
@@ -121,13 +120,7 @@ def realise_run(checked: prepare.Checked) -> tuple[programs.Programs, programs.A
   program, shapes = programs.abstract_programs(checked)
   params = realise(shapes.state.params)
   state = jax.jit(program.make_state, out_shardings=program.placement)(params)
-  rest = realise(shapes._replace(state=None, base=None, start=None, rollout=None))
-  return program, rest._replace(
-    state=state,
-    base=None if shapes.base is None else realise(shapes.base),
-    start=None if shapes.start is None else realise(shapes.start),
-    rollout=None if shapes.rollout is None else realise(shapes.rollout),
-  )
+  return program, realise(shapes._replace(state=None))._replace(state=state)
 
 
 def take_turns(
@@ -213,15 +206,18 @@ def report(
     options.out.write_text(json.dumps(numbers, indent=1) + "\n")
 
 
-def unet_config(checked: prepare.Checked) -> dict[str, Any]:
-  """The UNet's configuration file, for a rival to build."""
-  return {k: v for k, v in checked.pipeline.configs["unet"].items() if k[0] != "_"}
+def make_rivals(options: argparse.Namespace, checked: prepare.Checked) -> dict[str, Any]:
+  """PyTorch's contenders by kind, where they are asked for."""
+  if not options.against:
+    return {}
+  import rivals  # PyTorch is not needed for ours alone
 
-
-def parameters(checked: prepare.Checked) -> int:
-  """Numbers that the UNet has."""
-  tree = pipeline_lib.abstract_params(checked.pipeline.modules["unet"])
-  return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+  config = {k: v for k, v in checked.pipeline.configs["unet"].items() if k[0] != "_"}
+  tokens = checked.pipeline.modules["text_encoder"].config.max_position_embeddings
+  return {
+    kind: rivals.Rival(config, kind, rows=options.rows, dtype=options.dtype, tokens=tokens)
+    for kind in options.rivals
+  }
 
 
 def rows_placed(checked: prepare.Checked, tree: Any) -> Any:

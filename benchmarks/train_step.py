@@ -27,19 +27,8 @@ def main(argv: list[str]) -> None:
     jax.block_until_ready(values)
 
   contenders = {"ours": ours}
-  if options.against:
-    import rivals  # noqa: PLC0415  # PyTorch is not needed for ours alone
-
-    tokens = inputs.uncond["text"].shape[1]
-    for kind in options.rivals:
-      rival = rivals.Rival(
-        side_by_side.unet_config(checked),
-        kind,
-        rows=options.rows,
-        dtype=options.dtype,
-        tokens=tokens,
-      )
-      contenders[kind] = rival.sft
+  for kind, rival in side_by_side.make_rivals(options, checked).items():
+    contenders[kind] = rival.sft
   took = side_by_side.take_turns(contenders, options.turns)
   forward = flops.of_forward(checked.pipeline)
   side_by_side.report(

@@ -114,7 +114,8 @@ def check(config: Any, *, mesh: Any = None) -> Checked:
   start = {}
   if config.model.start and not plans:
     start = _load_start(config, pipeline, mesh)
-  abstract_trained(config, pipeline)  # a pattern of LoRA without a match is refused here
+  if config.lora.rank:  # a pattern without a match is refused here, too
+    abstract_trained(config, pipeline)
   return Checked(config, mesh, loss, hyper, arms, pipeline, start)
 
 

@@ -155,7 +155,7 @@ def load_pipeline(
     UserError: a file is missing or damaged, is not what it should be, or does not fit its
       configuration.
   """
-  described = describe_pipeline(name, dtype=dtype, variant=variant, configs_only=False)
+  described, shapes = _describe(hub.find_pipeline(name, variant=variant), dtype)
   path, modules = described.path, described.modules
   encoders = [part for part in modules if part.startswith("text_encoder")]
   tokenizers = tuple(
@@ -177,7 +177,7 @@ def load_pipeline(
   for part in modules:
     params[part], digest = convert.import_tensors(
       weights.open_part(path / part, variant=variant),
-      abstract_params(modules[part]),
+      shapes[part],
       where=str(path / part),
       place=forget if part in without else place,
     )
@@ -188,29 +188,30 @@ def load_pipeline(
   return dataclasses.replace(described, params=params, tokenizers=tokenizers, digest=digest)
 
 
-def describe_pipeline(
-  name: str, *, dtype: Any = jnp.float32, variant: str = "", configs_only: bool = True
-) -> Pipeline:
+def describe_pipeline(name: str, *, dtype: Any = jnp.float32, variant: str = "") -> Pipeline:
   """A pipeline without its parameters and tokenizers, from its configuration files.
 
   Args:
     name: as `load_pipeline` takes it.
     dtype: of the UNet's and text encoders' computation.
-    variant: of the weights.
-    configs_only: of a pipeline on the hub download nothing else.
+    variant: of the weights, of which none are downloaded.
 
   Raises:
     UserError: a file is missing, or is not what it should be.
   """
-  path = hub.find_pipeline(name, variant=variant, configs_only=configs_only)
+  return _describe(hub.find_pipeline(name, variant=variant, configs_only=True), dtype)[0]
+
+
+def _describe(path: Path, dtype: Any) -> tuple[Pipeline, dict[str, Any]]:
+  """The pipeline without parameters, and their shapes by part."""
   configs = _read_configs(path)
-  modules = {}
+  modules, shapes = {}, {}
   for part, make in _BUILD.items():
     if part in configs:
       file = path / part / "config.json"
       try:
         modules[part] = make(configs[part], dtype=_dtype_of(part, dtype))
-        abstract_params(modules[part])
+        shapes[part] = abstract_params(modules[part])
       except UserError as error:
         raise UserError(f"{file}: {error}") from error
       except _LIBRARY_ERRORS as error:
@@ -218,7 +219,7 @@ def describe_pipeline(
         raise UserError(f"{file} describes no {part} that can be built: {reason}") from error
   schedule = _schedule(path / "scheduler" / "scheduler_config.json", configs["scheduler"])
   _check_fit(path, modules)
-  return Pipeline(path, configs, modules, {}, (), schedule, "")
+  return Pipeline(path, configs, modules, {}, (), schedule, ""), shapes
 
 
 def _read_configs(path: Path) -> dict[str, dict[str, Any]]:
