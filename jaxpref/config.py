@@ -90,6 +90,8 @@ RULES: Rules = {
   **dict.fromkeys(("rollout.guidance", "evaluate.guidance"), _at_least(0)),
   **dict.fromkeys(("optim.warmup_updates", "optim.weight_decay"), _at_least(0)),
   "train.num_updates": _at_least(0),
+  "train.max_skipped": _at_least(0),
+  "train.hang_minutes": _FINITE,
   **dict.fromkeys(
     ("rollout.num_steps", "rollout.refresh_every", "rollout.states"), _at_least(1)
   ),

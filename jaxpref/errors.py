@@ -11,3 +11,9 @@ class DivergedError(UserError):
   """A run whose numbers are no longer finite; the exit status is 3."""
 
   status = 3
+
+
+class StoppedError(UserError):
+  """A run that was asked to stop and can go on; the exit status is that of SIGTERM."""
+
+  status = 143

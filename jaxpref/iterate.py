@@ -4,10 +4,11 @@ Each iteration draws losers with the model before it, takes for winners the data
 what an improver makes of the losers, writes the pairs into `pairs/<k>/`, and trains on them in
 `iterations/<k>/`, a run like any other, which begins with the model before it. What is on disk
 is not made again: an interrupted run goes on at the shard, the update or the evaluation
-where it stopped.
+where it stopped. What is there, the first process finds out and tells the others.
 """
 
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Mapping
@@ -19,7 +20,16 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxpref import checkpoint, metrics, progress, runtime, train, tuned
+from jaxpref import (
+  checkpoint,
+  distributed,
+  metrics,
+  progress,
+  runtime,
+  train,
+  tuned,
+  watch,
+)
 from jaxpref import prepare as prepare_lib
 from jaxpref import workdir as workdir_lib
 from jaxpref.data import encode, online
@@ -30,7 +40,10 @@ from jaxpref.evaluation import compare, evaluate, generate
 from jaxpref.models import pipeline as pipeline_lib
 
 # Other updates or evaluations would make iterations that do not compare.
-RESUME_SAFE = ("profile", "train.log_every", "train.keep", "iterate.num_iterations")
+RESUME_SAFE = (
+  *("profile", "iterate.num_iterations"),
+  *("train.log_every", "train.keep", "train.max_skipped", "train.hang_minutes"),
+)
 # What an iteration's training may find changed when it goes on: the workdir may have moved.
 _RESUME_SAFE = (*RESUME_SAFE, "data.path", "model.start", "evaluate.prompts")
 _GALLERY = 12
@@ -126,19 +139,28 @@ def run(prepared: Prepared, workdir: Path) -> None:
   """
   config = prepared.config
   count = config.iterate.num_iterations
-  if (workdir / tuned.ITERATIONS / str(count + 1)).exists():
-    raise UserError(f"{workdir} has iteration {count + 1} already, more than {count}")
-  _check_inputs(prepared, workdir)
-  workdir_lib.write_config(workdir, config)
+  distributed.check_same("data or models", json.dumps(prepared.inputs))
+  distributed.first(lambda: _begin(prepared, workdir))
   model = config.model.start or config.model.path
   for k in range(1, count + 1):
-    if not (workdir / tuned.ITERATIONS / str(k) / _PHASES).exists():
+    phases = workdir / tuned.ITERATIONS / str(k) / _PHASES
+    if not distributed.first(phases.exists):
       _iterate(prepared, workdir, model, k)
     model = str(workdir / tuned.ITERATIONS / str(k))
     # Exactly this model: an older checkpoint of it would be another.
     checkpoint.find_good(Path(model) / "checkpoints", step=config.train.num_updates)
-    _write_metrics(workdir, k)
-  _report(prepared, workdir)
+    distributed.first(functools.partial(_write_metrics, workdir, k))
+  distributed.first(lambda: _report(prepared, workdir))
+
+
+def _begin(prepared: Prepared, workdir: Path) -> None:
+  """Whether this is the run that the workdir holds; then it is begun or goes on."""
+  count = prepared.config.iterate.num_iterations
+  if (workdir / tuned.ITERATIONS / str(count + 1)).exists():
+    raise UserError(f"{workdir} has iteration {count + 1} already, more than {count}")
+  _check_inputs(prepared, workdir)
+  workdir_lib.write_config(workdir, prepared.config)
+  workdir_lib.add_start(workdir, {"inputs": prepared.inputs, **runtime.facts()})
 
 
 def _check_inputs(prepared: Prepared, workdir: Path) -> None:
@@ -156,26 +178,29 @@ def _check_inputs(prepared: Prepared, workdir: Path) -> None:
 def _iterate(prepared: Prepared, workdir: Path, model: str, k: int) -> None:
   """Draws pairs with `model` and trains it on them; what it reads is free afterwards."""
   pairs, trained = workdir / tuned.PAIRS / str(k), workdir / tuned.ITERATIONS / str(k)
-  if not online.is_finished(pairs):
+  prompts = workdir / "prompts.txt"
+  if not distributed.first(lambda: online.is_finished(pairs)):
     _draw_pairs(prepared, pairs, model, k)
+  distributed.first(lambda: _begin_training(prepared, pairs, prompts, k))
+  config = _inner_config(prepared.config, pairs=pairs, model=model, k=k)
+  if prepare_lib.prompts_source(prepared.config) == "captions":
+    with config.unlocked():
+      config.evaluate.prompts = str(prompts)
+  began = time.perf_counter()
+  ready = distributed.together(lambda: prepare_lib.prepare(config))
+  with distributed.open_workdir(trained, config, resume_safe=_RESUME_SAFE) as path:
+    train.run(ready, path)
+  phases = {"train": time.perf_counter() - began}
+  distributed.first(lambda: workdir_lib.write_json(trained / _PHASES, phases))
+
+
+def _begin_training(prepared: Prepared, pairs: Path, prompts: Path, k: int) -> None:
   if not online.summary(pairs)["trained_on"]:
     raise UserError(f"no pair in {pairs} differs by iterate.min_change or more")
   print(f"iteration {k} of {prepared.config.iterate.num_iterations}", flush=True)
-  config = _inner_config(prepared.config, pairs=pairs, model=model, k=k)
   if prepare_lib.prompts_source(prepared.config) == "captions":
     # The same for all, whichever captions an iteration's pairs have.
-    file = workdir / "prompts.txt"
-    workdir_lib.write_text(file, "\n".join(prepared.prompts) + "\n")
-    with config.unlocked():
-      config.evaluate.prompts = str(file)
-  began = time.perf_counter()
-  ready = prepare_lib.prepare(config)
-  opened = workdir_lib.open_workdir(trained, config, resume_safe=_RESUME_SAFE)
-  try:
-    train.run(ready, opened.path)
-  finally:
-    workdir_lib.release(opened)
-  workdir_lib.write_json(trained / _PHASES, {"train": time.perf_counter() - began})
+    workdir_lib.write_text(prompts, "\n".join(prepared.prompts) + "\n")
 
 
 def _inner_config(
@@ -216,9 +241,8 @@ def _draw_pairs(prepared: Prepared, directory: Path, model: str, k: int) -> None
       image_guidance=config.improve.image_guidance,
       batch_size=settings.batch_size,
     )
-  directory.mkdir(parents=True, exist_ok=True)
   shards = online.shards_of(settings.num_pairs, settings.shard_size)
-  missing = online.missing(directory, len(shards))
+  missing = distributed.first(lambda: online.missing(directory, len(shards)))
   rng = np.random.default_rng([config.seed, k])
   order = rng.permutation(len(prepared.rows))
   # The upper half of the seeds: evaluations take theirs from the lower.
@@ -250,16 +274,21 @@ def _draw_pairs(prepared: Prepared, directory: Path, model: str, k: int) -> None
         )
         change = np.sqrt(np.mean(np.square(better - worse), axis=(1, 2, 3)))
         made = _how_made(config, policy.digest, improver.digest if improver else "")
-        columns = [
+        columns = (
           _columns(config, made, int(i), captions[j], winners[j], losers[j], change[j])
           | {"seed_0": int(seeds[i, 0]) if improver else -1, "seed_1": int(seeds[i, 1])}
           for j, i in enumerate(index)
-        ]
-        online.write_shard(directory, shard, len(shards), columns)
-      _add_phases(directory / _PHASES, clock)
+        )
+        distributed.first(
+          functools.partial(online.write_shard, directory, shard, len(shards), columns)
+        )
+      distributed.first(lambda: _add_phases(directory / _PHASES, clock))
+      clock.reset()
       bar.update(len(index))
+      watch.beat_or_stop()
   lengths = [len(shard) for shard in shards]
-  online.finish(directory, lengths, description=f"Iteration {k} of {config.name}.")
+  description = f"Iteration {k} of {config.name}."
+  distributed.first(lambda: online.finish(directory, lengths, description=description))
 
 
 def _add_phases(file: Path, clock: metrics.Stopwatch) -> None:
@@ -268,7 +297,6 @@ def _add_phases(file: Path, clock: metrics.Stopwatch) -> None:
   elapsed = clock.elapsed()
   now = {name: share * elapsed for name, share in clock.shares().items()}
   workdir_lib.write_json(file, {name: before.get(name, 0.0) + now[name] for name in now})
-  clock.reset()
 
 
 def _how_made(config: ConfigDict, policy: str, improver: str) -> dict[str, Any]:

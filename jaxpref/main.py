@@ -1,4 +1,7 @@
-"""`python -m jaxpref.main --config=configs/dro.py [--workdir=W] [--config.FIELD=VALUE ...]`."""
+"""`python -m jaxpref.main --config=configs/dro.py [--workdir=W] [--config.FIELD=VALUE ...]`.
+
+On several machines the same command in each of them, see `jaxpref.distributed`.
+"""
 
 import sys
 from typing import Any
@@ -7,6 +10,14 @@ from jaxpref import cli
 from jaxpref import config as config_lib
 from jaxpref import workdir as workdir_lib
 
+FLAGS = {
+  **cli.FLAGS,
+  "coordinator": "of a run of several processes: HOST:PORT of process 0, the same for all; or "
+  "'auto', as the TPU pod, SLURM, Open MPI or Kubernetes has it",
+  "num_processes": "with --coordinator=HOST:PORT: how many there are",
+  "process_id": "with --coordinator=HOST:PORT: which one this is, from 0",
+}
+
 
 def main(argv: list[str]) -> int:
   """Runs or resumes what the configuration says; returns the exit status."""
@@ -14,22 +25,30 @@ def main(argv: list[str]) -> int:
 
 
 def _run(argv: list[str]) -> None:
-  config, flags = config_lib.parse_args(argv, flags=cli.FLAGS)
+  config, flags = config_lib.parse_args(argv, flags=FLAGS)
   config_lib.validate(config)
   # Late: errors on the command line should not wait for JAX.
-  from jaxpref import iterate, prepare, train  # noqa: PLC0415
+  from jaxpref import distributed, iterate, prepare, train, watch  # noqa: PLC0415
 
+  distributed.initialize(flags)
+  distributed.check_same("configurations", config_lib.to_json(config))
   iterative = "iterate" in config
+  program: Any = iterate if iterative else train
   # Reads and checks all input before anything is written.
-  prepared: Any = iterate.prepare(config) if iterative else prepare.prepare(config)
+  prepared = distributed.together(
+    lambda: iterate.prepare(config) if iterative else prepare.prepare(config)
+  )
   path = flags.get("workdir") or workdir_lib.default_workdir(config)
   safe = iterate.RESUME_SAFE if iterative else workdir_lib.RESUME_SAFE
-  workdir = workdir_lib.open_workdir(path, config, resume_safe=safe)
-  try:
-    (iterate if iterative else train).run(prepared, workdir.path)
-  finally:
-    workdir_lib.release(workdir)
+  with (
+    distributed.open_workdir(path, config, resume_safe=safe) as workdir,
+    watch.watching(hang_minutes=config.train.hang_minutes),
+  ):
+    program.run(prepared, workdir)
 
 
 if __name__ == "__main__":
-  sys.exit(main(sys.argv[1:]))
+  from jaxpref.distributed import end_together
+
+  with end_together():
+    sys.exit(main(sys.argv[1:]))

@@ -2,7 +2,9 @@
 
 import os
 import platform
+import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 from jaxpref import __version__
@@ -50,13 +52,40 @@ def cache_programs() -> None:
 def facts() -> dict[str, str]:
   """Devices, machine and versions, for a report."""
   import jax  # noqa: PLC0415
-  import numpy as np  # noqa: PLC0415
 
+  several = jax.process_count()
+  processes = f", {several} processes" if several > 1 else ""
+  packages = ("jax", "flax", "diffusers", "numpy")
+  versions = ", ".join(f"{name} {metadata.version(name)}" for name in packages)
+  code = _git_state()
   return {
-    "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-    "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-    "versions": f"jaxpref {__version__}, jax {jax.__version__}, numpy {np.__version__}",
+    "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}{processes}",
+    "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {sys.version.split()[0]}",
+    "versions": f"jaxpref {__version__}{code and f' ({code})'}, {versions}",
   }
+
+
+def _git_state() -> str:
+  """The commit of a checkout whose code this is, and whether it was changed; else ''."""
+  here = Path(__file__).parent
+  if not (here.parent / ".git").exists():
+    return ""
+  said = []
+  for command in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "."]):
+    try:
+      done = subprocess.run(
+        ["git", "-C", str(here), *command],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=10,
+      )
+    except (OSError, subprocess.TimeoutExpired):
+      return ""
+    if done.returncode:
+      return ""
+    said.append(done.stdout.strip())
+  return said[0] + (", changed" if said[1] else "")
 
 
 def _cores() -> int:

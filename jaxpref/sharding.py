@@ -1,34 +1,40 @@
 """The mesh, and where parameters and batches lie on it.
 
-A mesh is (data, fsdp): batches are split over both axes, large parameters over `fsdp`.
+A mesh is (data, fsdp): batches are split over both axes, large parameters over `fsdp`. It has
+the devices of all processes. What is on the host is the same on each of them, and each puts
+its part of it on its own devices; `to_host` is the way back.
 """
 
+import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxpref.errors import UserError
 
 BATCH_AXES = ("data", "fsdp")
+_LARGE = 1 << 20  # bytes; splitting less costs more in messages than it saves
+
+_log = logging.getLogger(__name__)
 
 
 def make_mesh(*, data: int = -1, fsdp: int = 1, devices: Sequence[Any] = ()) -> Mesh:
-  """The mesh over all devices.
+  """The mesh over all devices, of all processes.
 
   Args:
     data: devices along `data`; -1 fills up.
     fsdp: devices along `fsdp`; -1 fills up.
-    devices: others than this machine's.
+    devices: others than those there are.
 
   Raises:
     UserError: they do not multiply to the number of devices.
   """
-  if jax.process_count() > 1:
-    raise UserError("this version runs on one host; start a single process")
   shape = _mesh_shape(data, fsdp, len(devices) or jax.device_count())
   # Auto: diffusers' modules do not run under the default, explicit sharding in types.
   types = (AxisType.Auto,) * 2
@@ -71,19 +77,18 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P(BATCH_AXES))
 
 
-def params_sharding(mesh: Mesh, tree: Any, *, min_bytes: int = 1 << 20) -> Any:
+def params_sharding(mesh: Mesh, tree: Any, *, min_bytes: int = _LARGE) -> Any:
   """A sharding for each leaf: the largest axis that divides, over `fsdp`, if it is large.
 
   Args:
     mesh: from `make_mesh`.
     tree: of arrays or shapes; parameters, moments and averages alike.
-    min_bytes: tensors below it stay whole: splitting them costs more in messages than it
-      saves.
+    min_bytes: tensors below it stay whole.
   """
   size = mesh.shape["fsdp"]
 
   def one(leaf):
-    if size == 1 or np.prod(leaf.shape, dtype=np.int64) * leaf.dtype.itemsize < min_bytes:
+    if size == 1 or _nbytes(leaf) < min_bytes:
       return replicated(mesh)
     axes = [i for i, n in enumerate(leaf.shape) if n % size == 0]
     if not axes:
@@ -96,9 +101,48 @@ def params_sharding(mesh: Mesh, tree: Any, *, min_bytes: int = 1 << 20) -> Any:
   return jax.tree.map(one, tree)
 
 
+def large_and_whole(tree: Any, placement: Any) -> list[str]:
+  """Large tensors that every device has all of, by their paths; names what it costs.
+
+  Args:
+    tree: of arrays or shapes.
+    placement: their shardings, from `params_sharding`.
+  """
+  leaves = jax.tree.leaves_with_path(tree)
+  whole = [
+    (jax.tree_util.keystr(path, simple=True, separator="/"), _nbytes(leaf))
+    for (path, leaf), where in zip(leaves, jax.tree.leaves(placement), strict=True)
+    if where.is_fully_replicated and _nbytes(leaf) >= _LARGE
+  ]
+  if whole:
+    total = sum(size for _, size in whole) / 2**20
+    _log.warning(
+      "%d large tensors have no axis that mesh.fsdp divides; every device holds all their "
+      "%.0f MiB, among them %s",
+      *(len(whole), total, whole[0][0]),
+    )
+  return [name for name, _ in whole]
+
+
+def _nbytes(leaf: Any) -> int:
+  return math.prod(leaf.shape) * leaf.dtype.itemsize
+
+
 def place_params(tree: Any, mesh: Mesh) -> Any:
   """Puts parameters where `params_sharding` says; what lies there already stays."""
-  return jax.device_put(tree, params_sharding(mesh, tree))
+  return jax.tree.map(_place, tree, params_sharding(mesh, tree))
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+  """Puts all of it on every device."""
+  return jax.tree.map(lambda x: _place(x, replicated(mesh)), tree)
+
+
+def _place(array: Any, where: NamedSharding) -> jax.Array:
+  if isinstance(array, jax.Array):
+    return jax.device_put(array, where)
+  # `device_put` would have the processes compare what they have.
+  return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
 
 
 def check_batch(
@@ -127,7 +171,32 @@ def round_up(rows: int, mesh: Mesh) -> int:
   return -(-rows // mesh.size) * mesh.size
 
 
-def place_batch(tree: Any, mesh: Mesh) -> Any:
-  """Puts this process's rows of a batch on its devices, as part of the global batch."""
-  sharding = batch_sharding(mesh)
-  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
+def place_batch(tree: Any, mesh: Mesh, index: np.ndarray | None = None) -> Any:
+  """Puts a batch on the devices, each its part of the rows.
+
+  Args:
+    tree: of numpy arrays [N, ...], alike on every process.
+    mesh: from `make_mesh`.
+    index: the batch's rows, int [B]; by default all N. Only those of this process's devices
+      are read.
+  """
+  where = batch_sharding(mesh)
+  if index is None:
+    index = np.arange(len(jax.tree.leaves(tree)[0]))
+
+  def place(x):
+    shape = (len(index), *x.shape[1:])
+    return jax.make_array_from_callback(shape, where, lambda part: x[index[part[0]]])
+
+  return jax.tree.map(place, tree)
+
+
+def to_host(tree: Any) -> Any:
+  """All of every array, as numpy, on each process; a collective where there are several."""
+
+  def fetch(x):
+    if jax.process_count() == 1 or x.is_fully_replicated:
+      return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+  return jax.tree.map(fetch, tree)

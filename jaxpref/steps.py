@@ -4,6 +4,7 @@ One jitted, donated program over the mesh. Policy and reference go through the s
 `denoise`, all arms of a batch in one call each.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
@@ -35,6 +36,8 @@ class TrainState:
     policy_copy: the policy as it was at the last renewal, where that one rolls out.
     seed: of the run, int32 scalar; no constant of the program, which serves any.
     update: number of updates done, int32 scalar.
+    skipped: how many of them changed nothing, for their loss or gradient was not finite,
+      int32 scalar.
     replay: rows of earlier updates, a `rollouts.Replay`, or None.
   """
 
@@ -44,6 +47,7 @@ class TrainState:
   policy_copy: Any
   seed: jax.Array
   update: jax.Array
+  skipped: jax.Array
   replay: Any = None
 
 
@@ -69,6 +73,7 @@ def init_state(
     policy_copy=jax.tree.map(jnp.copy, params) if lagging_copy else None,
     seed=jnp.asarray(seed, jnp.int32),
     update=jnp.zeros((), jnp.int32),
+    skipped=jnp.zeros((), jnp.int32),
     replay=replay,
   )
 
@@ -115,7 +120,8 @@ def make_train_step(
     `step(state, base, uncond, batch, rollout, start=None) -> (state, metrics)`; `base` is the
     base's parameters, or None where neither `adapt` nor the reference needs them, `batch` as
     `noising.make_arms` takes it, `rollout` a `States` or None, `start` what was trained at
-    the start where that is the reference, metrics are scalars.
+    the start where that is the reference, metrics are scalars. Where the loss or the
+    gradient is not finite the state stays as it was, but for its counts.
   """
   needs = loss.NEEDS
   objective = losses.bind(loss.objective, hyper)
@@ -211,9 +217,14 @@ def make_train_step(
       policy_copy=copy,
       seed=state.seed,
       update=update,
+      skipped=state.skipped,
       replay=replay,
     )
-    return new, {**metrics, "optim/grad_norm": optax.global_norm(grads)}
+    norm = optax.global_norm(grads)
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+    same = dataclasses.replace(state, update=update, skipped=state.skipped + 1)
+    new = jax.tree.map(lambda n, s: jnp.where(finite, n, s), new, same)
+    return new, {**metrics, "optim/grad_norm": norm, "optim/skipped": new.skipped}
 
   return step
 

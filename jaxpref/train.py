@@ -1,7 +1,7 @@
 """The run: build, restore, then update / log / save, and at the end evaluate.
 
 `jaxpref.prepare` has read and checked all input; here are the side effects. The loop is meant
-to be read from top to bottom.
+to be read from top to bottom. All processes of a run go through it alike; the first writes.
 """
 
 import collections
@@ -19,17 +19,20 @@ from jax.sharding import Mesh
 from jaxpref import (
   __version__,
   checkpoint,
+  distributed,
   flops,
+  guards,
   metrics,
   programs,
   runtime,
   sharding,
   speed,
+  watch,
 )
 from jaxpref import workdir as workdir_lib
 from jaxpref.data import encode, loader
 from jaxpref.data import rows as rows_lib
-from jaxpref.errors import DivergedError, UserError
+from jaxpref.errors import StoppedError, UserError
 from jaxpref.evaluation import evaluate
 from jaxpref.models import unet as unet_lib
 from jaxpref.prepare import Prepared, init_trained
@@ -43,6 +46,8 @@ def run(prepared: Prepared, workdir: Path) -> None:
 
   Raises:
     UserError: a checkpoint cannot be written or is not of this run.
+    DivergedError: too many updates were not finite.
+    StoppedError: it was asked to stop, and has saved what it had.
   """
   config, mesh, train = prepared.config, prepared.mesh, prepared.config.train
   pipeline, needs = prepared.pipeline, prepared.loss.NEEDS
@@ -50,15 +55,19 @@ def run(prepared: Prepared, workdir: Path) -> None:
 
   # Data: encoded once, then only indices are dealt.
   rows = encode.encode_rows(pipeline, mesh, prepared.rows, flip=config.data.flip)
-  uncond = jax.device_put(encode.encode_no_prompt(pipeline, mesh), sharding.replicated(mesh))
+  uncond = sharding.replicate(encode.encode_no_prompt(pipeline, mesh), mesh)
   deal = loader.make_loader(len(rows["latents"]), batch_size=train.batch_size, seed=config.seed)
 
   # State: from the base, or from the newest checkpoint.
   base = pipeline.params.pop("unet")  # taken out, so that it can be freed
   begin = _begin(prepared, base)
   program = programs.make_programs(prepared, begin, rows, uncond)
+  if mesh.shape["fsdp"] > 1:
+    shapes = jax.eval_shape(program.make_state, begin)
+    sharding.large_and_whole(shapes, program.placement)
   ckptr = checkpoint.open_checkpointer(workdir / "checkpoints", keep=train.keep)
   identity = _identify(prepared)
+  distributed.check_same("training images", identity["data"])
   state, start = _first_state(program, begin, ckptr, deal, identity, config)
   base = unet_lib.freeze(base, config.model.frozen_dtype)
   frozen = base if config.lora.rank or needs.reference == "base" else None
@@ -68,22 +77,27 @@ def run(prepared: Prepared, workdir: Path) -> None:
     reference = begin if config.lora.rank else unet_lib.freeze(begin, config.model.frozen_dtype)
   del begin  # the state has a copy of it
   # Only now: a continuation that is refused changes nothing.
-  workdir_lib.write_config(workdir, config)
+  distributed.first(lambda: _write_start(workdir, config, identity, start))
 
   # The loop. The host runs ahead of the devices, except at updates that are logged: each of
   # their phases is waited for, so that it can be timed.
   make_batch = _batch_maker(prepared, program, base, uncond, rows)
-  writer = metrics.MetricWriter(
-    workdir, total_updates=train.num_updates, start_step=start or None
-  )
+  writer = None
+  if distributed.is_first():
+    writer = metrics.MetricWriter(
+      workdir, total_updates=train.num_updates, start_step=start or None
+    )
   meter = _speedometer(prepared)
   clock = metrics.Stopwatch()
   profiler = speed.Profiler(workdir / "profile", first=start + 3, updates=config.profile)
   under_way: collections.deque = collections.deque()
+  due = False  # whether a checkpoint is
+  finite, spikes = guards.Finite(prepared, rows, workdir), guards.Spikes()
   with contextlib.ExitStack() as at_last:
     # Also after an error: the save under way is finished before the workdir is given up.
     at_last.callback(checkpoint.close, ckptr)
-    at_last.callback(writer.close)
+    if writer:
+      at_last.callback(writer.close)
     at_last.callback(profiler.close)
     for done in range(start + 1, train.num_updates + 1):
       last = done == train.num_updates
@@ -93,7 +107,8 @@ def run(prepared: Prepared, workdir: Path) -> None:
       clock.reset()
       profiler.before(done, state)
       with clock("data"):
-        batch = make_batch(next(deal), done)
+        index = next(deal)
+        batch = make_batch(index, done)
       drawn = None
       if program.rollout:
         with clock("rollout"):
@@ -106,17 +121,27 @@ def run(prepared: Prepared, workdir: Path) -> None:
         wait(state)
       meter.add(train.batch_size)
       profiler.after(done, state)
-      under_way.append(values["loss"])
-      if len(under_way) > _AHEAD:
-        jax.block_until_ready(under_way.popleft())
+      stop = watch.beat()
+      due = due or last or stop or done % train.updates_per_iteration == 0
+      under_way.append((done, index, values))
+      while len(under_way) > (0 if logged or due else _AHEAD):
+        finite.check(*under_way.popleft())
       if logged:
         _log_update(writer, done, values, meter.measure(), clock.shares(), last=last)
+        spikes.add(done, {name: float(values[name]) for name in ("loss", "optim/grad_norm")})
       if done == start + 1:
         jax.block_until_ready(state)
         meter.reset()  # until now programs were compiled
-      if last or done % train.updates_per_iteration == 0:
-        _check_finite(values, done)
+      if due and (last or stop or finite.is_well):
+        finite.check_before_save()
+        due = False
         checkpoint.save(ckptr, done, state, deal.get_state(), identity)
+      if stop and not last:
+        checkpoint.wait(ckptr)
+        raise StoppedError(
+          f"asked to stop (SIGTERM), saved after update {done} of {train.num_updates}; the "
+          "same command continues this run"
+        )
 
   models = {"base": base, "tuned": program.adapt(state.ema, base)}
   _evaluate(prepared, models, workdir, f"{time.time() - began:.0f} s, from update {start}")
@@ -145,14 +170,18 @@ def _evaluate(prepared: Prepared, models: Any, workdir: Path, wall_time: str) ->
     "wall time": wall_time,
   }
   held_out = not {r.caption for r in prepared.rows} & set(prepared.prompts)
-  evaluate.write_report(
-    workdir,
-    directory,
-    config,
-    facts,
-    held_out=held_out,
-    improves=prepared.pipeline.is_improver,
-  )
+
+  def write() -> None:
+    evaluate.write_report(
+      workdir,
+      directory,
+      config,
+      facts,
+      held_out=held_out,
+      improves=prepared.pipeline.is_improver,
+    )
+
+  distributed.first(write)
 
 
 def _begin(prepared: Prepared, base: Any) -> Any:
@@ -198,6 +227,11 @@ def _first_state(
   return restored.state, restored.step
 
 
+def _write_start(workdir: Path, config: Any, identity: dict[str, Any], start: int) -> None:
+  workdir_lib.write_config(workdir, config)
+  workdir_lib.add_start(workdir, {"after_update": start, **identity, **runtime.facts()})
+
+
 def _batch_maker(
   prepared: Prepared, program: programs.Programs, base: Any, uncond: Any, rows: Any
 ) -> Callable[[np.ndarray, int], Any]:
@@ -209,13 +243,14 @@ def _batch_maker(
     known = _known_errors(program.reference_errors, base, uncond, rows, config, mesh)
 
   def make(index: np.ndarray, done: int) -> Any:
-    batch = jax.tree.map(lambda x: x[index], rows)
+    batch = sharding.place_batch(rows, mesh, index)
     if draws:
       rng = np.random.default_rng([config.seed, done - 1])
       draw = rng.integers(draws, size=len(index), dtype=np.int32)
-      batch |= {"row": index.astype(np.int32), "draw": draw}
-      batch |= {"ref": {arm: of[index, draw] for arm, of in known.items()}}
-    return sharding.place_batch(batch, mesh)
+      ref = {arm: of[index, draw] for arm, of in known.items()}
+      drawn = {"row": index.astype(np.int32), "draw": draw, "ref": ref}
+      batch |= sharding.place_batch(drawn, mesh)
+    return batch
 
   return make
 
@@ -246,7 +281,7 @@ def _speedometer(prepared: Prepared) -> speed.Speedometer:
 
 
 def _log_update(
-  writer: metrics.MetricWriter,
+  writer: metrics.MetricWriter | None,
   done: int,
   values: Mapping[str, jax.Array],
   performance: Mapping[str, float],
@@ -255,8 +290,10 @@ def _log_update(
   last: bool,
 ) -> None:
   numbers = {name: float(v) for name, v in values.items()}
+  if writer is None:
+    return
   if not last:
-    _warn_of_nothing(numbers, done)
+    guards.warn_of_nothing(numbers, done)
   times = {f"time/{name}": share for name, share in shares.items()}
   writer.write(done, {**numbers, **performance, **times})
   writer.progress(
@@ -265,23 +302,6 @@ def _log_update(
     images_per_second=performance["perf/images_per_second"],
     shares=shares,
   )
-
-
-def _warn_of_nothing(values: Mapping[str, float], done: int) -> None:
-  """Where an update has learned nothing, which nobody wants to wait for."""
-  if values["optim/grad_norm"] == 0.0:
-    closed = ": every hinge is closed, see loss.margin" if "dro/active" in values else ""
-    _log.warning("update %d learned nothing, its gradient is 0%s", done, closed)
-
-
-def _check_finite(values: Mapping[str, jax.Array], done: int) -> None:
-  """Before a save: what has diverged must not take a good checkpoint's place."""
-  for name in ("loss", "optim/grad_norm"):
-    if not np.isfinite(value := float(values[name])):
-      raise DivergedError(
-        f"{name} is {value} at update {done}: the run has diverged, which a lower optim.lr "
-        "may prevent; nothing of it is saved"
-      )
 
 
 def _check_continues(

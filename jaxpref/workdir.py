@@ -5,6 +5,7 @@ Opened by `main` once all input is checked, before training starts.
 
 import contextlib
 import dataclasses
+import datetime
 import errno
 import fcntl
 import json
@@ -21,12 +22,13 @@ from jaxpref import config as config_lib
 from jaxpref.errors import UserError
 from jaxpref.paths import user_path
 
-CONFIG = "config.json"
+CONFIG, STARTS = "config.json", "starts.json"
 LOCK = ".lock"
 # What may change between the start of a run and its resumption.
 RESUME_SAFE = (
   *("evaluate", "improve", "profile"),
   *("train.log_every", "train.num_updates", "train.keep"),
+  *("train.max_skipped", "train.hang_minutes"),
 )
 # Network and FUSE file systems answer with one of these when they have no locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -107,6 +109,17 @@ def release(workdir: Workdir) -> None:
 def write_config(path: str | os.PathLike, config: ConfigDict) -> None:
   """Writes `config.json`, as with `write_json`."""
   write_json(Path(path) / CONFIG, json.loads(config_lib.to_json(config)))
+
+
+def add_start(path: str | os.PathLike, facts: Mapping[str, Any]) -> None:
+  """Adds to `starts.json` when the run was begun or continued, and with what."""
+  file = Path(path) / STARTS
+  try:
+    starts = json.loads(file.read_text(encoding="utf-8"))
+  except (OSError, ValueError):
+    starts = []  # nothing depends on it
+  now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+  write_json(file, [*starts, {"time": now, **facts}])
 
 
 def write_json(path: str | os.PathLike, obj: Any) -> None:

@@ -5,5 +5,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 count=$1
 shift
-export JAX_PLATFORMS=cpu XLA_FLAGS="--xla_force_host_platform_device_count=$count ${XLA_FLAGS:-}"
+export JAX_PLATFORMS=cpu XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$count"
 exec python3 -m jaxpref.main "$@"

@@ -2,10 +2,10 @@
 
 import importlib.util
 import os
+import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -24,6 +24,16 @@ os.environ.setdefault("XLA_FLAGS", xla_flags(devices=1))
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 sys.path.insert(0, str(ROOT))  # configs/ is a folder of the repository, not a package of ours
+
+
+def start_cluster(processes: int, devices: int, arguments, log: Path) -> subprocess.Popen:
+  """launch/local_cluster.sh as a process."""
+  return subprocess.Popen(
+    [ROOT / "launch" / "local_cluster.sh", str(processes), str(devices), *arguments],
+    env=os.environ | {"PYTHON": sys.executable},
+    stdout=log.open("a"),
+    stderr=subprocess.STDOUT,
+  )
 
 
 # Comparisons with PyTorch. CI has it: there they fail rather than be skipped.
@@ -52,30 +62,8 @@ def tiny_pipeline(tmp_path_factory) -> Path:
   """A pipeline directory as the shapes world's, tiny and untrained."""
   import families
 
-  from configs import shapes_base
-  from jaxpref.data.shapes import prompts
-  from jaxpref.models import pipeline, save, text
-  from jaxpref.pretrain import run as pretrain
-
-  config = shapes_base.get_config("tiny")
   root = tmp_path_factory.mktemp("tiny")
-  captions = [prompts.caption(s) for s in prompts.all_prompts("train")["position"]]
-  text.train_tokenizer(
-    captions,
-    root / "tokenizer",
-    vocab_size=config.tokenizer.vocab_size,
-    max_length=config.tokenizer.max_length,
-  )
-  vocab_size = len(text.load_tokenizer(root / "tokenizer"))
-  configs = pretrain.pipeline_configs(config, vocab_size=vocab_size)
-  params = families.random_params(pipeline.build_modules(configs))
-  save.save_pipeline(
-    root / "pipeline",
-    params,
-    configs=configs,
-    tokenizers_from=root,
-    dtype=np.float32,
-  )
+  families.write_tiny(root)
   return root / "pipeline"
 
 

@@ -13,7 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from configs import shapes_base
+from jaxpref.data.shapes import prompts
 from jaxpref.models import pipeline, save, text
+from jaxpref.pretrain import run as pretrain
 
 CONFIGS = Path(__file__).parent / "golden" / "model_configs"
 FAMILIES = ("sd15", "sd21", "sdxl")
@@ -44,6 +47,24 @@ def write_configs(family: str, directory: Path, **reduced: Any) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(config))
   return directory
+
+
+def write_tiny(root: Path) -> None:
+  """A pipeline as the shapes world's, of a few thousand random parameters, `root/pipeline`."""
+  config = shapes_base.get_config("tiny")
+  captions = [prompts.caption(s) for s in prompts.all_prompts("train")["position"]]
+  text.train_tokenizer(
+    captions,
+    root / "tokenizer",
+    vocab_size=config.tokenizer.vocab_size,
+    max_length=config.tokenizer.max_length,
+  )
+  vocab_size = len(text.load_tokenizer(root / "tokenizer"))
+  configs = pretrain.pipeline_configs(config, vocab_size=vocab_size)
+  params = random_params(pipeline.build_modules(configs))
+  save.save_pipeline(
+    root / "pipeline", params, configs=configs, tokenizers_from=root, dtype=np.float32
+  )
 
 
 def reduced_configs(

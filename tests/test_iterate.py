@@ -7,7 +7,7 @@ import families
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, start_cluster
 from ml_collections import ConfigDict
 from PIL import Image
 from safetensors.numpy import load_file
@@ -50,7 +50,10 @@ def improver(tiny_pipeline, tmp_path_factory):
 
 def arguments(base, improver, workdir, method="iterative_dpo", **fields):
   # Random weights draw much the same, whatever they are told.
-  given = {"iterate.min_change": 0, "evaluate.num_prompts": 3, "optim.lr": 1e-3}
+  given = {"iterate.min_change": 0, "evaluate.num_prompts": 3}
+  # Steps as long as gradients: Adam's, of one length, would take rounding's sign for theirs
+  # where they are near nothing.
+  given |= {"optim.lr": 0.1, "optim.eps": 1.0}
   given["model.path"] = base
   if method == "iterative_dpo":
     given["iterate.improver"] = improver
@@ -81,6 +84,7 @@ def apart(line):
 def test_what_an_iterative_run_leaves(finished):
   assert sorted(p.name for p in finished.iterdir() if p.name[0] != ".") == [
     *("config.json", "inputs.json", "iterations", "metrics.jsonl", "pairs", "report.html"),
+    "starts.json",
   ]
   text = (finished / "metrics.jsonl").read_text()
   for k, line in enumerate(map(json.loads, text.splitlines()), 1):
@@ -100,6 +104,28 @@ def test_what_an_iterative_run_leaves(finished):
   first = tuned.load(str(finished / "iterations" / "1"))
   rows = online.open_pairs(finished / "pairs" / "2")
   assert {row["model_1"].decode() for row in rows} == {first.digest}
+
+
+def test_processes_end_where_one_does(finished, tiny_pipeline, improver, tmp_path):
+  """The first iteration on four processes of two devices, the second on two."""
+  workdir, log = tmp_path / "run", tmp_path / "log"
+  for iterations, processes in ((1, 4), (2, 2)):
+    fields = {"iterate.num_iterations": iterations}
+    flags = arguments(tiny_pipeline, improver, workdir, **fields)
+    assert start_cluster(processes, 2, flags, log).wait(300) == 0, log.read_text()[-2000:]
+  for k in (1, 2):
+    ours, theirs = (
+      [d["change"] for d in online.open_pairs(at / "pairs" / str(k))]
+      for at in (workdir, finished)
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=0.02)
+    for one, other in zip(lines_of(workdir, k), lines_of(finished, k), strict=True):
+      assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
+  last = "iterations/2"
+  ours, theirs = (parameters(at / last)[1] for at in (workdir, finished))
+  paths = [path for path in theirs if path.startswith("/params/")]
+  apart = np.concatenate([np.abs(ours[path] - theirs[path]).ravel() for path in paths])
+  assert apart.max() < 1e-4
 
 
 def test_its_model_is_that_of_the_last_iteration(finished, tmp_path):
@@ -249,7 +275,9 @@ def test_spin(tiny_pipeline, tmp_path, capsys):
   """Winners are the data's, and each iteration's reference is the model it begins with."""
   workdir = tmp_path / "run"
   fields = {"model.dtype": "bfloat16", "model.frozen_dtype": "bfloat16", "lora.rank": 2}
-  given = arguments(tiny_pipeline, None, workdir, "spin", **fields, **{"optim.lr": 0.01})
+  given = arguments(
+    tiny_pipeline, None, workdir, "spin", **fields, **{"optim.lr": 0.01, "optim.eps": 1e-8}
+  )
   assert main.main(given) == 0, capsys.readouterr().err
   for k in (1, 2):
     distances = [apart(line) for line in lines_of(workdir, k)]

@@ -1,13 +1,16 @@
 """The real models at full width, by shapes alone: each tensor has its place, both ways."""
 
+import types
 from pathlib import Path
 
 import families
 import flax
+import jax
 import numpy as np
 import pytest
 from conftest import live
 
+from jaxpref import sharding
 from jaxpref.models import convert, pipeline
 
 LAYOUTS = Path(__file__).parent / "golden" / "layouts"
@@ -48,6 +51,28 @@ def test_every_tensor_has_its_place(family):
     assert len(written) == len(flat) and written == layout[part]
     count = sum(int(np.prod(shape)) for shape in layout[part].values())
     assert count == COUNTS[family, part]
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_every_large_tensor_is_split_over_eight_devices(family):
+  mesh = sharding.abstract_mesh(types.SimpleNamespace(data=1, fsdp=8), 8)
+  for part, module in pipeline.build_modules(families.real_configs(family)).items():
+    shapes = pipeline.abstract_params(module)
+    placement = sharding.params_sharding(mesh, shapes)
+    if part != "text_encoder":  # whose table of words is a prime number
+      assert sharding.large_and_whole(shapes, placement) == []
+    if part == "unet":
+      pairs = zip(jax.tree.leaves(shapes), jax.tree.leaves(placement), strict=True)
+      held = sum(np.prod(where.shard_shape(leaf.shape)) for leaf, where in pairs)
+      assert 7 * held < COUNTS[family, part]
+
+
+def test_what_cannot_be_split_is_said(caplog):
+  mesh = sharding.abstract_mesh(types.SimpleNamespace(data=1, fsdp=3), 3)
+  shapes = {"a": {"b": jax.ShapeDtypeStruct((512, 1024), np.float32)}}
+  placement = sharding.params_sharding(mesh, shapes)
+  assert sharding.large_and_whole(shapes, placement) == ["a/b"]
+  assert "2 MiB, among them a/b" in caplog.text
 
 
 @live

@@ -62,33 +62,16 @@ def test_resumes_exactly_through_json(done):
   assert resumed.get_state() == loader.get_state()
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_processes_share_the_batches_of_one(count):
-  alone = make_loader(21, batch_size=8, seed=5)
-  shared = [
-    make_loader(21, batch_size=8, seed=5, process_index=i, process_count=count)
-    for i in range(count)
-  ]
-  for _ in range(6):
-    parts = [next(loader) for loader in shared]
-    assert {p.shape for p in parts} == {(8 // count,)}
-    assert np.concatenate(parts).tolist() == next(alone).tolist()
-  # So a run may go on with another number of processes.
-  assert all(loader.get_state() == alone.get_state() for loader in shared)
-
-
 @pytest.mark.parametrize(
   "wrong",
   [
     {"num_rows": 0},
     {"batch_size": 0},
-    {"process_count": 3},
-    {"process_index": 2, "process_count": 2},
   ],
 )
 def test_wrong_arguments(wrong):
   arguments = {"num_rows": 10, "batch_size": 4, "seed": 0} | wrong
-  with pytest.raises(ValueError, match="there are|there is|share"):
+  with pytest.raises(ValueError, match="there are|there is"):
     make_loader(arguments.pop("num_rows"), **arguments)
 
 

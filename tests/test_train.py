@@ -14,12 +14,12 @@ import flax
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, xla_flags
+from conftest import ROOT, start_cluster, xla_flags
 from orbax.checkpoint import v1 as ocp
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from jaxpref import checkpoint, main, rollouts, steps
+from jaxpref import checkpoint, main, metrics, rollouts, steps
 from jaxpref.data.shapes import prompts
 from jaxpref.evaluation import evaluate
 from jaxpref.models import pipeline as pipeline_lib
@@ -153,9 +153,18 @@ def _run(arguments, log, *, devices):
   assert _start(arguments, log, devices=devices).wait(300) == 0, log.read_text()[-2000:]
 
 
-def test_eight_devices_end_where_one_does(finished, tiny_pipeline, tmp_path):
-  workdir = tmp_path / "eight"
-  _run(_arguments(tiny_pipeline, workdir), tmp_path / "log", devices=8)
+def test_processes_and_devices_may_change_on_the_way(finished, tiny_pipeline, tmp_path):
+  """Four processes, then two, each of two devices, and at last one device."""
+  workdir, log = tmp_path / "elastic", tmp_path / "log"
+  for updates, processes in ((2, 4), (3, 2)):
+    fields = {"train.num_updates": updates, "evaluate.num_prompts": 1}
+    arguments = _arguments(tiny_pipeline, workdir, **fields)
+    assert start_cluster(processes, 2, arguments, log).wait(300) == 0, log.read_text()[-2000:]
+    assert len(_lines(workdir)) == updates
+  assert main.main(_arguments(tiny_pipeline, workdir)) == 0
+  starts = json.loads((workdir / "starts.json").read_text())
+  found = [(start["after_update"], start["devices"]) for start in starts]
+  assert found == [(0, "8 x cpu, 4 processes"), (2, "4 x cpu, 2 processes"), (3, "1 x cpu")]
   for ours, theirs in zip(_lines(workdir), _lines(finished), strict=True):
     for name in ("loss", "err/policy_e", "err/reference_e"):
       assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
@@ -165,6 +174,44 @@ def test_eight_devices_end_where_one_does(finished, tiny_pipeline, tmp_path):
   # An Adam step is lr long whatever the gradient: where that is near nothing, its sign is
   # rounding's, in each of the four updates.
   assert apart.max() < 8 * 3e-4 and np.mean(apart > 3e-5) < 0.02
+
+
+def test_sigterm_to_one_process_stops_all_after_a_save(tiny_pipeline, tmp_path):
+  workdir, log = tmp_path / "run", tmp_path / "log"
+  fields = {"train.num_updates": 100_000, "train.updates_per_iteration": 100_000}
+  process = start_cluster(2, 1, _arguments(tiny_pipeline, workdir, **fields), log)
+  deadline = time.monotonic() + 240
+  while time.monotonic() < deadline and not (workdir / "metrics.jsonl").exists():
+    time.sleep(0.05)
+  # The script is told, and tells them.
+  process.send_signal(signal.SIGTERM)
+  assert process.wait(60) == 143, log.read_text()[-2000:]
+  (step,) = checkpoint.steps(workdir / "checkpoints")
+  said = f"asked to stop (SIGTERM), saved after update {step} of 100000; the same command"
+  assert log.read_text().count(said) == 2, log.read_text()[-2000:]
+
+
+def test_stopped_and_started_again_it_ends_the_same(
+  finished, tiny_pipeline, tmp_path, monkeypatch, capsys
+):
+  workdir = tmp_path / "run"
+  arguments = _arguments(tiny_pipeline, workdir)
+  write = metrics.MetricWriter.write
+
+  def write_and_ask(self, step, values):
+    write(self, step, values)
+    if step == 2:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(metrics.MetricWriter, "write", write_and_ask)
+    assert main.main(arguments) == 143
+  assert "saved after update 3 of 4" in capsys.readouterr().err
+  assert checkpoint.steps(workdir / "checkpoints") == [2, 3]
+  assert main.main(arguments) == 0
+  ours, theirs = _parameters(workdir)[1], _parameters(finished)[1]
+  for path, array in theirs.items():
+    np.testing.assert_array_equal(ours[path], array, err_msg=path)
 
 
 def test_killed_and_started_again_it_ends_the_same(finished, tiny_pipeline, tmp_path):
@@ -237,6 +284,33 @@ def test_what_a_run_began_with_must_stay(tiny_pipeline, tmp_path, capsys):
   save_file(tensors, weights)
   assert main.main(arguments) == 2
   assert "the base pipeline's weights are not those" in capsys.readouterr().err
+
+
+def test_an_update_that_is_not_finite_changes_nothing(tiny_pipeline, tmp_path, capsys):
+  workdir = tmp_path / "run"
+  arguments = _arguments(
+    tiny_pipeline, workdir, **{"loss.name": "benchmarks.sometimes_nan", "loss.margin": 0.05}
+  )
+  assert main.main(arguments) == 0
+  lines = _lines(workdir)
+  bad = [line["step"] for line in lines if line["loss"] is None]
+  assert bad and len(bad) < 4
+  assert [line["optim/skipped"] for line in lines] == [
+    sum(step <= line["step"] for step in bad) for line in lines
+  ]
+  assert f"update {bad[0]} changed nothing: its loss is nan" in capsys.readouterr().err
+  assert all(np.isfinite(leaf).all() for leaf in _parameters(workdir)[1].values())
+  good = next(line for line in lines if line["loss"] is not None)
+  if good["step"] == good["optim/skipped"] + 1:  # all before it were bad: still the reference
+    assert good["loss"] == pytest.approx(0.05, rel=1e-3)
+  # With fewer allowed the run ends there, and leaves the rows.
+  workdir = tmp_path / "strict"
+  strict = [*arguments, f"--workdir={workdir}", "--config.train.max_skipped=0"]
+  assert main.main(strict) == 3
+  rows = load_file(workdir / "diverged" / "batch.safetensors")
+  described = json.loads((workdir / "diverged" / "batch.json").read_text())
+  assert described["update"] == bad[0] and len(described["captions"]) == 8
+  assert rows["latents"].shape[0] == rows["cond.text"].shape[0] == 8
 
 
 def test_what_diverges_is_not_saved(tiny_pipeline, tmp_path, capsys):

@@ -128,6 +128,6 @@ def in_batches(run: Any, params: Any, rows: Any, size: int, mesh: Mesh) -> Any:
   done = []
   for start in range(0, total, size):
     index = np.arange(start, start + size).clip(max=total - 1)
-    out = run(params, sharding.place_batch(jax.tree.map(lambda x, i=index: x[i], rows), mesh))
-    done.append(jax.tree.map(lambda x, s=start: np.asarray(x)[: total - s], out))
+    out = sharding.to_host(run(params, sharding.place_batch(rows, mesh, index)))
+    done.append(jax.tree.map(lambda x, s=start: x[: total - s], out))
   return jax.tree.map(lambda *parts: np.concatenate(parts), *done)

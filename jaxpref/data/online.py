@@ -52,7 +52,11 @@ def shards_of(rows: int, size: int) -> list[range]:
 
 
 def missing(directory: Path, shards: int) -> list[int]:
-  """Shards that are not there yet; what a killed process has left of them is removed."""
+  """Shards that are not there yet, of a directory that is made if need be.
+
+  What a killed process has left of them is removed.
+  """
+  directory.mkdir(parents=True, exist_ok=True)
   for rest in directory.glob(f".{_NAME}-*.tmp"):
     rest.unlink()
   return [i for i in range(shards) if not _path(directory, i, shards).exists()]

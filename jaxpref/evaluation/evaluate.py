@@ -16,7 +16,7 @@ import pandas as pd
 from jax.sharding import Mesh
 from PIL import Image
 
-from jaxpref import metrics, progress, scorers
+from jaxpref import distributed, metrics, progress, scorers, watch
 from jaxpref import workdir as workdir_lib
 from jaxpref.data.encode import encode_images, encode_prompts
 from jaxpref.data.shapes import prompts as shapes_prompts
@@ -111,9 +111,23 @@ def evaluate(
     improve: the configuration's section of that name, for an improver: the tuned model is
       shown the base's pictures.
   """
-  directory.mkdir(parents=True, exist_ok=True)
-  (directory / RESULTS).unlink(missing_ok=True)  # it says that the rest is there
-  functions = scorers.load_scorers(scorer_names)
+  repeats = settings.images_per_prompt
+  seeds = generate.seeds_of(len(prompts), repeats, seed=settings.seed)
+  images = _draw(pipeline, models, prompts, seeds, settings, mesh, prefix, improve)
+  distributed.first(lambda: _judge(images, prompts, seeds, settings, scorer_names, directory))
+
+
+def _draw(
+  pipeline: Pipeline,
+  models: Mapping[str, Any],
+  prompts: Sequence[str],
+  seeds: np.ndarray,
+  settings: Any,
+  mesh: Mesh,
+  prefix: str,
+  improve: Any,
+) -> dict[str, np.ndarray]:
+  """Each model's pictures, prompts slow, by its name."""
   make = functools.partial(
     generate.make_generator, pipeline, mesh, batch_size=settings.batch_size
   )
@@ -127,8 +141,6 @@ def evaluate(
       image_guidance=improve.image_guidance,
     )
   repeats = settings.images_per_prompt
-  seeds = generate.seeds_of(len(prompts), repeats, seed=settings.seed)
-  texts = [p for p in prompts for _ in range(repeats)]
   text.warn_of_cut(pipeline.tokenizers, [prefix + p for p in prompts], "prompts to evaluate on")
   conds = dict.fromkeys(models, encode_prompts(pipeline, mesh, prompts))
   if prefix:
@@ -141,11 +153,32 @@ def evaluate(
     # An improver's noise is not that of the picture it is shown.
     noise = seeds ^ np.uint32(2**31) if improve and model == "tuned" else seeds
     with progress.progress_bar(
-      total=len(texts), desc=f"pictures of the {model} model", unit="image"
+      total=len(seeds), desc=f"pictures of the {model} model", unit="image"
     ) as bar:
-      images[model] = generators[model](
-        params, cond, noise, lambda done, bar=bar: bar.update(done - bar.n)
-      )
+
+      def on_batch(done, bar=bar):
+        bar.update(done - bar.n)
+        watch.beat_or_stop()
+
+      images[model] = generators[model](params, cond, noise, on_batch)
+  return images
+
+
+def _judge(
+  images: Mapping[str, np.ndarray],
+  prompts: Sequence[str],
+  seeds: np.ndarray,
+  settings: Any,
+  scorer_names: Sequence[str],
+  directory: Path,
+) -> None:
+  """Scores pictures and writes all that an evaluation leaves."""
+  directory.mkdir(parents=True, exist_ok=True)
+  (directory / RESULTS).unlink(missing_ok=True)  # it says that the rest is there
+  models, repeats = tuple(images), settings.images_per_prompt
+  texts = [p for p in prompts for _ in range(repeats)]
+  functions = scorers.load_scorers(scorer_names)
+  for model in models:
     _save_images(directory / "images" / model, images[model], seeds)
   scores = {
     (name, version, model): np.asarray(score(images[model], texts), float)

@@ -111,7 +111,7 @@ def make_generator(
     if negative
     else encode.encode_no_prompt(pipeline, mesh, size=size)
   )
-  uncond = jax.device_put(uncond, sharding.replicated(mesh))
+  uncond = sharding.replicate(uncond, mesh)
 
   def generate(
     params: Any,
@@ -123,14 +123,13 @@ def make_generator(
     done = []
     for start in range(0, len(numbers), rows):
       index = np.arange(start, start + rows).clip(max=len(numbers) - 1)
-      batch = jax.tree.map(lambda x, i=index: x[i], (cond, numbers))
-      placed_cond, placed_seeds = sharding.place_batch(batch, mesh)
+      placed_cond, placed_seeds = sharding.place_batch((cond, numbers), mesh, index)
       images = program(params, vae_params, placed_cond, uncond, placed_seeds)
       real = min(rows, len(numbers) - start)
       if decode == "tiled":
         tiled = [vae_lib.decode_tiled(vae, vae_params, images[i : i + 1]) for i in range(real)]
         images = np.concatenate(tiled)
-      done.append(np.asarray(images)[:real])
+      done.append(sharding.to_host(images)[:real])
       if on_batch:
         on_batch(start + real)
     return np.concatenate(done)

@@ -1,0 +1,213 @@
+"""Several processes as one run: how they meet, agree, and leave the writing to one.
+
+All processes run the same program on the same arguments and see the same workdir. What is
+decided from the disk, and all that is written there, is process 0's; what it finds, and its
+errors, reach the others. A process that fails alone ends at once, without waiting for the
+others at a barrier: they notice, and whoever started them starts all of them again.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxpref import workdir as workdir_lib
+from jaxpref.errors import UserError
+
+# Environments whose launcher has started this process as one of several, by the variable
+# with their number, and one that only a process of such a job has.
+_LAUNCHERS = {
+  "SLURM_NTASKS": "SLURM_STEP_NODELIST",
+  "OMPI_COMM_WORLD_SIZE": "OMPI_MCA_orte_hnp_uri",
+}
+_LOST = ("Gloo", "onnection reset", "onnection closed", "eartbeat", "oordination")
+
+
+def initialize(flags: Mapping[str, str]) -> None:
+  """Meets the other processes of this run, if there are any; before JAX has any device.
+
+  Args:
+    flags: of these that were given: 'coordinator', 'num_processes', 'process_id', see
+      `main.FLAGS`. With none of them, SLURM's and Open MPI's launchers are asked, and
+      JAX_COORDINATOR_ADDRESS.
+
+  Raises:
+    UserError: the flags are incomplete or the others cannot be found.
+  """
+  settings = _settings(flags)
+  if settings is None:
+    return
+  try:
+    jax.distributed.initialize(**settings)
+  except (ValueError, RuntimeError) as error:
+    reason = str(error).partition("\n")[0]
+    raise UserError(f"the processes of this run did not meet: {reason}") from error
+  if not is_first():
+    # What concerns all is said once.
+    logging.getLogger().setLevel(logging.ERROR)
+
+
+def _settings(flags: Mapping[str, str]) -> dict[str, Any] | None:
+  coordinator = flags.get("coordinator", "")
+  numbers = {name: flags[name] for name in ("num_processes", "process_id") if name in flags}
+  if coordinator in ("", "auto"):
+    if numbers:
+      raise UserError(f"--{next(iter(numbers))} needs --coordinator=HOST:PORT")
+    several = any(
+      inside in os.environ and os.environ.get(count, "1") != "1"
+      for count, inside in _LAUNCHERS.items()
+    )
+    if coordinator or several or "JAX_COORDINATOR_ADDRESS" in os.environ:
+      return {}
+    return None
+  if len(numbers) < 2 or not all(text.isdecimal() for text in numbers.values()):
+    raise UserError("--coordinator=HOST:PORT needs --num_processes=N and --process_id=I")
+  count, index = int(numbers["num_processes"]), int(numbers["process_id"])
+  if not index < count:
+    raise UserError(f"--process_id={index} is none of --num_processes={count}, from 0")
+  if not coordinator.rpartition(":")[2].isdecimal():
+    raise UserError(f"--coordinator={coordinator} is not HOST:PORT")
+  return {"coordinator_address": coordinator, "num_processes": count, "process_id": index}
+
+
+def is_first() -> bool:
+  """Whether this is the process that writes."""
+  return jax.process_index() == 0
+
+
+def first(job: Callable[[], Any]) -> Any:
+  """Does a job on process 0 alone.
+
+  Args:
+    job: without arguments; what it returns must survive JSON.
+
+  Returns:
+    What it returned, on every process.
+
+  Raises:
+    UserError: what it raised, on every process.
+  """
+  if jax.process_count() == 1:
+    return job()
+  return _exchange(job if is_first() else None)[0]
+
+
+def together(job: Callable[[], Any]) -> Any:
+  """Does a job on every process; if it fails on one, it has failed on all.
+
+  Returns:
+    What it returned on this process.
+
+  Raises:
+    UserError: what it raised, on this process or on another one.
+  """
+  if jax.process_count() == 1:
+    return job()
+  done = []
+  _exchange(lambda: done.append(job()))
+  return done[0]
+
+
+def check_same(what: str, value: str) -> None:
+  """Refuses a run whose processes differ in something that must be the same.
+
+  Args:
+    what: in the message.
+    value: of this process.
+
+  Raises:
+    UserError: another process has another one.
+  """
+  if jax.process_count() == 1:
+    return
+  values = _exchange(lambda: value)
+  for index, other in enumerate(values):
+    if other != values[0]:
+      raise UserError(f"processes 0 and {index} have different {what}")
+
+
+def _exchange(job: Callable[[], Any] | None) -> list[Any]:
+  """What the job returned on each process, on all of them; an error of one is everyone's."""
+  failure: BaseException | None = None
+  try:
+    text = json.dumps({"value": job() if job else None})
+  except UserError as error:
+    failure = error
+    text = json.dumps({"error": str(error), "status": error.status})
+  data = np.frombuffer(text.encode(), np.uint8)
+  lengths = np.atleast_1d(multihost_utils.process_allgather(np.int32(len(data))))
+  # A power of two: few programs for all the lengths there may be.
+  padded = np.zeros(1 << int(lengths.max() - 1).bit_length(), np.uint8)
+  padded[: len(data)] = data
+  gathered = multihost_utils.process_allgather(padded)
+  said = [
+    json.loads(row[:n].tobytes()) for row, n in zip(gathered, lengths.ravel(), strict=True)
+  ]
+  if failure:
+    raise failure
+  for index, one in enumerate(said):
+    if "error" in one:
+      theirs = UserError(f"{one['error']} (process {index})")
+      theirs.status = one["status"]
+      raise theirs
+  return [one["value"] for one in said]
+
+
+@contextlib.contextmanager
+def open_workdir(path: Any, config: Any, *, resume_safe: Any) -> Iterator[Path]:
+  """A run's directory for the time of the run, see `workdir.open_workdir`.
+
+  Raises:
+    UserError: it cannot be opened, or other processes do not see it.
+  """
+  opened: list[workdir_lib.Workdir] = []
+
+  def make() -> str:
+    opened.append(workdir_lib.open_workdir(path, config, resume_safe=resume_safe))
+    return str(opened[0].path)
+
+  directory = Path(first(make))
+  try:
+    together(lambda: _check_shared(directory))
+    yield directory
+  finally:
+    for one in opened:
+      workdir_lib.release(one)
+
+
+def _check_shared(directory: Path) -> None:
+  if not (directory / workdir_lib.CONFIG).exists():
+    raise UserError(f"{directory} is not the same directory for all processes of the run")
+
+
+@contextlib.contextmanager
+def end_together() -> Iterator[None]:
+  """Ends a process that has failed at once, where others would wait for it or it for them."""
+  try:
+    yield
+  except BaseException as error:
+    if jax.process_count() == 1 or (isinstance(error, SystemExit) and not error.code):
+      raise
+    status = error.code if isinstance(error, SystemExit) else 1
+    if isinstance(error, jax.errors.JaxRuntimeError) and any(t in str(error) for t in _LOST):
+      reason = str(error).partition("\n")[0]
+      print(
+        f"jaxpref: error: process {jax.process_index()} has lost another one ({reason}); "
+        "started again, all of them continue this run",
+        file=sys.stderr,
+      )
+    elif not isinstance(error, SystemExit):
+      traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not by way of `atexit`, where JAX would wait for the others.
+    os._exit(status if isinstance(status, int) else 1)

@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# A cluster on this machine: N processes of D CPU devices each, which meet over loopback.
+#   launch/local_cluster.sh 2 2 --config=configs/dro.py --workdir=runs/dro [--config.FIELD=VALUE ...]
+# Lines of process 0 are shown as they are, those of the others after their number. Where one
+# fails, all are ended; they are started again up to RESTARTS times (0 by default), unless
+# what is wrong would be wrong again. PORT is where they meet. With DRY_RUN=1 it prints what
+# it would do.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+if [ $# -lt 3 ]; then
+  echo "usage: launch/local_cluster.sh PROCESSES DEVICES --config=FILE [FLAGS]" >&2
+  exit 2
+fi
+count=$1 devices=$2
+shift 2
+python=python3
+[ -x .venv/bin/python ] && python=.venv/bin/python
+python=${PYTHON:-$python}
+port=${PORT:-$((20000 + $$ % 10000))}
+export JAX_PLATFORMS=cpu
+export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
+
+command_of() { # of process $1, as the array `command`
+  command=("$python" -m jaxpref.main "${flags[@]}" "--coordinator=127.0.0.1:$port"
+    "--num_processes=$count" "--process_id=$1")
+}
+
+flags=("$@")
+if [ -n "${DRY_RUN:-}" ]; then
+  for ((i = 0; i < count; i++)); do
+    command_of "$i"
+    printf 'JAX_PLATFORMS=cpu XLA_FLAGS=%q ' "$XLA_FLAGS"
+    printf '%q ' "${command[@]}"
+    echo
+  done
+  exit
+fi
+
+pids=()
+# Passed on, so that all save and stop; a second time, they end at once.
+trap 'kill -TERM "${pids[@]}" 2> /dev/null || true' TERM INT
+trap 'kill -KILL "${pids[@]}" 2> /dev/null || true' EXIT
+
+run_once() { # all processes; returns the first failure's status
+  pids=()
+  local i status=0 one
+  for ((i = 0; i < count; i++)); do
+    command_of "$i"
+    if ((i == 0)); then
+      "${command[@]}" &
+    else
+      "${command[@]}" > >(sed -u "s/^/[$i] /") 2>&1 &
+    fi
+    pids+=($!)
+  done
+  local left=("${pids[@]}")
+  while ((${#left[@]})); do
+    one=0 ended=
+    wait -n -p ended "${left[@]}" || one=$?
+    # None has ended where the wait was interrupted, by the signal that is passed on.
+    [ -n "${ended:-}" ] || continue
+    for i in "${!left[@]}"; do
+      [ "${left[i]}" = "$ended" ] && unset "left[$i]"
+    done
+    if ((one)) && ((!status)); then
+      status=$one
+      # The others have some time to notice it themselves.
+      (sleep "${GRACE:-20}" && kill -KILL "${pids[@]}") 2> /dev/null &
+    fi
+  done
+  return "$status"
+}
+
+for ((attempt = 0; ; attempt++)); do
+  status=0
+  run_once || status=$?
+  case $status in
+    0 | 2 | 3 | 130 | 143) exit "$status" ;; # done, wrong input, diverged, asked to stop
+  esac
+  ((attempt < ${RESTARTS:-0})) || exit "$status"
+  echo "local_cluster: a process ended with status $status; starting all again" >&2
+done

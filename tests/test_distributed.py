@@ -1,0 +1,152 @@
+"""Processes agreeing, and what watches over a run, each without a cluster.
+
+Whole runs of several processes are in test_train and test_iterate.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT
+from jax.experimental import multihost_utils
+
+from jaxpref import distributed, guards, main, watch
+from jaxpref.errors import DivergedError, StoppedError, UserError
+
+
+@pytest.fixture
+def other(monkeypatch):
+  """Process 0 of two; what the other one would say is given by the test."""
+  said = [{"value": None}]
+
+  def gather(array):
+    # The lengths first, then the texts padded to the longest.
+    text = np.frombuffer(json.dumps(said[0]).encode(), np.uint8)
+    array = np.asarray(array)
+    if array.ndim == 0:
+      return np.stack([array, np.int32(len(text))])
+    theirs = np.zeros_like(array)
+    theirs[: len(text)] = text
+    return np.stack([array, theirs])
+
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+  return said
+
+
+def test_what_the_first_finds_all_know(other, monkeypatch):
+  assert distributed.first(lambda: [1, "two"]) == [1, "two"]
+  monkeypatch.setattr(jax, "process_index", lambda: 1)
+  monkeypatch.setattr(
+    distributed, "_exchange", lambda job: [{"told": True}] if job is None else None
+  )
+  assert distributed.first(lambda: pytest.fail("not on this process")) == {"told": True}
+
+
+def test_an_error_of_one_is_everyones(other):
+  other[0] = {"error": "no such file", "status": 3}
+  with pytest.raises(UserError, match=r"no such file \(process 1\)") as error:
+    distributed.together(lambda: "fine here")
+  assert error.value.status == 3
+  other[0] = {"value": None}
+  with pytest.raises(DivergedError, match="here"):
+    distributed.together(_raise)
+
+
+def _raise():
+  raise DivergedError("here")
+
+
+def test_together_returns_what_is_here(other):
+  value = object()
+  assert distributed.together(lambda: value) is value
+
+
+def test_processes_must_have_the_same(other):
+  other[0] = {"value": "a" * 300}
+  distributed.check_same("configurations", "a" * 300)
+  with pytest.raises(UserError, match="processes 0 and 1 have different configurations"):
+    distributed.check_same("configurations", "b")
+
+
+@pytest.mark.parametrize(
+  ("flags", "text"),
+  [
+    ({"num_processes": "2"}, "needs --coordinator"),
+    ({"coordinator": "auto", "process_id": "1"}, "needs --coordinator"),
+    ({"coordinator": "a:1"}, "needs --num_processes"),
+    ({"coordinator": "a:1", "num_processes": "x", "process_id": "0"}, "needs --num_processes"),
+    ({"coordinator": "a:1", "num_processes": "2", "process_id": "2"}, "none of"),
+    ({"coordinator": "a", "num_processes": "2", "process_id": "0"}, "not HOST:PORT"),
+  ],
+)
+def test_flags_that_cannot_be(flags, text):
+  with pytest.raises(UserError, match=text):
+    distributed.initialize(flags)
+
+
+def test_launchers_are_noticed(monkeypatch):
+  for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JAX_COORDINATOR_ADDRESS"):
+    monkeypatch.delenv(name, raising=False)
+  assert distributed._settings({}) is None
+  monkeypatch.setenv("SLURM_NTASKS", "4")
+  assert distributed._settings({}) is None  # a batch script's own process
+  monkeypatch.setenv("SLURM_STEP_NODELIST", "node[1-4]")
+  assert distributed._settings({}) == {}
+  monkeypatch.setenv("SLURM_NTASKS", "1")
+  assert distributed._settings({}) is None
+
+
+def test_nobody_to_meet(capsys, monkeypatch):
+  monkeypatch.setattr(
+    jax.distributed, "initialize", lambda **_: (_ for _ in ()).throw(RuntimeError("late\nx"))
+  )
+  arguments = ["--config=configs/dro.py:tiny", "--coordinator=auto"]
+  monkeypatch.chdir(ROOT)
+  assert main.main(arguments) == 2
+  assert "the processes of this run did not meet: late\n" in capsys.readouterr().err
+
+
+def test_sigterm_is_noticed_at_a_beat():
+  before = signal.getsignal(signal.SIGTERM)
+  with watch.watching(hang_minutes=0):
+    assert not watch.beat()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert watch.beat()
+    with pytest.raises(StoppedError, match="the same command continues") as error:
+      watch.beat_or_stop()
+  assert error.value.status == 143
+  assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_run_that_hangs_ends_and_says_where():
+  program = """
+import time
+from jaxpref import watch
+def standing_still():
+  time.sleep(60)
+with watch.watching(hang_minutes=0.005):
+  watch.beat()
+  standing_still()
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=50
+  )
+  assert done.returncode == 1 and "standing_still" in done.stderr
+
+
+def test_spikes_are_said_once_there_is_something_to_compare_with(caplog):
+  spikes = guards.Spikes()
+  rng = np.random.default_rng(0)
+  for done in range(30):
+    spikes.add(done, {"loss": 1.0 + 0.1 * rng.standard_normal()})
+  spikes.add(30, {"loss": float("nan")})
+  spikes.add(31, {"loss": 2.0})  # many spreads, but not that high
+  assert not caplog.records
+  spikes.add(32, {"loss": 9.0})
+  assert "loss is 9 at update 32" in caplog.text
