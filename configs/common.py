@@ -91,6 +91,7 @@ def base(name: str, preset: str) -> ConfigDict:
   c.mesh.fsdp = 1  # devices that also split large parameters
 
   c.evaluate = ConfigDict()  # at the end, base against tuned, same prompts and noise
+  c.evaluate.every = 0  # also after so many checkpoints each; the best one stays; 0: no
   c.evaluate.prompts = "auto"  # 'shapes': held-out ones; 'captions'; a text file; 'auto'
   c.evaluate.num_prompts = 150  # at most
   c.evaluate.images_per_prompt = 2  # each with noise of its own, the same for both models

@@ -43,12 +43,14 @@ class Checkpointer:
   Attributes:
     directory: absolute path of the directory of steps.
     keep: how many of the newest checkpoints stay.
+    protected: steps whose checkpoints stay, however old.
     worker: the one thread that finishes saves.
     pending: the save under way, at most one: (step, its end).
   """
 
   directory: Path
   keep: int
+  protected: set[int]
   worker: futures.ThreadPoolExecutor
   pending: list[tuple[int, futures.Future]]
 
@@ -85,12 +87,18 @@ def open_checkpointer(directory: str | Path, *, keep: int) -> Checkpointer:
     _remove_temporary(directory)
 
   distributed.first(make)
-  return Checkpointer(directory, keep, futures.ThreadPoolExecutor(1), [])
+  return Checkpointer(directory, keep, set(), futures.ThreadPoolExecutor(1), [])
 
 
 def steps(directory: str | Path) -> list[int]:
   """The steps of the finished checkpoints, ascending; good or not."""
   return sorted(int(p.name) for p in Path(directory).iterdir() if p.name.isdecimal())
+
+
+def protect(ckptr: Checkpointer, step: int) -> None:
+  """Keeps the checkpoint of this step, in the place of the one that was kept before."""
+  ckptr.protected.add(step)
+  ckptr.protected.intersection_update({step})
 
 
 def latest_step(ckptr: Checkpointer) -> int | None:
@@ -288,6 +296,8 @@ def _finish(ckptr: Checkpointer, path: Path, response: ocp.AsyncResponse) -> Non
   if distributed.is_first():
     write_json(path / CHECKSUMS, {name: _digest(path / name) for name in _files(path)})
     for step in steps(ckptr.directory)[: -ckptr.keep]:
+      if step in ckptr.protected:
+        continue
       try:
         _remove(ckptr.directory / str(step))
       except OSError as error:

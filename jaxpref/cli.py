@@ -35,8 +35,17 @@ class Parser(argparse.ArgumentParser):
       help="of a run, the averaged weights, which its report compares; --no-ema: the last",
     )
     self.add_argument(
-      "--step", type=int, help="of a run, which checkpoint; the newest good one by default"
+      "--step",
+      type=_step,
+      help="of a run, which checkpoint: a number of updates, or 'best' of those that were "
+      "evaluated; the newest good one by default",
     )
+
+
+def _step(text: str) -> int | str:
+  if text != "best" and not text.isdecimal():
+    raise argparse.ArgumentTypeError(f"must be a number of updates or 'best', got {text!r}")
+  return text if text == "best" else int(text)
 
 
 FLAGS = {"workdir": "directory of the run; runs/<name>-<preset> by default"}

@@ -86,7 +86,7 @@ RULES: Rules = {
   **dict.fromkeys(("optim.b1", "optim.b2", "optim.ema_decay"), _DECAY),
   **dict.fromkeys(("mesh.data", "mesh.fsdp"), _AXIS),
   **dict.fromkeys(("seed", "evaluate.seed"), _SEED),
-  "evaluate.num_examples": _at_least(0),
+  **dict.fromkeys(("evaluate.num_examples", "evaluate.every"), _at_least(0)),
   **dict.fromkeys(("rollout.guidance", "evaluate.guidance"), _at_least(0)),
   **dict.fromkeys(("optim.warmup_updates", "optim.weight_decay"), _at_least(0)),
   "train.num_updates": _at_least(0),

@@ -33,6 +33,7 @@ from jaxpref import workdir as workdir_lib
 from jaxpref.data import encode, loader
 from jaxpref.data import rows as rows_lib
 from jaxpref.errors import StoppedError, UserError
+from jaxpref.evaluation import best as best_lib
 from jaxpref.evaluation import evaluate
 from jaxpref.models import unet as unet_lib
 from jaxpref.prepare import Prepared, init_trained
@@ -92,6 +93,7 @@ def run(prepared: Prepared, workdir: Path) -> None:
   profiler = speed.Profiler(workdir / "profile", first=start + 3, updates=config.profile)
   under_way: collections.deque = collections.deque()
   due = False  # whether a checkpoint is
+  pictures: dict[str, np.ndarray] = {}  # the base's, drawn once
   finite, spikes = guards.Finite(prepared, rows, workdir), guards.Spikes()
   with contextlib.ExitStack() as at_last:
     # Also after an error: the save under way is finished before the workdir is given up.
@@ -100,6 +102,11 @@ def run(prepared: Prepared, workdir: Path) -> None:
       at_last.callback(writer.close)
     at_last.callback(profiler.close)
     for done in range(start + 1, train.num_updates + 1):
+      if best_lib.is_due(config, done - 1):
+        # Here, so that a continuation makes the one that it was stopped in.
+        models = {"base": base, "tuned": program.adapt(state.ema, base)}
+        _evaluate(prepared, models, workdir, ckptr, done - 1, pictures)
+        meter.reset()
       last = done == train.num_updates
       logged = last or done % train.log_every == 0
       wait = jax.block_until_ready if logged else lambda x: x
@@ -144,24 +151,52 @@ def run(prepared: Prepared, workdir: Path) -> None:
         )
 
   models = {"base": base, "tuned": program.adapt(state.ema, base)}
-  _evaluate(prepared, models, workdir, f"{time.time() - began:.0f} s, from update {start}")
+  _evaluate(prepared, models, workdir, ckptr, train.num_updates, pictures)
+  wall_time = f"{time.time() - began:.0f} s, from update {start}"
+  distributed.first(lambda: _report(prepared, workdir, wall_time))
 
 
-def _evaluate(prepared: Prepared, models: Any, workdir: Path, wall_time: str) -> None:
-  """Base against the averaged weights, and the report."""
+def _evaluate(
+  prepared: Prepared,
+  models: Any,
+  workdir: Path,
+  ckptr: Any,
+  done: int,
+  pictures: dict[str, np.ndarray],
+) -> None:
+  """Base against the averaged weights after so many updates; and which of all is best."""
+  config, last = prepared.config, done == prepared.config.train.num_updates
+  directory = workdir / "evaluation" / str(done)
+  if last or not distributed.first((directory / evaluate.RESULTS).exists):
+    drawn = evaluate.evaluate(
+      prepared.pipeline,
+      models,
+      prepared.prompts,
+      config.evaluate,
+      scorer_names=prepared.scorers,
+      mesh=prepared.mesh,
+      directory=directory,
+      prefix=config.data.good_prefix,
+      improve=config.improve if prepared.pipeline.is_improver else None,
+      known=pictures,
+    )
+    pictures |= {"base": drawn["base"]}
+  checkpoint.wait(ckptr)  # only what is whole can be best
+
+  def find() -> int | None:
+    if (best := best_lib.find(workdir, prepared.scorers)) is None:
+      return None
+    best_lib.write(workdir, best)
+    if not last:
+      print(f"best so far by {best.scorer}: update {best.update}, {best.mean:.4f}", flush=True)
+    return best.update
+
+  if (best := distributed.first(find)) is not None:
+    checkpoint.protect(ckptr, best)
+
+
+def _report(prepared: Prepared, workdir: Path, wall_time: str) -> None:
   config = prepared.config
-  directory = workdir / "evaluation" / str(config.train.num_updates)
-  evaluate.evaluate(
-    prepared.pipeline,
-    models,
-    prepared.prompts,
-    config.evaluate,
-    scorer_names=prepared.scorers,
-    mesh=prepared.mesh,
-    directory=directory,
-    prefix=config.data.good_prefix,
-    improve=config.improve if prepared.pipeline.is_improver else None,
-  )
   facts = {
     "updates": config.train.num_updates,
     "training rows": f"{len(prepared.rows)} {prepared.loss.NEEDS.rows}",
@@ -169,19 +204,16 @@ def _evaluate(prepared: Prepared, models: Any, workdir: Path, wall_time: str) ->
     **runtime.facts(),
     "wall time": wall_time,
   }
-  held_out = not {r.caption for r in prepared.rows} & set(prepared.prompts)
-
-  def write() -> None:
-    evaluate.write_report(
-      workdir,
-      directory,
-      config,
-      facts,
-      held_out=held_out,
-      improves=prepared.pipeline.is_improver,
-    )
-
-  distributed.first(write)
+  if config.evaluate.every and (best := best_lib.find(workdir, prepared.scorers)):
+    facts["best checkpoint"] = f"update {best.update} by {best.scorer}, {best.mean:.4f}"
+  evaluate.write_report(
+    workdir,
+    workdir / "evaluation" / str(config.train.num_updates),
+    config,
+    facts,
+    held_out=not {r.caption for r in prepared.rows} & set(prepared.prompts),
+    improves=prepared.pipeline.is_improver,
+  )
 
 
 def _begin(prepared: Prepared, base: Any) -> Any:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxpref import checkpoint, sharding
 from jaxpref.errors import UserError
+from jaxpref.evaluation import best as best_lib
 from jaxpref.models import hub, lora
 from jaxpref.models import pipeline as pipeline_lib
 from jaxpref.paths import user_path
@@ -25,7 +26,7 @@ def load(
   name: str,
   *,
   ema: bool = True,
-  step: int | None = None,
+  step: int | str | None = None,
   dtype: Any = jnp.float32,
   mesh: Mesh | None = None,
   variant: str = "",
@@ -37,7 +38,8 @@ def load(
     name: a run's workdir, or what `load_pipeline` takes.
     ema: of a run, the averaged parameters, which are those its report compares; else the
       parameters themselves.
-    step: of a run, the checkpoint after so many updates; by default the newest good one.
+    step: of a run, the checkpoint after so many updates, or 'best', see `evaluation.best`;
+      by default the newest good one.
     dtype: of the computation.
     mesh: to place parameters on; see `load_pipeline`.
     variant: of a pipeline's weights; of a run's base its configuration says.
@@ -56,7 +58,8 @@ def load(
   if variant:
     raise UserError(f"--variant is a pipeline's; the base of the run {workdir} has its own")
   config = _read_config(workdir)
-  found = checkpoint.find_good(workdir / "checkpoints", step=step)
+  wanted = best_lib.read(workdir).update if isinstance(step, str) else step
+  found = checkpoint.find_good(workdir / "checkpoints", step=wanted)
   rank = config.get("lora", {}).get("rank", 0)
   pipeline = _load_base(workdir, config["model"], dtype, mesh, without_unet=not rank)
   kernel = checkpoint.stored(workdir / "checkpoints", found.step).get("params/conv_in/kernel")

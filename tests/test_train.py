@@ -19,7 +19,7 @@ from orbax.checkpoint import v1 as ocp
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from jaxpref import checkpoint, main, metrics, rollouts, steps
+from jaxpref import checkpoint, main, metrics, rollouts, steps, tuned
 from jaxpref.data.shapes import prompts
 from jaxpref.evaluation import evaluate
 from jaxpref.models import pipeline as pipeline_lib
@@ -311,6 +311,36 @@ def test_an_update_that_is_not_finite_changes_nothing(tiny_pipeline, tmp_path, c
   described = json.loads((workdir / "diverged" / "batch.json").read_text())
   assert described["update"] == bad[0] and len(described["captions"]) == 8
   assert rows["latents"].shape[0] == rows["cond.text"].shape[0] == 8
+
+
+def test_the_best_checkpoint_stays(tiny_pipeline, tmp_path, capsys):
+  workdir = tmp_path / "run"
+  fields = {"train.num_updates": 6, "train.keep": 1, "evaluate.every": 1, "optim.lr": 3e-3}
+  arguments = _arguments(tiny_pipeline, workdir, "sft", **fields)
+  arguments.append("--config.evaluate.scorers=('shapes.quality',)")
+  assert main.main(arguments) == 0
+  means = {}
+  for update in (2, 4, 6):
+    text = (workdir / "evaluation" / str(update) / "results.json").read_text()
+    means[update] = json.loads(text)["shapes.quality-1"]["tuned"]["mean"]
+  best = max(means, key=lambda update: (means[update], -update))
+  noted = {"update": best, "scorer": "shapes.quality-1", "mean": means[best]}
+  assert json.loads((workdir / "best.json").read_text()) == noted
+  kept = max((2, 4), key=lambda update: (means[update], -update))  # when the last was saved
+  assert checkpoint.steps(workdir / "checkpoints") == [kept, 6]
+  assert f"update {best} by shapes.quality-1" in (workdir / "report.html").read_text()
+  digest = tuned.load(str(workdir), step="best").digest
+  assert digest == tuned.load(str(workdir), step=best).digest
+  # Started again without one of them, it makes that evaluation before it goes on.
+  before = _parameters(workdir)[1]
+  shutil.rmtree(workdir / "checkpoints" / "6")
+  (workdir / "evaluation" / str(best) / "results.json").unlink()
+  capsys.readouterr()
+  assert main.main(arguments) == 0
+  if best != 6:
+    assert f"best so far by shapes.quality-1: update {best}" in capsys.readouterr().out
+    for path, array in _parameters(workdir)[1].items():
+      np.testing.assert_array_equal(before[path], array, err_msg=path)
 
 
 def test_what_diverges_is_not_saved(tiny_pipeline, tmp_path, capsys):

@@ -95,7 +95,8 @@ def evaluate(
   directory: Path,
   prefix: str = "",
   improve: Any = None,
-) -> None:
+  known: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, np.ndarray]:
   """Generates, scores and compares.
 
   Args:
@@ -110,11 +111,20 @@ def evaluate(
     prefix: what the tuned model is told before each prompt.
     improve: the configuration's section of that name, for an improver: the tuned model is
       shown the base's pictures.
+    known: models' pictures of an earlier, equal evaluation, which are not drawn again.
+
+  Returns:
+    The pictures by model, uint8 [N, H, W, 3], prompts slow.
   """
   repeats = settings.images_per_prompt
   seeds = generate.seeds_of(len(prompts), repeats, seed=settings.seed)
-  images = _draw(pipeline, models, prompts, seeds, settings, mesh, prefix, improve)
+  images = dict(known or {})
+  missing = {model: params for model, params in models.items() if model not in images}
+  images |= _draw(
+    *(pipeline, missing, prompts, seeds, settings, mesh, prefix, improve), images.get("base")
+  )
   distributed.first(lambda: _judge(images, prompts, seeds, settings, scorer_names, directory))
+  return images
 
 
 def _draw(
@@ -126,8 +136,9 @@ def _draw(
   mesh: Mesh,
   prefix: str,
   improve: Any,
+  shown: np.ndarray | None,
 ) -> dict[str, np.ndarray]:
-  """Each model's pictures, prompts slow, by its name."""
+  """Each model's pictures by its name; an improver is `shown` the base's."""
   make = functools.partial(
     generate.make_generator, pipeline, mesh, batch_size=settings.batch_size
   )
@@ -149,7 +160,8 @@ def _draw(
   for model, params in models.items():
     cond = jax.tree.map(lambda x: np.repeat(x, repeats, axis=0), conds[model])
     if improve and model == "tuned":
-      cond["image"] = encode_images(pipeline, mesh, list(images["base"]))
+      base = images["base"] if shown is None else shown
+      cond["image"] = encode_images(pipeline, mesh, list(base))
     # An improver's noise is not that of the picture it is shown.
     noise = seeds ^ np.uint32(2**31) if improve and model == "tuned" else seeds
     with progress.progress_bar(
