@@ -5,6 +5,7 @@ import errno
 import logging
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from jaxpref import runtime
 from jaxpref.errors import UserError
@@ -49,6 +50,18 @@ def _step(text: str) -> int | str:
 
 
 FLAGS = {"workdir": "directory of the run; runs/<name>-<preset> by default"}
+
+
+def run(main: Callable[[list[str]], int]) -> NoReturn:
+  """A program's process, from its arguments to its exit status."""
+  try:
+    sys.exit(main(sys.argv[1:]))
+  except BaseException as error:
+    if "jax" in sys.modules:  # else there are no other processes, and no need to wait for it
+      from jaxpref import distributed  # noqa: PLC0415
+
+      distributed.end_alone(error)
+    raise
 
 
 def exit_status(

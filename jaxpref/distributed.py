@@ -189,25 +189,25 @@ def _check_shared(directory: Path) -> None:
     raise UserError(f"{directory} is not the same directory for all processes of the run")
 
 
-@contextlib.contextmanager
-def end_together() -> Iterator[None]:
-  """Ends a process that has failed at once, where others would wait for it or it for them."""
-  try:
-    yield
-  except BaseException as error:
-    if jax.process_count() == 1 or (isinstance(error, SystemExit) and not error.code):
-      raise
-    status = error.code if isinstance(error, SystemExit) else 1
-    if isinstance(error, jax.errors.JaxRuntimeError) and any(t in str(error) for t in _LOST):
-      reason = str(error).partition("\n")[0]
-      print(
-        f"jaxpref: error: process {jax.process_index()} has lost another one ({reason}); "
-        "started again, all of them continue this run",
-        file=sys.stderr,
-      )
-    elif not isinstance(error, SystemExit):
-      traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Not by way of `atexit`, where JAX would wait for the others.
-    os._exit(status if isinstance(status, int) else 1)
+def end_alone(error: BaseException) -> None:
+  """Ends this process at once where others would wait for it, or it for them.
+
+  Args:
+    error: what it is about to end with; nothing happens if all is well, or it is alone.
+  """
+  if jax.process_count() == 1 or (isinstance(error, SystemExit) and not error.code):
+    return
+  lost = isinstance(error, jax.errors.JaxRuntimeError) and any(t in str(error) for t in _LOST)
+  if lost:
+    reason = str(error).partition("\n")[0]
+    print(
+      f"jaxpref: error: process {jax.process_index()} has lost another one ({reason}); "
+      "started again, all of them continue this run",
+      file=sys.stderr,
+    )
+  elif not isinstance(error, SystemExit):
+    traceback.print_exception(error)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  # Not by way of `atexit`, where JAX would wait for the others.
+  os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)

@@ -7,7 +7,6 @@ the base. Nothing that exists is overwritten.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import ml_dtypes
@@ -86,4 +85,4 @@ def _run(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  sys.exit(main(sys.argv[1:]))
+  cli.run(main)

@@ -12,7 +12,6 @@ import io
 import json
 import math
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -330,4 +329,4 @@ def to_png(image: Any, settings: Mapping[str, Any]) -> bytes:
 
 
 if __name__ == "__main__":
-  sys.exit(main(sys.argv[1:]))
+  cli.run(main)

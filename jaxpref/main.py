@@ -3,7 +3,6 @@
 On several machines the same command in each of them, see `jaxpref.distributed`.
 """
 
-import sys
 from typing import Any
 
 from jaxpref import cli
@@ -48,7 +47,4 @@ def _run(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  from jaxpref.distributed import end_together
-
-  with end_together():
-    sys.exit(main(sys.argv[1:]))
+  cli.run(main)

@@ -12,7 +12,6 @@ import dataclasses
 import importlib.util
 import os
 import re
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -461,4 +460,4 @@ def _table(columns: tuple[str, ...], rows: list[list[str]]) -> list[str]:
 
 
 if __name__ == "__main__":
-  sys.exit(main(sys.argv[1:]))
+  cli.run(main)

@@ -26,11 +26,16 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 sys.path.insert(0, str(ROOT))  # configs/ is a folder of the repository, not a package of ours
 
 
+# For programs that tests start: no PyTorch there, as on most machines that run jaxpref, where
+# diffusers would otherwise import it.
+WITHOUT_TORCH = {"PYTHONPATH": str(ROOT / "tests" / "without_torch")}
+
+
 def start_cluster(processes: int, devices: int, arguments, log: Path) -> subprocess.Popen:
   """launch/local_cluster.sh as a process."""
   return subprocess.Popen(
     [ROOT / "launch" / "local_cluster.sh", str(processes), str(devices), *arguments],
-    env=os.environ | {"PYTHON": sys.executable},
+    env=os.environ | WITHOUT_TORCH | {"PYTHON": sys.executable},
     stdout=log.open("a"),
     stderr=subprocess.STDOUT,
   )

@@ -11,7 +11,7 @@ import families
 import jax
 import numpy as np
 import pytest
-from conftest import live, xla_flags
+from conftest import WITHOUT_TORCH, live, xla_flags
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
@@ -222,10 +222,7 @@ def test_pictures_depend_on_prompt_and_seed_alone(tiny_pipeline, prompts, tmp_pa
   two = draw(tmp_path / "b", *flags, "--batch-size=1", model=tiny_pipeline)
   alone = draw(tmp_path / "c", "--prompts=two stars", "--seed=8", model=tiny_pipeline)
   program = [sys.executable, "-m", "jaxpref.generate", f"--model={tiny_pipeline}", "--steps=2"]
-  env = os.environ | {
-    "XLA_FLAGS": xla_flags(devices=8),
-    "JAX_PLATFORMS": "cpu",
-  }
+  env = os.environ | WITHOUT_TORCH | {"XLA_FLAGS": xla_flags(devices=8)}
   subprocess.run([*program, *flags, f"--out={tmp_path / 'd'}"], env=env, check=True)
   for name, picture in one.items():
     assert np.abs(two[name] - picture).max() <= 1

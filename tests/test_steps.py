@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import conftest
 import devices_main
@@ -38,11 +37,10 @@ MESH = ("data", "fsdp", "look")
 @pytest.fixture(scope="module")
 def on_eight():
   """Results of all cases, from one process with eight devices."""
-  env = os.environ | {"XLA_FLAGS": conftest.xla_flags(devices=8)}
-  root = Path(devices_main.__file__).parent.parent
+  env = os.environ | conftest.WITHOUT_TORCH | {"XLA_FLAGS": conftest.xla_flags(devices=8)}
   done = subprocess.run(
     [sys.executable, devices_main.__file__, json.dumps(CASES)],
-    env=env | {"PYTHONPATH": str(root)},
+    env=env,
     capture_output=True,
     text=True,
     check=False,

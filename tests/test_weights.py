@@ -13,7 +13,7 @@ import families
 import jax
 import numpy as np
 import pytest
-from conftest import live, xla_flags
+from conftest import WITHOUT_TORCH, live, xla_flags
 from ml_dtypes import bfloat16
 from safetensors.numpy import load_file, save_file
 
@@ -289,10 +289,7 @@ assert sizes == {True, False}
 without = load_pipeline("shapes", mesh=mesh, without=["unet"])
 assert without.digest == whole.digest and "unet" not in without.params
 """
-  env = os.environ | {
-    "XLA_FLAGS": xla_flags(devices=8),
-    "JAX_PLATFORMS": "cpu",
-  }
+  env = os.environ | WITHOUT_TORCH | {"XLA_FLAGS": xla_flags(devices=8)}
   done = subprocess.run(
     [sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False
   )
