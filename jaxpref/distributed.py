@@ -37,8 +37,7 @@ def initialize(flags: Mapping[str, str]) -> None:
 
   Args:
     flags: of these that were given: 'coordinator', 'num_processes', 'process_id', see
-      `main.FLAGS`. With none of them, SLURM's and Open MPI's launchers are asked, and
-      JAX_COORDINATOR_ADDRESS.
+      `main.FLAGS`. With none of them, SLURM's and Open MPI's launchers are asked.
 
   Raises:
     UserError: the flags are incomplete or the others cannot be found.
@@ -66,9 +65,7 @@ def _settings(flags: Mapping[str, str]) -> dict[str, Any] | None:
       inside in os.environ and os.environ.get(count, "1") != "1"
       for count, inside in _LAUNCHERS.items()
     )
-    if coordinator or several or "JAX_COORDINATOR_ADDRESS" in os.environ:
-      return {}
-    return None
+    return {} if coordinator or several else None
   if len(numbers) < 2 or not all(text.isdecimal() for text in numbers.values()):
     raise UserError("--coordinator=HOST:PORT needs --num_processes=N and --process_id=I")
   count, index = int(numbers["num_processes"]), int(numbers["process_id"])

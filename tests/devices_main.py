@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpref import losses, noising, optim, plan, rollouts, sharding, steps
+from jaxpref import losses, noising, optim, rollouts, sharding, steps, tpu_compiler
 from jaxpref.data import rows as rows_lib
 from jaxpref.diffusion.schedule import make_schedule
 
@@ -146,7 +146,7 @@ def train(
     first = rollout(state.params, state.seed, state.update, batch["cond"], empty)
     drawn = first if needs.rollout else None
     text = step.lower(state, params, empty, batch, drawn).compile().as_text()
-    collectives.update(plan.collectives(text))
+    collectives.update(tpu_compiler.collectives(text))
   for _ in range(updates):
     drawn = None
     if needs.rollout:

@@ -91,7 +91,7 @@ def test_flags_that_cannot_be(flags, text):
 
 
 def test_launchers_are_noticed(monkeypatch):
-  for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JAX_COORDINATOR_ADDRESS"):
+  for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
     monkeypatch.delenv(name, raising=False)
   assert distributed._settings({}) is None
   monkeypatch.setenv("SLURM_NTASKS", "4")

@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from jaxpref import config as config_lib
-from jaxpref import plan, prepare, programs, sharding
+from jaxpref import plan, prepare, programs, sharding, tpu_compiler
 from jaxpref.errors import UserError
 
 
@@ -157,7 +157,7 @@ ENTRY %main (p: f32[4,256]) -> f32[4,256] {
 
 
 def test_messages_are_found_in_a_program():
-  found = plan.collectives(HLO)
+  found = tpu_compiler.collectives(HLO)
   assert found.keys() == {"all-gather", "all-reduce"}
   assert found["all-gather"] == {"count": 2, "in loops": 1, "MiB": (32 + 4096) / 2**20}
   reduced = found["all-reduce"]
