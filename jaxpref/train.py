@@ -80,6 +80,8 @@ def run(prepared: Prepared, workdir: Path) -> None:
   # Only now: a continuation that is refused changes nothing.
   distributed.first(lambda: _write_start(workdir, config, identity, start))
 
+  _keep_best(prepared, workdir, ckptr)
+
   # The loop. The host runs ahead of the devices, except at updates that are logged: each of
   # their phases is waited for, so that it can be timed.
   make_batch = _batch_maker(prepared, program, base, uncond, rows)
@@ -182,13 +184,19 @@ def _evaluate(
     )
     pictures |= {"base": drawn["base"]}
   checkpoint.wait(ckptr)  # only what is whole can be best
+  _keep_best(prepared, workdir, ckptr)
+
+
+def _keep_best(prepared: Prepared, workdir: Path, ckptr: Any) -> None:
+  """Notes which evaluated checkpoint is best, where there are several; that one stays."""
+  if not prepared.config.evaluate.every:
+    return
 
   def find() -> int | None:
     if (best := best_lib.find(workdir, prepared.scorers)) is None:
       return None
     best_lib.write(workdir, best)
-    if not last:
-      print(f"best so far by {best.scorer}: update {best.update}, {best.mean:.4f}", flush=True)
+    print(f"best so far by {best.scorer}: update {best.update}, {best.mean:.4f}", flush=True)
     return best.update
 
   if (best := distributed.first(find)) is not None:

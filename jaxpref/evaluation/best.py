@@ -59,5 +59,6 @@ def read(workdir: Path) -> Best:
     return Best(**json.loads((workdir / FILE).read_text(encoding="utf-8")))
   except (OSError, ValueError, TypeError) as error:
     raise UserError(
-      f"{workdir} has no best checkpoint: it was not evaluated with a scorer yet"
+      f"{workdir} has no best checkpoint: none was evaluated on the way, with a scorer "
+      "(evaluate.every)"
     ) from error
