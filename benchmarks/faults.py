@@ -124,7 +124,9 @@ class Trial:
 
   def checkpoints(self) -> list[Path]:
     """Of the run that is under way, also where it is an iteration's."""
-    return sorted(self.workdir.rglob("checkpoints"))
+    # Named, rather than searched for: what Orbax renames meanwhile would be an error.
+    places = ("checkpoints", "iterations/*/checkpoints")
+    return sorted(found for place in places for found in self.workdir.glob(place))
 
   def finish(self) -> None:
     """Starts it again until it ends well."""
@@ -167,7 +169,7 @@ def wait_for(processes: list[subprocess.Popen], condition: Callable[[], bool]) -
 
 def digest(workdir: Path) -> str:
   """Of every array of the last checkpoint, read as any program would."""
-  directory = max(workdir.rglob("checkpoints"))
+  directory = max((*workdir.glob("iterations/*/checkpoints"), workdir / "checkpoints"))
   found = checkpoint.find_good(directory)
   one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   abstract = jax.tree.map(
