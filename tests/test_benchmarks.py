@@ -5,6 +5,7 @@ import importlib.util
 import json
 import shutil
 import sys
+import types
 
 import numpy as np
 import pandas as pd
@@ -186,3 +187,31 @@ def test_every_grid_has_six_settings():
       config, _ = config_lib.parse_args([path, *flags], flags={})
       config_lib.validate(config)
     assert program.IMAGES % method.images == 0
+
+
+def test_the_fault_campaign_reports_what_it_has_found(tmp_path):
+  program = _program("faults")
+  assert sum(count for _, _, count in program.FAULTS.values()) >= 100
+  options = types.SimpleNamespace(seed=0, out=tmp_path)
+  good = {"setting": "one process", "starts": 2, "said": "", "problem": ""}
+  bad = good | {"problem": "it ended with other numbers"}
+  found = [
+    {"fault": "full disk", "number": 0, **good, "said": "jaxpref: error: no space left"},
+    {"fault": "full disk", "number": 1, **bad},
+    {"fault": "kill -9 at any time", "number": 0, **good},
+  ]
+  program.write_report(found, options)
+  table = (tmp_path / "table.md").read_text()
+  assert "| full disk | one process | 2 | 1 | 2.0 |" in table
+  assert "| kill -9 at any time | one process | 1 | 1 | 2.0 |" in table
+  assert "`jaxpref: error: no space left`" in table
+  assert "- full disk 1: it ended with other numbers" in table
+
+
+def test_saves_are_timed(tmp_path):
+  out = tmp_path / "saves.json"
+  _program("checkpoints").main(
+    ["--megabytes=32", "--width=64", "--saves=1", f"--directory={tmp_path}", f"--out={out}"]
+  )
+  numbers = json.loads(out.read_text())
+  assert numbers["stall synchronous"] > 0 and numbers["ratio"] > 0
