@@ -198,21 +198,39 @@ def restore(ckptr: Checkpointer, abstract_state: Any) -> Restored:
     if problem:
       damaged[step] = problem
       continue
+    checked = distributed.first((path / CHECKSUMS).exists)
     try:
-      state = ocp.load_checkpointables(path, {"state": abstract_state})["state"]
-      record = ocp.metadata(path).custom_metadata
-    except (OSError, ValueError, KeyError) as error:
-      reason = _reason(error)
-      if (path / CHECKSUMS).exists():
-        raise UserError(f"the checkpoint {path} does not fit: {reason}") from error
-      damaged[step] = reason
+      state, record = distributed.together(
+        functools.partial(_load, path, abstract_state, checked=checked)
+      )
+    except UserError as error:
+      if checked:
+        raise UserError(f"the checkpoint {path} does not fit: {error}") from error
+      damaged[step] = str(error)
       continue
-    if not (path / CHECKSUMS).exists():
+    if not checked:
       _log.warning("checkpoint of step %d restored, though without checksums", step)
+      distributed.first(functools.partial(_write_checksums, path))
     _set_aside(ckptr, damaged, step)
     return Restored(step, state, record["data"], record["metadata"])
   found = "; ".join(f"step {step}: {text}" for step, text in damaged.items())
   raise UserError(f"no good checkpoint in {ckptr.directory} ({found or 'it is empty'})")
+
+
+def _load(path: Path, abstract_state: Any, *, checked: bool) -> tuple[Any, dict[str, Any]]:
+  """The state and the record of a checkpoint.
+
+  Raises:
+    UserError: it cannot be read or does not fit.
+    OSError: it cannot be read, though it was `checked` that it is whole: the machine's fault.
+  """
+  try:
+    state = ocp.load_checkpointables(path, {"state": abstract_state})["state"]
+    return state, ocp.metadata(path).custom_metadata
+  except (OSError, ValueError, KeyError) as error:
+    if checked and isinstance(error, OSError):
+      raise
+    raise UserError(_reason(error)) from error
 
 
 class Good(NamedTuple):
@@ -234,10 +252,6 @@ def find_good(directory: str | Path, *, step: int | None = None) -> Good:
     UserError: there is no such checkpoint, or it is damaged.
   """
   directory = Path(directory).absolute()
-  return Good(*distributed.first(lambda: _find_good(directory, step)))
-
-
-def _find_good(directory: Path, step: int | None) -> Good:
   found = steps(directory) if directory.is_dir() else []
   if not found or step not in (None, *found):
     which = "" if step is None else f" of step {step}, only of {found}"
@@ -294,7 +308,7 @@ def _reason(error: Exception) -> str:
 def _finish(ckptr: Checkpointer, path: Path, response: ocp.AsyncResponse) -> None:
   response.result()
   if distributed.is_first():
-    write_json(path / CHECKSUMS, {name: _digest(path / name) for name in _files(path)})
+    _write_checksums(path)
     for step in steps(ckptr.directory)[: -ckptr.keep]:
       if step in ckptr.protected:
         continue
@@ -303,6 +317,10 @@ def _finish(ckptr: Checkpointer, path: Path, response: ocp.AsyncResponse) -> Non
       except OSError as error:
         # The new checkpoint is whole; what cannot be removed only takes space.
         _log.warning("the old checkpoint of step %d stays: %s", step, error)
+
+
+def _write_checksums(path: Path) -> None:
+  write_json(path / CHECKSUMS, {name: _digest(path / name) for name in _files(path)})
 
 
 def _files(path: Path) -> list[str]:

@@ -11,7 +11,9 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,9 @@ _LAUNCHERS = {
   "SLURM_NTASKS": "SLURM_STEP_NODELIST",
   "OMPI_COMM_WORLD_SIZE": "OMPI_MCA_orte_hnp_uri",
 }
-_LOST = ("Gloo", "onnection reset", "onnection closed", "eartbeat", "oordination")
+_TOKEN = ".shared"  # in the workdir: what process 0 has written there for the others to find
+_SHARED_SECONDS = 30.0  # until they must; network file systems take their time
+_LOST = ("Gloo", "NCCL", "onnection reset", "onnection closed", "eartbeat", "oordination")
 
 
 def initialize(flags: Mapping[str, str]) -> None:
@@ -49,6 +53,8 @@ def initialize(flags: Mapping[str, str]) -> None:
     jax.distributed.initialize(**settings)
   except (ValueError, RuntimeError) as error:
     reason = str(error).partition("\n")[0]
+    if "must be defined" in reason or "should be defined" in reason:
+      reason = "this is no TPU pod, and not started by SLURM, Open MPI or Kubernetes"
     raise UserError(f"the processes of this run did not meet: {reason}") from error
   if not is_first():
     # What concerns all is said once.
@@ -101,6 +107,8 @@ def first(job: Callable[[], Any]) -> Any:
 def together(job: Callable[[], Any]) -> Any:
   """Does a job on every process; if it fails on one, it has failed on all.
 
+  Nothing in the job may wait for other processes, which might have failed before it.
+
   Returns:
     What it returned on this process.
 
@@ -130,6 +138,12 @@ def check_same(what: str, value: str) -> None:
   for index, other in enumerate(values):
     if other != values[0]:
       raise UserError(f"processes 0 and {index} have different {what}")
+
+
+def check_inputs(inputs: Mapping[str, str]) -> None:
+  """Refuses a run whose processes have read different things; digests by what they are of."""
+  for name, digest in inputs.items():
+    check_same(f"inputs: {name}", digest)
 
 
 def _exchange(job: Callable[[], Any] | None) -> list[Any]:
@@ -168,22 +182,33 @@ def open_workdir(path: Any, config: Any, *, resume_safe: Any) -> Iterator[Path]:
   """
   opened: list[workdir_lib.Workdir] = []
 
-  def make() -> str:
+  def make() -> list[str]:
     opened.append(workdir_lib.open_workdir(path, config, resume_safe=resume_safe))
-    return str(opened[0].path)
+    token = uuid.uuid4().hex
+    if jax.process_count() > 1:
+      workdir_lib.write_text(opened[0].path / _TOKEN, token)
+    return [str(opened[0].path), token]
 
-  directory = Path(first(make))
   try:
-    together(lambda: _check_shared(directory))
+    name, token = first(make)
+    directory = Path(name)
+    if jax.process_count() > 1:
+      together(lambda: _check_shared(directory, token))
     yield directory
   finally:
     for one in opened:
       workdir_lib.release(one)
 
 
-def _check_shared(directory: Path) -> None:
-  if not (directory / workdir_lib.CONFIG).exists():
-    raise UserError(f"{directory} is not the same directory for all processes of the run")
+def _check_shared(directory: Path, token: str) -> None:
+  deadline = time.monotonic() + _SHARED_SECONDS
+  while True:
+    with contextlib.suppress(OSError):
+      if (directory / _TOKEN).read_text(encoding="utf-8") == token:
+        return
+    if time.monotonic() > deadline:
+      raise UserError(f"{directory} is not the same directory for all processes of the run")
+    time.sleep(0.2)
 
 
 def end_alone(error: BaseException) -> None:
@@ -192,7 +217,8 @@ def end_alone(error: BaseException) -> None:
   Args:
     error: what it is about to end with; nothing happens if all is well, or it is alone.
   """
-  if jax.process_count() == 1 or (isinstance(error, SystemExit) and not error.code):
+  alone = not jax.distributed.is_initialized() or jax.process_count() == 1
+  if alone or (isinstance(error, SystemExit) and not error.code):
     return
   lost = isinstance(error, jax.errors.JaxRuntimeError) and any(t in str(error) for t in _LOST)
   if lost:

@@ -56,11 +56,11 @@ class Finite:
 
   @property
   def is_well(self) -> bool:
-    """Whether the last update looked at was finite."""
+    """Whether the last update was finite; else no checkpoint takes a good one's place."""
     return not self._in_a_row
 
-  def check_before_save(self) -> None:
-    """What has diverged must not take a good checkpoint's place; once may be a bad row.
+  def check_at_the_end(self) -> None:
+    """A run whose last updates were skipped has diverged; a single one may be a bad row.
 
     Raises:
       DivergedError: the last updates were skipped, more than one.

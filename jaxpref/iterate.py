@@ -139,7 +139,6 @@ def run(prepared: Prepared, workdir: Path) -> None:
   """
   config = prepared.config
   count = config.iterate.num_iterations
-  distributed.check_same("data or models", json.dumps(prepared.inputs))
   distributed.first(lambda: _begin(prepared, workdir))
   model = config.model.start or config.model.path
   for k in range(1, count + 1):
@@ -147,9 +146,7 @@ def run(prepared: Prepared, workdir: Path) -> None:
     if not distributed.first(phases.exists):
       _iterate(prepared, workdir, model, k)
     model = str(workdir / tuned.ITERATIONS / str(k))
-    # Exactly this model: an older checkpoint of it would be another.
-    checkpoint.find_good(Path(model) / "checkpoints", step=config.train.num_updates)
-    distributed.first(functools.partial(_write_metrics, workdir, k))
+    distributed.first(functools.partial(_finish_iteration, prepared, workdir, k))
   distributed.first(lambda: _report(prepared, workdir))
 
 
@@ -188,6 +185,7 @@ def _iterate(prepared: Prepared, workdir: Path, model: str, k: int) -> None:
       config.evaluate.prompts = str(prompts)
   began = time.perf_counter()
   ready = distributed.together(lambda: prepare_lib.prepare(config))
+  distributed.check_inputs(ready.inputs)
   with distributed.open_workdir(trained, config, resume_safe=_RESUME_SAFE) as path:
     train.run(ready, path)
   phases = {"train": time.perf_counter() - began}
@@ -335,6 +333,13 @@ def _columns(
     "label_0": 1.0 if differ else 0.5,
     "label_1": 0.0 if differ else 0.5,
   }
+
+
+def _finish_iteration(prepared: Prepared, workdir: Path, k: int) -> None:
+  # Exactly this model: an older checkpoint of it would be another.
+  trained, step = workdir / tuned.ITERATIONS / str(k), prepared.config.train.num_updates
+  checkpoint.find_good(trained / "checkpoints", step=step)
+  _write_metrics(workdir, k)
 
 
 def _write_metrics(workdir: Path, k: int) -> None:

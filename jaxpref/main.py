@@ -37,6 +37,7 @@ def _run(argv: list[str]) -> None:
   prepared = distributed.together(
     lambda: iterate.prepare(config) if iterative else prepare.prepare(config)
   )
+  distributed.check_inputs(prepared.inputs)
   path = flags.get("workdir") or workdir_lib.default_workdir(config)
   safe = iterate.RESUME_SAFE if iterative else workdir_lib.RESUME_SAFE
   with (

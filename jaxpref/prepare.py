@@ -42,8 +42,9 @@ class Checked:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared(Checked):
-  """A run's input, read and checked."""
+  """A run's input, read and checked; `inputs` are digests of all of it."""
 
+  inputs: dict[str, str]
   rows: list[rows_lib.Row]
   prompts: list[str]
   scorers: tuple[str, ...]
@@ -69,7 +70,10 @@ def prepare(config: Any) -> Prepared:
     seed=config.evaluate.seed,
   )
   usable = evaluate.usable_scorers(config.evaluate.scorers, prompts)
-  return Prepared(**vars(checked), rows=rows, prompts=prompts, scorers=usable)
+  inputs = {"data": rows_lib.fingerprint(rows), "pipeline": checked.pipeline.digest}
+  if checked.start:
+    inputs["start"] = checked.start["digest"]
+  return Prepared(**vars(checked), inputs=inputs, rows=rows, prompts=prompts, scorers=usable)
 
 
 def check(config: Any, *, mesh: Any = None) -> Checked:

@@ -61,7 +61,10 @@ def make_programs(checked: Checked, trained: Any, rows: Any, uncond: Any) -> Pro
       replay = rollouts.init_replay(buffer, config.rollout.replay)
     return steps.init_state(trained, tx, seed=config.seed, lagging_copy=lagging, replay=replay)
 
-  placement = sharding.params_sharding(mesh, jax.eval_shape(make_state, trained))
+  shapes = jax.eval_shape(make_state, trained)
+  placement = sharding.params_sharding(mesh, shapes)
+  if mesh.shape["fsdp"] > 1:
+    sharding.large_and_whole(shapes, placement)
   denoise = unet_lib.make_denoise(
     pipeline.modules["unet"],
     attention=config.model.attention,

@@ -31,7 +31,6 @@ from jaxpref import (
 )
 from jaxpref import workdir as workdir_lib
 from jaxpref.data import encode, loader
-from jaxpref.data import rows as rows_lib
 from jaxpref.errors import StoppedError, UserError
 from jaxpref.evaluation import best as best_lib
 from jaxpref.evaluation import evaluate
@@ -63,12 +62,8 @@ def run(prepared: Prepared, workdir: Path) -> None:
   base = pipeline.params.pop("unet")  # taken out, so that it can be freed
   begin = _begin(prepared, base)
   program = programs.make_programs(prepared, begin, rows, uncond)
-  if mesh.shape["fsdp"] > 1:
-    shapes = jax.eval_shape(program.make_state, begin)
-    sharding.large_and_whole(shapes, program.placement)
   ckptr = checkpoint.open_checkpointer(workdir / "checkpoints", keep=train.keep)
   identity = _identify(prepared)
-  distributed.check_same("training images", identity["data"])
   state, start = _first_state(program, begin, ckptr, deal, identity, config)
   base = unet_lib.freeze(base, config.model.frozen_dtype)
   frozen = base if config.lora.rank or needs.reference == "base" else None
@@ -141,14 +136,16 @@ def run(prepared: Prepared, workdir: Path) -> None:
       if done == start + 1:
         jax.block_until_ready(state)
         meter.reset()  # until now programs were compiled
-      if due and (last or stop or finite.is_well):
-        finite.check_before_save()
+      if last:
+        finite.check_at_the_end()
+      if last or (due and finite.is_well):
         due = False
         checkpoint.save(ckptr, done, state, deal.get_state(), identity)
       if stop and not last:
         checkpoint.wait(ckptr)
+        saved = "not saved, it is not finite," if due else "saved"
         raise StoppedError(
-          f"asked to stop (SIGTERM), saved after update {done} of {train.num_updates}; the "
+          f"asked to stop (SIGTERM), {saved} after update {done} of {train.num_updates}; the "
           "same command continues this run"
         )
 
@@ -169,7 +166,8 @@ def _evaluate(
   """Base against the averaged weights after so many updates; and which of all is best."""
   config, last = prepared.config, done == prepared.config.train.num_updates
   directory = workdir / "evaluation" / str(done)
-  if last or not distributed.first((directory / evaluate.RESULTS).exists):
+  settings = _settings(prepared)
+  if last or not distributed.first(lambda: best_lib.is_made(directory, settings)):
     drawn = evaluate.evaluate(
       prepared.pipeline,
       models,
@@ -183,8 +181,13 @@ def _evaluate(
       known=pictures,
     )
     pictures |= {"base": drawn["base"]}
+    distributed.first(lambda: best_lib.write_settings(directory, settings))
   checkpoint.wait(ckptr)  # only what is whole can be best
   _keep_best(prepared, workdir, ckptr)
+
+
+def _settings(prepared: Prepared) -> dict[str, Any]:
+  return best_lib.settings_of(prepared.config, prepared.prompts, prepared.scorers)
 
 
 def _keep_best(prepared: Prepared, workdir: Path, ckptr: Any) -> None:
@@ -192,8 +195,10 @@ def _keep_best(prepared: Prepared, workdir: Path, ckptr: Any) -> None:
   if not prepared.config.evaluate.every:
     return
 
+  settings = _settings(prepared)
+
   def find() -> int | None:
-    if (best := best_lib.find(workdir, prepared.scorers)) is None:
+    if (best := best_lib.find(workdir, settings)) is None:
       return None
     best_lib.write(workdir, best)
     print(f"best so far by {best.scorer}: update {best.update}, {best.mean:.4f}", flush=True)
@@ -212,7 +217,7 @@ def _report(prepared: Prepared, workdir: Path, wall_time: str) -> None:
     **runtime.facts(),
     "wall time": wall_time,
   }
-  if config.evaluate.every and (best := best_lib.find(workdir, prepared.scorers)):
+  if config.evaluate.every and (best := best_lib.find(workdir, _settings(prepared))):
     facts["best checkpoint"] = f"update {best.update} by {best.scorer}, {best.mean:.4f}"
   evaluate.write_report(
     workdir,
@@ -237,10 +242,8 @@ def _identify(prepared: Prepared) -> dict[str, Any]:
   """What a checkpoint says of its run, for a continuation to compare."""
   return {
     "jaxpref": __version__,
-    "data": rows_lib.fingerprint(prepared.rows),
-    "pipeline": prepared.pipeline.digest,
     "num_updates": prepared.config.train.num_updates,
-    **({"start": prepared.start["digest"]} if prepared.start else {}),
+    **prepared.inputs,
   }
 
 

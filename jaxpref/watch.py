@@ -25,7 +25,7 @@ _limit: list[float] = []  # seconds, while a run is watched
 
 @contextlib.contextmanager
 def watching(*, hang_minutes: float) -> Iterator[None]:
-  """Watches from the first `beat` to the end of the block.
+  """Watches from the first `beat` to the end of the block; before it programs are compiled.
 
   Args:
     hang_minutes: the longest that beats may be apart; 0 for no limit.
@@ -58,6 +58,11 @@ def beat() -> bool:
   if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(next(_beats)):
     _asked.set()
   return _asked.is_set()
+
+
+def rest() -> None:
+  """Lifts the limit until the next beat, for work of no known length."""
+  faulthandler.cancel_dump_traceback_later()
 
 
 def beat_or_stop() -> None:

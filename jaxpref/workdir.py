@@ -11,6 +11,7 @@ import fcntl
 import json
 import logging
 import os
+import socket
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -186,7 +187,7 @@ def _lock(path: Path) -> int:
   try:
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError as error:
-    owner = os.pread(descriptor, 64, 0).decode(errors="replace").strip()
+    owner = os.pread(descriptor, 256, 0).decode(errors="replace").strip()
     os.close(descriptor)
     raise UserError(
       f"{path} is in use by process {owner or '(unknown)'}; wait for it or choose "
@@ -198,7 +199,7 @@ def _lock(path: Path) -> int:
       raise UserError(f"cannot lock {path}: {error.strerror}") from error
     _log.warning("%s: no file locks here, so keep other runs out of it", path)
   os.ftruncate(descriptor, 0)
-  os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+  os.pwrite(descriptor, f"{os.getpid()} on {socket.gethostname()}\n".encode(), 0)
   return descriptor
 
 

@@ -4,10 +4,10 @@
 # Lines of process 0 are shown as they are, those of the others after their number. Where one
 # fails, all are ended; they are started again up to RESTARTS times (0 by default), unless
 # what is wrong would be wrong again. PORT is where they meet. With DRY_RUN=1 it prints what
-# it would do.
+# it would do. Needs bash 5.1.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-if [ $# -lt 3 ]; then
+if ! [[ ${1:-} =~ ^[1-9][0-9]*$ && ${2:-} =~ ^[1-9][0-9]*$ ]] || [ $# -lt 3 ]; then
   echo "usage: launch/local_cluster.sh PROCESSES DEVICES --config=FILE [FLAGS]" >&2
   exit 2
 fi
@@ -37,13 +37,13 @@ if [ -n "${DRY_RUN:-}" ]; then
 fi
 
 pids=()
-# Passed on, so that all save and stop; a second time, they end at once.
+# Passed on, Ctrl-C as well: all save and stop.
 trap 'kill -TERM "${pids[@]}" 2> /dev/null || true' TERM INT
 trap 'kill -KILL "${pids[@]}" 2> /dev/null || true' EXIT
 
 run_once() { # all processes; returns the first failure's status
   pids=()
-  local i status=0 one
+  local i status=0 one killer=
   for ((i = 0; i < count; i++)); do
     command_of "$i"
     if ((i == 0)); then
@@ -65,9 +65,11 @@ run_once() { # all processes; returns the first failure's status
     if ((one)) && ((!status)); then
       status=$one
       # The others have some time to notice it themselves.
-      (sleep "${GRACE:-20}" && kill -KILL "${pids[@]}") 2> /dev/null &
+      (sleep "${GRACE:-20}" && kill -KILL "${pids[@]}") > /dev/null 2>&1 &
+      killer=$!
     fi
   done
+  [ -n "$killer" ] && pkill -P "$killer" 2> /dev/null
   return "$status"
 }
 

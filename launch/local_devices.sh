@@ -1,9 +1,17 @@
 #!/usr/bin/env bash
 # This machine's CPU as N devices, to try meshes without accelerators:
 #   launch/local_devices.sh 8 --config=configs/dro.py --config.mesh.fsdp=2
+# With DRY_RUN=1 it prints what it would do.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+if ! [[ ${1:-} =~ ^[1-9][0-9]*$ ]]; then
+  echo "usage: launch/local_devices.sh DEVICES --config=FILE [FLAGS]" >&2
+  exit 2
+fi
+python=python3
+[ -x .venv/bin/python ] && python=.venv/bin/python
 count=$1
 shift
 export JAX_PLATFORMS=cpu XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$count"
-exec python3 -m jaxpref.main "$@"
+do_it() { if [ -n "${DRY_RUN:-}" ]; then printf '%q ' "$@" && echo; else exec "$@"; fi; }
+do_it "${PYTHON:-$python}" -m jaxpref.main "$@"

@@ -9,7 +9,7 @@
 #   launch/tpu_pod.sh delete
 # The workdir must be one that all hosts see: `install` mounts BUCKET at /bucket, where there
 # is one, by Cloud Storage FUSE. VERSION is the hosts' image, SPOT=1 asks for a slice that may
-# be taken back. `install` copies the files that git tracks. With DRY_RUN=1 it prints what it
+# be taken back. `install` copies the commit that is checked out. With DRY_RUN=1 it prints what it
 # would do.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -28,7 +28,7 @@ case "${1:-}" in
   install)
     archive=$(mktemp --suffix=.tar.gz)
     trap 'rm -f "$archive"' EXIT
-    git archive --format=tar.gz --output="$archive" HEAD
+    do_it git archive --format=tar.gz --output="$archive" HEAD
     tpu scp "$archive" "$NAME:jaxpref.tar.gz" --worker=all
     on all "mkdir -p jaxpref && tar -xzf jaxpref.tar.gz -C jaxpref && cd jaxpref && \
 sudo apt-get -qq install -y python3.11-venv && python3.11 -m venv .venv && \
@@ -42,11 +42,20 @@ gcsfuse --implicit-dirs --rename-dir-limit=1000000 $BUCKET /bucket)"
   run)
     shift
     flags=$(printf '%q ' "$@")
-    on all "cd jaxpref && setsid nohup .venv/bin/python \
--m jaxpref.main --coordinator=auto $flags > run.log 2>&1 < /dev/null &"
+    # On every host, and again where a process or a host of the run has failed: not where it is
+    # done, its input wrong, diverged or asked to stop.
+    on all "cd jaxpref && cat > run.sh << 'END'
+for attempt in \$(seq 20); do
+  .venv/bin/python -m jaxpref.main --coordinator=auto $flags
+  status=\$?
+  case \$status in 0 | 2 | 3 | 130 | 143) exit \$status ;; esac
+  echo ended with status \$status, starting again
+done
+END
+setsid nohup bash run.sh >> run.log 2>&1 < /dev/null &"
     ;;
   logs) on "${2:-0}" "tail -n 50 -f jaxpref/run.log" ;;
-  stop) on all "pkill -TERM -f '[j]axpref.main'" ;;
+  stop) on all "pkill -TERM -f '[j]axpref.main' || true" ;;
   delete) tpu delete "$NAME" --quiet ;;
   *)
     echo "usage: NAME=... ZONE=... launch/tpu_pod.sh create|install|run|logs|stop|delete" >&2

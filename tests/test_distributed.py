@@ -112,6 +112,28 @@ def test_nobody_to_meet(capsys, monkeypatch):
   assert "the processes of this run did not meet: late\n" in capsys.readouterr().err
 
 
+def test_processes_must_have_read_the_same(other):
+  other[0] = {"value": "a"}
+  with pytest.raises(UserError, match="processes 0 and 1 have different inputs: start"):
+    distributed.check_inputs({"data": "a", "start": "b"})
+
+
+def test_a_workdir_must_be_the_same_for_all(other, tmp_path, monkeypatch):
+  monkeypatch.setattr(distributed, "_SHARED_SECONDS", 0.1)
+  (tmp_path / ".shared").write_text("another run's")
+  with pytest.raises(UserError, match="is not the same directory for all"):
+    distributed._check_shared(tmp_path, "ours")
+  (tmp_path / ".shared").write_text("ours")
+  distributed._check_shared(tmp_path, "ours")
+
+
+def test_outside_of_a_cluster_there_is_nothing_to_find(capsys, monkeypatch):
+  error = ValueError("coordinator_address should be defined.")
+  monkeypatch.setattr(jax.distributed, "initialize", lambda **_: (_ for _ in ()).throw(error))
+  with pytest.raises(UserError, match="this is no TPU pod, and not started by SLURM"):
+    distributed.initialize({"coordinator": "auto"})
+
+
 def test_sigterm_is_noticed_at_a_beat():
   before = signal.getsignal(signal.SIGTERM)
   with watch.watching(hang_minutes=0):

@@ -25,7 +25,14 @@ def dry(script, *arguments, **env):
     capture_output=True,
     text=True,
   )
-  return [shlex.split(line) for line in done.stdout.splitlines()]
+  # Quoted as bash reads it.
+  parse = 'eval "set -- $0"; printf "%s\\0" "$@"'
+  return [
+    subprocess.run(["bash", "-c", parse, line], check=True, capture_output=True, text=True)
+    .stdout.rstrip("\0")
+    .split("\0")
+    for line in done.stdout.splitlines()
+  ]
 
 
 def check_run(words):
@@ -91,20 +98,22 @@ def test_tpu_pod(monkeypatch):
   slice_ = {"NAME": "n", "ZONE": "z", "TYPE": "v4-32", "BUCKET": "b"}
   for step, *wanted in (
     ("create", "create n --accelerator-type=v4-32"),
-    ("install", "scp", "pip install -q -e '.[tpu]'", "gcsfuse"),
+    ("install", "git archive", "scp", "pip install -q -e '.[tpu]'", "gcsfuse"),
     ("stop", "pkill -TERM"),
     ("delete", "delete n --quiet"),
   ):
     commands = dry("tpu_pod.sh", step, **slice_)
     assert len(commands) == len(wanted)
     for words, text in zip(commands, wanted, strict=True):
-      assert words[:4] == ["gcloud", "compute", "tpus", "tpu-vm"] and "--zone=z" in words
+      if text != "git archive":
+        assert words[:4] == ["gcloud", "compute", "tpus", "tpu-vm"] and "--zone=z" in words
       assert text in " ".join(words)
   (words,) = dry("tpu_pod.sh", "run", *RUN, **slice_)
   assert "--worker=all" in words
   (command,) = (w.removeprefix("--command=") for w in words if w.startswith("--command="))
-  inner = shlex.split(command)
-  flags = check_run(inner[: inner.index(">")])
+  assert subprocess.run(["bash", "-n", "-c", command], check=False).returncode == 0
+  (start,) = (line for line in command.splitlines() if "-m jaxpref.main" in line)
+  flags = check_run(shlex.split(start))
   assert flags["coordinator"] == "auto"
 
 
@@ -131,17 +140,26 @@ def test_gke_jobset():
   assert int(rows) * int(columns) == chips * spec["parallelism"]
 
 
-@pytest.mark.parametrize("script", ["gpu_host.sh"])
+@pytest.mark.parametrize("script", [["gpu_host.sh"], ["local_devices.sh", "8"]])
 def test_one_host(script, monkeypatch):
   monkeypatch.chdir(ROOT)
-  assert check_run(dry(script, *RUN)[-1]).keys() == {"workdir"}
+  assert check_run(dry(*script, *RUN)[-1]).keys() == {"workdir"}
 
 
 @pytest.mark.parametrize(
-  ("script", "text"), [("local_cluster.sh", "usage:"), ("tpu_pod.sh", "the name of the slice")]
+  ("script", "text"),
+  [
+    (["local_cluster.sh"], "usage:"),
+    (["local_cluster.sh", "x", "2", "--config=y"], "usage:"),
+    (["local_devices.sh"], "usage:"),
+    (["tpu_pod.sh"], "the name of the slice"),
+  ],
 )
 def test_usage(script, text):
   done = subprocess.run(
-    ["bash", str(LAUNCH / script)], check=False, capture_output=True, text=True
+    ["bash", str(LAUNCH / script[0]), *script[1:]],
+    check=False,
+    capture_output=True,
+    text=True,
   )
   assert done.returncode and text in done.stderr

@@ -138,7 +138,7 @@ def test_a_second_run_is_refused_until_the_first_is_killed(tmp_path):
   ) as child:
     assert child.stdout.readline() == "locked\n"
     message = fails(tmp_path, config)
-    assert message.startswith(f"{tmp_path} is in use by process {child.pid};")
+    assert message.startswith(f"{tmp_path} is in use by process {child.pid} on ")
     child.send_signal(signal.SIGKILL)
   assert workdir_lib.open_workdir(tmp_path, config).resumed
 

@@ -1,6 +1,7 @@
 """Which of a run's checkpoints is best, by the evaluations made of them."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,7 +9,8 @@ from jaxpref import workdir as workdir_lib
 from jaxpref.errors import UserError
 from jaxpref.evaluation import evaluate
 
-FILE = "best.json"
+FILE, _SETTINGS = "best.json", "settings.json"
+_COMPARED = ("images_per_prompt", "num_steps", "guidance", "seed")  # of the section evaluate
 
 
 class Best(NamedTuple):
@@ -25,20 +27,46 @@ def is_due(config: Any, update: int) -> bool:
   return bool(every and update and update % every == 0 and update < config.train.num_updates)
 
 
-def find(workdir: Path, scorers: Any) -> Best | None:
-  """The best of the evaluated checkpoints that are still there, by the first scorer.
+def settings_of(config: Any, prompts: Sequence[str], scorers: Sequence[str]) -> dict[str, Any]:
+  """What evaluations must have in common to be compared."""
+  own = {name: value for name, value in config.evaluate.items() if name in _COMPARED}
+  own["improve"] = config.improve.to_dict() if "improve" in config else {}
+  found = {**own, "prompts": list(prompts), "scorers": list(scorers)}
+  return json.loads(json.dumps(found))
+
+
+def write_settings(directory: Path, settings: dict[str, Any]) -> None:
+  """Says, last of all, how an evaluation was made."""
+  workdir_lib.write_json(directory / _SETTINGS, settings)
+
+
+def is_made(directory: Path, settings: dict[str, Any]) -> bool:
+  """Whether the directory holds an evaluation of these settings."""
+  try:
+    made = json.loads((directory / _SETTINGS).read_text(encoding="utf-8"))
+  except (OSError, ValueError):
+    return False
+  return made == settings and (directory / evaluate.RESULTS).exists()
+
+
+def find(workdir: Path, settings: dict[str, Any]) -> Best | None:
+  """The best of the checkpoints that are still there and were evaluated alike.
 
   Args:
     workdir: of the run.
-    scorers: names, as in the configuration; of none nothing is best.
+    settings: from `settings_of`; the first scorer in them decides, without one nothing is
+      best.
   """
   found = []
-  for file in (workdir / "evaluation").glob(f"*/{evaluate.RESULTS}"):
-    update = file.parent.name
+  for directory in (workdir / "evaluation").glob("*"):
+    update = directory.name
     if not (update.isdecimal() and (workdir / "checkpoints" / update).exists()):
       continue
-    for scorer, entry in json.loads(file.read_text(encoding="utf-8")).items():
-      if scorer.rpartition("-")[0] in scorers[:1]:
+    if not is_made(directory, settings):
+      continue
+    results = json.loads((directory / evaluate.RESULTS).read_text(encoding="utf-8"))
+    for scorer, entry in results.items():
+      if scorer.rpartition("-")[0] in settings["scorers"][:1]:
         found.append(Best(int(update), scorer, entry["tuned"]["mean"]))
   # The earliest of equals: it has left the base least.
   return max(found, key=lambda b: (b.mean, -b.update), default=None)

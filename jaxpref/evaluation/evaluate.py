@@ -123,6 +123,7 @@ def evaluate(
   images |= _draw(
     *(pipeline, missing, prompts, seeds, settings, mesh, prefix, improve), images.get("base")
   )
+  watch.rest()  # scorers take as long as they take
   distributed.first(lambda: _judge(images, prompts, seeds, settings, scorer_names, directory))
   return images
 
