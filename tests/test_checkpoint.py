@@ -185,6 +185,9 @@ def test_without_checksums_orbax_decides(tmp_path, caplog):
   restored = checkpoint.restore(ckptr, abstract(make_state()))
   assert same(restored.state, make_state(2))
   assert "step 2 restored, though without checksums" in caplog.text
+  # From now on it has some, as whoever reads the run's model asks for.
+  assert checkpoint.find_good(tmp_path).step == 2
+  (tmp_path / "2" / "checksums.json").unlink()
   for path in [p for p in (tmp_path / "2").rglob("*") if p.parent.name == "d"]:
     path.unlink()
   assert checkpoint.restore(ckptr, abstract(make_state())).step == 1
