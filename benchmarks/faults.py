@@ -428,14 +428,14 @@ FAULTS: dict[str, tuple[Callable, str, int]] = {
 @contextlib.contextmanager
 def disk(trial: Trial, *, size: str) -> Iterator[None]:
   """A small disk of its own as the trial's workdir."""
-  trial.workdir.mkdir(parents=True, exist_ok=True)
-  subprocess.run(
-    ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(trial.workdir)], check=True
-  )
+  place = trial.workdir
+  place.mkdir(parents=True, exist_ok=True)
+  command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
+  subprocess.run(command, check=True)
   try:
     yield
   finally:
-    subprocess.run(["umount", "-l", str(trial.workdir)], check=False)
+    subprocess.run(["umount", "-l", str(place)], check=False)
 
 
 def keep(trial: Trial) -> None:
