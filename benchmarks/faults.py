@@ -490,6 +490,8 @@ def main(argv: list[str]) -> None:
           break
         except TooLateError:  # another random time, then
           continue
+      else:
+        sys.exit(f"{fault} {number}: always too late")
       record = {"fault": fault, "number": number, **result}
       print(json.dumps(record), flush=True)
       with records.open("a") as file:

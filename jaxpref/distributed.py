@@ -33,6 +33,7 @@ _LAUNCHERS = {
 }
 _TOKEN = ".shared"  # in the workdir: what process 0 has written there for the others to find
 _SHARED_SECONDS = 30.0  # until they must; network file systems take their time
+_LAST_SECONDS = 3.0
 _LOST = ("Gloo", "NCCL", "onnection reset", "onnection closed", "eartbeat", "oordination")
 
 
@@ -232,5 +233,8 @@ def end_alone(error: BaseException) -> None:
     traceback.print_exception(error)
   sys.stdout.flush()
   sys.stderr.flush()
+  if is_first():
+    # It has the service that the others talk to: where all end, they must be gone before it.
+    time.sleep(_LAST_SECONDS)
   # Not by way of `atexit`, where JAX would wait for the others.
   os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)

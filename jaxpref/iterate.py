@@ -286,6 +286,7 @@ def _draw_pairs(prepared: Prepared, directory: Path, model: str, k: int) -> None
       watch.beat_or_stop()
   lengths = [len(shard) for shard in shards]
   description = f"Iteration {k} of {config.name}."
+  watch.rest()  # until the first update, whose programs are yet to be compiled
   distributed.first(lambda: online.finish(directory, lengths, description=description))
 
 
