@@ -229,33 +229,31 @@ def kill_in_a_save(trial: Trial, duration: float) -> None:
   kill(processes)
 
 
+def kill_once_said(trial: Trial, text: str, *, within: float) -> None:
+  """So many seconds, at most, after a run has said something."""
+  processes = trial.start()
+  wait_for(processes, lambda: text in trial.log())
+  time.sleep(trial.random.uniform(0, within))
+  kill(processes)
+
+
 def kill_in_the_evaluation(trial: Trial, duration: float) -> None:
   """While pictures are drawn, scored or written."""
   del duration
-  processes = trial.start()
-  wait_for(processes, lambda: "pictures of the" in trial.log())
-  time.sleep(trial.random.uniform(0, 2.5))
-  kill(processes)
+  kill_once_said(trial, "pictures of the", within=2.5)
 
 
 def kill_in_the_data(trial: Trial, duration: float) -> None:
   """While the data set is drawn."""
   del duration
   trial.env |= {"TFDS_DATA_DIR": str(trial.directory / "data")}
-  processes = trial.start()
-  wait_for(processes, lambda: "drawing" in trial.log())
-  time.sleep(trial.random.uniform(0, 8))
-  kill(processes)
+  kill_once_said(trial, "drawing", within=8)
 
 
 def kill_in_the_pairs(trial: Trial, duration: float) -> None:
   """While pairs are drawn, or soon after."""
   del duration
-  processes = trial.start()
-  k = trial.random.choice("12")
-  wait_for(processes, lambda: f"pairs of iteration {k}" in trial.log())
-  time.sleep(trial.random.uniform(0, 2))
-  kill(processes)
+  kill_once_said(trial, f"pairs of iteration {trial.random.choice('12')}", within=2)
 
 
 def ask_to_stop(trial: Trial, duration: float) -> str:

@@ -43,14 +43,14 @@ class Checkpointer:
   Attributes:
     directory: absolute path of the directory of steps.
     keep: how many of the newest checkpoints stay.
-    protected: steps whose checkpoints stay, however old.
+    protected: the step whose checkpoint stays, however old; at most one.
     worker: the one thread that finishes saves.
     pending: the save under way, at most one: (step, its end).
   """
 
   directory: Path
   keep: int
-  protected: set[int]
+  protected: list[int]
   worker: futures.ThreadPoolExecutor
   pending: list[tuple[int, futures.Future]]
 
@@ -87,7 +87,7 @@ def open_checkpointer(directory: str | Path, *, keep: int) -> Checkpointer:
     _remove_temporary(directory)
 
   distributed.first(make)
-  return Checkpointer(directory, keep, set(), futures.ThreadPoolExecutor(1), [])
+  return Checkpointer(directory, keep, [], futures.ThreadPoolExecutor(1), [])
 
 
 def steps(directory: str | Path) -> list[int]:
@@ -97,8 +97,7 @@ def steps(directory: str | Path) -> list[int]:
 
 def protect(ckptr: Checkpointer, step: int) -> None:
   """Keeps the checkpoint of this step, in the place of the one that was kept before."""
-  ckptr.protected.add(step)
-  ckptr.protected.intersection_update({step})
+  ckptr.protected[:] = [step]
 
 
 def latest_step(ckptr: Checkpointer) -> int | None:
