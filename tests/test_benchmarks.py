@@ -1,6 +1,5 @@
 """The campaigns under benchmarks/, in small."""
 
-import dataclasses
 import importlib.util
 import json
 import shutil
@@ -27,26 +26,52 @@ def _program(name):
   return module
 
 
-def test_dro_against_sft(tiny_pipeline, tfds_dir, tmp_path, monkeypatch, capsys):
-  monkeypatch.chdir(ROOT)
-  monkeypatch.setenv("TFDS_DATA_DIR", str(tfds_dir))
-  base = shutil.copytree(tiny_pipeline, tmp_path / "base")
+@pytest.fixture(scope="module")
+def finished(tiny_pipeline, tfds_dir, tmp_path_factory):
+  """A run of one update, compared on two pictures."""
+  workdir = tmp_path_factory.mktemp("runs") / "dro"
+  fields = [f"model.path={tiny_pipeline}", "train.num_updates=1", "evaluate.num_prompts=2"]
+  with pytest.MonkeyPatch.context() as patch:
+    patch.chdir(ROOT)
+    patch.setenv("TFDS_DATA_DIR", str(tfds_dir))
+    flags = [f"--config.{field}" for field in fields]
+    given = ["--config=configs/dro.py:tiny", f"--workdir={workdir}", *flags]
+    assert campaign.main.main(given) == 0
+  return workdir
+
+
+@pytest.fixture
+def runs_are_copies(finished, monkeypatch):
+  """Every run of a campaign is that one; returns the arguments of each."""
+  asked = []
+
+  def copy(arguments):
+    (workdir,) = (a.partition("=")[2] for a in arguments if a.startswith("--workdir="))
+    shutil.copytree(finished, workdir)
+    asked.append(arguments)
+    return 0
+
+  monkeypatch.setattr(campaign.main, "main", copy)
+  return asked
+
+
+def test_dro_against_sft(surroundings, tmp_path, runs_are_copies):
   program = _program("dro_vs_sft")
-  arguments = [f"--out={tmp_path / 'out'}", f"--runs={tmp_path / 'runs'}", "--preset=tiny"]
-  arguments += ["--seeds", "0", "--set", f"model.path={base}", "train.num_updates=1"]
+  arguments = [*surroundings, "--seeds", "0"]
   program.main(arguments)
+  configs = [given[1] for given in runs_are_copies]
+  assert configs == [f"--config=configs/{name}.py:tiny" for name in ("dro", "sft")]
   results = json.loads((tmp_path / "out" / "results.json").read_text())
   assert len(results["tuned"]["dro/shapes.quality"]) == 1
-  assert "shapes.quality-1" in results["dro_against_sft"]
+  assert results["dro_against_sft"]["shapes.quality-1"]["tie"] == 1.0  # against itself
   table = (tmp_path / "out" / "dro_vs_sft.md").read_text()
   assert "seeds 0." in table and "| shapes.quality |" in table
-  # What is finished is not run again ...
-  monkeypatch.setattr(campaign.main, "main", lambda _: pytest.fail("ran again"))
-  program.main(arguments)
-  assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
-  # ... not even without its workdir; and records of another base are not mistaken for these.
+  # What is finished is not run again, not even without its workdir ...
   shutil.rmtree(tmp_path / "runs")
   program.main(arguments)
+  assert len(runs_are_copies) == 2
+  assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+  # ... and records of another base are not mistaken for these.
   for record in (tmp_path / "out" / "records").glob("*.json"):
     record.write_text(json.dumps(json.loads(record.read_text()) | {"base": "another"}))
   with pytest.raises(SystemExit, match="is not finished yet"):
@@ -86,19 +111,21 @@ def test_methods(surroundings, tmp_path, monkeypatch):
   program.main(arguments)
 
 
-def test_dro_ablations(surroundings, tmp_path, monkeypatch):
+def test_dro_ablations(surroundings, tmp_path, runs_are_copies):
   program = _program("dro_ablations")
-  arguments = [*surroundings, "--only", "states", "--seeds", "0"]
-  changed = {"2": ("rollout.states=2", "rollout.replay=2", "train.batch_size=4")}
-  few = dataclasses.replace(program.ABLATIONS["states"], variants=changed)
-  monkeypatch.setitem(program.ABLATIONS, "states", few)
+  arguments = [*surroundings, "--seeds", "0"]
   program.main(arguments)
+  given = [" ".join(one) for one in runs_are_copies]
+  # The default is run once, whatever it stands beside.
+  others = sum(len(a.variants) - 1 for a in program.ABLATIONS.values())
+  assert len(set(given)) == len(given) == others + 1
+  assert sum("--config.rollout.states=2 --config.train.batch_size=16" in g for g in given) == 1
   table = (tmp_path / "out" / "dro_ablations.md").read_text()
-  assert "| 2 | " in table
+  assert "| 5e-2 (default) | " in table and "| DDPM, 50 | " in table
   results = json.loads((tmp_path / "out" / "results.json").read_text())
-  assert set(results) == {"states/2"}
-  monkeypatch.setattr(campaign.main, "main", lambda _: pytest.fail("ran again"))
+  assert len(results) == others + len(program.ABLATIONS)
   program.main([*arguments, "--report"])
+  assert len(runs_are_copies) == others + 1
 
 
 def test_online(surroundings, tiny_pipeline, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ takes the name of a bundled pipeline, a directory, or an id of the Hugging Face 
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -337,8 +338,14 @@ def fingerprint(params: Any) -> str:
 def abstract_params(module: nn.Module) -> Any:
   """Shapes of a module's parameters, without computing any."""
   if hasattr(module, "init_weights"):
-    return jax.eval_shape(module.init_weights, jax.random.key(0))
+    return jax.tree.map(lambda shape: shape, _abstract_weights(module))  # its own containers
   return jax.eval_shape(lambda k: text.init_text_encoder(module, k), jax.random.key(0))
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract_weights(module: nn.Module) -> Any:
+  """Those of diffusers' modules, which are traced in seconds and asked for again and again."""
+  return jax.eval_shape(module.init_weights, jax.random.key(0))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
