@@ -13,204 +13,50 @@ stopped. Needs root on Linux (to mount small disks) and the library of the packa
 
 import argparse
 import collections
-import contextlib
-import dataclasses
 import datetime
-import hashlib
 import json
 import os
 import platform
-import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
-
-import jax
 import numpy as np
-from orbax.checkpoint import v1 as ocp
+import trials
 from safetensors.numpy import load_file, save_file
 
 from jaxpref import checkpoint
 
-ROOT = Path(__file__).parent.parent
 FAKETIME = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1"
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-SAVING = "*.orbax-checkpoint-tmp"
-STARTS = 8  # of a trial, until it counts as failed
-FIELDS = {
-  "train.num_updates": 40,
-  "train.updates_per_iteration": 5,
-  "train.keep": 3,
-  "train.max_skipped": 100,  # one trial's loss is not finite now and then
-  "train.hang_minutes": 1.0,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-  """What is run: a configuration file, further fields, and how many processes."""
-
-  method: str = "dro"
-  processes: int = 1
-  fields: tuple[str, ...] = ()
-
-
-SETTINGS = {
-  "one process": Setting(),
-  "two processes": Setting(processes=2),
-  "iterative": Setting(
-    "spin", fields=("train.num_updates=8", "evaluate.num_prompts=3", "iterate.num_pairs=16")
-  ),
-  "not finite": Setting(fields=("loss.name=benchmarks.sometimes_nan", "loss.margin=0.05")),
-}
-
-
-class TooLateError(Exception):
-  """The run had ended before anything was done to it."""
-
-
-class Trial:
-  """A workdir, its environment, and what is done to the runs in it."""
-
-  def __init__(self, name: str, directory: Path, model: Path, seed: list[int | str]):
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir()
-    self.name, self.setting = name, SETTINGS[name]
-    self.directory, self.model = directory, model
-    self.random = random.Random(str(seed))
-    self.workdir = directory / "run"
-    self.env = os.environ | {
-      "XLA_FLAGS": f"--xla_force_host_platform_device_count=1 {QUICK}",
-      "JAX_PLATFORMS": "cpu",
-      "JAX_COMPILATION_CACHE_DIR": str(directory.parent / "programs"),
-      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
-      "TFDS_DATA_DIR": str(directory.parent / "data"),
-      "PYTHONPATH": str(ROOT),
-    }
-    self.starts = 0
-
-  def arguments(self) -> list[str]:
-    """Of `jaxpref.main`."""
-    fields = {**FIELDS, "model.path": self.model}
-    flags = [f"{name}={value}" for name, value in fields.items()] + list(self.setting.fields)
-    return [
-      f"--config=configs/{self.setting.method}.py:tiny",
-      f"--workdir={self.workdir}",
-      *(f"--config.{flag}" for flag in flags),
-    ]
-
-  def start(self) -> list[subprocess.Popen]:
-    """All processes of a run; each writes a log."""
-    self.starts += 1
-    port = 20000 + self.random.randrange(20000)
-    processes = []
-    for i in range(self.setting.processes):
-      command = [sys.executable, "-m", "jaxpref.main", *self.arguments()]
-      if self.setting.processes > 1:
-        command += [f"--coordinator=127.0.0.1:{port}", f"--process_id={i}"]
-        command += [f"--num_processes={self.setting.processes}"]
-      log = (self.directory / f"log{i}").open("a")
-      processes.append(
-        subprocess.Popen(command, cwd=ROOT, env=self.env, stdout=log, stderr=log)
-      )
-    return processes
-
-  def log(self) -> str:
-    """What process 0 has said so far."""
-    return (self.directory / "log0").read_text()
-
-  def checkpoints(self) -> list[Path]:
-    """Of the run that is under way, also where it is an iteration's."""
-    # Named, rather than searched for: what Orbax renames meanwhile would be an error.
-    places = ("checkpoints", "iterations/*/checkpoints")
-    return sorted(found for place in places for found in self.workdir.glob(place))
-
-  def finish(self) -> None:
-    """Starts it again until it ends well."""
-    while True:
-      if self.starts >= STARTS:
-        raise RuntimeError(f"not ended after {STARTS} starts: {self.log()[-500:]}")
-      if not any(end(self.start())):
-        return
-
-
-def end(processes: list[subprocess.Popen], limit: float = 300) -> list[int]:
-  """Exit statuses; as a launcher does, ends the rest 20 seconds after the first failure."""
-  deadline = time.monotonic() + limit
-  failed = False
-  while (statuses := [p.poll() for p in processes]) and None in statuses:
-    if not failed and any(statuses):
-      failed, deadline = True, min(deadline, time.monotonic() + 20)
-    if time.monotonic() > deadline:
-      for process in processes:
-        process.kill()
-    time.sleep(0.02)
-  return statuses
-
-
-def kill(processes: list[subprocess.Popen]) -> None:
-  """All of them, at once; what has ended already was not hurt, and is no trial."""
-  if any(p.poll() is not None for p in processes):
-    raise TooLateError
-  for process in processes:
-    process.kill()
-  end(processes)
-
-
-def wait_for(processes: list[subprocess.Popen], condition: Callable[[], bool]) -> bool:
-  """Whether it came true before a process ended."""
-  while all(p.poll() is None for p in processes):
-    if condition():
-      return True
-    time.sleep(0.001)
-  return False
-
-
-def digest(workdir: Path) -> str:
-  """Of every array of the last checkpoint, read as any program would."""
-  directory = max((*workdir.glob("iterations/*/checkpoints"), workdir / "checkpoints"))
-  found = checkpoint.find_good(directory)
-  one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  abstract = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one),
-    ocp.checkpointables_metadata(directory / str(found.step)).metadata["state"],
-  )
-  state = checkpoint.restore_subtree(directory, found.step, abstract)
-  total = hashlib.sha256()
-  for path, leaf in jax.tree.leaves_with_path(state):
-    total.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
-  return total.hexdigest()[:16]
-
 
 # Faults: each hurts a trial and returns what the run said or None; the campaign then starts
 # it again until it ends. `duration` is that of a run that nothing happens to.
 
 
-def kill_anywhere(trial: Trial, duration: float) -> None:
+def kill_anywhere(trial: trials.Trial, duration: float) -> None:
   """At a random time of a run."""
   processes = trial.start()
   time.sleep(trial.random.uniform(0, duration))
-  kill(processes)
+  trials.kill(processes)
 
 
-def kill_one(trial: Trial, duration: float) -> None:
+def kill_one(trial: trials.Trial, duration: float) -> None:
   """One process of several, at a random time."""
   processes = trial.start()
   time.sleep(trial.random.uniform(2, duration))
   if any(p.poll() is not None for p in processes):
-    raise TooLateError
+    raise trials.TooLateError
   trial.random.choice(processes).kill()
-  end(processes)
+  if 0 in (statuses := trials.end(processes)):
+    raise RuntimeError(f"the other one ended as if all were well: {statuses}")
 
 
-def kill_in_a_save(trial: Trial, duration: float) -> None:
+def kill_in_a_save(trial: trials.Trial, duration: float) -> None:
   """While a checkpoint is written, or its checksums."""
   del duration
   processes = trial.start()
@@ -219,67 +65,67 @@ def kill_in_a_save(trial: Trial, duration: float) -> None:
 
   def saving() -> bool:
     return any(
-      list(at.glob(f"{step}{SAVING}"))
+      list(at.glob(f"{step}{trials.SAVING}"))
       or ((at / str(step)).exists() and not (at / str(step) / checkpoint.CHECKSUMS).exists())
       for at in trial.checkpoints()
     )
 
-  wait_for(processes, saving)
+  trials.wait_for(processes, saving)
   time.sleep(trial.random.uniform(0, 0.08))
-  kill(processes)
+  trials.kill(processes)
 
 
-def kill_once_said(trial: Trial, text: str, *, within: float) -> None:
+def kill_once_said(trial: trials.Trial, text: str, *, within: float) -> None:
   """So many seconds, at most, after a run has said something."""
   processes = trial.start()
-  wait_for(processes, lambda: text in trial.log())
+  trials.wait_for(processes, lambda: text in trial.log())
   time.sleep(trial.random.uniform(0, within))
-  kill(processes)
+  trials.kill(processes)
 
 
-def kill_in_the_evaluation(trial: Trial, duration: float) -> None:
+def kill_in_the_evaluation(trial: trials.Trial, duration: float) -> None:
   """While pictures are drawn, scored or written."""
   del duration
   kill_once_said(trial, "pictures of the", within=2.5)
 
 
-def kill_in_the_data(trial: Trial, duration: float) -> None:
+def kill_in_the_data(trial: trials.Trial, duration: float) -> None:
   """While the data set is drawn."""
   del duration
   trial.env |= {"TFDS_DATA_DIR": str(trial.directory / "data")}
   kill_once_said(trial, "drawing", within=8)
 
 
-def kill_in_the_pairs(trial: Trial, duration: float) -> None:
+def kill_in_the_pairs(trial: trials.Trial, duration: float) -> None:
   """While pairs are drawn, or soon after."""
   del duration
   kill_once_said(trial, f"pairs of iteration {trial.random.choice('12')}", within=2)
 
 
-def ask_to_stop(trial: Trial, duration: float) -> str:
+def ask_to_stop(trial: trials.Trial, duration: float) -> str:
   """SIGTERM to one process; all must save and stop."""
   processes = trial.start()
-  wait_for(processes, (trial.workdir / "metrics.jsonl").exists)
+  trials.wait_for(processes, (trial.workdir / "metrics.jsonl").exists)
   time.sleep(trial.random.uniform(0, duration / 4))
   trial.random.choice(processes).send_signal(signal.SIGTERM)
-  statuses = end(processes)
+  statuses = trials.end(processes)
   if statuses == [0] * len(statuses):
-    raise TooLateError
+    raise trials.TooLateError
   if statuses != [143] * len(statuses):
     raise RuntimeError(f"it ended with {statuses}: {trial.log()[-500:]}")
-  return error_of(trial)
+  return trials.error_of(trial)
 
 
-def damage_a_checkpoint(trial: Trial, duration: float) -> None:
+def damage_a_checkpoint(trial: trials.Trial, duration: float) -> None:
   """A file of the newest one is cut, altered or removed."""
   del duration
   processes = trial.start()
   step = str(5 * trial.random.randint(2, 7))
-  wait_for(
+  trials.wait_for(
     processes,
     lambda: any((at / step / checkpoint.CHECKSUMS).exists() for at in trial.checkpoints()),
   )
-  kill(processes)
+  trials.kill(processes)
   newest = max(trial.checkpoints()[0].glob("[0-9]*"), key=lambda p: (p.suffix, int(p.stem)))
   files = sorted(p for p in newest.rglob("*") if p.is_file() and p.stat().st_size)
   file = trial.random.choice(files)
@@ -294,43 +140,43 @@ def damage_a_checkpoint(trial: Trial, duration: float) -> None:
       file.unlink()
 
 
-def fill_the_disk(trial: Trial, duration: float) -> str:
+def fill_the_disk(trial: trials.Trial, duration: float) -> str:
   """Too small a disk, which then grows."""
   del duration
-  with disk(trial, size="1500k"):
-    if not any(end(trial.start())):
+  with trials.disk(trial, size="1500k"):
+    if not any(trials.end(trial.start())):
       raise RuntimeError("there was room for all of it")
-    said = error_of(trial)
+    said = trials.error_of(trial)
     subprocess.run(["mount", "-o", "remount,size=200m", str(trial.workdir)], check=True)
     trial.finish()
-    keep(trial)
+    trials.keep(trial)
   return said
 
 
-def make_it_read_only(trial: Trial, duration: float) -> str:
+def make_it_read_only(trial: trials.Trial, duration: float) -> str:
   """The disk refuses a start, then takes it."""
-  with disk(trial, size="200m"):
+  with trials.disk(trial, size="200m"):
     processes = trial.start()
-    wait_for(processes, (trial.workdir / "metrics.jsonl").exists)
+    trials.wait_for(processes, (trial.workdir / "metrics.jsonl").exists)
     time.sleep(trial.random.uniform(0, duration / 4))
     # A disk with open files cannot be made read-only.
-    kill(processes)
+    trials.kill(processes)
     subprocess.run(["mount", "-o", "remount,ro", str(trial.workdir)], check=True)
-    if not any(end(trial.start())):
+    if not any(trials.end(trial.start())):
       raise RuntimeError("it wrote to a read-only disk")
-    said = error_of(trial)
+    said = trials.error_of(trial)
     subprocess.run(["mount", "-o", "remount,rw", str(trial.workdir)], check=True)
     trial.finish()
-    keep(trial)
+    trials.keep(trial)
   return said
 
 
-def weights_that_are_nan(trial: Trial, duration: float) -> str:
+def weights_that_are_nan(trial: trials.Trial, duration: float) -> str:
   """The run must end with an error, earlier checkpoints intact; then it goes on, mended."""
   del duration
   processes = trial.start()
-  wait_for(processes, (trial.workdir / "checkpoints" / "20").exists)
-  kill(processes)
+  trials.wait_for(processes, (trial.workdir / "checkpoints" / "20").exists)
+  trials.kill(processes)
   broken = trial.directory / "broken"
   shutil.copytree(trial.model, broken)
   file = next((broken / "unet").glob("*.safetensors"))
@@ -340,47 +186,52 @@ def weights_that_are_nan(trial: Trial, duration: float) -> str:
   good, trial.model = trial.model, broken
   other = trial.workdir
   trial.workdir = trial.directory / "other"
-  if 3 not in end(trial.start()):
+  if 3 not in trials.end(trial.start()):
     raise RuntimeError(f"nothing was noticed: {trial.log()[-500:]}")
   if checkpoint.steps(trial.workdir / "checkpoints"):
     raise RuntimeError("weights that are not finite were saved")
-  said = error_of(trial)
+  said = trials.error_of(trial)
   trial.model, trial.workdir = good, other
   return said
 
 
-def hang(trial: Trial, duration: float) -> None:
+def hang(trial: trials.Trial, duration: float) -> None:
   """A process stands still."""
   processes = trial.start()
-  wait_for(processes, (trial.workdir / "metrics.jsonl").exists)
+  trials.wait_for(processes, (trial.workdir / "metrics.jsonl").exists)
   time.sleep(trial.random.uniform(0, duration / 4))
   trial.random.choice(processes).send_signal(signal.SIGSTOP)
-  end(processes)
+  # JAX's heartbeat takes 100 seconds; the one that is stopped is killed after that.
+  statuses = trials.end(processes)
+  if statuses == [0] * len(statuses):
+    raise trials.TooLateError
+  if statuses.count(-signal.SIGKILL) != 1 or 0 in statuses:
+    raise RuntimeError(f"the other one did not notice: {statuses}")
 
 
-def a_second_run(trial: Trial, duration: float) -> str:
+def a_second_run(trial: trials.Trial, duration: float) -> str:
   """Another run on the same workdir must be refused."""
   processes = trial.start()
-  wait_for(processes, (trial.workdir / "config.json").exists)
+  trials.wait_for(processes, (trial.workdir / "config.json").exists)
   time.sleep(trial.random.uniform(0, duration / 4))
   second = subprocess.run(
     [sys.executable, "-m", "jaxpref.main", *trial.arguments()],
-    cwd=ROOT,
+    cwd=trials.ROOT,
     env=trial.env,
     check=False,
     capture_output=True,
     text=True,
   )
   if processes[0].poll() is not None:
-    raise TooLateError
-  if any(end(processes)):
+    raise trials.TooLateError
+  if any(trials.end(processes)):
     raise RuntimeError("the first run was harmed")
   if second.returncode != 2:
     raise RuntimeError(f"the second run ended with {second.returncode}")
   return second.stderr.strip().splitlines()[-1]
 
 
-def jump_in_time(trial: Trial, duration: float) -> str:
+def jump_in_time(trial: trials.Trial, duration: float) -> str:
   """The wall clock jumps back and forth; Orbax may then think that a save took too long."""
   clock = trial.directory / "clock"
   clock.write_text("+0")
@@ -395,10 +246,10 @@ def jump_in_time(trial: Trial, duration: float) -> str:
   for _ in range(6):
     time.sleep(duration / 8)
     clock.write_text(trial.random.choice(["+400d", "-400d", "+3h", "-3h", "-20s", "+0"]))
-  if set(end(processes)) - {0, 2}:
+  if set(trials.end(processes)) - {0, 2}:
     raise RuntimeError(f"it did not end with a clear error: {trial.log()[-500:]}")
   trial.env = before
-  return error_of(trial)
+  return trials.error_of(trial)
 
 
 FAULTS: dict[str, tuple[Callable, str, int]] = {
@@ -425,32 +276,16 @@ FAULTS: dict[str, tuple[Callable, str, int]] = {
 }
 
 
-@contextlib.contextmanager
-def disk(trial: Trial, *, size: str) -> Iterator[None]:
-  """A small disk of its own as the trial's workdir."""
-  place = trial.workdir
-  place.mkdir(parents=True, exist_ok=True)
-  command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
-  subprocess.run(command, check=True)
-  try:
-    yield
-  finally:
-    subprocess.run(["umount", "-l", str(place)], check=False)
-
-
-def keep(trial: Trial) -> None:
-  """Copies what is on a disk of its own, to be compared later."""
-  copy = trial.directory / "copy"
-  shutil.copytree(trial.workdir, copy)
-  trial.workdir = copy
-
-
-def error_of(trial: Trial) -> str:
-  """The last error that process 0 has printed."""
-  said = [line for line in trial.log().splitlines() if line.startswith("jaxpref: error")]
-  if "Traceback" in trial.log():
-    raise RuntimeError(f"a traceback: {trial.log()[-1000:]}")
-  return said[-1].replace(f"{trial.directory}/", "") if said else ""
+def undisturbed(name: str, options: argparse.Namespace) -> tuple[str, float]:
+  """The digest and the seconds of a run that nothing happens to; the second, compiled one's."""
+  for again in range(2):
+    directory = options.runs / f"undisturbed {name} {again}"
+    trial = trials.Trial(name, directory, options.model, [options.seed])
+    began = time.monotonic()
+    if any(trials.end(trial.start())):
+      sys.exit(f"a run that nothing happened to failed: {trial.log()[-1000:]}")
+    seconds = time.monotonic() - began
+  return trials.digest(trial.workdir), seconds
 
 
 def main(argv: list[str]) -> None:
@@ -467,7 +302,7 @@ def main(argv: list[str]) -> None:
   options.runs = options.runs.resolve()
   options.runs.mkdir(parents=True, exist_ok=True)
   options.out.mkdir(parents=True, exist_ok=True)
-  options.model = (options.model or make_model(options.runs)).resolve()
+  options.model = (options.model or trials.make_model(options.runs)).resolve()
   records = options.out / "trials.jsonl"
   lines = records.read_text().splitlines() if records.exists() else []
   found = [json.loads(line) for line in lines]
@@ -481,12 +316,13 @@ def main(argv: list[str]) -> None:
       if name not in references:
         references[name] = undisturbed(name, options)
       directory = options.runs / f"{fault} {number}"
-      for turn in range(STARTS):
+      for turn in range(trials.STARTS):
         seed = [options.seed, fault, number, turn]
+        trial = trials.Trial(name, directory, options.model, seed)
         try:
-          result = attempt(act, Trial(name, directory, options.model, seed), references[name])
+          result = attempt(act, trial, references[name])
           break
-        except TooLateError:  # another random time, then
+        except trials.TooLateError:  # another random time, then
           continue
       else:
         sys.exit(f"{fault} {number}: always too late")
@@ -498,44 +334,21 @@ def main(argv: list[str]) -> None:
   write_report(found, options)
 
 
-def undisturbed(name: str, options: argparse.Namespace) -> tuple[str, float]:
-  """The digest and the seconds of a run that nothing happens to; the second, compiled one's."""
-  for again in range(2):
-    directory = options.runs / f"undisturbed {name} {again}"
-    trial = Trial(name, directory, options.model, [options.seed])
-    began = time.monotonic()
-    if any(end(trial.start())):
-      sys.exit(f"a run that nothing happened to failed: {trial.log()[-1000:]}")
-    seconds = time.monotonic() - began
-  return digest(trial.workdir), seconds
-
-
-def attempt(act: Callable, trial: Trial, reference: tuple[str, float]) -> dict:
+def attempt(act: Callable, trial: trials.Trial, reference: tuple[str, float]) -> dict:
   """One trial; its directory is kept if it failed."""
   try:
     said = act(trial, reference[1]) or ""
     if trial.workdir.name != "copy":
       trial.finish()
-    same = digest(trial.workdir) == reference[0]
+    same = trials.digest(trial.workdir) == reference[0]
     problem = "" if same else "it ended with other numbers"
-  except TooLateError:
+  except trials.TooLateError:
     raise
   except Exception as error:  # noqa: BLE001  # a failed trial is a result
     said, problem = "", f"{type(error).__name__}: {error}"
   if not problem:
     shutil.rmtree(trial.directory)
   return {"setting": trial.name, "starts": trial.starts, "said": said, "problem": problem}
-
-
-def make_model(runs: Path) -> Path:
-  """The tests' pipeline of a few thousand random parameters."""
-  sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
-  import families  # noqa: PLC0415
-
-  directory = runs / "model"
-  if not directory.exists():
-    families.write_tiny(directory)
-  return directory / "pipeline"
 
 
 def write_report(found: list[dict], options: argparse.Namespace) -> None:

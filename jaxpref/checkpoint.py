@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 import shutil
 import zlib
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ from absl import logging as absl_logging
 from orbax.checkpoint import v1 as ocp
 
 from jaxpref import distributed
-from jaxpref.errors import UserError
+from jaxpref.errors import UserError, storage_error
 from jaxpref.workdir import write_json
 
 CHECKSUMS = "checksums.json"
@@ -156,6 +157,10 @@ def wait(ckptr: Checkpointer) -> None:
   Raises:
     UserError: it could not be written; see `save`.
   """
+  distributed.together(functools.partial(_wait, ckptr))
+
+
+def _wait(ckptr: Checkpointer) -> None:
   while ckptr.pending:
     step, future = ckptr.pending.pop()
     try:
@@ -165,9 +170,9 @@ def wait(ckptr: Checkpointer) -> None:
 
 
 def close(ckptr: Checkpointer) -> None:
-  """Waits like `wait` and ends the thread."""
+  """Waits like `wait`, for what this process writes, and ends the thread."""
   try:
-    wait(ckptr)
+    _wait(ckptr)
   finally:
     ckptr.worker.shutdown()
 
@@ -394,13 +399,17 @@ def _raise_failure(ckptr: Checkpointer, step: int, error: Exception) -> None:
       _remove(path)
     _remove_temporary(ckptr.directory)
   # TensorStore reports the operating system's errors as ValueError.
-  system = isinstance(error, OSError | UserError) or "os_error_code" in str(error)
-  if not system:
+  code = re.search(r"os_error_code='?(\d+)", str(error))
+  if not (isinstance(error, OSError | UserError) or code):
     raise error
-  full = getattr(error, "errno", None) in _FULL
-  full = full or any(text in str(error) for text in _FULL_TEXTS)
-  reason = "no space left" if full else str(error).partition("\n")[0]
-  raise UserError(_not_written(ckptr, step, reason)) from error
+  number = int(code[1]) if code else getattr(error, "errno", None)
+  full = number in _FULL or any(text in str(error) for text in _FULL_TEXTS)
+  message = _not_written(
+    ckptr, step, "no space left" if full else str(error).partition("\n")[0]
+  )
+  if full or isinstance(error, UserError):
+    raise (UserError if full else type(error))(message) from error
+  raise storage_error(message, OSError(number, message)) from error
 
 
 def _not_written(ckptr: Checkpointer, step: int, reason: str) -> str:

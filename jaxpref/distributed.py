@@ -20,10 +20,11 @@ from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from jaxpref import workdir as workdir_lib
-from jaxpref.errors import UserError
+from jaxpref.errors import TransientError, UserError
 
 # Environments whose launcher has started this process as one of several, by the variable
 # with their number, and one that only a process of such a job has.
@@ -33,8 +34,12 @@ _LAUNCHERS = {
 }
 _TOKEN = ".shared"  # in the workdir: what process 0 has written there for the others to find
 _SHARED_SECONDS = 30.0  # until they must; network file systems take their time
-_LAST_SECONDS = 3.0
-_LOST = ("Gloo", "NCCL", "onnection reset", "onnection closed", "eartbeat", "oordination")
+_END, _END_MILLISECONDS = "jaxpref-end", 5000
+_LAST_SECONDS = 2.0
+_LOST = (
+  *("Gloo", "onnection reset", "onnection closed", "eartbeat", "oordination"),
+  "emote process exited",  # NCCL
+)
 
 
 def initialize(flags: Mapping[str, str]) -> None:
@@ -45,7 +50,9 @@ def initialize(flags: Mapping[str, str]) -> None:
       `main.FLAGS`. With none of them, SLURM's and Open MPI's launchers are asked.
 
   Raises:
-    UserError: the flags are incomplete or the others cannot be found.
+    UserError: the flags are incomplete.
+    TransientError: the others cannot be found; where that takes too long JAX ends the
+      process itself.
   """
   settings = _settings(flags)
   if settings is None:
@@ -54,9 +61,11 @@ def initialize(flags: Mapping[str, str]) -> None:
     jax.distributed.initialize(**settings)
   except (ValueError, RuntimeError) as error:
     reason = str(error).partition("\n")[0]
+    kind: type[UserError] = TransientError
     if "must be defined" in reason or "should be defined" in reason:
       reason = "this is no TPU pod, and not started by SLURM, Open MPI or Kubernetes"
-    raise UserError(f"the processes of this run did not meet: {reason}") from error
+      kind = UserError
+    raise kind(f"the processes of this run did not meet: {reason}") from error
   if not is_first():
     # What concerns all is said once.
     logging.getLogger().setLevel(logging.ERROR)
@@ -78,7 +87,8 @@ def _settings(flags: Mapping[str, str]) -> dict[str, Any] | None:
   count, index = int(numbers["num_processes"]), int(numbers["process_id"])
   if not index < count:
     raise UserError(f"--process_id={index} is none of --num_processes={count}, from 0")
-  if not coordinator.rpartition(":")[2].isdecimal():
+  host, _, port = coordinator.rpartition(":")
+  if not (host and port.isdecimal() and 0 < int(port) < 65536):
     raise UserError(f"--coordinator={coordinator} is not HOST:PORT")
   return {"coordinator_address": coordinator, "num_processes": count, "process_id": index}
 
@@ -123,28 +133,26 @@ def together(job: Callable[[], Any]) -> Any:
   return done[0]
 
 
-def check_same(what: str, value: str) -> None:
+def check_same(what: str, values: Mapping[str, str]) -> None:
   """Refuses a run whose processes differ in something that must be the same.
 
   Args:
-    what: in the message.
-    value: of this process.
+    what: all of it, in the message.
+    values: of this process, by name.
 
   Raises:
-    UserError: another process has another one.
+    UserError: another process has others.
   """
   if jax.process_count() == 1:
     return
-  values = _exchange(lambda: value)
-  for index, other in enumerate(values):
-    if other != values[0]:
-      raise UserError(f"processes 0 and {index} have different {what}")
-
-
-def check_inputs(inputs: Mapping[str, str]) -> None:
-  """Refuses a run whose processes have read different things; digests by what they are of."""
-  for name, digest in inputs.items():
-    check_same(f"inputs: {name}", digest)
+  first, *others = _exchange(lambda: dict(values))
+  for index, theirs in enumerate(others, 1):
+    for name in sorted(first.keys() | theirs.keys()):
+      one, other = first.get(name, "absent"), theirs.get(name, "absent")
+      if one != other:
+        raise UserError(
+          f"processes 0 and {index} have different {what}: {name} is {one} and {other}"
+        )
 
 
 def _exchange(job: Callable[[], Any] | None) -> list[Any]:
@@ -233,8 +241,12 @@ def end_alone(error: BaseException) -> None:
     traceback.print_exception(error)
   sys.stdout.flush()
   sys.stderr.flush()
+  if not lost:
+    # Most errors are everyone's: then all meet here, and none is taken for a lost one.
+    with contextlib.suppress(Exception):
+      ocp.multihost.get_barrier_sync_fn()(key=_END, timeout_ms=_END_MILLISECONDS)
   if is_first():
-    # It has the service that the others talk to: where all end, they must be gone before it.
+    # It has the service that the others talk to: they should be gone before it.
     time.sleep(_LAST_SECONDS)
   # Not by way of `atexit`, where JAX would wait for the others.
   os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)

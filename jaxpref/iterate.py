@@ -185,7 +185,7 @@ def _iterate(prepared: Prepared, workdir: Path, model: str, k: int) -> None:
       config.evaluate.prompts = str(prompts)
   began = time.perf_counter()
   ready = distributed.together(lambda: prepare_lib.prepare(config))
-  distributed.check_inputs(ready.inputs)
+  distributed.check_same("inputs", ready.inputs)
   with distributed.open_workdir(trained, config, resume_safe=_RESUME_SAFE) as path:
     train.run(ready, path)
   phases = {"train": time.perf_counter() - began}

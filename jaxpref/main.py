@@ -30,14 +30,15 @@ def _run(argv: list[str]) -> None:
   from jaxpref import distributed, iterate, prepare, train, watch  # noqa: PLC0415
 
   distributed.initialize(flags)
-  distributed.check_same("configurations", config_lib.to_json(config))
+  fields = {name: repr(value) for name, value in config_lib.leaves(config)}
+  distributed.check_same("configurations", fields)
   iterative = "iterate" in config
   program: Any = iterate if iterative else train
   # Reads and checks all input before anything is written.
   prepared = distributed.together(
     lambda: iterate.prepare(config) if iterative else prepare.prepare(config)
   )
-  distributed.check_inputs(prepared.inputs)
+  distributed.check_same("inputs", prepared.inputs)
   path = flags.get("workdir") or workdir_lib.default_workdir(config)
   safe = iterate.RESUME_SAFE if iterative else workdir_lib.RESUME_SAFE
   with (

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, SupportsFloat
 
 from jaxpref import workdir as workdir_lib
-from jaxpref.errors import UserError
+from jaxpref.errors import UserError, storage_error
 
 FILE = "metrics.jsonl"
 
@@ -72,7 +72,8 @@ class MetricWriter:
     try:
       written = self._file.write(data)
     except OSError as error:
-      raise UserError(f"cannot write {self._path}: {error.strerror}") from error
+      message = f"cannot write {self._path}: {error.strerror}"
+      raise storage_error(message, error) from error
     if written != len(data):
       raise UserError(f"cannot write {self._path}: no space left on the device")
     if self._events is not None:

@@ -80,11 +80,7 @@ def run(prepared: Prepared, workdir: Path) -> None:
   # The loop. The host runs ahead of the devices, except at updates that are logged: each of
   # their phases is waited for, so that it can be timed.
   make_batch = _batch_maker(prepared, program, base, uncond, rows)
-  writer = None
-  if distributed.is_first():
-    writer = metrics.MetricWriter(
-      workdir, total_updates=train.num_updates, start_step=start or None
-    )
+  writer = _open_writer(workdir, train.num_updates, start)
   meter = _speedometer(prepared)
   clock = metrics.Stopwatch()
   profiler = speed.Profiler(workdir / "profile", first=start + 3, updates=config.profile)
@@ -273,6 +269,17 @@ def _first_state(
 def _write_start(workdir: Path, config: Any, identity: dict[str, Any], start: int) -> None:
   workdir_lib.write_config(workdir, config)
   workdir_lib.add_start(workdir, {"after_update": start, **identity, **runtime.facts()})
+
+
+def _open_writer(workdir: Path, updates: int, start: int) -> metrics.MetricWriter | None:
+  """On process 0; where it cannot write, all fail."""
+  opened: list[metrics.MetricWriter] = []
+  distributed.first(
+    lambda: opened.append(
+      metrics.MetricWriter(workdir, total_updates=updates, start_step=start or None)
+    )
+  )
+  return opened[0] if opened else None
 
 
 def _batch_maker(

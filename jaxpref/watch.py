@@ -41,6 +41,7 @@ def watching(*, hang_minutes: float) -> Iterator[None]:
   finally:
     faulthandler.cancel_dump_traceback_later()
     _limit.pop()
+    _asked.clear()
     if before is not None:
       signal.signal(signal.SIGTERM, before)
 

@@ -20,7 +20,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxpref import config as config_lib
-from jaxpref.errors import UserError
+from jaxpref.errors import UserError, storage_error
 from jaxpref.paths import user_path
 
 CONFIG, STARTS = "config.json", "starts.json"
@@ -155,7 +155,7 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
   except OSError as error:
     with contextlib.suppress(OSError):
       temporary.unlink(missing_ok=True)
-    raise UserError(f"cannot write {path}: {error.strerror}") from error
+    raise storage_error(f"cannot write {path}: {error.strerror}", error) from error
 
 
 def make_writable(path: Path) -> None:
@@ -172,7 +172,7 @@ def make_writable(path: Path) -> None:
   except FileExistsError as error:
     raise UserError(f"{path} is a file, not a directory") from error
   except OSError as error:
-    raise UserError(f"cannot write to {path}: {error.strerror}") from error
+    raise storage_error(f"cannot write to {path}: {error.strerror}", error) from error
 
 
 def _visible(path: Path) -> list[str]:

@@ -13,5 +13,10 @@ python=python3
 count=$1
 shift
 export JAX_PLATFORMS=cpu XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$count"
-do_it() { if [ -n "${DRY_RUN:-}" ]; then printf '%q ' "$@" && echo; else exec "$@"; fi; }
-do_it "${PYTHON:-$python}" -m jaxpref.main "$@"
+command=("${PYTHON:-$python}" -m jaxpref.main "$@")
+if [ -n "${DRY_RUN:-}" ]; then
+  printf 'JAX_PLATFORMS=cpu XLA_FLAGS=%q ' "$XLA_FLAGS"
+  printf '%q ' "${command[@]}" && echo
+  exit
+fi
+exec "${command[@]}"

@@ -41,10 +41,15 @@ gcsfuse --implicit-dirs --rename-dir-limit=1000000 $BUCKET /bucket)"
     ;;
   run)
     shift
+    if [ $# -eq 0 ]; then
+      echo "usage: NAME=... ZONE=... launch/tpu_pod.sh run --config=FILE --workdir=DIRECTORY" >&2
+      exit 2
+    fi
     flags=$(printf '%q ' "$@")
     # On every host, and again where a process or a host of the run has failed: not where it is
     # done, its input wrong, diverged or asked to stop.
-    on all "cd jaxpref && cat > run.sh << 'END'
+    on all "cd jaxpref && if pgrep -f '[b]ash run.sh' > /dev/null; then \
+echo 'a run is under way here: stop it first' >&2; exit 1; fi && cat > run.sh << 'END'
 for attempt in \$(seq 20); do
   .venv/bin/python -m jaxpref.main --coordinator=auto $flags
   status=\$?
@@ -55,7 +60,10 @@ END
 setsid nohup bash run.sh >> run.log 2>&1 < /dev/null &"
     ;;
   logs) on "${2:-0}" "tail -n 50 -f jaxpref/run.log" ;;
-  stop) on all "pkill -TERM -f '[j]axpref.main' || true" ;;
+  stop)
+    # The loop first, which would start again a process that takes its peers' end for a failure.
+    on all "pkill -f '[b]ash run.sh'; pkill -TERM -f '[j]axpref.main' || true"
+    ;;
   delete) tpu delete "$NAME" --quiet ;;
   *)
     echo "usage: NAME=... ZONE=... launch/tpu_pod.sh create|install|run|logs|stop|delete" >&2

@@ -3,6 +3,7 @@
 Whole runs of several processes are in test_train and test_iterate.
 """
 
+import errno
 import json
 import os
 import signal
@@ -15,7 +16,8 @@ import pytest
 from conftest import ROOT
 from jax.experimental import multihost_utils
 
-from jaxpref import distributed, guards, main, watch
+from jaxpref import checkpoint, distributed, guards, main, sharding, watch, workdir
+from jaxpref.data import encode
 from jaxpref.errors import DivergedError, StoppedError, UserError
 
 
@@ -68,10 +70,15 @@ def test_together_returns_what_is_here(other):
 
 
 def test_processes_must_have_the_same(other):
-  other[0] = {"value": "a" * 300}
-  distributed.check_same("configurations", "a" * 300)
-  with pytest.raises(UserError, match="processes 0 and 1 have different configurations"):
-    distributed.check_same("configurations", "b")
+  mine = {"name": "'dro'", "optim.lr": "0.1"}
+  other[0] = {"value": mine}
+  distributed.check_same("configurations", mine)
+  different = "processes 0 and 1 have different configurations: optim.lr is "
+  for lr in ("'" * 300, "0.2"):
+    with pytest.raises(UserError, match=f"{different}{lr} and 0.1"):
+      distributed.check_same("configurations", mine | {"optim.lr": lr})
+  with pytest.raises(UserError, match=f"{different}absent and 0.1"):
+    distributed.check_same("configurations", {"name": "'dro'"})
 
 
 @pytest.mark.parametrize(
@@ -83,6 +90,8 @@ def test_processes_must_have_the_same(other):
     ({"coordinator": "a:1", "num_processes": "x", "process_id": "0"}, "needs --num_processes"),
     ({"coordinator": "a:1", "num_processes": "2", "process_id": "2"}, "none of"),
     ({"coordinator": "a", "num_processes": "2", "process_id": "0"}, "not HOST:PORT"),
+    ({"coordinator": ":1", "num_processes": "2", "process_id": "0"}, "not HOST:PORT"),
+    ({"coordinator": "a:70000", "num_processes": "2", "process_id": "0"}, "not HOST:PORT"),
   ],
 )
 def test_flags_that_cannot_be(flags, text):
@@ -108,14 +117,8 @@ def test_nobody_to_meet(capsys, monkeypatch):
   )
   arguments = ["--config=configs/dro.py:tiny", "--coordinator=auto"]
   monkeypatch.chdir(ROOT)
-  assert main.main(arguments) == 2
+  assert main.main(arguments) == 75  # a launcher tries again
   assert "the processes of this run did not meet: late\n" in capsys.readouterr().err
-
-
-def test_processes_must_have_read_the_same(other):
-  other[0] = {"value": "a"}
-  with pytest.raises(UserError, match="processes 0 and 1 have different inputs: start"):
-    distributed.check_inputs({"data": "a", "start": "b"})
 
 
 def test_a_workdir_must_be_the_same_for_all(other, tmp_path, monkeypatch):
@@ -144,6 +147,38 @@ def test_sigterm_is_noticed_at_a_beat():
       watch.beat_or_stop()
   assert error.value.status == 143
   assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_encoding_can_be_stopped():
+  mesh = sharding.make_mesh()
+  rows = {"x": np.arange(4.0)}
+  run = jax.jit(lambda _, rows: rows)
+  with watch.watching(hang_minutes=0):
+    assert encode.in_batches(run, {}, rows, 2, mesh)["x"].tolist() == [0, 1, 2, 3]
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(StoppedError):
+      encode.in_batches(run, {}, rows, 2, mesh)
+  encode.in_batches(run, {}, rows, 2, mesh)  # another run's
+
+
+def test_a_storage_that_is_gone_may_come_back(tmp_path, monkeypatch):
+  for number, status in ((errno.ENOSPC, 2), (errno.EROFS, 2), (errno.ESTALE, 75)):
+    error = OSError(number, os.strerror(number))
+    monkeypatch.setattr(workdir.os, "fsync", lambda _, e=error: (_ for _ in ()).throw(e))
+    with pytest.raises(UserError, match=os.strerror(number)) as raised:
+      workdir.write_text(tmp_path / "file", "text")
+    assert raised.value.status == status
+    with pytest.raises(UserError, match="step 5 was not written") as raised:
+      checkpoint._raise_failure(_checkpointer(tmp_path), 5, error)
+    assert raised.value.status == status
+    theirs = ValueError(f"Error writing: {os.strerror(number)} [os_error_code='{number}']")
+    with pytest.raises(UserError, match="step 5 was not written") as raised:
+      checkpoint._raise_failure(_checkpointer(tmp_path), 5, theirs)
+    assert raised.value.status == status
+
+
+def _checkpointer(directory):
+  return checkpoint.Checkpointer(directory, 1, [], None, [])
 
 
 def test_a_run_that_hangs_ends_and_says_where():

@@ -99,7 +99,7 @@ def test_tpu_pod(monkeypatch):
   for step, *wanted in (
     ("create", "create n --accelerator-type=v4-32"),
     ("install", "git archive", "scp", "pip install -q -e '.[tpu]'", "gcsfuse"),
-    ("stop", "pkill -TERM"),
+    ("stop", "pkill -f '[b]ash run.sh'; pkill -TERM"),
     ("delete", "delete n --quiet"),
   ):
     commands = dry("tpu_pod.sh", step, **slice_)
@@ -143,7 +143,10 @@ def test_gke_jobset():
 @pytest.mark.parametrize("script", [["gpu_host.sh"], ["local_devices.sh", "8"]])
 def test_one_host(script, monkeypatch):
   monkeypatch.chdir(ROOT)
-  assert check_run(dry(*script, *RUN)[-1]).keys() == {"workdir"}
+  words = dry(*script, *RUN)[-1]
+  assert check_run(words).keys() == {"workdir"}
+  if "8" in script:
+    assert words[1].startswith("XLA_FLAGS=") and words[1].endswith("device_count=8")
 
 
 @pytest.mark.parametrize(
@@ -153,11 +156,13 @@ def test_one_host(script, monkeypatch):
     (["local_cluster.sh", "x", "2", "--config=y"], "usage:"),
     (["local_devices.sh"], "usage:"),
     (["tpu_pod.sh"], "the name of the slice"),
+    (["tpu_pod.sh", "run"], "usage:"),
   ],
 )
 def test_usage(script, text):
   done = subprocess.run(
     ["bash", str(LAUNCH / script[0]), *script[1:]],
+    env=os.environ | ({"NAME": "n", "ZONE": "z"} if script[1:] == ["run"] else {}),
     check=False,
     capture_output=True,
     text=True,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxpref import sharding
+from jaxpref import sharding, watch
 from jaxpref.data.rows import Row
 from jaxpref.models import text
 from jaxpref.models import vae as vae_lib
@@ -121,13 +121,18 @@ def in_batches(run: Any, params: Any, rows: Any, size: int, mesh: Mesh) -> Any:
 
   Returns:
     What `run` returns, a tree of numpy arrays [N, ...].
+
+  Raises:
+    StoppedError: a run that is watched is to stop.
   """
   total = len(jax.tree.leaves(rows)[0])
   size = sharding.round_up(min(size, total), mesh)
   params = sharding.place_params(params, mesh)
   done = []
   for start in range(0, total, size):
+    watch.beat_or_stop()
     index = np.arange(start, start + size).clip(max=total - 1)
     out = sharding.to_host(run(params, sharding.place_batch(rows, mesh, index)))
     done.append(jax.tree.map(lambda x, s=start: x[: total - s], out))
+  watch.rest()  # until what comes next is compiled
   return jax.tree.map(lambda *parts: np.concatenate(parts), *done)

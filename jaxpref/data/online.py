@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from jaxpref import workdir
-from jaxpref.errors import UserError
+from jaxpref.errors import UserError, storage_error
 
 _NAME, _SPLIT = "online_pairs", "train"
 _COMPLETE = "complete.json"  # the sizes of all files, and what is in them
@@ -89,7 +89,10 @@ def write_shard(
     with temporary.open("rb") as file:
       os.fsync(file.fileno())
     temporary.replace(path)
-  except (OSError, RuntimeError) as error:  # the latter is ArrayRecord's
+  except OSError as error:
+    temporary.unlink(missing_ok=True)
+    raise storage_error(f"cannot write {path}: {error}", error) from error
+  except RuntimeError as error:  # ArrayRecord's
     temporary.unlink(missing_ok=True)
     raise UserError(f"cannot write {path}: {error}") from error
 

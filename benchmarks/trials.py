@@ -1,0 +1,208 @@
+"""A trial of the fault campaign: a run that may be hurt and is started again."""
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from jaxpref import checkpoint
+
+ROOT = Path(__file__).parent.parent
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+SAVING = "*.orbax-checkpoint-tmp"
+STARTS = 8  # of a trial, until it counts as failed
+FIELDS = {
+  "train.num_updates": 40,
+  "train.updates_per_iteration": 5,
+  "train.keep": 3,
+  "train.max_skipped": 100,  # one trial's loss is not finite now and then
+  "train.hang_minutes": 1.0,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """What is run: a configuration file, further fields, and how many processes."""
+
+  method: str = "dro"
+  processes: int = 1
+  fields: tuple[str, ...] = ()
+
+
+SETTINGS = {
+  "one process": Setting(),
+  "two processes": Setting(processes=2),
+  "iterative": Setting(
+    "spin", fields=("train.num_updates=8", "evaluate.num_prompts=3", "iterate.num_pairs=16")
+  ),
+  "not finite": Setting(fields=("loss.name=benchmarks.sometimes_nan", "loss.margin=0.05")),
+}
+
+
+class TooLateError(Exception):
+  """The run had ended before anything was done to it."""
+
+
+class Trial:
+  """A workdir, its environment, and what is done to the runs in it."""
+
+  def __init__(self, name: str, directory: Path, model: Path, seed: list[int | str]):
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    self.name, self.setting = name, SETTINGS[name]
+    self.directory, self.model = directory, model
+    self.random = random.Random(str(seed))
+    self.workdir = directory / "run"
+    self.env = os.environ | {
+      "XLA_FLAGS": f"--xla_force_host_platform_device_count=1 {QUICK}",
+      "JAX_PLATFORMS": "cpu",
+      "JAX_COMPILATION_CACHE_DIR": str(directory.parent / "programs"),
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
+      "TFDS_DATA_DIR": str(directory.parent / "data"),
+      "PYTHONPATH": str(ROOT),
+    }
+    self.starts = 0
+
+  def arguments(self) -> list[str]:
+    """Of `jaxpref.main`."""
+    fields = {**FIELDS, "model.path": self.model}
+    flags = [f"{name}={value}" for name, value in fields.items()] + list(self.setting.fields)
+    return [
+      f"--config=configs/{self.setting.method}.py:tiny",
+      f"--workdir={self.workdir}",
+      *(f"--config.{flag}" for flag in flags),
+    ]
+
+  def start(self) -> list[subprocess.Popen]:
+    """All processes of a run; each writes a log."""
+    self.starts += 1
+    port = 20000 + self.random.randrange(20000)
+    processes = []
+    for i in range(self.setting.processes):
+      command = [sys.executable, "-m", "jaxpref.main", *self.arguments()]
+      if self.setting.processes > 1:
+        command += [f"--coordinator=127.0.0.1:{port}", f"--process_id={i}"]
+        command += [f"--num_processes={self.setting.processes}"]
+      log = (self.directory / f"log{i}").open("a")
+      processes.append(
+        subprocess.Popen(command, cwd=ROOT, env=self.env, stdout=log, stderr=log)
+      )
+    return processes
+
+  def log(self) -> str:
+    """What process 0 has said so far."""
+    return (self.directory / "log0").read_text()
+
+  def checkpoints(self) -> list[Path]:
+    """Of the run that is under way, also where it is an iteration's."""
+    # Named, rather than searched for: what Orbax renames meanwhile would be an error.
+    places = ("checkpoints", "iterations/*/checkpoints")
+    return sorted(found for place in places for found in self.workdir.glob(place))
+
+  def finish(self) -> None:
+    """Starts it again until it ends well."""
+    while True:
+      if self.starts >= STARTS:
+        raise RuntimeError(f"not ended after {STARTS} starts: {self.log()[-500:]}")
+      if not any(end(self.start())):
+        return
+
+
+def end(processes: list[subprocess.Popen], limit: float = 300) -> list[int]:
+  """Exit statuses; as a launcher does, ends the rest 20 seconds after the first failure."""
+  deadline = time.monotonic() + limit
+  failed = False
+  while (statuses := [p.poll() for p in processes]) and None in statuses:
+    if not failed and any(statuses):
+      failed, deadline = True, min(deadline, time.monotonic() + 20)
+    if time.monotonic() > deadline:
+      for process in processes:
+        process.kill()
+    time.sleep(0.02)
+  return statuses
+
+
+def kill(processes: list[subprocess.Popen]) -> None:
+  """All of them, at once; what has ended already was not hurt, and is no trial."""
+  if any(p.poll() is not None for p in processes):
+    raise TooLateError
+  for process in processes:
+    process.kill()
+  end(processes)
+
+
+def wait_for(processes: list[subprocess.Popen], condition: Callable[[], bool]) -> bool:
+  """Whether it came true before a process ended."""
+  while all(p.poll() is None for p in processes):
+    if condition():
+      return True
+    time.sleep(0.001)
+  return False
+
+
+def digest(workdir: Path) -> str:
+  """Of every array of the last checkpoint, read as any program would."""
+  directory = max((*workdir.glob("iterations/*/checkpoints"), workdir / "checkpoints"))
+  found = checkpoint.find_good(directory)
+  one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  abstract = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one),
+    ocp.checkpointables_metadata(directory / str(found.step)).metadata["state"],
+  )
+  state = checkpoint.restore_subtree(directory, found.step, abstract)
+  total = hashlib.sha256()
+  for path, leaf in jax.tree.leaves_with_path(state):
+    total.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
+  return total.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def disk(trial: Trial, *, size: str) -> Iterator[None]:
+  """A small disk of its own as the trial's workdir."""
+  place = trial.workdir
+  place.mkdir(parents=True, exist_ok=True)
+  command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
+  subprocess.run(command, check=True)
+  try:
+    yield
+  finally:
+    subprocess.run(["umount", "-l", str(place)], check=False)
+
+
+def keep(trial: Trial) -> None:
+  """Copies what is on a disk of its own, to be compared later."""
+  copy = trial.directory / "copy"
+  shutil.copytree(trial.workdir, copy)
+  trial.workdir = copy
+
+
+def error_of(trial: Trial) -> str:
+  """The last error that process 0 has printed."""
+  said = [line for line in trial.log().splitlines() if line.startswith("jaxpref: error")]
+  if "Traceback" in trial.log():
+    raise RuntimeError(f"a traceback: {trial.log()[-1000:]}")
+  return said[-1].replace(f"{trial.directory}/", "") if said else ""
+
+
+def make_model(runs: Path) -> Path:
+  """The tests' pipeline of a few thousand random parameters."""
+  sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+  import families  # noqa: PLC0415
+
+  directory = runs / "model"
+  if not directory.exists():
+    families.write_tiny(directory)
+  return directory / "pipeline"
