@@ -197,10 +197,14 @@ def spread(values: Sequence[float], form: str = "{:.3f}") -> str:
 
 def provenance(command: str, seeds: Sequence[int], changed: Sequence[str]) -> str:
   """Machine, date, versions, seeds, and fields set in all runs, as one or two sentences."""
+  changes = f" Changed: {', '.join(changed)}." if changed else ""
+  return f"{made_by(command)}; seeds {', '.join(map(str, seeds))}.{changes}"
+
+
+def made_by(command: str) -> str:
+  """Command, date, machine and versions, the beginning of a sentence."""
   versions = ", ".join(f"{p} {metadata.version(p)}" for p in ("jax", "flax", "diffusers"))
   return (
     f"Made by `{command}` on {datetime.date.today()}: {platform.machine()}, "
-    f"{os.cpu_count()} cores, Python {platform.python_version()}, {versions}; "
-    f"seeds {', '.join(map(str, seeds))}."
-    + (f" Changed: {', '.join(changed)}." if changed else "")
+    f"{os.cpu_count()} cores, Python {platform.python_version()}, {versions}"
   )

@@ -9,10 +9,9 @@ Weights are random; the bundled model is what a CPU is up to. PyTorch's part is 
 
 import sys
 
-import jax
 import side_by_side
 
-from jaxpref import flops, programs, rollouts
+from jaxpref import flops, rollouts
 
 
 def main(argv: list[str]) -> None:
@@ -26,7 +25,10 @@ def main(argv: list[str]) -> None:
     rollouts.rows_at_once(options.rows, options.lots, devices=checked.mesh.size) == options.rows
   ):
     parser.error("--lots leaves a single lot of all --rows")
-  contenders = {"ours": _loop(checked), "ours, all rows at once": _loop(published)}
+  contenders = {
+    "ours": side_by_side.update_of(checked),
+    "ours, all rows at once": side_by_side.update_of(published),
+  }
   num_steps = checked.config.rollout.num_steps
   for kind, rival in side_by_side.make_rivals(options, checked).items():
     contenders[kind] = lambda rival=rival: rival.dro(num_steps)
@@ -44,26 +46,6 @@ def main(argv: list[str]) -> None:
     units=options.rows,
     work=works,
   )
-
-
-def _loop(checked):
-  """One update with its rollout."""
-  program, inputs = side_by_side.realise_run(checked)
-  state = [inputs.state]
-
-  def update():
-    now = state[0]
-    drawn = program.rollout(
-      *programs.rollout_arguments(
-        program, now, inputs.base, inputs.batch["cond"], inputs.uncond
-      )
-    )
-    state[0], values = program.train_step(
-      now, inputs.base, inputs.uncond, inputs.batch, drawn, inputs.start
-    )
-    jax.block_until_ready(values)
-
-  return update
 
 
 if __name__ == "__main__":

@@ -63,6 +63,11 @@ METHODS = {
   "spin": Method("spin", 2, "loss.beta", (200.0, 2000.0), (), 3),
   "dro": Method("dro", 2, "loss.margin", (0.01, 0.05)),
 }
+_TIMES = (
+  "Medians over turns that the methods take within one process, each with an update of its "
+  "own on random weights. That of spin leaves out its pairs, which are drawn before an "
+  "iteration's updates."
+)
 SIX_RATES = (1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3)
 
 
@@ -277,21 +282,24 @@ def _text(numbers: dict, options: argparse.Namespace) -> str:
     "correctness and quality taken; the test prompts below had no part in it. Mean +- "
     "standard deviation over seeds. The win rate is that of the tuned model's pictures over "
     "the base's by quality, all seeds together, with a 95 % interval "
-    f"over prompts. {campaign.DIVERSITY} Minutes are whole "
-    "runs with the evaluation, on a machine that may have been shared: hints.",
+    f"over prompts. {campaign.DIVERSITY} An update's time, with what it draws, is measured "
+    "apart, see below.",
     "",
-    "| method | correct | quality | win rate | Vendi | minutes | lr, strength |",
+    "| method | correct | quality | win rate | Vendi | time / SFT's | lr, strength |",
     "|---|---|---|---|---|---|---|",
     f"| base | {spread(base['shapes.correct'])} | {spread(base['shapes.quality'])} | | "
     f"{base['vendi'][0]:.2f} | | |",
   ]
+  file = options.out / "times.json"
+  times = json.loads(file.read_text()) if file.exists() else {}
+  ratios = times.get("time / SFT's", {})
   for name in names:
     n = numbers[name]
     rate, low, high = n["quality win rate"]
     lines.append(
       f"| {name} | {spread(n['shapes.correct'])} | {spread(n['shapes.quality'])} "
       f"| {rate:.3f} [{low:.3f}, {high:.3f}] | {spread(n['vendi'], '{:.2f}')} "
-      f"| {np.mean(n['minutes']):.1f} | {', '.join(n['setting'])} |"
+      f"| {ratios.get(name, np.nan):.2f} | {', '.join(n['setting'])} |"
     )
   categories = list(base["categories"])
   lines += ["", "Correct by category:", "", "| method | " + " | ".join(categories) + " |"]
@@ -299,6 +307,8 @@ def _text(numbers: dict, options: argparse.Namespace) -> str:
   for name in ("base", *names):
     cells = (f"{numbers[name]['categories'][c]:.2f}" for c in categories)
     lines.append(f"| {name} | " + " | ".join(cells) + " |")
+  if "made" in times:
+    lines += ["", f"Times: {times['made']}, {times['devices']}. {_TIMES}"]
   lines += ["", "Pictures of the first seed, same prompts and noise:", "", "![](grid.png)", ""]
   return "\n".join(lines)
 

@@ -71,6 +71,9 @@ def checked_of(options: argparse.Namespace, *fields: str) -> prepare.Checked:
     arguments = [f"--config={options.config}", *(f"--config.{field}" for field in settings)]
     config, _ = config_lib.parse_args(arguments, flags={})
     config_lib.validate(config)
+    if "iterate" in config:  # an update of one iteration
+      with config.unlocked():
+        del config.iterate
     return prepare.check(config, mesh=sharding.make_mesh())
 
 
@@ -121,6 +124,27 @@ def realise_run(checked: prepare.Checked) -> tuple[programs.Programs, programs.A
   params = realise(shapes.state.params)
   state = jax.jit(program.make_state, out_shardings=program.placement)(params)
   return program, realise(shapes._replace(state=None))._replace(state=state)
+
+
+def update_of(checked: prepare.Checked) -> Callable[[], None]:
+  """One update of a run with random numbers, and what it draws for it."""
+  program, inputs = realise_run(checked)
+  state = [inputs.state]
+
+  def update() -> None:
+    now, drawn = state[0], None
+    if program.rollout:
+      drawn = program.rollout(
+        *programs.rollout_arguments(
+          program, now, inputs.base, inputs.batch["cond"], inputs.uncond
+        )
+      )
+    state[0], values = program.train_step(
+      now, inputs.base, inputs.uncond, inputs.batch, drawn, inputs.start
+    )
+    jax.block_until_ready(values)
+
+  return update
 
 
 def take_turns(

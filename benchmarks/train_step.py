@@ -9,7 +9,6 @@ Weights are random; the bundled model is what a CPU is up to. PyTorch's part is 
 
 import sys
 
-import jax
 import side_by_side
 
 from jaxpref import flops
@@ -19,14 +18,7 @@ def main(argv: list[str]) -> None:
   """Times as the flags say."""
   options = side_by_side.make_parser(__doc__, method="sft", rows=32).parse_args(argv)
   checked = side_by_side.checked_of(options)
-  program, inputs = side_by_side.realise_run(checked)
-  state = [inputs.state]
-
-  def ours():
-    state[0], values = program.train_step(state[0], *inputs[1:])
-    jax.block_until_ready(values)
-
-  contenders = {"ours": ours}
+  contenders = {"ours": side_by_side.update_of(checked)}
   for kind, rival in side_by_side.make_rivals(options, checked).items():
     contenders[kind] = rival.sft
   took = side_by_side.take_turns(contenders, options.turns)

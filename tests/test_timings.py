@@ -53,6 +53,7 @@ def test_the_fast_rival_draws_what_the_slow_one_does():
 def test_scripts_in_small(tmp_path, capsys):
   import attention
   import dro_loop
+  import method_times
 
   out = tmp_path / "dro.json"
   options = ["--config=configs/dro.py:tiny", "--width=32", "--latents=4", "--rows=16"]
@@ -62,5 +63,12 @@ def test_scripts_in_small(tmp_path, capsys):
   assert numbers["contenders"]["ours"]["time / ours"] == 1.0
   work = numbers["flops of a turn"]
   assert 0 < work["ours"] < work["ours, all rows at once"]
+  times = tmp_path / "times.json"
+  options = ["--preset=tiny", "--width=32", "--latents=4", "--rows=4", "--turns=1"]
+  method_times.main([*options, "--methods", "dspo", f"--out={times}"])
+  numbers = json.loads(times.read_text())
+  assert numbers["time / SFT's"].keys() == {"sft", "dspo"}
+  # Pairs of two, whose reference is a third of a policy's work beside it.
+  assert numbers["FLOPs / SFT's"]["dspo"] == pytest.approx(4 / 3)
   attention.main(["--shapes=1x16x2x8", "--turns=1", f"--out={tmp_path / 'attention.json'}"])
   assert "| DRO | pairs a second |" in capsys.readouterr().out
