@@ -31,6 +31,7 @@ from jaxpref.evaluation import generate, vendi
 from jaxpref.models import pipeline
 
 ALIKE, PROMPTS = 16, 10  # pictures of a prompt whose diversity is scored, and prompts
+_BEGIN, _END = "<!-- measured: -->", "<!-- until here. -->"
 DIVERSITY = (
   f"Vendi scores are of {ALIKE} pictures of a prompt ({ALIKE} would be most diverse), by the "
   f"cosine of their latents, mean over {PROMPTS} prompts."
@@ -186,6 +187,21 @@ def diversity_of(model: str) -> float:
   latents = encode.encode_images(pipe, mesh, list(images)).reshape(PROMPTS, ALIKE, -1)
   jax.clear_caches()
   return float(np.mean([vendi.vendi_score(of) for of in latents]))
+
+
+def write_into(file: Path, text: str) -> None:
+  """Writes what is measured between two lines of a document; the rest of it is by hand."""
+  whole = file.read_text(encoding="utf-8") if file.exists() else f"{_BEGIN}\n{_END}\n"
+  before, begin, rest = whole.partition(_BEGIN)
+  _, end, after = rest.partition(_END)
+  if not begin or not end:
+    sys.exit(f"{file} has no lines {_BEGIN} and {_END} to write between")
+  workdir_lib.write_text(file, f"{before}{begin}\n{text.strip()}\n{end}{after}")
+
+
+def document_of(out: Path) -> Path:
+  """The document beside a campaign's folder, such as docs/methods.md of docs/methods."""
+  return out.with_name(f"{out.name}.md")
 
 
 def spread(values: Sequence[float], form: str = "{:.3f}") -> str:

@@ -1,22 +1,23 @@
 """Diffusion-DRO's ablations on the embedded world, beside what the paper saw.
 
-  python benchmarks/dro_ablations.py --out=docs/dro_ablations
+  python benchmarks/dro_ablations.py --out=docs/dro
 
 Every run is `configs/dro.py` with one thing changed: margin, number of experts, how rarely
 the sampling copy is renewed, the sampler, states kept of a trajectory, replay of earlier
 updates. Finished runs leave records, so that an interrupted campaign goes on where it
 stopped, and all of the first seed are made before the second's.
-Writes `dro_ablations.md` and `results.json`.
+Writes the tables of `docs/dro.md`, and `results.json` into the folder.
 """
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Mapping
 
 import campaign
 import numpy as np
+
+from jaxpref import workdir as workdir_lib
 
 Scores = Mapping[str, float]  # by variant: the sum of correctness and quality, over seeds
 
@@ -109,27 +110,20 @@ ABLATIONS = {
 
 def main(argv: list[str]) -> None:
   """Runs what is missing, seed by seed, then reports."""
-  parser = campaign.make_parser(__doc__, "dro_ablations")
+  parser = campaign.make_parser(__doc__, "dro")
   add = parser.add_argument
   add("--only", nargs="+", default=list(ABLATIONS), choices=ABLATIONS, metavar="ABLATION")
   options = parser.parse_args(argv)
   runs = campaign.open_campaign(options, _arguments(options))
-  by_seed = {}
-  for seed in options.seeds:
-    records = {
-      (name, variant): campaign.record_run(
-        runs,
-        _name(name, variant, seed),
-        _arguments(options, f"seed={seed}", *fields),
-      )
-      for name in options.only
-      for variant, fields in ABLATIONS[name].variants.items()
-    }
-    if all(records.values()):
-      by_seed[seed] = records
-  if not by_seed:
-    sys.exit("no seed is finished yet")
-  report(by_seed, options)
+  records = {
+    (name, variant, seed): campaign.record_run(
+      runs, _name(name, variant, seed), _arguments(options, f"seed={seed}", *fields)
+    )
+    for seed in options.seeds
+    for name in options.only
+    for variant, fields in ABLATIONS[name].variants.items()
+  }
+  report(records, options)
 
 
 def _arguments(options: argparse.Namespace, *fields: str) -> list[str]:
@@ -143,12 +137,12 @@ def _name(name: str, variant: str, seed: int) -> str:
   return f"{place}-{seed}"
 
 
-def report(by_seed: dict[int, dict], options: argparse.Namespace) -> None:
-  """Writes the tables of those seeds of which every run is finished."""
+def report(
+  records: Mapping[tuple[str, str, int], dict | None], options: argparse.Namespace
+) -> None:
+  """Writes a table for each ablation, of those seeds of which all its runs are finished."""
   text = [
-    "# Diffusion-DRO's ablations on the embedded world",
-    "",
-    campaign.provenance("python benchmarks/dro_ablations.py", list(by_seed), options.set),
+    campaign.provenance("python benchmarks/dro_ablations.py", options.seeds, options.set),
     "",
     "Each run is `configs/dro.py` with one thing changed. Correctness and quality of the "
     "tuned model's pictures on held-out prompts, mean +- standard deviation over seeds; "
@@ -162,11 +156,16 @@ def report(by_seed: dict[int, dict], options: argparse.Namespace) -> None:
   results = {}
   for name in options.only:
     ablation = ABLATIONS[name]
-    text += ["", f"## {ablation.title}", ""]
+    of = {(v, s): records[name, v, s] for v in ablation.variants for s in options.seeds}
+    seeds = [s for s in options.seeds if all(of[v, s] for v in ablation.variants)]
+    if not seeds:
+      print(f"{name}: no seed is finished yet")
+      continue
+    text += ["", f"### {ablation.title}", "", f"Seeds {', '.join(map(str, seeds))}.", ""]
     text += ["| | correct | quality | active | own error | minutes |", "|---|" + "---|" * 5]
     sums = {}
-    for variant in ablation.variants:
-      runs = [_measure(records[name, variant]) for records in by_seed.values()]
+    for variant, fields in ablation.variants.items():
+      runs = [_measure(of[variant, seed]) for seed in seeds]
       results[f"{name}/{variant}"] = runs
       sums[variant] = float(np.mean([r["correct"] + r["quality"] for r in runs]))
       cells = (
@@ -179,14 +178,15 @@ def report(by_seed: dict[int, dict], options: argparse.Namespace) -> None:
           ("minutes", "{:.1f}"),
         )
       )
-      mark = "" if ablation.variants[variant] else " (default)"
+      mark = "" if fields else " (default)"
       text.append(f"| {variant}{mark} | {' | '.join(cells)} |")
     text += ["", f"Paper: {ablation.paper}."]
     if ablation.agrees:
       text[-1] += " Here: " + ("agrees." if ablation.agrees(sums) else "does not.")
-  options.out.mkdir(parents=True, exist_ok=True)
-  (options.out / "dro_ablations.md").write_text("\n".join(text) + "\n", encoding="utf-8")
-  (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+  if not results:
+    sys.exit("no seed is finished yet")
+  workdir_lib.write_json(options.out / "results.json", results)
+  campaign.write_into(campaign.document_of(options.out), "\n".join(text))
   print("\n".join(text))
 
 

@@ -13,10 +13,7 @@ stopped. Needs root on Linux (to mount small disks) and the library of the packa
 
 import argparse
 import collections
-import datetime
 import json
-import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -26,6 +23,7 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
+import campaign
 import numpy as np
 import trials
 from safetensors.numpy import load_file, save_file
@@ -246,7 +244,7 @@ def jump_in_time(trial: trials.Trial, duration: float) -> str:
   for _ in range(6):
     time.sleep(duration / 8)
     clock.write_text(trial.random.choice(["+400d", "-400d", "+3h", "-3h", "-20s", "+0"]))
-  if set(trials.end(processes)) - {0, 2}:
+  if set(trials.end(processes)) - {0, 75}:
     raise RuntimeError(f"it did not end with a clear error: {trial.log()[-500:]}")
   trial.env = before
   return trials.error_of(trial)
@@ -353,11 +351,10 @@ def attempt(act: Callable, trial: trials.Trial, reference: tuple[str, float]) ->
 
 def write_report(found: list[dict], options: argparse.Namespace) -> None:
   """The table of `docs/reliability.md`."""
-  versions = ", ".join(f"{p} {metadata.version(p)}" for p in ("jax", "orbax-checkpoint"))
   lines = [
-    f"Made by `python benchmarks/faults.py` until {datetime.date.today()}: "
-    f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
-    f"{versions}, seed {options.seed}; {len(found)} trials.",
+    f"{campaign.made_by('python benchmarks/faults.py')}, "
+    f"orbax-checkpoint {metadata.version('orbax-checkpoint')}; seed {options.seed}; "
+    f"{len(found)} trials.",
     "",
     "| fault | run | trials | ended with the same bits | starts, mean |",
     "|---|---|---|---|---|",
@@ -378,7 +375,7 @@ def write_report(found: list[dict], options: argparse.Namespace) -> None:
   if bad:
     lines += ["", "Failures:", ""]
     lines += [f"- {row['fault']} {row['number']}: {row['problem'][:300]}" for row in bad]
-  (options.out / "table.md").write_text("\n".join(lines) + "\n")
+  campaign.write_into(campaign.document_of(options.out), "\n".join(lines))
   print("\n".join(lines))
 
 

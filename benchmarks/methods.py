@@ -6,8 +6,9 @@ First each method's learning rate and strength are chosen, from a grid of six ru
 with one seed, on validation prompts; then the chosen ones train with every seed and are
 compared on test prompts, which no validation prompt is among. All see as many training
 images: rows x images of a row x updates. Finished runs leave records in `docs/methods/`, so
-that a campaign of days goes on where it stopped. Writes `methods.md`, `results.json` and
-`grid.png`; with only a part of the runs done, `--report` writes what there is so far.
+that a campaign of days goes on where it stopped. Writes the tables of `docs/methods.md`, and
+into the folder `results.json` and `grid.png`; with only a part of the runs done, `--report`
+writes what there is so far.
 """
 
 import argparse
@@ -218,7 +219,7 @@ def _shown(count: int) -> np.ndarray:
 def report(
   finished: dict[str, list[dict]], runs: campaign.Campaign, options: argparse.Namespace
 ) -> None:
-  """Writes methods.md, results.json and grid.png from records."""
+  """Writes the document's tables, results.json and grid.png from records."""
   numbers = {name: _measure(name, records, runs, options) for name, records in finished.items()}
   first = campaign.scores_of(runs, f"{next(iter(finished))}-{options.seeds[0]}")
   base = first[first.model == "base"]
@@ -229,7 +230,7 @@ def report(
   }
   workdir_lib.write_json(options.out / "results.json", numbers)
   text = _text(numbers, options)
-  (options.out / "methods.md").write_text(text, encoding="utf-8")
+  campaign.write_into(campaign.document_of(options.out), text)
   prompts = list(base.drop_duplicates("seed").sort_values("seed").prompt)
   _save_grid(list(finished), prompts, runs, options)
   print(text)
@@ -271,9 +272,9 @@ def _text(numbers: dict, options: argparse.Namespace) -> str:
   )
   spread = campaign.spread
   lines = [
-    "# Every method on the embedded world",
-    "",
-    campaign.provenance("python benchmarks/methods.py", options.seeds, options.set),
+    campaign.provenance(
+      f"python benchmarks/methods.py --updates={options.updates}", options.seeds, options.set
+    ),
     "",
     f"Each run tunes the bundled pipeline with {IMAGES} training images at each update - rows "
     f"times the images of a row that the loss compares - and {options.updates} updates, spin's "
@@ -309,7 +310,13 @@ def _text(numbers: dict, options: argparse.Namespace) -> str:
     lines.append(f"| {name} | " + " | ".join(cells) + " |")
   if "made" in times:
     lines += ["", f"Times: {times['made']}, {times['devices']}. {_TIMES}"]
-  lines += ["", "Pictures of the first seed, same prompts and noise:", "", "![](grid.png)", ""]
+  lines += [
+    "",
+    "Pictures of the first seed, same prompts and noise:",
+    "",
+    f"![]({options.out.name}/grid.png)",
+    "",
+  ]
   return "\n".join(lines)
 
 

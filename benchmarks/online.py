@@ -6,8 +6,8 @@ For each seed an improver is trained on the data's pairs, and with it iterative 
 of three sizes; beside it SPIN and offline DPO with as many updates at the same learning rate.
 The first seed's improver is also drawn with at several scales, and trained without its
 reconstruction task. Finished runs leave records in `docs/online/`, so that a campaign of days
-goes on where it stopped, but iterative DPO's needs the improver's workdir. Writes `online.md`,
-`results.json` and `improver.png`.
+goes on where it stopped, but iterative DPO's needs the improver's workdir. Writes the tables
+of `docs/online.md`, and into the folder `results.json` and `improver.png`.
 """
 
 import argparse
@@ -197,7 +197,7 @@ def _scores(images: np.ndarray, prompts: list[str]) -> dict[str, float]:
 def report(
   records: dict[tuple[str, int], Any], runs: campaign.Campaign, options: argparse.Namespace
 ) -> None:
-  """Writes online.md, results.json and improver.png from records."""
+  """Writes the document's tables, results.json and improver.png from records."""
   names = ["improver", *kinds()]
   results = {
     name: _summary(name, [records[name, seed] for seed in options.seeds], runs, options)
@@ -210,7 +210,7 @@ def report(
     options.out / "results.json", {**results, "scales": scales, "without": without}
   )
   text = _text(results, scales, without, options)
-  (options.out / "online.md").write_text(text, encoding="utf-8")
+  campaign.write_into(campaign.document_of(options.out), text)
   _save_grid(runs.records / f"improver-{first}.png", options.out / "improver.png")
   print(text)
 
@@ -240,8 +240,6 @@ def _text(results: dict, scales: dict, without: dict, options: argparse.Namespac
   correct, quality = SCORERS
   base, on_train = (results["improver"][name] for name in ("base", "base, train"))
   lines = [
-    "# The improver and online training on the embedded world",
-    "",
     campaign.provenance("python benchmarks/online.py", options.seeds, options.set),
     "",
     "Mean +- standard deviation over seeds. Test prompts are held out; the training prompts "
@@ -270,7 +268,7 @@ def _text(results: dict, scales: dict, without: dict, options: argparse.Namespac
     "`iterative-N` draws N pairs in each iteration. The improver's pictures are its versions "
     "of the base's.",
     "",
-    "## What the scales do",
+    "### What the scales do",
     "",
     f"The first seed's improver on the base's pictures of {PICTURES} test prompts, one each. "
     "Distances are root mean squares between latents: to the picture that was shown, and for "
@@ -292,7 +290,7 @@ def _text(results: dict, scales: dict, without: dict, options: argparse.Namespac
     "",
     "The base's pictures above, the improver's versions below (s_T = 3.5, s_I = 3):",
     "",
-    "![](improver.png)",
+    f"![]({options.out.name}/improver.png)",
     "",
   ]
   return "\n".join(lines)

@@ -100,7 +100,7 @@ def test_methods(surroundings, tmp_path, monkeypatch):
   results = json.loads((tmp_path / "out" / "results.json").read_text())
   assert len(results["sft"]["tuned over"]) == 1 and len(results["sft"]["vendi"]) == 1
   assert all(1.0 <= v <= 16.0 for v in (*results["sft"]["vendi"], *results["base"]["vendi"]))
-  table = (tmp_path / "out" / "methods.md").read_text()
+  table = (tmp_path / "out.md").read_text()
   assert "| sft | " in table and "| base | " in table and "seeds 0." in table
   assert (tmp_path / "out" / "grid.png").stat().st_size > 1000
   # No test prompt was validated on.
@@ -120,12 +120,22 @@ def test_dro_ablations(surroundings, tmp_path, runs_are_copies):
   others = sum(len(a.variants) - 1 for a in program.ABLATIONS.values())
   assert len(set(given)) == len(given) == others + 1
   assert sum("--config.rollout.states=2 --config.train.batch_size=16" in g for g in given) == 1
-  table = (tmp_path / "out" / "dro_ablations.md").read_text()
+  table = (tmp_path / "out.md").read_text()
   assert "| 5e-2 (default) | " in table and "| DDPM, 50 | " in table
   results = json.loads((tmp_path / "out" / "results.json").read_text())
   assert len(results) == others + len(program.ABLATIONS)
+  # Tables are written anew, and what stands around them stays.
+  document = tmp_path / "out.md"
+  document.write_text(f"# By hand\n\n{document.read_text()}\nThe end.\n")
+  (tmp_path / "out" / "records" / "margin-1-0.json").unlink()
   program.main([*arguments, "--report"])
   assert len(runs_are_copies) == others + 1
+  text = document.read_text()
+  assert text.startswith("# By hand\n") and text.endswith("\nThe end.\n")
+  assert "### Experts K" in text and "### Margin" not in text  # of which a run is missing
+  document.write_text("Something else")
+  with pytest.raises(SystemExit, match="has no lines"):
+    program.main([*arguments, "--report"])
 
 
 def test_online(surroundings, tiny_pipeline, tmp_path, monkeypatch):
@@ -166,7 +176,7 @@ def test_online(surroundings, tiny_pipeline, tmp_path, monkeypatch):
   results = json.loads((tmp_path / "out" / "results.json").read_text())
   assert set(results) == {"improver", "iterative-4", "scales", "without"}
   assert len(results["iterative-4"]["vendi"]) == 1
-  table = (tmp_path / "out" / "online.md").read_text()
+  table = (tmp_path / "out.md").read_text()
   assert "| iterative-4 | " in table and "| without reconstruction 3.5 | 3 | " in table
   assert (tmp_path / "out" / "improver.png").stat().st_size > 500
   shutil.rmtree(tmp_path / "runs")
@@ -219,7 +229,7 @@ def test_every_grid_has_six_settings():
 def test_the_fault_campaign_reports_what_it_has_found(tmp_path):
   program = _program("faults")
   assert sum(count for _, _, count in program.FAULTS.values()) >= 100
-  options = types.SimpleNamespace(seed=0, out=tmp_path)
+  options = types.SimpleNamespace(seed=0, out=tmp_path / "out")
   good = {"setting": "one process", "starts": 2, "said": "", "problem": ""}
   bad = good | {"problem": "it ended with other numbers"}
   found = [
@@ -228,7 +238,7 @@ def test_the_fault_campaign_reports_what_it_has_found(tmp_path):
     {"fault": "kill -9 at any time", "number": 0, **good},
   ]
   program.write_report(found, options)
-  table = (tmp_path / "table.md").read_text()
+  table = (tmp_path / "out.md").read_text()
   assert "| full disk | one process | 2 | 1 | 2.0 |" in table
   assert "| kill -9 at any time | one process | 1 | 1 | 2.0 |" in table
   assert "`jaxpref: error: no space left`" in table
