@@ -2,7 +2,8 @@
 
   python benchmarks/method_times.py --out=docs/methods/times.json
 
-The methods and their rows are those of `methods.py`, whose table shows what this writes.
+The methods and their rows are those of `methods.py`, whose table shows what this writes;
+`--methods dro --samplers --out=docs/dro/times.json` times those of `dro_ablations.py`.
 Weights are random; the methods take turns.
 """
 
@@ -12,11 +13,14 @@ import statistics
 import sys
 
 import campaign
+import dro_ablations
 import jax
 import methods
 import side_by_side
 
 from jaxpref import flops
+
+SAMPLERS = dro_ablations.ABLATIONS["sampler"].variants
 
 
 def main(argv: list[str]) -> None:
@@ -24,9 +28,11 @@ def main(argv: list[str]) -> None:
   parser = side_by_side.make_parser(__doc__, method="sft", rows=methods.IMAGES)
   parser.add_argument("--methods", nargs="+", default=list(methods.METHODS), metavar="METHOD")
   parser.add_argument("--preset", default="shapes", help="of all configurations")
+  parser.add_argument("--samplers", action="store_true", help="and DRO's ways to draw")
   options = parser.parse_args(argv)
   updates, works = {}, {}
-  for name in dict.fromkeys(["sft", *options.methods]):
+  samplers = [f"dro, {sampler}" for sampler in SAMPLERS] if options.samplers else []
+  for name in dict.fromkeys(["sft", *options.methods, *samplers]):
     checked = _checked(name, options)
     updates[name] = side_by_side.update_of(checked)
     works[name] = sum(flops.of_update(checked, flops.of_forward(checked.pipeline)).values())
@@ -53,12 +59,15 @@ def main(argv: list[str]) -> None:
 
 
 def _checked(name: str, options: argparse.Namespace):
-  method = methods.METHODS[name]
+  name, _, sampler = name.partition(", ")
+  method, fields = methods.METHODS[name], SAMPLERS.get(sampler, ())
   own = {
     "config": f"configs/{method.config}.py:{options.preset}",
     "rows": options.rows // method.images,
   }
-  return side_by_side.checked_of(argparse.Namespace(**(vars(options) | own)), *method.fixed)
+  return side_by_side.checked_of(
+    argparse.Namespace(**(vars(options) | own)), *method.fixed, *fields
+  )
 
 
 if __name__ == "__main__":
