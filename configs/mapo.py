@@ -23,6 +23,7 @@ def get_config(preset: str = "shapes") -> ConfigDict:
   if preset in ("sd15", "sdxl"):
     c.optim.lr = 1e-5
     c.optim.warmup_updates = 0
+    c.data.prompt_dropout = 0.0
     c.train.batch_size = 128  # 16 a device on eight
     c.train.accumulate = 4
   return c

@@ -409,7 +409,8 @@ def _raise_failure(ckptr: Checkpointer, step: int, error: Exception) -> None:
   )
   if full or isinstance(error, UserError):
     raise (UserError if full else type(error))(message) from error
-  raise storage_error(message, OSError(number, message)) from error
+  cause = error if isinstance(error, OSError) else OSError(number, message)
+  raise storage_error(message, cause) from error
 
 
 def _not_written(ckptr: Checkpointer, step: int, reason: str) -> str:

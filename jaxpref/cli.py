@@ -1,13 +1,20 @@
 """What the package's programs have in common: flags, messages, exit status."""
 
 import argparse
+import errno
 import logging
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 from jaxpref import runtime
-from jaxpref.errors import REFUSALS, UserError
+from jaxpref.errors import UserError
+
+# What the machine refuses: no permission, no space, no such name.
+_REFUSALS = (
+  *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+  *(errno.ENAMETOOLONG, errno.ENOTDIR),
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -77,7 +84,7 @@ def exit_status(
     print(f"jaxpref: error: {error}", file=sys.stderr)
     return error.status
   except OSError as error:
-    if error.errno not in REFUSALS:
+    if error.errno not in _REFUSALS:
       raise
     print(f"jaxpref: error: {error}", file=sys.stderr)
     return 2

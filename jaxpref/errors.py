@@ -2,10 +2,10 @@
 
 import errno
 
-# What the machine refuses however often it is asked: permission, space, such a name.
-REFUSALS = (
-  *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
-  *(errno.ENAMETOOLONG, errno.ENOTDIR),
+# A disk, or a file system's server, that does not answer now.
+_TRANSIENT = (
+  *(errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN),
+  *(errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ECONNRESET, errno.ENOTCONN),
 )
 
 
@@ -34,5 +34,6 @@ class StoppedError(UserError):
 
 
 def storage_error(message: str, error: OSError) -> UserError:
-  """What a failure to write is: refused, or a file system that has lost its server, say."""
-  return (UserError if error.errno in REFUSALS else TransientError)(message)
+  """What a failure to write is: for the user to mend, or one that may pass."""
+  passes = error.errno in _TRANSIENT or isinstance(error, TimeoutError)
+  return (TransientError if passes else UserError)(message)

@@ -278,6 +278,7 @@ def test_spin(tiny_pipeline, tmp_path, capsys):
   """Winners are the data's, and each iteration's reference is the model it begins with."""
   workdir = tmp_path / "run"
   fields = {"model.dtype": "bfloat16", "model.frozen_dtype": "bfloat16", "lora.rank": 2}
+  fields["train.num_updates"] = 10  # twenty in two iterations
   given = arguments(
     tiny_pipeline, None, workdir, "spin", **fields, **{"optim.lr": 0.01, "optim.eps": 1e-8}
   )
