@@ -8,7 +8,6 @@ Weights are random; the methods take turns.
 """
 
 import argparse
-import json
 import statistics
 import sys
 
@@ -19,6 +18,7 @@ import methods
 import side_by_side
 
 from jaxpref import flops
+from jaxpref import workdir as workdir_lib
 
 SAMPLERS = dro_ablations.ABLATIONS["sampler"].variants
 
@@ -54,8 +54,7 @@ def main(argv: list[str]) -> None:
     work = numbers["FLOPs / SFT's"][name]
     print(f"| {name} | {milliseconds:.0f} | {ratio:.2f} | {work:.2f} |")
   if options.out:
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(numbers, indent=1) + "\n")
+    workdir_lib.write_json(options.out, numbers)
 
 
 def _checked(name: str, options: argparse.Namespace):

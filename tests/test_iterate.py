@@ -10,8 +10,8 @@ import pytest
 from conftest import ROOT, start_cluster
 from ml_collections import ConfigDict
 from PIL import Image
+from runs import parameters
 from safetensors.numpy import load_file
-from test_train import _parameters as parameters
 
 from jaxpref import (
   checkpoint,

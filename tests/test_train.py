@@ -1,4 +1,4 @@
-"""Whole runs through the command line: outputs, kill -9, refusals."""
+"""Whole runs through the command line: outputs, continuations, other devices."""
 
 import json
 import os
@@ -8,14 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-import types
 
 import flax
 import jax
 import numpy as np
 import pytest
+import runs
 from conftest import ROOT, WITHOUT_TORCH, start_cluster, xla_flags
-from orbax.checkpoint import v1 as ocp
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -29,47 +28,6 @@ from jaxpref.models import pipeline as pipeline_lib
 def surroundings(monkeypatch, tfds_dir):
   monkeypatch.chdir(ROOT)
   monkeypatch.setenv("TFDS_DATA_DIR", str(tfds_dir))
-
-
-def _arguments(pipeline, workdir, method="dro", **fields):
-  overrides = {"model.path": pipeline} | fields
-  return [
-    f"--config=configs/{method}.py:tiny",
-    f"--workdir={workdir}",
-    *(f"--config.{name.replace('__', '.')}={value}" for name, value in overrides.items()),
-  ]
-
-
-def _parameters(workdir):
-  """Every array of the newest checkpoint, by its path."""
-  directory = workdir / "checkpoints"
-  newest = max(checkpoint.steps(directory))
-  # Onto one device, whatever mesh wrote it.
-  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  abstract = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-    ocp.checkpointables_metadata(directory / str(newest)).metadata["state"],
-  )
-  state = ocp.load_checkpointables(directory / str(newest), {"state": abstract})["state"]
-  flat = {}
-
-  def visit(tree, path):
-    if isinstance(tree, dict):
-      for key, value in tree.items():
-        visit(value, f"{path}/{key}")
-    elif isinstance(tree, list | tuple):
-      for key, value in enumerate(tree):
-        visit(value, f"{path}/{key}")
-    elif tree is not None:
-      flat[path] = np.asarray(tree)
-
-  visit(state, "")
-  return newest, flat
-
-
-def _lines(workdir):
-  text = (workdir / "metrics.jsonl").read_text()
-  return [json.loads(line) for line in text.splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -95,13 +53,13 @@ def finished(tiny_pipeline, tmp_path_factory, tfds_dir):
     patch.setenv("TFDS_DATA_DIR", str(tfds_dir))
     patch.setattr(steps, "make_train_step", guard(steps.make_train_step))
     patch.setattr(rollouts, "make_rollout", guard(rollouts.make_rollout))
-    assert main.main(_arguments(tiny_pipeline, workdir, profile=1)) == 0
+    assert main.main(runs.arguments(tiny_pipeline, workdir, profile=1)) == 0
   assert [program._cache_size() for program in jitted] == [1, 1]
   return workdir
 
 
 def test_a_run_leaves_what_it_promises(finished, capsys):
-  lines = _lines(finished)
+  lines = runs.lines(finished)
   assert [line["step"] for line in lines] == [1, 2, 3, 4]
   for name in (
     "loss",
@@ -154,17 +112,17 @@ def test_processes_and_devices_may_change_on_the_way(finished, tiny_pipeline, tm
   workdir, log = tmp_path / "elastic", tmp_path / "log"
   for updates, processes in ((2, 4), (3, 2)):
     fields = {"train.num_updates": updates, "evaluate.num_prompts": 1}
-    arguments = _arguments(tiny_pipeline, workdir, **fields)
+    arguments = runs.arguments(tiny_pipeline, workdir, **fields)
     assert start_cluster(processes, 2, arguments, log).wait(300) == 0, log.read_text()[-2000:]
-    assert len(_lines(workdir)) == updates
-  assert main.main(_arguments(tiny_pipeline, workdir)) == 0
+    assert len(runs.lines(workdir)) == updates
+  assert main.main(runs.arguments(tiny_pipeline, workdir)) == 0
   starts = json.loads((workdir / "starts.json").read_text())
   found = [(start["after_update"], start["devices"]) for start in starts]
   assert found == [(0, "8 x cpu, 4 processes"), (2, "4 x cpu, 2 processes"), (3, "1 x cpu")]
-  for ours, theirs in zip(_lines(workdir), _lines(finished), strict=True):
+  for ours, theirs in zip(runs.lines(workdir), runs.lines(finished), strict=True):
     for name in ("loss", "err/policy_e", "err/reference_e"):
       assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
-  ours, theirs = _parameters(workdir)[1], _parameters(finished)[1]
+  ours, theirs = runs.parameters(workdir)[1], runs.parameters(finished)[1]
   paths = [path for path in theirs if path.startswith("/params/")]
   apart = np.concatenate([np.abs(ours[path] - theirs[path]).ravel() for path in paths])
   # An Adam step is lr long whatever the gradient: where that is near nothing, its sign is
@@ -172,26 +130,11 @@ def test_processes_and_devices_may_change_on_the_way(finished, tiny_pipeline, tm
   assert apart.max() < 8 * 3e-4 and np.mean(apart > 3e-5) < 0.02
 
 
-def test_sigterm_to_one_process_stops_all_after_a_save(tiny_pipeline, tmp_path):
-  workdir, log = tmp_path / "run", tmp_path / "log"
-  fields = {"train.num_updates": 100_000, "train.updates_per_iteration": 100_000}
-  process = start_cluster(2, 1, _arguments(tiny_pipeline, workdir, **fields), log)
-  deadline = time.monotonic() + 240
-  while time.monotonic() < deadline and not (workdir / "metrics.jsonl").exists():
-    time.sleep(0.05)
-  # The script is told, and tells them.
-  process.send_signal(signal.SIGTERM)
-  assert process.wait(60) == 143, log.read_text()[-2000:]
-  (step,) = checkpoint.steps(workdir / "checkpoints")
-  said = f"asked to stop (SIGTERM), saved after update {step} of 100000; the same command"
-  assert log.read_text().count(said) == 2, log.read_text()[-2000:]
-
-
 def test_stopped_and_started_again_it_ends_the_same(
   finished, tiny_pipeline, tmp_path, monkeypatch, capsys
 ):
   workdir = tmp_path / "run"
-  arguments = _arguments(tiny_pipeline, workdir)
+  arguments = runs.arguments(tiny_pipeline, workdir)
   write = metrics.MetricWriter.write
 
   def write_and_ask(self, step, values):
@@ -205,14 +148,14 @@ def test_stopped_and_started_again_it_ends_the_same(
   assert "saved after update 3 of 4" in capsys.readouterr().err
   assert checkpoint.steps(workdir / "checkpoints") == [2, 3]
   assert main.main(arguments) == 0
-  ours, theirs = _parameters(workdir)[1], _parameters(finished)[1]
+  ours, theirs = runs.parameters(workdir)[1], runs.parameters(finished)[1]
   for path, array in theirs.items():
     np.testing.assert_array_equal(ours[path], array, err_msg=path)
 
 
 def test_killed_and_started_again_it_ends_the_same(finished, tiny_pipeline, tmp_path, capsys):
   workdir, log = tmp_path / "run", tmp_path / "log"
-  arguments = _arguments(tiny_pipeline, workdir)
+  arguments = runs.arguments(tiny_pipeline, workdir)
   process = _start(arguments, log, devices=1)
   deadline = time.monotonic() + 240
   while time.monotonic() < deadline and process.poll() is None:
@@ -228,20 +171,20 @@ def test_killed_and_started_again_it_ends_the_same(finished, tiny_pipeline, tmp_
   capsys.readouterr()
   assert main.main(arguments) == 0
   assert "continuing after update 2 of 4" in capsys.readouterr().err
-  ours, theirs = _parameters(workdir), _parameters(finished)
+  ours, theirs = runs.parameters(workdir), runs.parameters(finished)
   assert ours[0] == theirs[0]
   for path, array in theirs[1].items():
     np.testing.assert_array_equal(ours[1][path], array, err_msg=path)
   timeless = lambda line: {  # noqa: E731
     k: v for k, v in line.items() if k != "time" and not k.startswith(("time/", "perf/"))
   }
-  want = [timeless(line) for line in _lines(finished)]
-  assert [timeless(line) for line in _lines(workdir)] == want
+  want = [timeless(line) for line in runs.lines(finished)]
+  assert [timeless(line) for line in runs.lines(workdir)] == want
 
 
 def test_a_finished_run_is_only_evaluated_again(finished, tiny_pipeline, monkeypatch):
-  before = _parameters(finished)
-  lines = _lines(finished)
+  before = runs.parameters(finished)
+  lines = runs.lines(finished)
   compared = {}
   judge = evaluate.evaluate
 
@@ -250,9 +193,9 @@ def test_a_finished_run_is_only_evaluated_again(finished, tiny_pipeline, monkeyp
     return judge(base, models, *rest, **options)
 
   monkeypatch.setattr(evaluate, "evaluate", spy)
-  assert main.main(_arguments(tiny_pipeline, finished)) == 0
-  after = _parameters(finished)
-  assert after[0] == before[0] and _lines(finished) == lines
+  assert main.main(runs.arguments(tiny_pipeline, finished)) == 0
+  after = runs.parameters(finished)
+  assert after[0] == before[0] and runs.lines(finished) == lines
   for path, array in before[1].items():
     np.testing.assert_array_equal(after[1][path], array, err_msg=path)
   # The averages, against the weights of the pipeline.
@@ -262,7 +205,7 @@ def test_a_finished_run_is_only_evaluated_again(finished, tiny_pipeline, monkeyp
   want = pipeline_lib.load_pipeline(str(tiny_pipeline)).params["unet"]
   jax.tree.map(np.testing.assert_array_equal, compared["base"], want)
   stored = (finished / "config.json").read_bytes()
-  fewer = _arguments(tiny_pipeline, finished, **{"train.num_updates": 3})
+  fewer = runs.arguments(tiny_pipeline, finished, **{"train.num_updates": 3})
   assert main.main(fewer) == 2
   assert (finished / "config.json").read_bytes() == stored
 
@@ -270,9 +213,9 @@ def test_a_finished_run_is_only_evaluated_again(finished, tiny_pipeline, monkeyp
 def test_what_a_run_began_with_must_stay(tiny_pipeline, tmp_path, capsys):
   copy = shutil.copytree(tiny_pipeline, tmp_path / "pipeline")
   fields = {"optim.schedule": "cosine", "train.num_updates": 1}
-  arguments = _arguments(copy, tmp_path / "run", "sft", **fields)
+  arguments = runs.arguments(copy, tmp_path / "run", "sft", **fields)
   assert main.main(arguments) == 0
-  longer = _arguments(copy, tmp_path / "run", "sft", **fields | {"train.num_updates": 2})
+  longer = runs.arguments(copy, tmp_path / "run", "sft", **fields | {"train.num_updates": 2})
   assert main.main(longer) == 2
   assert "train.num_updates was 1, now 2: that would bend" in capsys.readouterr().err
   weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
@@ -283,37 +226,10 @@ def test_what_a_run_began_with_must_stay(tiny_pipeline, tmp_path, capsys):
   assert "the base pipeline's weights are not those" in capsys.readouterr().err
 
 
-def test_an_update_that_is_not_finite_changes_nothing(tiny_pipeline, tmp_path, capsys):
-  workdir = tmp_path / "run"
-  arguments = _arguments(
-    tiny_pipeline, workdir, **{"loss.name": "benchmarks.sometimes_nan", "loss.margin": 0.05}
-  )
-  assert main.main(arguments) == 0
-  lines = _lines(workdir)
-  bad = [line["step"] for line in lines if line["loss"] is None]
-  assert bad and len(bad) < 4
-  assert [line["optim/skipped"] for line in lines] == [
-    sum(step <= line["step"] for step in bad) for line in lines
-  ]
-  assert f"update {bad[0]} changed nothing: its loss is nan" in capsys.readouterr().err
-  assert all(np.isfinite(leaf).all() for leaf in _parameters(workdir)[1].values())
-  good = next(line for line in lines if line["loss"] is not None)
-  if good["step"] == good["optim/skipped"] + 1:  # all before it were bad: still the reference
-    assert good["loss"] == pytest.approx(0.05, rel=1e-3)
-  # With fewer allowed the run ends there, and leaves the rows.
-  workdir = tmp_path / "strict"
-  strict = [*arguments, f"--workdir={workdir}", "--config.train.max_skipped=0"]
-  assert main.main(strict) == 3
-  rows = load_file(workdir / "diverged" / "batch.safetensors")
-  described = json.loads((workdir / "diverged" / "batch.json").read_text())
-  assert described["update"] == bad[0] and len(described["captions"]) == 8
-  assert rows["latents"].shape[0] == rows["cond.text"].shape[0] == 8
-
-
 def test_the_best_checkpoint_stays(tiny_pipeline, tmp_path, capsys):
   workdir = tmp_path / "run"
   fields = {"train.num_updates": 6, "train.keep": 1, "evaluate.every": 1, "optim.lr": 3e-3}
-  arguments = _arguments(tiny_pipeline, workdir, "sft", **fields)
+  arguments = runs.arguments(tiny_pipeline, workdir, "sft", **fields)
   arguments.append("--config.evaluate.scorers=('shapes.quality',)")
   assert main.main(arguments) == 0
   means = {}
@@ -329,12 +245,12 @@ def test_the_best_checkpoint_stays(tiny_pipeline, tmp_path, capsys):
   digest = tuned.load(str(workdir), step="best").digest
   assert digest == tuned.load(str(workdir), step=best).digest
   # Started again without one of them, it makes that evaluation before it goes on.
-  before = _parameters(workdir)[1]
+  before = runs.parameters(workdir)[1]
   shutil.rmtree(workdir / "checkpoints" / "6")
   (workdir / "evaluation" / str(kept) / "results.json").unlink()
   capsys.readouterr()
   assert main.main(arguments) == 0
-  for path, array in _parameters(workdir)[1].items():
+  for path, array in runs.parameters(workdir)[1].items():
     np.testing.assert_array_equal(before[path], array, err_msg=path)
   assert json.loads((workdir / "best.json").read_text()) == noted
   # Evaluations of other prompts do not compare with these.
@@ -342,15 +258,8 @@ def test_the_best_checkpoint_stays(tiny_pipeline, tmp_path, capsys):
   assert json.loads((workdir / "best.json").read_text())["update"] == 6
 
 
-def test_what_diverges_is_not_saved(tiny_pipeline, tmp_path, capsys):
-  arguments = _arguments(tiny_pipeline, tmp_path / "run", "sft", **{"optim.lr": 1e30})
-  assert main.main(arguments) == 3
-  assert "the run has diverged" in capsys.readouterr().err
-  assert checkpoint.steps(tmp_path / "run" / "checkpoints") == []
-
-
 def test_no_updates_leave_the_base(tiny_pipeline, tmp_path, capsys):
-  arguments = _arguments(tiny_pipeline, tmp_path / "none", **{"train.num_updates": 0})
+  arguments = runs.arguments(tiny_pipeline, tmp_path / "none", **{"train.num_updates": 0})
   assert main.main(arguments) == 0
   results = json.loads((tmp_path / "none" / "evaluation" / "0" / "results.json").read_text())
   assert all(entry["tie"] == 1.0 for entry in results.values())
@@ -376,7 +285,7 @@ def test_pictures_of_ones_own(tiny_pipeline, tmp_path, capsys):
   (folder / "broken.jpg").write_bytes(b"not a picture")
   (folder / "broken.txt").write_text("nothing")
   fields = {"data.source": "folder", "data.path": folder}
-  assert main.main(_arguments(tiny_pipeline, tmp_path / "run", **fields)) == 0
+  assert main.main(runs.arguments(tiny_pipeline, tmp_path / "run", **fields)) == 0
   printed = capsys.readouterr().err
   assert "1 file cannot be used: broken.jpg (not an image)" in printed
   assert "not scored with shapes.correct, shapes.quality" in printed
@@ -386,66 +295,11 @@ def test_pictures_of_ones_own(tiny_pipeline, tmp_path, capsys):
   assert len(list(images.iterdir())) == 4
 
 
-REFUSALS = {
-  "unknown field": (["--config.optim.learning_rate=1"], "did you mean 'optim.lr'"),
-  "ill-typed field": (["--config.optim.lr=fast"], "'optim.lr' takes a float"),
-  "negative steps": (["--config.train.num_updates=-5"], "'train.num_updates' must be"),
-  "missing weights": (["--config.model.path=/nowhere"], "there is no directory /nowhere"),
-  "odd batch": (["--config.train.accumulate=3"], "does not divide by 3"),
-  "lacking parameter": (["--config.loss.name=dro"], "needs 'loss.margin'"),
-  "too many steps": (["--config.evaluate.num_steps=2000"], "between 1 and 1000"),
-  "huge seed": (["--config.seed=99999999999999999999"], "'seed' must be"),
-  "unknown loss": (["--config.loss.name=dor"], "no loss 'dor'"),
-  "unknown schedule": (["--config.optim.schedule=up"], "'optim.schedule' must be one of"),
-  "unknown solver": (["--config.rollout.solver=euler"], "solver"),
-  "a path that is not read": (["--config.data.path=/no"], "did you mean data.source=folder"),
-  "unknown source": (["--config.data.source=fodler"], "did you mean 'folder'"),
-  "missing folder": (["--config.data.source=folder", "--config.data.path=/no"], "/no"),
-  "too many experts": (["--config.data.num_experts=100000"], "experts"),
-  "unknown scorer": (["--config.evaluate.scorers=('shapes.nice',)"], "shapes.nice"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSALS)
-def test_bad_input_is_one_line_and_writes_nothing(case, tiny_pipeline, tmp_path, capsys):
-  extra, message = REFUSALS[case]
-  workdir = tmp_path / "run"
-  method = "sft" if case == "lacking parameter" else "dro"
-  assert main.main([*_arguments(tiny_pipeline, workdir, method), *extra]) == 2
-  printed = capsys.readouterr().err.splitlines()
-  errors = [line for line in printed if line.startswith("jaxpref: error: ")]
-  assert len(errors) == 1 and message in errors[0]
-  assert printed[-1] == errors[0]
-  assert not workdir.exists()
-
-
 def test_the_workdir_of_another_run_is_refused(finished, tiny_pipeline, capsys):
   before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
-  assert main.main([*_arguments(tiny_pipeline, finished), "--config.optim.lr=0.1"]) == 2
+  assert main.main([*runs.arguments(tiny_pipeline, finished), "--config.optim.lr=0.1"]) == 2
   assert "holds another run: optim.lr was 0.0003, now 0.1" in capsys.readouterr().err
   after = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
   assert {p: t for p, t in after.items() if p.name != ".lock"} == {
     p: t for p, t in before.items() if p.name != ".lock"
   }
-
-
-def test_a_workdir_that_cannot_be_written(tiny_pipeline, tmp_path, capsys):
-  (tmp_path / "file").write_text("")
-  assert main.main(_arguments(tiny_pipeline, tmp_path / "file" / "run")) == 2
-  assert "jaxpref: error: cannot write" in capsys.readouterr().err
-
-
-def test_a_full_disk_leaves_the_last_checkpoint(tiny_pipeline, tmp_path, capsys, monkeypatch):
-  workdir = tmp_path / "run"
-  save = checkpoint.save
-
-  def fail_late(ckptr, step, *rest):
-    if step > 2:
-      full = types.SimpleNamespace(free=0)
-      monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: full)
-    return save(ckptr, step, *rest)
-
-  monkeypatch.setattr(checkpoint, "save", fail_late)
-  assert main.main(_arguments(tiny_pipeline, workdir)) == 2
-  assert "no space left" in capsys.readouterr().err
-  assert checkpoint.steps(workdir / "checkpoints") == [2]

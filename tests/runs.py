@@ -1,0 +1,50 @@
+"""Runs of the tiny preset: their arguments, and what they have left."""
+
+import json
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from jaxpref import checkpoint
+
+
+def arguments(pipeline, workdir, method="dro", **fields):
+  overrides = {"model.path": pipeline} | fields
+  return [
+    f"--config=configs/{method}.py:tiny",
+    f"--workdir={workdir}",
+    *(f"--config.{name.replace('__', '.')}={value}" for name, value in overrides.items()),
+  ]
+
+
+def parameters(workdir):
+  """Every array of the newest checkpoint, by its path."""
+  directory = workdir / "checkpoints"
+  newest = max(checkpoint.steps(directory))
+  # Onto one device, whatever mesh wrote it.
+  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  abstract = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    ocp.checkpointables_metadata(directory / str(newest)).metadata["state"],
+  )
+  state = ocp.load_checkpointables(directory / str(newest), {"state": abstract})["state"]
+  flat = {}
+
+  def visit(tree, path):
+    if isinstance(tree, dict):
+      for key, value in tree.items():
+        visit(value, f"{path}/{key}")
+    elif isinstance(tree, list | tuple):
+      for key, value in enumerate(tree):
+        visit(value, f"{path}/{key}")
+    elif tree is not None:
+      flat[path] = np.asarray(tree)
+
+  visit(state, "")
+  return newest, flat
+
+
+def lines(workdir):
+  text = (workdir / "metrics.jsonl").read_text()
+  return [json.loads(line) for line in text.splitlines()]
