@@ -31,6 +31,8 @@ from jaxpref.evaluation import generate, vendi
 from jaxpref.models import pipeline
 
 ALIKE, PROMPTS = 16, 10  # pictures of a prompt whose diversity is scored, and prompts
+TEST_PROMPTS, TEST_SEED = 150, 3000  # as the configurations evaluate with
+VALIDATION_PROMPTS = 75  # settings are chosen by
 _BEGIN, _END = "<!-- measured: -->", "<!-- until here. -->"
 DIVERSITY = (
   f"Vendi scores are of {ALIKE} pictures of a prompt ({ALIKE} would be most diverse), by the "
@@ -153,6 +155,84 @@ def record_run(
   return record
 
 
+def choose(
+  campaign: Campaign,
+  name: str,
+  arguments: Sequence[str],
+  settings: Sequence[tuple[str, ...]],
+) -> tuple[str, ...] | None:
+  """The best of several settings, each tried once: the largest sum of correctness and quality.
+
+  Args:
+    campaign: it belongs to.
+    name: of what is tuned, and of the record of all settings' scores.
+    arguments: of `jaxpref.main`, without workdir and seed.
+    settings: fields of the configuration, as in 'optim.lr=1e-4', to try.
+
+  Returns:
+    The setting with the best pictures of validation prompts, which no test is made with; None
+    where settings are missing and none may be run.
+  """
+  scores = {}
+  for setting in settings:
+    score = _validate(campaign, name, arguments, setting)
+    if score is None:
+      return None
+    scores[setting] = score
+  return max(scores, key=scores.__getitem__)
+
+
+def grid_scores(campaign: Campaign, name: str) -> dict[str, float]:
+  """What `choose` has chosen from: scores by setting."""
+  return json.loads((campaign.records / "grid" / f"{name}.json").read_text())["scores"]
+
+
+def _validate(
+  campaign: Campaign, name: str, arguments: Sequence[str], setting: tuple[str, ...]
+) -> float | None:
+  """A setting's score on validation prompts; -1 where it diverges."""
+  record, key = campaign.records / "grid" / f"{name}.json", " ".join(setting)
+  asked = {"arguments": list(arguments), "base": campaign.base}
+  stored = json.loads(record.read_text()) if record.exists() else {}
+  if {k: stored.get(k) for k in asked} != asked:
+    stored = {**asked, "scores": {}}
+  if key in stored["scores"] or campaign.report_only:
+    return stored["scores"].get(key)
+  workdir = campaign.runs / "grid" / name / "-".join(s.split("=")[1] for s in setting)
+  for_validation = (
+    f"evaluate.prompts={_validation_file(campaign)}",
+    "evaluate.seed=2000",
+    f"evaluate.num_prompts={VALIDATION_PROMPTS}",
+  )
+  score = -1.0
+  fields = (f"--config.{f}" for f in (*setting, *for_validation))
+  if run(workdir, [*arguments, *fields]):
+    scores = pd.read_parquet(newest_evaluation(workdir) / "scores.parquet")
+    score = float(scores[scores.model == "tuned"].groupby("scorer").score.mean().sum())
+  # Others may have been added meanwhile by a process that tries other settings.
+  newest = json.loads(record.read_text()) if record.exists() else stored
+  if {k: newest.get(k) for k in asked} == asked:
+    stored = newest
+  stored["scores"][key] = score
+  workdir_lib.write_json(record, stored)
+  return score
+
+
+def validation_prompts() -> list[str]:
+  """Held-out prompts that are not among those of the runs' evaluations."""
+  test = set(shapes_prompts.held_out(TEST_PROMPTS, seed=TEST_SEED))
+  others = [p for p in shapes_prompts.held_out(2 * TEST_PROMPTS, seed=2000) if p not in test]
+  return others[:VALIDATION_PROMPTS]
+
+
+def _validation_file(campaign: Campaign) -> Path:
+  file = campaign.runs.resolve() / "validation.txt"
+  if not file.exists():
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(validation_prompts()) + "\n", encoding="utf-8")
+  return file
+
+
 def newest_evaluation(workdir: Path) -> Path:
   """The directory of a run's last evaluation."""
   evaluations = tuned.trained_in(workdir) / "evaluation"
@@ -180,7 +260,9 @@ def diversity_of(model: str) -> float:
   pipe = tuned.load(model, mesh=mesh)
   generator = generate.make_generator(pipe, mesh, num_steps=20, guidance=2.0, batch_size=40)
   prefix = tuned.prompt_prefix(model)
-  prompts = [prefix + p for p in shapes_prompts.held_out(150, seed=3000)[:PROMPTS]]
+  prompts = [
+    prefix + p for p in shapes_prompts.held_out(TEST_PROMPTS, seed=TEST_SEED)[:PROMPTS]
+  ]
   cond = encode.encode_prompts(pipe, mesh, prompts)
   cond = jax.tree.map(lambda x: np.repeat(x, ALIKE, axis=0), cond)
   images = generator(pipe.params["unet"], cond, np.arange(PROMPTS * ALIKE) + 9000)

@@ -24,7 +24,6 @@ import pandas as pd
 from PIL import Image
 
 from jaxpref import workdir as workdir_lib
-from jaxpref.data.shapes import prompts as shapes_prompts
 from jaxpref.evaluation import compare, grid
 
 RATES = (1e-4, 3e-4, 1e-3)
@@ -136,55 +135,8 @@ def grid_of(name: str) -> list[tuple[str, ...]]:
 def choose(
   name: str, runs: campaign.Campaign, options: argparse.Namespace
 ) -> tuple[str, ...] | None:
-  """The best of the grid: largest sum of correctness and quality on validation prompts.
-
-  None where runs of the grid are missing and none may be made.
-  """
-  grid_scores = {}
-  for setting in grid_of(name):
-    score = _validate(name, setting, runs, options)
-    if score is None:
-      return None
-    grid_scores[setting] = score
-  return max(grid_scores, key=grid_scores.__getitem__)
-
-
-def _validate(
-  name: str, setting: tuple[str, ...], runs: campaign.Campaign, options: argparse.Namespace
-) -> float | None:
-  """A setting's score on validation prompts; -1 where it diverges."""
-  arguments = _arguments(name, options, *setting)
-  record, key = runs.records / "grid" / f"{name}.json", " ".join(setting)
-  asked = {"arguments": _arguments(name, options), "base": runs.base}
-  stored = json.loads(record.read_text()) if record.exists() else {}
-  if {k: stored.get(k) for k in asked} != asked:
-    stored = {**asked, "scores": {}}
-  if key in stored["scores"] or runs.report_only:
-    return stored["scores"].get(key)
-  workdir = runs.runs / "grid" / name / "-".join(s.split("=")[1] for s in setting)
-  for_validation = (
-    f"evaluate.prompts={_validation_prompts(options)}",
-    "evaluate.seed=2000",
-    "evaluate.num_prompts=75",
-  )
-  score = -1.0
-  if campaign.run(workdir, [*arguments, *(f"--config.{f}" for f in for_validation)]):
-    scores = pd.read_parquet(campaign.newest_evaluation(workdir) / "scores.parquet")
-    score = float(scores[scores.model == "tuned"].groupby("scorer").score.mean().sum())
-  stored["scores"][key] = score
-  workdir_lib.write_json(record, stored)
-  return score
-
-
-def _validation_prompts(options: argparse.Namespace) -> Path:
-  """Held-out prompts that no test of this campaign uses, as a file."""
-  file = options.runs.resolve() / "validation.txt"
-  if not file.exists():
-    test = set(shapes_prompts.held_out(150, seed=3000))
-    others = [p for p in shapes_prompts.held_out(300, seed=2000) if p not in test]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("\n".join(others[:75]) + "\n", encoding="utf-8")
-  return file
+  """The best of a method's grid; None where runs of it are missing and none may be made."""
+  return campaign.choose(runs, name, _arguments(name, options), grid_of(name))
 
 
 def record_base(runs: campaign.Campaign, options: argparse.Namespace) -> None:
@@ -248,7 +200,7 @@ def _measure(
   setting = choose(name, runs, options)
   return {
     "setting": list(setting or ()),
-    "tuned over": json.loads((runs.records / "grid" / f"{name}.json").read_text())["scores"],
+    "tuned over": campaign.grid_scores(runs, name),
     **{
       s: [record["means"][f"tuned/{s}"] for record in records]
       for s in sorted(set(tuned_rows[0].scorer))

@@ -2,9 +2,10 @@
 
   python benchmarks/online.py --out=docs/online
 
-For each seed an improver is trained on the data's pairs, and with it iterative DPO, with pairs
-of three sizes; beside it SPIN and offline DPO with as many updates at the same learning rate.
-The first seed's improver is also drawn with at several scales, and trained without its
+For each seed an improver is trained on the data's pairs, drawn with at several scales, and with
+it iterative DPO trained, with pairs of three sizes; beside it SPIN and offline DPO with as many
+updates. Learning rate and beta of each are the best of six tried on validation prompts, the
+last two's by `methods.py`. The first seed's improver is also trained without its
 reconstruction task. Finished runs leave records in `docs/online/`, so that a campaign of days
 goes on where it stopped, but iterative DPO's needs the improver's workdir. Writes the tables
 of `docs/online.md`, and into the folder `results.json` and `improver.png`.
@@ -13,6 +14,7 @@ of `docs/online.md`, and into the folder `results.json` and `improver.png`.
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -35,51 +37,53 @@ SCALES = {  # (s_T, s_I)
   "s_I": [(3.5, s) for s in (0.0, 1.0, 2.0, 3.0, 5.0)],
   "s_T": [(s, 3.0) for s in (0.0, 1.0, 2.0, 3.5, 5.0)],
 }
-SIZES = (50, 200, 800)  # pairs drawn in each iteration; the last is compared with others
-UPDATES, ITERATIONS = 100, 3  # of an iteration; offline DPO makes all of them in one
-PICTURES = 150  # prompts of a comparison by scales, one picture each
+CHOSEN = (3.5, 3.0)  # with which improvers draw for iterative DPO and the evaluation
+SIZES = (20, 100, 500)  # pairs drawn in each iteration; the last is compared with others
+UPDATES, ITERATIONS = 50, 3  # of an iteration; offline DPO makes all of them in one
+GRID = [
+  (f"optim.lr={lr}", f"loss.beta={b}") for b in (20.0, 200.0, 2000.0) for lr in (1e-4, 3e-4)
+]
+PICTURES = 150  # of a comparison by scales, or on training prompts
 SCORERS = ("shapes.correct", "shapes.quality")
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-  """A run for every seed: its configuration file and what is set there."""
+  """A run for every seed: its configuration file, what is set there, pairs it draws.
+
+  `setting`: of learning rate and beta; empty where the best of `GRID` is taken.
+  """
 
   config: str
-  fields: tuple[str, ...]
+  pairs: int = 0
+  setting: tuple[str, ...] = ()
 
 
-def kinds() -> dict[str, Kind]:
-  """What is compared, by name; iterative DPO's also takes the seed's improver."""
-  rate, total = "optim.lr=3e-4", UPDATES * ITERATIONS
-  each = (rate, f"train.num_updates={UPDATES}", f"iterate.num_iterations={ITERATIONS}")
-  return {
-    "dpo": Kind("dpo", (rate, f"train.num_updates={total}", "loss.beta=2000")),
-    "spin": Kind("spin", (*each, f"iterate.num_pairs={SIZES[-1]}")),
-    **{
-      f"iterative-{size}": Kind("iterative_dpo", (*each, f"iterate.num_pairs={size}"))
-      for size in SIZES
-    },
-  }
+KINDS = {
+  "dpo": Kind("dpo", 0, ("optim.lr=0.0003", "loss.beta=500.0")),
+  "spin": Kind("spin", SIZES[-1], ("optim.lr=0.0001", "loss.beta=200.0")),
+  **{f"iterative-{size}": Kind("iterative_dpo", size) for size in SIZES},
+}
+
+
+LARGEST = f"iterative-{SIZES[-1]}"
 
 
 def main(argv: list[str]) -> None:
   """Runs what is missing, seed by seed, then reports."""
   parser = campaign.make_parser(__doc__, "online")
-  parser.add_argument("--improver-updates", type=int, default=2000, help="of every improver")
+  add = parser.add_argument
+  add("--improver-updates", type=int, default=2000, help="of every improver")
+  add("--only", nargs="+", default=list(KINDS), choices=KINDS, metavar="KIND")
   options = parser.parse_args(argv)
   runs = campaign.open_campaign(options, _arguments("improver", options))
   records: dict[tuple[str, int], Any] = {}
   for seed in options.seeds:
-    improver = f"improver-{seed}"
-    records["improver", seed] = _improver(runs, improver, options, f"seed={seed}")
-    for name, kind in kinds().items():
-      fields = [f"seed={seed}", *kind.fields]
-      if kind.config == "iterative_dpo":
-        fields.append(f"iterate.improver={options.runs / improver}")
-      run = f"{name}-{seed}"
-      records[name, seed] = campaign.record_run(
-        runs, run, _arguments(kind.config, options, *fields), _measure_policy
+    records["improver", seed] = _improver(runs, f"improver-{seed}", options, f"seed={seed}")
+    for name in options.only:
+      arguments = arguments_of(name, runs, options, seed)
+      records[name, seed] = arguments and campaign.record_run(
+        runs, f"{name}-{seed}", arguments, _measure_policy
       )
   seed = options.seeds[0]
   without = ("loss.weight_reconstruction=0", "loss.weight_winning=0.67")
@@ -92,11 +96,45 @@ def main(argv: list[str]) -> None:
   report(records, runs, options)
 
 
+def arguments_of(
+  name: str, runs: campaign.Campaign, options: argparse.Namespace, seed: int
+) -> list[str] | None:
+  """Of a kind's run; None where its setting is not known yet and nothing may be run."""
+  kind = KINDS[name]
+  setting = kind.setting or campaign.choose(
+    runs, "iterative", _kind_arguments(LARGEST, options, options.seeds[0]), GRID
+  )
+  return setting and [
+    *_kind_arguments(name, options, seed),
+    *(f"--config.{field}" for field in (f"seed={seed}", *setting)),
+  ]
+
+
+def _kind_arguments(name: str, options: argparse.Namespace, seed: int) -> list[str]:
+  """All but the seed and the setting."""
+  kind = KINDS[name]
+  if not kind.pairs:
+    return _arguments(kind.config, options, f"train.num_updates={UPDATES * ITERATIONS}")
+  fields = [
+    f"train.num_updates={UPDATES}",
+    f"iterate.num_iterations={ITERATIONS}",
+    f"iterate.num_pairs={kind.pairs}",
+  ]
+  if kind.config == "iterative_dpo":
+    fields += [f"iterate.improver={options.runs / f'improver-{seed}'}", *_by_scales()]
+  return _arguments(kind.config, options, *fields)
+
+
+def _by_scales() -> list[str]:
+  text, image = CHOSEN
+  return [f"improve.text_guidance={text}", f"improve.image_guidance={image}"]
+
+
 def _improver(
   runs: campaign.Campaign, name: str, options: argparse.Namespace, *fields: str
 ) -> dict | None:
   updates = f"train.num_updates={options.improver_updates}"
-  arguments = _arguments("improver", options, updates, *fields)
+  arguments = _arguments("improver", options, updates, *_by_scales(), *fields)
   measure = functools.partial(_measure_improver, runs, name)
   return campaign.record_run(runs, name, arguments, measure)
 
@@ -127,13 +165,14 @@ def _measure_policy(workdir: Path) -> dict[str, Any]:
 
 
 def _measure_improver(runs: campaign.Campaign, name: str, workdir: Path) -> dict[str, Any]:
-  """What scales do on test prompts, and scores on training prompts."""
+  """What scales do on validation prompts, and scores on training prompts."""
   model = json.loads((workdir / "config.json").read_text())["model"]["path"]
-  prompts = shapes_prompts.held_out(PICTURES, seed=3000)
+  prompts = list(itertools.islice(itertools.cycle(campaign.validation_prompts()), PICTURES))
   seeds = np.arange(len(prompts)) + 6000
   _, shown = _draw(model, prompts, seeds)
   found: dict[str, Any] = {"base": _scores(shown, prompts)}
-  for text_scale, image_scale in sorted({s for scales in SCALES.values() for s in scales}):
+  scanned = {CHOSEN, *(s for scales in SCALES.values() for s in scales)}
+  for text_scale, image_scale in sorted(scanned):
     pipeline, better = _draw(
       str(workdir), prompts, seeds + 10_000, shown=shown, scales=(text_scale, image_scale)
     )
@@ -147,14 +186,14 @@ def _measure_improver(runs: campaign.Campaign, name: str, workdir: Path) -> dict
       "distance": apart(latents[1], latents[0]),
       "distance to another": apart(latents[1], np.roll(latents[0], 1, axis=0)),
     }
-    if (text_scale, image_scale) == (3.5, 3.0):
+    if (text_scale, image_scale) == CHOSEN:
       rows = [np.concatenate(s[:: len(s) // 8][:8], axis=1) for s in (shown, better)]
       strip = np.concatenate(rows)
       runs.records.mkdir(parents=True, exist_ok=True)
       Image.fromarray(strip).save(runs.records / f"{name}.png")
   others = train_prompts(PICTURES)
   _, shown = _draw(model, others, seeds)
-  _, better = _draw(str(workdir), others, seeds + 10_000, shown=shown, scales=(3.5, 3.0))
+  _, better = _draw(str(workdir), others, seeds + 10_000, shown=shown, scales=CHOSEN)
   return {
     "scales": found,
     "train prompts": _scores(better, others),
@@ -198,87 +237,136 @@ def report(
   records: dict[tuple[str, int], Any], runs: campaign.Campaign, options: argparse.Namespace
 ) -> None:
   """Writes the document's tables, results.json and improver.png from records."""
-  names = ["improver", *kinds()]
-  results = {
-    name: _summary(name, [records[name, seed] for seed in options.seeds], runs, options)
-    for name in names
+  of = lambda name: [records[name, seed] for seed in options.seeds]  # noqa: E731
+  results: dict[str, Any] = {
+    name: _summary(_scores_of(name, runs, options), of(name))
+    for name in ("improver", *options.only)
   }
+  results["duels"] = {
+    other: _against(LARGEST, other, runs, options)
+    for other in options.only
+    if other != LARGEST and LARGEST in options.only
+  }
+  results["tuned over"] = campaign.grid_scores(runs, "iterative")
+  results["scales"] = _over_seeds([record["scales"] for record in of("improver")])
   first = options.seeds[0]
-  scales = records["improver", first]["scales"]
-  without = records["without reconstruction", first]["scales"]
-  workdir_lib.write_json(
-    options.out / "results.json", {**results, "scales": scales, "without": without}
-  )
-  text = _text(results, scales, without, options)
+  results["without reconstruction"] = records["without reconstruction", first]["scales"]
+  workdir_lib.write_json(options.out / "results.json", results)
+  text = _text(results, options)
   campaign.write_into(campaign.document_of(options.out), text)
   _save_grid(runs.records / f"improver-{first}.png", options.out / "improver.png")
   print(text)
 
 
-def _summary(
-  name: str, found: list[dict], runs: campaign.Campaign, options: argparse.Namespace
-) -> dict[str, Any]:
+def _scores_of(name: str, runs: campaign.Campaign, options: argparse.Namespace) -> pd.DataFrame:
+  """Scores of all seeds' runs; each run's pictures count for themselves."""
   scores = [campaign.scores_of(runs, f"{name}-{seed}") for seed in options.seeds]
-  together = pd.concat(s.assign(seed=s.seed + i * 10**6) for i, s in enumerate(scores))
-  compared = compare.compare(together)
+  return pd.concat(s.assign(seed=s.seed + i * 10**6) for i, s in enumerate(scores))
+
+
+def _summary(scores: pd.DataFrame, found: list[dict]) -> dict[str, Any]:
   return {
     "base": {s: found[0]["means"][f"base/{s}"] for s in SCORERS},
     **{s: [record["means"][f"tuned/{s}"] for record in found] for s in SCORERS},
     "train": {s: [record["train prompts"][s] for record in found] for s in SCORERS},
     "base, train": found[0].get("base, train prompts", {}),
     "vendi": [record["vendi"] for record in found if "vendi" in record],
-    "p": {key: entry["p_value"] for key, entry in compared.items()},
-    "win rate": {
-      key: [entry["win_rate"], *entry["interval"]] for key, entry in compared.items()
-    },
+    "compared": _compared(scores),
     "minutes": [record["minutes"] for record in found],
   }
 
 
-def _text(results: dict, scales: dict, without: dict, options: argparse.Namespace) -> str:
+def _against(
+  name: str, other: str, runs: campaign.Campaign, options: argparse.Namespace
+) -> dict[str, Any]:
+  """A kind's pictures compared with another's of the same prompts, noise and seeds."""
+  ours, theirs = (_scores_of(n, runs, options) for n in (name, other))
+  theirs = theirs[theirs.model == "tuned"].assign(model="base")
+  return _compared(pd.concat([ours[ours.model == "tuned"], theirs]))
+
+
+def _compared(scores: pd.DataFrame) -> dict[str, Any]:
+  """By scorer: win rate with its interval, mean difference, and p of a paired t-test."""
+  return {
+    key.rpartition("-")[0]: {
+      "win rate": [entry["win_rate"], *entry["interval"]],
+      "difference": entry["difference"],
+      "p": entry["p_value"],
+    }
+    for key, entry in compare.compare(scores).items()
+  }
+
+
+def _over_seeds(found: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+  """Means over seeds of what was measured by scales."""
+  return {
+    key: {name: float(np.mean([f[key][name] for f in found])) for name in found[0][key]}
+    for key in found[0]
+  }
+
+
+def _text(results: dict, options: argparse.Namespace) -> str:
   spread = campaign.spread
   correct, quality = SCORERS
   base, on_train = (results["improver"][name] for name in ("base", "base, train"))
+  setting = max(results["tuned over"], key=results["tuned over"].__getitem__)
   lines = [
     campaign.provenance("python benchmarks/online.py", options.seeds, options.set),
     "",
-    "Mean +- standard deviation over seeds. Test prompts are held out; the training prompts "
-    "are 150 captions of the data. Win rates are of pairs of pictures of the same prompt "
-    "and noise against the base, by quality, all seeds together, with a 95 % interval over "
-    "prompts; p is of a paired t-test on prompts. All but the improver are trained for "
-    f"{UPDATES * ITERATIONS} updates, {UPDATES} in each of {ITERATIONS} iterations where there "
-    f"are any, at the same learning rate. {campaign.DIVERSITY}",
+    f"Improvers make {options.improver_updates} updates of 64 rows; all others "
+    f"{UPDATES * ITERATIONS} of 32 pairs, {UPDATES} in each of {ITERATIONS} iterations where "
+    "there are any, with the learning rate and beta that were best of six on validation "
+    f"prompts (iterative DPO: {setting}; the others' are in methods.md). Mean +- "
+    "standard deviation over seeds. Test prompts are held out; the training prompts "
+    f"are {PICTURES} captions of the data. Win rates are of pairs of pictures of the same "
+    "prompt and noise against the base, by quality, all seeds together, with a 95 % interval "
+    "over prompts; p is of a paired t-test on prompts, of correctness and of quality. "
+    f"{campaign.DIVERSITY}",
     "",
     "| | correct | quality | correct, train | quality, train | win rate | p | Vendi |",
     "|---|---|---|---|---|---|---|---|",
     f"| base | {base[correct]:.3f} | {base[quality]:.3f} | {on_train[correct]:.3f} "
     f"| {on_train[quality]:.3f} | | | |",
   ]
-  for name, r in results.items():
-    key = next(k for k in r["win rate"] if k.startswith(quality))
-    rate, low, high = r["win rate"][key]
+  for name in ("improver", *options.only):
+    r = results[name]
     diversity = spread(r["vendi"], "{:.2f}") if r["vendi"] else ""
     lines.append(
       f"| {name} | {spread(r[correct])} | {spread(r[quality])} | {spread(r['train'][correct])} "
-      f"| {spread(r['train'][quality])} | {rate:.3f} [{low:.3f}, {high:.3f}] "
-      f"| {compare.p_text(r['p'][key])} | {diversity} |"
+      f"| {spread(r['train'][quality])} | {_rate(r['compared'])} | {_p_values(r['compared'])} "
+      f"| {diversity} |"
     )
   lines += [
     "",
-    "`iterative-N` draws N pairs in each iteration. The improver's pictures are its versions "
-    "of the base's.",
+    "`iterative-N` draws N pairs in each iteration, `spin` as many as the largest. The "
+    "improver's pictures are its versions of the base's.",
+    "",
+    f"{LARGEST} against the others, same prompts, noise and seeds:",
+    "",
+    "| against | correct, difference | quality, difference | win rate | p |",
+    "|---|---|---|---|---|",
+  ]
+  for other, duel in results["duels"].items():
+    lines.append(
+      f"| {other} | {duel[correct]['difference']:+.3f} | {duel[quality]['difference']:+.3f} "
+      f"| {_rate(duel)} | {_p_values(duel)} |"
+    )
+  lines += [
     "",
     "### What the scales do",
     "",
-    f"The first seed's improver on the base's pictures of {PICTURES} test prompts, one each. "
-    "Distances are root mean squares between latents: to the picture that was shown, and for "
-    "comparison to that of another prompt.",
+    f"Improvers on {PICTURES} of the base's pictures of validation prompts; means over seeds, "
+    "without reconstruction of the first. Distances are root mean squares between latents: to "
+    "the picture that was shown, and for comparison to another's.",
     "",
     "| s_T | s_I | correct | quality | distance | to another |",
     "|---|---|---|---|---|---|",
-    f"| the base | | {scales['base'][correct]:.3f} | {scales['base'][quality]:.3f} | 0 | |",
   ]
-  for title, table in (("", scales), ("without reconstruction ", without)):
+  scales = results["scales"]
+  lines.append(
+    f"| the base | | {scales['base'][correct]:.3f} | {scales['base'][quality]:.3f} | 0 | |"
+  )
+  for title, table in (("", scales), ("without: ", results["without reconstruction"])):
     for of in SCALES.values():
       for s_t, s_i in of:
         r = table[f"{s_t:g} {s_i:g}"]
@@ -288,12 +376,22 @@ def _text(results: dict, scales: dict, without: dict, options: argparse.Namespac
         )
   lines += [
     "",
-    "The base's pictures above, the improver's versions below (s_T = 3.5, s_I = 3):",
+    f"The base's pictures above, the first improver's versions below (s_T = {CHOSEN[0]:g}, "
+    f"s_I = {CHOSEN[1]:g}):",
     "",
     f"![]({options.out.name}/improver.png)",
     "",
   ]
   return "\n".join(lines)
+
+
+def _rate(compared: dict[str, Any]) -> str:
+  rate, low, high = compared[SCORERS[1]]["win rate"]
+  return f"{rate:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _p_values(compared: dict[str, Any]) -> str:
+  return ", ".join(compare.p_text(compared[name]["p"]) for name in SCORERS)
 
 
 def _save_grid(strip: Path, path: Path) -> None:

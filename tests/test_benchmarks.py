@@ -138,22 +138,33 @@ def test_dro_ablations(surroundings, tmp_path, runs_are_copies):
     program.main([*arguments, "--report"])
 
 
-def test_online(surroundings, tiny_pipeline, tmp_path, monkeypatch):
+def test_online(surroundings, finished, tiny_pipeline, tmp_path, monkeypatch):
   program = _program("online")
-  monkeypatch.setattr(program, "SIZES", (4,))
+  kinds = {"iterative-4": program.Kind("iterative_dpo", 4), "dpo": program.KINDS["dpo"]}
+  monkeypatch.setattr(program, "KINDS", kinds)
+  monkeypatch.setattr(program, "LARGEST", "iterative-4")
+  monkeypatch.setattr(program, "GRID", [("optim.lr=1e-3", "loss.beta=20")])
   monkeypatch.setattr(program, "UPDATES", 1)
   monkeypatch.setattr(program, "ITERATIONS", 1)
   monkeypatch.setattr(program, "SCALES", {"s_I": [(3.5, 3.0)]})
   monkeypatch.setattr(program, "PICTURES", 8)
   monkeypatch.setattr(campaign, "PROMPTS", 2)
-  both = {"iterative-4": program.kinds()["iterative-4"]}  # SPIN and DPO are run elsewhere
-  monkeypatch.setattr(program, "kinds", lambda: both)
-  fields = ["iterate.min_change=0", "optim.lr=1e-3"]  # random weights draw all alike
-  arguments = ["--seeds", "0", "--improver-updates=1"]
+  fields = ["iterate.min_change=0"]  # random weights draw all alike
+  arguments = ["--seeds", "0", "--improver-updates=1", "--only", *kinds]
   kept = [f for f in surroundings if not f.startswith("train.")]
   monkeypatch.setattr(
     program, "_arguments", _with_fields(program._arguments, "iterative_dpo", fields)
   )
+  really_run = campaign.main.main
+
+  def run(arguments):  # only the improver and the policy it teaches
+    (workdir,) = (a.partition("=")[2] for a in arguments if a.startswith("--workdir="))
+    if not any(part in workdir for part in ("grid", "dpo-0")):
+      return really_run(arguments)
+    shutil.copytree(finished, workdir)
+    return 0
+
+  monkeypatch.setattr(campaign.main, "main", run)
   drawn = []
 
   def draw(model, prompts, seeds, **options):  # but for the last, which says that it works
@@ -163,7 +174,9 @@ def test_online(surroundings, tiny_pipeline, tmp_path, monkeypatch):
 
   really_draw = program._draw
   monkeypatch.setattr(program, "_draw", draw)
-  with pytest.raises(SystemExit, match="not finished yet: improver 0, iterative-4 0, without"):
+  with pytest.raises(
+    SystemExit, match="not finished yet: improver 0, iterative-4 0, dpo 0, without"
+  ):
     program.main([*arguments, *kept, "--report"])
   # The same improver stands for the one without reconstruction: a run less.
   train_improver = program._improver
@@ -174,10 +187,11 @@ def test_online(surroundings, tiny_pipeline, tmp_path, monkeypatch):
   improved = [call for call in drawn if "shown" in call[-1]][-1]
   assert really_draw(*improved[:-1], **improved[-1])[1].shape == (8, 16, 16, 3)
   results = json.loads((tmp_path / "out" / "results.json").read_text())
-  assert set(results) == {"improver", "iterative-4", "scales", "without"}
+  assert {"improver", "iterative-4", "dpo", "scales", "without reconstruction"} < set(results)
+  assert set(results["duels"]) == {"dpo"} and len(results["tuned over"]) == 1
   assert len(results["iterative-4"]["vendi"]) == 1
   table = (tmp_path / "out.md").read_text()
-  assert "| iterative-4 | " in table and "| without reconstruction 3.5 | 3 | " in table
+  assert "| iterative-4 | " in table and "| without: 3.5 | 3 | " in table
   assert (tmp_path / "out" / "improver.png").stat().st_size > 500
   shutil.rmtree(tmp_path / "runs")
   program.main([*arguments, *kept, "--report"])
@@ -185,17 +199,24 @@ def test_online(surroundings, tiny_pipeline, tmp_path, monkeypatch):
   assert len(set(program.train_prompts(40))) == 40
 
 
-def test_what_online_compares_is_sound():
+def test_what_online_compares_is_sound(tmp_path, monkeypatch):
+  monkeypatch.chdir(ROOT)
   program = _program("online")
-  totals = {}
-  for name, kind in program.kinds().items():
-    flags = [f"--config.{field}" for field in kind.fields]
-    path = f"--config={ROOT}/configs/{kind.config}.py"
-    config, _ = config_lib.parse_args([path, *flags], flags={})
+  options = campaign.make_parser("Online.", "online").parse_args([f"--runs={tmp_path}"])
+  monkeypatch.setattr(campaign, "choose", lambda runs, name, given, settings: settings[-1])
+  updates = set()
+  for name in program.KINDS:
+    arguments = program.arguments_of(name, None, options, 1)
+    config, _ = config_lib.parse_args(arguments, flags={})
     config_lib.validate(config)
+    assert config.seed == 1
+    if name.startswith("iterative"):
+      assert (config.optim.lr, config.loss.beta) == (3e-4, 2000.0)  # the last of the grid
+      assert config.iterate.improver.endswith("improver-1")
+      assert config.iterate.num_pairs == int(name.rpartition("-")[-1])
     times = config.iterate.num_iterations if "iterate" in config else 1
-    totals[name] = (config.train.num_updates * times, config.optim.lr, config.loss.beta)
-  assert len(totals) == 5 and len(set(totals.values())) == 1  # as many updates, alike
+    updates.add((config.train.num_updates * times, config.train.batch_size))
+  assert len(program.KINDS) == 5 and len(updates) == 1  # as many updates, of as many pairs
 
 
 def _with_fields(function, config, fields):
