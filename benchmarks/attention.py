@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 import side_by_side
 
-from jaxpref import runtime
+from jaxpref import runtime, sharding
 from jaxpref.models import kernels
 
+KERNELS = ("plain", "xla", "cudnn", "splash")
 SHAPES = ["2x256x4x40", "2x64x4x64"]
 
 
@@ -29,7 +30,7 @@ def main(argv: list[str]) -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   add = parser.add_argument
   add("--shapes", nargs="+", default=SHAPES)
-  add("--kernels", nargs="+", default=["plain", "xla"], choices=("plain", "xla", "cudnn"))
+  add("--kernels", nargs="+", default=["plain", "xla"], choices=KERNELS)
   add("--dtype", default="float32", choices=("float32", "bfloat16"))
   add("--against", default="", choices=("", "torch"))
   add("--turns", type=int, default=15)
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> None:
 def ours(name: str, shape: tuple[int, ...], dtype: str):
   """Loss and gradients with one of our kernels."""
   query, key, value = (jax.random.normal(jax.random.key(i), shape, dtype) for i in range(3))
-  scale = shape[-1] ** -0.5
+  scale, mesh = shape[-1] ** -0.5, sharding.make_mesh()
 
   @jax.jit
   def run(query, key, value):
@@ -64,7 +65,9 @@ def ours(name: str, shape: tuple[int, ...], dtype: str):
         logits = scale * jnp.einsum("bqhd,bkhd->bhqk", query, key)
         out = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits), value)
       else:
-        out = kernels.dot_product_attention(query, key, value, scale=scale, kernel=name)
+        out = kernels.dot_product_attention(
+          *(query, key, value), scale=scale, kernel=name, mesh=mesh
+        )
       return jnp.square(out.astype(jnp.float32)).sum()
 
     return jax.value_and_grad(loss, (0, 1, 2))(query, key, value)

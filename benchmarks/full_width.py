@@ -147,7 +147,7 @@ def _dro(pipeline, mesh, options, seconds) -> None:
   make_state = lambda p: steps.init_state(p, tx, seed=0, lagging_copy=False)  # noqa: E731
   placement = sharding.params_sharding(mesh, jax.eval_shape(make_state, begin))
   state = jax.jit(make_state, out_shardings=placement)(begin)
-  denoise = unet_lib.make_denoise(pipeline.modules["unet"])
+  denoise = unet_lib.make_denoise(pipeline.modules["unet"], mesh=mesh)
   step = steps.make_train_step(
     denoise,
     pipeline.schedule,

@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
   params, cond = unet_lib.freeze(inputs.state.params, options.dtype), inputs.batch["cond"]
   uncond = programs.abstract_rows(checked, 1)["cond"]
   uncond = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), uncond)
-  denoise = unet_lib.make_denoise(pipeline.modules["unet"])
+  denoise = unet_lib.make_denoise(pipeline.modules["unet"], mesh=checked.mesh)
   x_t = side_by_side.rows_placed(
     checked, jax.random.normal(jax.random.key(0), (options.rows, *pipeline.latent_shape))
   )

@@ -29,7 +29,7 @@ def base(name: str, preset: str) -> ConfigDict:
   c.model.start = ""  # a run or pipeline whose UNet training begins with; '': the base's
   c.model.dtype = "float32"  # of the computation; parameters and moments are float32
   c.model.frozen_dtype = "float32"  # in which the base is held besides what is trained
-  c.model.attention = "auto"  # 'stock', 'xla', 'cudnn'; 'auto': by platform, see models/kernels
+  c.model.attention = "auto"  # 'stock', 'xla', 'cudnn', 'splash'; 'auto': by platform
   c.model.norm = "auto"  # 'lean' keeps less for the backward pass; 'stock'; 'auto': by platform
   c.model.remat = "none"  # 'transformer', 'blocks', 'full' compute twice what they do not keep
 

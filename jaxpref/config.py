@@ -46,7 +46,7 @@ _AXIS = (lambda value: value >= 1 or value == -1, "at least 1, or -1 for the res
 
 RULES: Rules = {
   **dict.fromkeys(("model.dtype", "model.frozen_dtype"), _one_of("float32", "bfloat16")),
-  "model.attention": _one_of("auto", "stock", "xla", "cudnn"),
+  "model.attention": _one_of("auto", "stock", "xla", "cudnn", "splash"),
   "model.norm": _one_of("auto", "stock", "lean"),
   "model.remat": _one_of("none", "attention", "transformer", "blocks", "full"),
   "data.desirable_share": (lambda value: 0 < value < 1, "above 0 and below 1"),

@@ -21,7 +21,7 @@ def bytes_on_device(tree: Any, mesh: Any) -> int:
   return sum(jax.tree.leaves(sizes))
 
 
-def kept_bytes(pipeline: Pipeline, **options: str) -> int:
+def kept_bytes(pipeline: Pipeline, **options: Any) -> int:
   """What the UNet's forward pass keeps of one latent for the backward pass.
 
   Args:

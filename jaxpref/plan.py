@@ -9,6 +9,7 @@ devices. No accelerator is needed, and of the model only its configuration files
 """
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -86,7 +87,9 @@ def _run(argv: list[str]) -> None:
   numbers = plan(config, flags["topology"], mfu=mfu)
   print(describe(numbers), flush=True)
   if compiles == "yes":
-    numbers["compiled"] = compile_programs(_for_accelerator(config), flags["topology"])
+    numbers["compiled"] = compile_programs(
+      _for_accelerator(config, traced_only=False), flags["topology"]
+    )
     print("\n".join(describe_compiled(numbers["compiled"])))
   if "json" in flags:
     workdir_lib.write_json(Path(flags["json"]), numbers)
@@ -197,16 +200,28 @@ class _Model:
 
 
 def _has_fused_attention(checked: Any, chip: Chip) -> bool:
-  """Whether the longest attention is cuDNN's, which it is in two bytes a number."""
-  return chip.platform == "gpu" and checked.config.model.dtype == "bfloat16"
+  """Whether the longest attention keeps no logits: in two bytes a number on GPUs, by tiles."""
+  from jaxpref.models import kernels  # noqa: PLC0415
+
+  if chip.platform == "gpu":
+    return checked.config.model.dtype == "bfloat16"
+  return kernels.has_tiles(math.prod(checked.pipeline.latent_shape[1:]))
 
 
-def _for_accelerator(config: Any) -> Any:
-  """The configuration with 'auto' as it is there, and without what only reads files."""
+def _for_accelerator(config: Any, *, traced_only: bool = True) -> Any:
+  """The configuration with 'auto' as it is there, and without what only reads files.
+
+  Args:
+    config: of a run.
+    traced_only: or else compiled for TPUs, which takes the kernels that run there.
+  """
   config = config.copy_and_resolve_references()
   with config.unlocked():
-    # XLA's attention in cuDNN's place: that one cannot be traced here.
-    config.model.attention = "stock" if config.model.attention == "stock" else "xla"
+    if config.model.attention != "stock" and traced_only:
+      # In cuDNN's place, which cannot be traced here.
+      config.model.attention = "xla"
+    elif config.model.attention == "auto":
+      config.model.attention = "splash"
     config.model.norm = "stock" if config.model.norm == "stock" else "lean"
     config.model.start = ""
     if "iterate" in config:

@@ -91,6 +91,7 @@ def check(config: Any, *, mesh: Any = None) -> Checked:
   plans = mesh is not None
   if not plans:
     mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+    _check_attention(config.model.attention)
   sharding.check_batch(config.train.batch_size, mesh, accumulate=config.train.accumulate)
   loss = losses.load_loss(config.loss.name)
   hyper = losses.hyper_of(loss, config.loss)
@@ -121,6 +122,16 @@ def check(config: Any, *, mesh: Any = None) -> Checked:
   if config.lora.rank:  # a pattern without a match is refused here, too
     abstract_trained(config, pipeline)
   return Checked(config, mesh, loss, hyper, arms, pipeline, start)
+
+
+def _check_attention(kernel: str) -> None:
+  """Refuses kernels of other devices than there are."""
+  needed = {"cudnn": "gpu", "splash": "tpu"}.get(kernel)
+  if needed and needed != (platform := jax.default_backend()):
+    raise UserError(
+      f"model.attention = {kernel!r} runs on {needed.upper()}s, and here is a "
+      f"{platform.upper()}; 'auto' takes what there is"
+    )
 
 
 def check_steps(pipeline: pipeline_lib.Pipeline, field: str, num_steps: int) -> None:

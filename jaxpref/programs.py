@@ -70,6 +70,7 @@ def make_programs(checked: Checked, trained: Any, rows: Any, uncond: Any) -> Pro
     attention=config.model.attention,
     norm=config.model.norm,
     remat=config.model.remat,
+    mesh=mesh,
   )
   dropout = config.data.prompt_dropout
   train_step = steps.make_train_step(

@@ -14,7 +14,7 @@ def compile_programs(config: Any, topology: str) -> dict[str, Any]:
   """The TPU compiler's account of a run's programs.
 
   Args:
-    config: of a run, with XLA's kernels: others cannot be compiled for without a TPU.
+    config: of a run, with kernels that TPUs have.
     topology: of TPUs, such as 'v5e:4x4'.
 
   Returns:

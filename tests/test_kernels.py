@@ -1,6 +1,9 @@
 """Other kernels in the UNet: the same results, fewer bytes kept, no hidden float32."""
 
 import json
+import os
+import subprocess
+import sys
 
 import families
 import flax.linen as nn
@@ -8,10 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
+import splash_main
+from conftest import ROOT, WITHOUT_TORCH, xla_flags
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractMesh, AxisType
 
 from jaxpref import config as config_lib
-from jaxpref import memory
+from jaxpref import memory, sharding
 from jaxpref.models import interceptors, kernels, lora, pipeline, unet
 
 ALTERNATIVES = {
@@ -131,7 +137,7 @@ def test_the_norm_is_as_exact_as_flaxs_far_from_zero():
 
 def test_the_configuration_takes_them_all():
   for field, values in {
-    "model.attention": ("auto", "stock", "xla", "cudnn"),
+    "model.attention": ("auto", "stock", "xla", "cudnn", "splash"),
     "model.norm": ("auto", "stock", "lean"),
     "model.remat": tuple(interceptors.REMAT),
   }.items():
@@ -150,9 +156,50 @@ def test_attention_is_softmax():
   np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-6)  # too short for cuDNN: XLA's
 
 
+@pytest.mark.parametrize("query, key, size", [(1024, 1024, 40), (1152, 1024, 160)])
+def test_splash_attention_is_xlas(query, key, size):
+  """Outputs and gradients, as Pallas' interpreter computes them; tiles of 512 and of 128."""
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  shapes = [(2, n, 1, size) for n in (query, key, key)]
+  want = splash_main.results(mesh, "xla", shapes)
+  with pltpu.force_tpu_interpret_mode():
+    got = splash_main.results(mesh, "splash", shapes)
+  assert len(got) == 4 and all(relative(a, b) < 1e-5 for a, b in zip(got, want, strict=True))
+
+
+def test_splash_attention_splits_rows_over_devices():
+  """With XLA's attention in the kernel's place: the interpreter is for one device."""
+  program = [sys.executable, splash_main.__file__]
+  env = os.environ | {"XLA_FLAGS": xla_flags(devices=4)} | WITHOUT_TORCH
+  done = subprocess.run(
+    program, check=False, env=env, capture_output=True, text=True, timeout=120
+  )
+  assert done.returncode == 0, done.stderr
+  errors = json.loads(done.stdout)
+  assert len(errors) == 2 and all(max(e) < 1e-6 for e in errors.values()), errors
+
+
+def test_splash_attention_takes_what_divides_into_tiles_and_rows():
+  two = AbstractMesh((2, 1), sharding.BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
+
+  def kernel_used(rows, tokens, told, mesh=two):
+    q, k = (jax.ShapeDtypeStruct((rows, n, 2, 40), jnp.float32) for n in (tokens, told))
+    attend = lambda q, k: kernels.dot_product_attention(  # noqa: E731
+      q, k, k, scale=1.0, kernel="splash", mesh=mesh
+    )
+    names = {e.primitive.name for e in equations(jax.make_jaxpr(attend)(q, k).jaxpr)}
+    return "splash" if "pallas_call" in names else "xla"
+
+  assert kernel_used(2, 4096, 4096) == kernel_used(4, 2304, 1024) == "splash"
+  # Short, prompts, no tiles, a row for two devices, no mesh.
+  assert kernel_used(2, 256, 256) == kernel_used(2, 4096, 77) == "xla"
+  assert kernel_used(2, 1089, 1089) == kernel_used(1, 1024, 1024) == "xla"
+  assert kernel_used(2, 1024, 1024, mesh=None) == "xla"
+
+
 def test_which_kernel_serves_a_platform(monkeypatch):
   assert [kernels.resolve_attention("auto", p) for p in ("cpu", "gpu", "tpu")] == [
-    *("stock", "cudnn", "xla")
+    *("stock", "cudnn", "splash")
   ]
   asked = []
   monkeypatch.setattr(

@@ -63,7 +63,7 @@ def make_generator(
   """
   if decode not in DECODES:
     raise UserError(f"decode must be one of {', '.join(DECODES)}, got {decode!r}")
-  denoise = unet_lib.make_denoise(pipeline.modules["unet"])
+  denoise = unet_lib.make_denoise(pipeline.modules["unet"], mesh=mesh)
   vae = pipeline.modules["vae"]
   schedule = pipeline.schedule
   latent_shape = latent_shape_of(pipeline, size)

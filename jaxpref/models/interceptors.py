@@ -16,6 +16,7 @@ from diffusers.models.attention_flax import (
   FlaxTransformer2DModel,
 )
 from diffusers.models.resnet_flax import FlaxResnetBlock2D
+from jax.sharding import Mesh
 
 from jaxpref.models import kernels
 
@@ -52,7 +53,7 @@ def transformer_norm(next_fun, args, kwargs, context: nn.module.InterceptorConte
   return module.clone(epsilon=1e-6, parent=None).apply(module.variables, *args, **kwargs)
 
 
-def attention(kernel: str) -> Interceptor:
+def attention(kernel: str, mesh: Mesh | None = None) -> Interceptor:
   """Attention by `kernels.dot_product_attention`; the stock module keeps all logits."""
 
   def intercept(next_fun, args, kwargs, context: nn.module.InterceptorContext):
@@ -69,6 +70,7 @@ def attention(kernel: str) -> Interceptor:
       *(by_head(module.query(hidden)), by_head(module.key(told)), by_head(module.value(told))),
       scale=module.scale,
       kernel=kernel,
+      mesh=mesh,
     )
     out = module.proj_attn(out.reshape(*out.shape[:2], -1))
     deterministic = _given(args, kwargs, "hidden_states", "context", "deterministic")[2]

@@ -4,24 +4,35 @@ What they are put in the place of `jaxpref.models.interceptors` says.
 """
 
 import functools
+import math
+from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
 
-_LONG = 1024  # tokens; below, cuDNN's kernels gain nothing
+_LONG = 1024  # tokens; below, fused kernels gain nothing
+_TILES = (512, 256, 128)  # tokens of a tile of splash attention; the largest that divides
 _Moments = tuple[jax.Array, jax.Array]
 
 
 def resolve_attention(kernel: str, platform: str) -> str:
-  """What 'auto' is on a platform: cuDNN's on GPUs, the modules' own on CPUs, else XLA's."""
+  """What 'auto' is: cuDNN's on GPUs, splash on TPUs, the modules' own on CPUs, else XLA's."""
   if kernel != "auto":
     return kernel
-  return {"gpu": "cudnn", "cpu": "stock"}.get(platform, "xla")
+  return {"gpu": "cudnn", "tpu": "splash", "cpu": "stock"}.get(platform, "xla")
 
 
 def dot_product_attention(
-  query: jax.Array, key: jax.Array, value: jax.Array, *, scale: float, kernel: str
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  *,
+  scale: float,
+  kernel: str,
+  mesh: Mesh | None = None,
 ) -> jax.Array:
   """softmax(scale q k^T) v, each head by itself.
 
@@ -30,16 +41,74 @@ def dot_product_attention(
     key: [B, K, heads, D].
     value: the same.
     scale: of the logits.
-    kernel: 'xla', or 'cudnn' where it can: in two bytes a number, with heads of a size
-      that it has (up to 128 in steps of 8), for long sequences; else XLA's.
+    kernel: 'xla', or for long sequences 'cudnn' or 'splash' where they can, else XLA's.
+      cuDNN's is for two bytes a number and heads of a size that it has (up to 128 in steps
+      of 8); splash attention, JAX's own kernel for TPUs, for sequences that divide into
+      tiles.
+    mesh: whose devices the rows are split over; without it 'splash' is XLA's.
 
   Returns:
     [B, Q, heads, D], in the dtype of the query.
   """
+  if kernel == "splash" and mesh and has_tiles(query.shape[1]) and has_tiles(key.shape[1]):
+    local = functools.partial(_splash_attention, scale=scale)
+    if split := _over_rows(local, query.shape[0], mesh):
+      return split(query, key, value)
   long = min(query.shape[1], key.shape[1]) >= _LONG
   fits = query.dtype.itemsize == 2 and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
   use: Literal["cudnn", "xla"] = "cudnn" if kernel == "cudnn" and long and fits else "xla"
   return jax.nn.dot_product_attention(query, key, value, scale=scale, implementation=use)
+
+
+def has_tiles(tokens: int) -> bool:
+  """Whether splash attention takes a sequence: a long one that divides into tiles."""
+  return tokens >= _LONG and tokens % _TILES[-1] == 0
+
+
+def _splash_attention(
+  query: jax.Array, key: jax.Array, value: jax.Array, *, scale: float
+) -> jax.Array:
+  """Attention that holds a tile of logits at a time, on a single device."""
+  # Pallas takes long to import, and only TPUs need it.
+  from jax.experimental.pallas.ops.tpu import splash_attention as splash  # noqa: PLC0415
+
+  q, kv = (next(t for t in _TILES if x.shape[1] % t == 0) for x in (query, key))
+  mask = splash.FullMask((query.shape[1], key.shape[1]))
+  # Rows are heads like others: each by itself, under the same mask.
+  heads = query.shape[0] * query.shape[2]
+  attend = splash.make_splash_mha(
+    splash.MultiHeadMask([mask] * heads),
+    block_sizes=splash.BlockSizes(q, kv, kv, q, kv, kv, q, kv),
+    head_shards=1,
+    q_seq_shards=1,
+  )
+  by_head = lambda x: x.swapaxes(1, 2).reshape(heads, x.shape[1], x.shape[3])  # noqa: E731
+  out = attend(by_head(query * scale), by_head(key), by_head(value))
+  out = out.reshape(query.shape[0], query.shape[2], query.shape[1], -1)
+  return out.swapaxes(1, 2).astype(query.dtype)
+
+
+def _over_rows(local: Callable, rows: int, mesh: Mesh) -> Callable | None:
+  """A function of a device's rows as one of all rows: XLA cannot split a Pallas kernel.
+
+  None where the rows do not divide. Inside of `jax.shard_map`, of a device's rows there.
+  """
+  around = jax.sharding.get_abstract_mesh()
+  known = mesh if around.empty else around
+  kinds = dict(zip(known.axis_names, known.axis_types, strict=True))
+  axes = tuple(name for name, kind in kinds.items() if kind != AxisType.Manual)
+  if not axes:
+    return local
+  if rows % math.prod(known.shape[name] for name in axes):
+    return None
+  return jax.shard_map(
+    local,
+    mesh=known,
+    in_specs=P(axes),
+    out_specs=P(axes),
+    axis_names=set(axes),
+    check_vma=False,
+  )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))

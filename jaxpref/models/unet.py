@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from diffusers import FlaxUNet2DConditionModel
+from jax.sharding import Mesh
 
 from jaxpref.errors import UserError
 from jaxpref.models import interceptors, kernels, lora
@@ -91,7 +92,12 @@ def refuse_unsupported(config: Mapping[str, Any], supported: Mapping[str, Any]) 
 
 
 def make_denoise(
-  unet: nn.Module, *, attention: str = "auto", norm: str = "auto", remat: str = "none"
+  unet: nn.Module,
+  *,
+  attention: str = "auto",
+  norm: str = "auto",
+  remat: str = "none",
+  mesh: Mesh | None = None,
 ) -> Denoise:
   """The UNet's forward pass as `denoise(params, x_t, t, cond)`.
 
@@ -100,10 +106,11 @@ def make_denoise(
 
   Args:
     unet: from `build_unet`.
-    attention: 'stock', 'xla' or 'cudnn', see `kernels.dot_product_attention`, or 'auto', see
-      `kernels.resolve_attention`.
+    attention: 'stock', 'xla', 'cudnn' or 'splash', see `kernels.dot_product_attention`, or
+      'auto', see `kernels.resolve_attention`.
     norm: 'stock', 'lean' (`interceptors.lean_norm`), or 'auto', which is 'stock' on CPUs.
     remat: of `interceptors.REMAT`.
+    mesh: whose devices the rows are split over, for kernels that XLA cannot split.
   """
   platform = jax.default_backend()
   attention = kernels.resolve_attention(attention, platform)
@@ -123,7 +130,7 @@ def make_denoise(
       for interceptor in (  # the outermost first
         *([interceptors.remat(remat)] if remat != "none" else []),
         *([interceptors.lean_norm] if norm == "lean" else [interceptors.transformer_norm]),
-        *([interceptors.attention(attention)] if attention != "stock" else []),
+        *([interceptors.attention(attention, mesh)] if attention != "stock" else []),
         interceptors.exact_gelu,
         *([lora.interceptor(params.scale)] if adapted else []),
       ):
