@@ -4,8 +4,8 @@
 
 For each seed an improver is trained on the data's pairs, drawn with at several scales, and with
 it iterative DPO trained, with pairs of three sizes; beside it SPIN and offline DPO with as many
-updates. Learning rate and beta of each are the best of six tried on validation prompts, the
-last two's by `methods.py`. The first seed's improver is also trained without its
+updates. Learning rate and beta are the best of four tried on validation prompts; those of the
+last two are the best of six by `methods.py`. The first seed's improver is also trained without its
 reconstruction task. Finished runs leave records in `docs/online/`, so that a campaign of days
 goes on where it stopped, but iterative DPO's needs the improver's workdir. Writes the tables
 of `docs/online.md`, and into the folder `results.json` and `improver.png`.
@@ -40,9 +40,7 @@ SCALES = {  # (s_T, s_I)
 CHOSEN = (3.5, 3.0)  # with which improvers draw for iterative DPO and the evaluation
 SIZES = (20, 100, 500)  # pairs drawn in each iteration; the last is compared with others
 UPDATES, ITERATIONS = 50, 3  # of an iteration; offline DPO makes all of them in one
-GRID = [
-  (f"optim.lr={lr}", f"loss.beta={b}") for b in (20.0, 200.0, 2000.0) for lr in (1e-4, 3e-4)
-]
+GRID = [(f"optim.lr={r}", f"loss.beta={b}") for b in (200.0, 2000.0) for r in (1e-4, 3e-4)]
 PICTURES = 150  # of a comparison by scales, or on training prompts
 SCORERS = ("shapes.correct", "shapes.quality")
 
@@ -64,8 +62,6 @@ KINDS = {
   "spin": Kind("spin", SIZES[-1], ("optim.lr=0.0001", "loss.beta=200.0")),
   **{f"iterative-{size}": Kind("iterative_dpo", size) for size in SIZES},
 }
-
-
 LARGEST = f"iterative-{SIZES[-1]}"
 
 
@@ -315,8 +311,9 @@ def _text(results: dict, options: argparse.Namespace) -> str:
     "",
     f"Improvers make {options.improver_updates} updates of 64 rows; all others "
     f"{UPDATES * ITERATIONS} of 32 pairs, {UPDATES} in each of {ITERATIONS} iterations where "
-    "there are any, with the learning rate and beta that were best of six on validation "
-    f"prompts (iterative DPO: {setting}; the others' are in methods.md). Mean +- "
+    "there are any, with the learning rate and beta that were best on validation prompts "
+    f"(iterative DPO: {setting}, of {len(results['tuned over'])} settings; those of the others "
+    "in methods.md, of six). Mean +- "
     "standard deviation over seeds. Test prompts are held out; the training prompts "
     f"are {PICTURES} captions of the data. Win rates are of pairs of pictures of the same "
     "prompt and noise against the base, by quality, all seeds together, with a 95 % interval "
