@@ -5,10 +5,10 @@
 For each seed an improver is trained on the data's pairs, drawn with at several scales, and with
 it iterative DPO trained, with pairs of three sizes; beside it SPIN and offline DPO with as many
 updates. Learning rate and beta are the best of four tried on validation prompts; those of the
-last two are the best of six by `methods.py`. The first seed's improver is also trained without its
-reconstruction task. Finished runs leave records in `docs/online/`, so that a campaign of days
-goes on where it stopped, but iterative DPO's needs the improver's workdir. Writes the tables
-of `docs/online.md`, and into the folder `results.json` and `improver.png`.
+last two are the best of six by `methods.py`. The first seed's improver is also trained without
+its reconstruction task. Finished runs leave records in `docs/online/`, so that a campaign of
+days goes on where it stopped, but iterative DPO's needs the improver's workdir. Writes the
+tables of `docs/online.md`, and into the folder `results.json` and `improver.png`.
 """
 
 import argparse
