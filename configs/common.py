@@ -5,9 +5,9 @@ accelerator. `sd15` and `sdxl` are recipes as published for Stable Diffusion 1.5
 Pick-a-Pic from local files (`--config.data.path=DIR`). Learning rate, batch, warm-up, updates
 and prompt dropout that a file does not give a source for are those of Diffusion-DPO's launchers
 (https://github.com/SalesforceAIResearch/DiffusionDPO), which later methods took over; they also
-flip images at random (`data.flip`, off here where left and right matter). The evaluation, on
-captions of the training images with a seed of its own, is ours. `tiny` is `shapes` cut
-down to seconds, for tests.
+flip images at random, which here is `--config.data.flip=true`: off but for DRO and SFT, as it
+takes twice the memory. The evaluation, on captions of the training images with a seed of its
+own, is ours. `tiny` is `shapes` cut down to seconds, for tests.
 """
 
 from ml_collections import ConfigDict
