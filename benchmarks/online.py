@@ -4,8 +4,8 @@
 
 For each seed an improver is trained on the data's pairs, drawn with at several scales, and with
 it iterative DPO trained, with pairs of three sizes; beside it SPIN and offline DPO with as many
-updates. Learning rate and beta are the best of four tried on validation prompts; those of the
-last two are the best of six by `methods.py`. The first seed's improver is also trained without
+updates. Learning rate and beta are the best of six tried on validation prompts, those of the
+last two by `methods.py`. The first seed's improver is also trained without
 its reconstruction task. Finished runs leave records in `docs/online/`, so that a campaign of
 days goes on where it stopped, but iterative DPO's needs the improver's workdir. Writes the
 tables of `docs/online.md`, and into the folder `results.json` and `improver.png`.
@@ -14,6 +14,7 @@ tables of `docs/online.md`, and into the folder `results.json` and `improver.png
 import argparse
 import dataclasses
 import functools
+import io
 import itertools
 import json
 import sys
@@ -29,6 +30,7 @@ from PIL import Image
 from jaxpref import scorers, sharding, tuned
 from jaxpref import workdir as workdir_lib
 from jaxpref.data import encode, experts
+from jaxpref.data import online as pairs_lib
 from jaxpref.data.shapes import builder
 from jaxpref.data.shapes import prompts as shapes_prompts
 from jaxpref.evaluation import compare, generate
@@ -40,7 +42,8 @@ SCALES = {  # (s_T, s_I)
 CHOSEN = (3.5, 3.0)  # with which improvers draw for iterative DPO and the evaluation
 SIZES = (20, 100, 500)  # pairs drawn in each iteration; the last is compared with others
 UPDATES, ITERATIONS = 50, 3  # of an iteration; offline DPO makes all of them in one
-GRID = [(f"optim.lr={r}", f"loss.beta={b}") for b in (200.0, 2000.0) for r in (1e-4, 3e-4)]
+RATES, BETAS = (3e-5, 1e-4, 3e-4), (200.0, 2000.0)
+GRID = [(f"optim.lr={rate}", f"loss.beta={beta}") for beta in BETAS for rate in RATES]
 PICTURES = 150  # of a comparison by scales, or on training prompts
 SCORERS = ("shapes.correct", "shapes.quality")
 
@@ -49,18 +52,27 @@ SCORERS = ("shapes.correct", "shapes.quality")
 class Kind:
   """A run for every seed: its configuration file, what is set there, pairs it draws.
 
-  `setting`: of learning rate and beta; empty where the best of `GRID` is taken.
+  `setting`: of learning rate and beta; empty where the best of `GRID` is taken. `start`: the
+  kind whose run of the same seed it begins with. `fields`: what else is set.
   """
 
   config: str
   pairs: int = 0
   setting: tuple[str, ...] = ()
+  start: str = ""
+  fields: tuple[str, ...] = ()
 
 
+SPIN = ("optim.lr=0.0001", "loss.beta=200.0")
+# The images that the improver learns to draw; SPIN's default here are the best 500 of all.
+PREFERRED = ("data.experts=winners", "data.num_experts=0")
 KINDS = {
   "dpo": Kind("dpo", 0, ("optim.lr=0.0003", "loss.beta=500.0")),
-  "spin": Kind("spin", SIZES[-1], ("optim.lr=0.0001", "loss.beta=200.0")),
+  "spin": Kind("spin", SIZES[-1], SPIN, fields=PREFERRED),
+  "spin, experts": Kind("spin", SIZES[-1], SPIN),
   **{f"iterative-{size}": Kind("iterative_dpo", size) for size in SIZES},
+  "spin, then spin": Kind("spin", SIZES[-1], SPIN, start="spin", fields=PREFERRED),
+  "spin, then iterative": Kind("iterative_dpo", SIZES[-1], start="spin"),
 }
 LARGEST = f"iterative-{SIZES[-1]}"
 
@@ -79,7 +91,7 @@ def main(argv: list[str]) -> None:
     for name in options.only:
       arguments = arguments_of(name, runs, options, seed)
       records[name, seed] = arguments and campaign.record_run(
-        runs, f"{name}-{seed}", arguments, _measure_policy
+        runs, run_of(name, seed), arguments, _measure_policy
       )
   seed = options.seeds[0]
   without = ("loss.weight_reconstruction=0", "loss.weight_winning=0.67")
@@ -90,6 +102,20 @@ def main(argv: list[str]) -> None:
     missing = (f"{name} {seed}" for (name, seed), record in records.items() if not record)
     sys.exit("not finished yet: " + ", ".join(missing))
   report(records, runs, options)
+
+
+def duels() -> list[tuple[str, str]]:
+  """Which kinds are compared with which."""
+  iterative = [(LARGEST, name) for name in KINDS if name != LARGEST and not KINDS[name].start]
+  after_spin = [
+    ("spin, then iterative", other) for other in ("spin", "spin, then spin", LARGEST)
+  ]
+  return iterative + after_spin
+
+
+def run_of(name: str, seed: int) -> str:
+  """Name of a kind's run, for files."""
+  return f"{name.replace(', then', '').replace(', ', '-').replace(' ', '-')}-{seed}"
 
 
 def arguments_of(
@@ -103,6 +129,7 @@ def arguments_of(
   return setting and [
     *_kind_arguments(name, options, seed),
     *(f"--config.{field}" for field in (f"seed={seed}", *setting)),
+    *([f"--config.model.start={options.runs / f'{kind.start}-{seed}'}"] if kind.start else []),
   ]
 
 
@@ -118,7 +145,7 @@ def _kind_arguments(name: str, options: argparse.Namespace, seed: int) -> list[s
   ]
   if kind.config == "iterative_dpo":
     fields += [f"iterate.improver={options.runs / f'improver-{seed}'}", *_by_scales()]
-  return _arguments(kind.config, options, *fields)
+  return _arguments(kind.config, options, *fields, *kind.fields)
 
 
 def _by_scales() -> list[str]:
@@ -151,13 +178,26 @@ def train_prompts(count: int) -> list[str]:
 
 
 def _measure_policy(workdir: Path) -> dict[str, Any]:
-  """Scores on training prompts, and the diversity of pictures of one prompt."""
+  """Scores on training prompts, of drawn pairs, and the diversity of pictures of one prompt."""
   prompts = train_prompts(PICTURES)
   _, images = _draw(str(workdir), prompts, np.arange(len(prompts)) + 5000)
   return {
     "train prompts": _scores(images, prompts),
     "vendi": campaign.diversity_of(str(workdir)),
+    "pairs": [_scores_of_pairs(pairs) for pairs in sorted(workdir.glob("pairs/*"))],
   }
+
+
+def _scores_of_pairs(directory: Path) -> dict[str, dict[str, float]]:
+  """Of the winners and the losers of an iteration."""
+  pairs = pairs_lib.open_pairs(directory)
+  rows = [pairs[i] for i in range(len(pairs))]
+  prompts = [experts.text_of(row["caption"]) for row in rows]
+  scores = {}
+  for side, column in (("winners", "jpg_0"), ("losers", "jpg_1")):
+    images = [np.asarray(Image.open(io.BytesIO(row[column]))) for row in rows]
+    scores[side] = _scores(np.stack(images), prompts)
+  return scores
 
 
 def _measure_improver(runs: campaign.Campaign, name: str, workdir: Path) -> dict[str, Any]:
@@ -238,11 +278,11 @@ def report(
     name: _summary(_scores_of(name, runs, options), of(name))
     for name in ("improver", *options.only)
   }
-  results["duels"] = {
-    other: _against(LARGEST, other, runs, options)
-    for other in options.only
-    if other != LARGEST and LARGEST in options.only
-  }
+  results["duels"] = [
+    {"of": name, "against": other, **_against(name, other, runs, options)}
+    for name, other in duels()
+    if name in options.only and other in options.only
+  ]
   results["tuned over"] = campaign.grid_scores(runs, "iterative")
   results["scales"] = _over_seeds([record["scales"] for record in of("improver")])
   first = options.seeds[0]
@@ -256,7 +296,7 @@ def report(
 
 def _scores_of(name: str, runs: campaign.Campaign, options: argparse.Namespace) -> pd.DataFrame:
   """Scores of all seeds' runs; each run's pictures count for themselves."""
-  scores = [campaign.scores_of(runs, f"{name}-{seed}") for seed in options.seeds]
+  scores = [campaign.scores_of(runs, run_of(name, seed)) for seed in options.seeds]
   return pd.concat(s.assign(seed=s.seed + i * 10**6) for i, s in enumerate(scores))
 
 
@@ -335,18 +375,19 @@ def _text(results: dict, options: argparse.Namespace) -> str:
     )
   lines += [
     "",
-    "`iterative-N` draws N pairs in each iteration, `spin` as many as the largest. The "
-    "improver's pictures are its versions of the base's.",
+    "`iterative-N` draws N pairs in each iteration, all others as many as the largest. What "
+    "begins with spin's model makes as many updates again. The improver's pictures are its "
+    "versions of the base's.",
     "",
-    f"{LARGEST} against the others, same prompts, noise and seeds:",
+    "One against another, same prompts, noise and seeds:",
     "",
-    "| against | correct, difference | quality, difference | win rate | p |",
-    "|---|---|---|---|---|",
+    "| | against | correct, difference | quality, difference | win rate | p |",
+    "|---|---|---|---|---|---|",
   ]
-  for other, duel in results["duels"].items():
+  for duel in results["duels"]:
     lines.append(
-      f"| {other} | {duel[correct]['difference']:+.3f} | {duel[quality]['difference']:+.3f} "
-      f"| {_rate(duel)} | {_p_values(duel)} |"
+      f"| {duel['of']} | {duel['against']} | {duel[correct]['difference']:+.3f} "
+      f"| {duel[quality]['difference']:+.3f} | {_rate(duel)} | {_p_values(duel)} |"
     )
   lines += [
     "",

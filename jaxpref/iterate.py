@@ -187,9 +187,21 @@ def _iterate(prepared: Prepared, workdir: Path, model: str, k: int) -> None:
   ready = distributed.together(lambda: prepare_lib.prepare(config))
   distributed.check_same("inputs", ready.inputs)
   with distributed.open_workdir(trained, config, resume_safe=_RESUME_SAFE) as path:
-    train.run(ready, path)
+    train.run(ready, path, _base_pictures(ready, trained.with_name(str(k - 1))))
   phases = {"train": time.perf_counter() - began}
   distributed.first(lambda: workdir_lib.write_json(trained / _PHASES, phases))
+
+
+def _base_pictures(ready: prepare_lib.Prepared, before: Path) -> dict[str, np.ndarray]:
+  """What the base drew for the iteration before, and would draw again for this one."""
+  config = ready.config
+  directory = before / "evaluation" / str(config.train.num_updates)
+  read = functools.partial(
+    evaluate.read_pictures, directory, "base", len(ready.prompts), config.evaluate
+  )
+  there = distributed.first(lambda: read() is not None)
+  pictures = read() if there else None
+  return {} if pictures is None else {"base": pictures}
 
 
 def _begin_training(prepared: Prepared, pairs: Path, prompts: Path, k: int) -> None:

@@ -41,8 +41,16 @@ _log = logging.getLogger(__name__)
 _AHEAD = 2  # updates that the host may be ahead of the devices
 
 
-def run(prepared: Prepared, workdir: Path) -> None:
+def run(
+  prepared: Prepared, workdir: Path, known: Mapping[str, np.ndarray] | None = None
+) -> None:
   """Trains from the newest checkpoint in `workdir`, or from the start, then evaluates.
+
+  Args:
+    prepared: the run's input.
+    workdir: which is this run's alone.
+    known: the base's pictures for the evaluation, under 'base', where another run has drawn
+      them.
 
   Raises:
     UserError: a checkpoint cannot be written or is not of this run.
@@ -86,7 +94,7 @@ def run(prepared: Prepared, workdir: Path) -> None:
   profiler = speed.Profiler(workdir / "profile", first=start + 3, updates=config.profile)
   under_way: collections.deque = collections.deque()
   due = False  # whether a checkpoint is
-  pictures: dict[str, np.ndarray] = {}  # the base's, drawn once
+  pictures = dict(known or {})  # the base's, drawn once
   finite, spikes = guards.Finite(prepared, rows, workdir), guards.Spikes()
   with contextlib.ExitStack() as at_last:
     # Also after an error: the save under way is finished before the workdir is given up.

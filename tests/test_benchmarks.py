@@ -188,7 +188,8 @@ def test_online(surroundings, finished, tiny_pipeline, tmp_path, monkeypatch):
   assert really_draw(*improved[:-1], **improved[-1])[1].shape == (8, 16, 16, 3)
   results = json.loads((tmp_path / "out" / "results.json").read_text())
   assert {"improver", "iterative-4", "dpo", "scales", "without reconstruction"} < set(results)
-  assert set(results["duels"]) == {"dpo"} and len(results["tuned over"]) == 1
+  assert [(d["of"], d["against"]) for d in results["duels"]] == [("iterative-4", "dpo")]
+  assert len(results["tuned over"]) == 1
   assert len(results["iterative-4"]["vendi"]) == 1
   table = (tmp_path / "out.md").read_text()
   assert "| iterative-4 | " in table and "| without: 3.5 | 3 | " in table
@@ -214,9 +215,10 @@ def test_what_online_compares_is_sound(tmp_path, monkeypatch):
       assert (config.optim.lr, config.loss.beta) == (3e-4, 2000.0)  # the last of the grid
       assert config.iterate.improver.endswith("improver-1")
       assert config.iterate.num_pairs == int(name.rpartition("-")[-1])
+    assert config.model.start.endswith("spin-1") == name.startswith("spin, then")
     times = config.iterate.num_iterations if "iterate" in config else 1
     updates.add((config.train.num_updates * times, config.train.batch_size))
-  assert len(program.KINDS) == 5 and len(updates) == 1  # as many updates, of as many pairs
+  assert len(program.KINDS) == 8 and len(updates) == 1  # as many updates, of as many pairs
 
 
 def _with_fields(function, config, fields):

@@ -253,7 +253,15 @@ def test_a_finished_run_goes_on_with_more_iterations(
   workdir = shutil.copytree(finished, tmp_path / "moved")
   before = {p: p.stat().st_mtime_ns for p in workdir.rglob("checksums.json")}
   given = arguments(tiny_pipeline, improver, workdir, **{"iterate.num_iterations": 3})
-  assert main.main(given) == 0, capsys.readouterr().err
+  status, printed = main.main(given), capsys.readouterr().err
+  assert status == 0, printed
+  # What the base draws for the evaluations, it has drawn.
+  assert "pictures of the tuned model" in printed and "the base model" not in printed
+  second, third = (
+    {p.name: p.read_bytes() for p in workdir.glob(f"iterations/{k}/evaluation/4/images/base/*")}
+    for k in (2, 3)
+  )
+  assert len(second) == 3 and second == third
   assert {p: p.stat().st_mtime_ns for p in before} == before
   assert len(lines_of(workdir, 3)) == 4
   # More updates of each would bend all iterations after the first.

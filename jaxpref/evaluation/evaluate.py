@@ -128,6 +128,26 @@ def evaluate(
   return images
 
 
+def read_pictures(
+  directory: Path, model: str, num_prompts: int, settings: Any
+) -> np.ndarray | None:
+  """A model's pictures of an evaluation that has been made; None if any is gone.
+
+  Args:
+    directory: of the evaluation, with these prompts and settings.
+    model: 'base' or 'tuned'.
+    num_prompts: of it.
+    settings: the configuration's `evaluate` section.
+  """
+  seeds = generate.seeds_of(num_prompts, settings.images_per_prompt, seed=settings.seed)
+  try:
+    return np.stack(
+      [np.asarray(Image.open(_picture(directory / "images" / model, seed))) for seed in seeds]
+    )
+  except OSError:
+    return None
+
+
 def _draw(
   pipeline: Pipeline,
   models: Mapping[str, Any],
@@ -303,7 +323,11 @@ def _save_images(directory: Path, images: np.ndarray, seeds: np.ndarray) -> None
   # Emptied first: an evaluation with other settings may have left pictures of its own.
   shutil.rmtree(directory, ignore_errors=True)
   for image, seed in zip(images, seeds, strict=True):
-    workdir_lib.write_bytes(directory / f"{seed:08d}.png", _png(image))
+    workdir_lib.write_bytes(_picture(directory, seed), _png(image))
+
+
+def _picture(directory: Path, seed: int) -> Path:
+  return directory / f"{seed:08d}.png"
 
 
 def _save_grid(
