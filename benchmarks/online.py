@@ -2,13 +2,14 @@
 
   python benchmarks/online.py --out=docs/online
 
-For each seed an improver is trained on the data's pairs, drawn with at several scales, and with
-it iterative DPO trained, with pairs of three sizes; beside it SPIN and offline DPO with as many
-updates. Learning rate and beta are the best of six tried on validation prompts, those of the
-last two by `methods.py`. The first seed's improver is also trained without
-its reconstruction task. Finished runs leave records in `docs/online/`, so that a campaign of
-days goes on where it stopped, but iterative DPO's needs the improver's workdir. Writes the
-tables of `docs/online.md`, and into the folder `results.json` and `improver.png`.
+For each seed an improver is trained on the data's pairs, drawn with at several scales, and
+with it iterative DPO trained, with pairs of three sizes; beside it SPIN and offline DPO with
+as many updates. Learning rate and beta are the best of six tried on validation prompts, those
+of the last two by `methods.py`. With the first seed alone, an improver is trained without its
+reconstruction task, and what else may make more of online pairs is tried. Finished runs leave
+records in `docs/online/`, so that a campaign of days goes on where it stopped, but iterative
+DPO's needs the improver's workdir. Writes the tables of `docs/online.md`, and into the folder
+`results.json` and `improver.png`.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import io
 import itertools
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,8 @@ class Kind:
   """A run for every seed: its configuration file, what is set there, pairs it draws.
 
   `setting`: of learning rate and beta; empty where the best of `GRID` is taken. `start`: the
-  kind whose run of the same seed it begins with. `fields`: what else is set.
+  kind whose run of the same seed it begins with. `fields`: what else is set. `improver`: the
+  one that it draws winners with.
   """
 
   config: str
@@ -61,6 +64,7 @@ class Kind:
   setting: tuple[str, ...] = ()
   start: str = ""
   fields: tuple[str, ...] = ()
+  improver: str = "improver"
 
 
 SPIN = ("optim.lr=0.0001", "loss.beta=200.0")
@@ -75,6 +79,15 @@ KINDS = {
   "spin, then iterative": Kind("iterative_dpo", SIZES[-1], start="spin"),
 }
 LARGEST = f"iterative-{SIZES[-1]}"
+WITHOUT = "improver-without-reconstruction"
+LONGER = (f"train.num_updates={4 * UPDATES}",)
+TRIED = {  # with the first seed alone
+  **{
+    f"iterative-{size}, {4 * UPDATES} updates": Kind("iterative_dpo", size, fields=LONGER)
+    for size in (SIZES[0], SIZES[-1])
+  },
+  f"{LARGEST}, without reconstruction": Kind("iterative_dpo", SIZES[-1], improver=WITHOUT),
+}
 
 
 def main(argv: list[str]) -> None:
@@ -83,6 +96,7 @@ def main(argv: list[str]) -> None:
   add = parser.add_argument
   add("--improver-updates", type=int, default=2000, help="of every improver")
   add("--only", nargs="+", default=list(KINDS), choices=KINDS, metavar="KIND")
+  add("--tried", nargs="*", default=list(TRIED), choices=TRIED, metavar="KIND")
   options = parser.parse_args(argv)
   runs = campaign.open_campaign(options, _arguments("improver", options))
   records: dict[tuple[str, int], Any] = {}
@@ -96,8 +110,13 @@ def main(argv: list[str]) -> None:
   seed = options.seeds[0]
   without = ("loss.weight_reconstruction=0", "loss.weight_winning=0.67")
   records["without reconstruction", seed] = _improver(
-    runs, f"improver-without-reconstruction-{seed}", options, f"seed={seed}", *without
+    runs, f"{WITHOUT}-{seed}", options, f"seed={seed}", *without
   )
+  for name in options.tried:
+    arguments = arguments_of(name, runs, options, seed)
+    records[name, seed] = arguments and campaign.record_run(
+      runs, run_of(name, seed), arguments, _measure_policy
+    )
   if not all(records.values()):
     missing = (f"{name} {seed}" for (name, seed), record in records.items() if not record)
     sys.exit("not finished yet: " + ", ".join(missing))
@@ -122,7 +141,7 @@ def arguments_of(
   name: str, runs: campaign.Campaign, options: argparse.Namespace, seed: int
 ) -> list[str] | None:
   """Of a kind's run; None where its setting is not known yet and nothing may be run."""
-  kind = KINDS[name]
+  kind = (KINDS | TRIED)[name]
   setting = kind.setting or campaign.choose(
     runs, "iterative", _kind_arguments(LARGEST, options, options.seeds[0]), GRID
   )
@@ -135,7 +154,7 @@ def arguments_of(
 
 def _kind_arguments(name: str, options: argparse.Namespace, seed: int) -> list[str]:
   """All but the seed and the setting."""
-  kind = KINDS[name]
+  kind = (KINDS | TRIED)[name]
   if not kind.pairs:
     return _arguments(kind.config, options, f"train.num_updates={UPDATES * ITERATIONS}")
   fields = [
@@ -144,7 +163,7 @@ def _kind_arguments(name: str, options: argparse.Namespace, seed: int) -> list[s
     f"iterate.num_pairs={kind.pairs}",
   ]
   if kind.config == "iterative_dpo":
-    fields += [f"iterate.improver={options.runs / f'improver-{seed}'}", *_by_scales()]
+    fields += [f"iterate.improver={options.runs / f'{kind.improver}-{seed}'}", *_by_scales()]
   return _arguments(kind.config, options, *fields, *kind.fields)
 
 
@@ -274,9 +293,18 @@ def report(
 ) -> None:
   """Writes the document's tables, results.json and improver.png from records."""
   of = lambda name: [records[name, seed] for seed in options.seeds]  # noqa: E731
+  first = options.seeds[0]
   results: dict[str, Any] = {
-    name: _summary(_scores_of(name, runs, options), of(name))
+    name: _summary(_scores_of(name, runs, options.seeds), of(name))
     for name in ("improver", *options.only)
+  }
+  results["first seed"] = {
+    name: _summary(_scores_of(file, runs, [first]), [records[name, first]])
+    for name, file in (
+      *((name, name) for name in ("improver", *options.only)),
+      ("without reconstruction", WITHOUT),
+      *((name, name) for name in options.tried),
+    )
   }
   results["duels"] = [
     {"of": name, "against": other, **_against(name, other, runs, options)}
@@ -285,7 +313,6 @@ def report(
   ]
   results["tuned over"] = campaign.grid_scores(runs, "iterative")
   results["scales"] = _over_seeds([record["scales"] for record in of("improver")])
-  first = options.seeds[0]
   results["without reconstruction"] = records["without reconstruction", first]["scales"]
   workdir_lib.write_json(options.out / "results.json", results)
   text = _text(results, options)
@@ -294,9 +321,9 @@ def report(
   print(text)
 
 
-def _scores_of(name: str, runs: campaign.Campaign, options: argparse.Namespace) -> pd.DataFrame:
-  """Scores of all seeds' runs; each run's pictures count for themselves."""
-  scores = [campaign.scores_of(runs, run_of(name, seed)) for seed in options.seeds]
+def _scores_of(name: str, runs: campaign.Campaign, seeds: Sequence[int]) -> pd.DataFrame:
+  """Scores of these seeds' runs; each run's pictures count for themselves."""
+  scores = [campaign.scores_of(runs, run_of(name, seed)) for seed in seeds]
   return pd.concat(s.assign(seed=s.seed + i * 10**6) for i, s in enumerate(scores))
 
 
@@ -316,7 +343,7 @@ def _against(
   name: str, other: str, runs: campaign.Campaign, options: argparse.Namespace
 ) -> dict[str, Any]:
   """A kind's pictures compared with another's of the same prompts, noise and seeds."""
-  ours, theirs = (_scores_of(n, runs, options) for n in (name, other))
+  ours, theirs = (_scores_of(n, runs, options.seeds) for n in (name, other))
   theirs = theirs[theirs.model == "tuned"].assign(model="base")
   return _compared(pd.concat([ours[ours.model == "tuned"], theirs]))
 
@@ -342,7 +369,6 @@ def _over_seeds(found: list[dict[str, dict[str, float]]]) -> dict[str, dict[str,
 
 
 def _text(results: dict, options: argparse.Namespace) -> str:
-  spread = campaign.spread
   correct, quality = SCORERS
   base, on_train = (results["improver"][name] for name in ("base", "base, train"))
   setting = max(results["tuned over"], key=results["tuned over"].__getitem__)
@@ -360,19 +386,11 @@ def _text(results: dict, options: argparse.Namespace) -> str:
     "over prompts; p is of a paired t-test on prompts, of correctness and of quality. "
     f"{campaign.DIVERSITY}",
     "",
-    "| | correct | quality | correct, train | quality, train | win rate | p | Vendi |",
-    "|---|---|---|---|---|---|---|---|",
+    *_HEAD,
     f"| base | {base[correct]:.3f} | {base[quality]:.3f} | {on_train[correct]:.3f} "
     f"| {on_train[quality]:.3f} | | | |",
   ]
-  for name in ("improver", *options.only):
-    r = results[name]
-    diversity = spread(r["vendi"], "{:.2f}") if r["vendi"] else ""
-    lines.append(
-      f"| {name} | {spread(r[correct])} | {spread(r[quality])} | {spread(r['train'][correct])} "
-      f"| {spread(r['train'][quality])} | {_rate(r['compared'])} | {_p_values(r['compared'])} "
-      f"| {diversity} |"
-    )
+  lines += [_line(name, results[name]) for name in ("improver", *options.only)]
   lines += [
     "",
     "`iterative-N` draws N pairs in each iteration, all others as many as the largest. What "
@@ -389,6 +407,18 @@ def _text(results: dict, options: argparse.Namespace) -> str:
       f"| {duel['of']} | {duel['against']} | {duel[correct]['difference']:+.3f} "
       f"| {duel[quality]['difference']:+.3f} | {_rate(duel)} | {_p_values(duel)} |"
     )
+  if options.tried:
+    lines += [
+      "",
+      f"### Tried with seed {options.seeds[0]}",
+      "",
+      f"With {4 * UPDATES} updates in each iteration, and with an improver that had no "
+      "reconstruction task. That improver's own pictures, and the same seed's runs of above, "
+      "stand beside them.",
+      "",
+      *_HEAD,
+      *(_line(name, r) for name, r in results["first seed"].items()),
+    ]
   lines += [
     "",
     "### What the scales do",
@@ -421,6 +451,20 @@ def _text(results: dict, options: argparse.Namespace) -> str:
     "",
   ]
   return "\n".join(lines)
+
+
+_HEAD = (
+  "| | correct | quality | correct, train | quality, train | win rate | p | Vendi |",
+  "|---|---|---|---|---|---|---|---|",
+)
+
+
+def _line(name: str, r: dict[str, Any]) -> str:
+  spread = campaign.spread
+  numbers = [spread(part[s]) for part in (r, r["train"]) for s in SCORERS]
+  diversity = spread(r["vendi"], "{:.2f}") if r["vendi"] else ""
+  compared = f"{_rate(r['compared'])} | {_p_values(r['compared'])}"
+  return f"| {name} | {' | '.join(numbers)} | {compared} | {diversity} |"
 
 
 def _rate(compared: dict[str, Any]) -> str:

@@ -142,6 +142,8 @@ def test_online(surroundings, finished, tiny_pipeline, tmp_path, monkeypatch):
   program = _program("online")
   kinds = {"iterative-4": program.Kind("iterative_dpo", 4), "dpo": program.KINDS["dpo"]}
   monkeypatch.setattr(program, "KINDS", kinds)
+  tried = {"iterative-4, again": program.Kind("iterative_dpo", 4)}
+  monkeypatch.setattr(program, "TRIED", tried)
   monkeypatch.setattr(program, "LARGEST", "iterative-4")
   monkeypatch.setattr(program, "GRID", [("optim.lr=1e-3", "loss.beta=20")])
   monkeypatch.setattr(program, "UPDATES", 1)
@@ -159,7 +161,7 @@ def test_online(surroundings, finished, tiny_pipeline, tmp_path, monkeypatch):
 
   def run(arguments):  # only the improver and the policy it teaches
     (workdir,) = (a.partition("=")[2] for a in arguments if a.startswith("--workdir="))
-    if not any(part in workdir for part in ("grid", "dpo-0")):
+    if not any(part in workdir for part in ("grid", "dpo-0", "again")):
       return really_run(arguments)
     shutil.copytree(finished, workdir)
     return 0
@@ -179,6 +181,7 @@ def test_online(surroundings, finished, tiny_pipeline, tmp_path, monkeypatch):
   ):
     program.main([*arguments, *kept, "--report"])
   # The same improver stands for the one without reconstruction: a run less.
+  monkeypatch.setattr(program, "WITHOUT", "improver")
   train_improver = program._improver
   monkeypatch.setattr(
     program, "_improver", lambda runs, _, *rest: train_improver(runs, "improver-0", *rest[:2])
@@ -193,6 +196,7 @@ def test_online(surroundings, finished, tiny_pipeline, tmp_path, monkeypatch):
   assert len(results["iterative-4"]["vendi"]) == 1
   table = (tmp_path / "out.md").read_text()
   assert "| iterative-4 | " in table and "| without: 3.5 | 3 | " in table
+  assert "| iterative-4, again | " in table and "| without reconstruction | " in table
   assert (tmp_path / "out" / "improver.png").stat().st_size > 500
   shutil.rmtree(tmp_path / "runs")
   program.main([*arguments, *kept, "--report"])
@@ -219,6 +223,12 @@ def test_what_online_compares_is_sound(tmp_path, monkeypatch):
     times = config.iterate.num_iterations if "iterate" in config else 1
     updates.add((config.train.num_updates * times, config.train.batch_size))
   assert len(program.KINDS) == 8 and len(updates) == 1  # as many updates, of as many pairs
+  for name in program.TRIED:
+    config, _ = config_lib.parse_args(program.arguments_of(name, None, options, 0), flags={})
+    config_lib.validate(config)
+    without = "without reconstruction" in name
+    assert config.iterate.improver.endswith(f"{program.WITHOUT if without else 'improver'}-0")
+    assert config.train.num_updates == (50 if without else 200)
 
 
 def _with_fields(function, config, fields):
