@@ -306,11 +306,11 @@ def report(
       *((name, name) for name in options.tried),
     )
   }
-  results["duels"] = [
-    {"of": name, "against": other, **_against(name, other, runs, options)}
-    for name, other in duels()
-    if name in options.only and other in options.only
-  ]
+  results["duels"] = _duels(duels(), options.only, runs, options.seeds)
+  tried = [(name, other) for name in options.tried for other in ("dpo", "spin", LARGEST)]
+  results["first seed's duels"] = _duels(
+    tried, [*options.only, *options.tried], runs, options.seeds[:1]
+  )
   results["tuned over"] = campaign.grid_scores(runs, "iterative")
   results["scales"] = _over_seeds([record["scales"] for record in of("improver")])
   results["without reconstruction"] = records["without reconstruction", first]["scales"]
@@ -334,18 +334,35 @@ def _summary(scores: pd.DataFrame, found: list[dict]) -> dict[str, Any]:
     "train": {s: [record["train prompts"][s] for record in found] for s in SCORERS},
     "base, train": found[0].get("base, train prompts", {}),
     "vendi": [record["vendi"] for record in found if "vendi" in record],
+    "pairs": _mean_pairs([pairs for record in found for pairs in record.get("pairs", [])]),
     "compared": _compared(scores),
     "minutes": [record["minutes"] for record in found],
   }
 
 
-def _against(
-  name: str, other: str, runs: campaign.Campaign, options: argparse.Namespace
-) -> dict[str, Any]:
+def _mean_pairs(pairs: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+  """Over iterations and seeds, by side and scorer; empty where no pairs were drawn."""
+  return {
+    side: {s: float(np.mean([of[side][s] for of in pairs])) for s in SCORERS}
+    for side in (pairs[0] if pairs else ())
+  }
+
+
+def _duels(
+  duels: list[tuple[str, str]],
+  there: Sequence[str],
+  runs: campaign.Campaign,
+  seeds: Sequence[int],
+) -> list[dict[str, Any]]:
   """A kind's pictures compared with another's of the same prompts, noise and seeds."""
-  ours, theirs = (_scores_of(n, runs, options.seeds) for n in (name, other))
-  theirs = theirs[theirs.model == "tuned"].assign(model="base")
-  return _compared(pd.concat([ours[ours.model == "tuned"], theirs]))
+  found = []
+  for name, other in duels:
+    if name in there and other in there:
+      ours, theirs = (_scores_of(n, runs, seeds) for n in (name, other))
+      theirs = theirs[theirs.model == "tuned"].assign(model="base")
+      compared = _compared(pd.concat([ours[ours.model == "tuned"], theirs]))
+      found.append({"of": name, "against": other, **compared})
+  return found
 
 
 def _compared(scores: pd.DataFrame) -> dict[str, Any]:
@@ -399,14 +416,14 @@ def _text(results: dict, options: argparse.Namespace) -> str:
     "",
     "One against another, same prompts, noise and seeds:",
     "",
-    "| | against | correct, difference | quality, difference | win rate | p |",
-    "|---|---|---|---|---|---|",
+    *_duels_table(results["duels"]),
+    "",
+    "### What was trained on",
+    "",
+    "Scores of the pairs that runs drew, mean over iterations and seeds.",
+    "",
+    *_pairs_table({name: results[name]["pairs"] for name in options.only}),
   ]
-  for duel in results["duels"]:
-    lines.append(
-      f"| {duel['of']} | {duel['against']} | {duel[correct]['difference']:+.3f} "
-      f"| {duel[quality]['difference']:+.3f} | {_rate(duel)} | {_p_values(duel)} |"
-    )
   if options.tried:
     lines += [
       "",
@@ -418,6 +435,12 @@ def _text(results: dict, options: argparse.Namespace) -> str:
       "",
       *_HEAD,
       *(_line(name, r) for name, r in results["first seed"].items()),
+      "",
+      *_duels_table(results["first seed's duels"]),
+      "",
+      "Their pairs:",
+      "",
+      *_pairs_table({name: results["first seed"][name]["pairs"] for name in options.tried}),
     ]
   lines += [
     "",
@@ -465,6 +488,32 @@ def _line(name: str, r: dict[str, Any]) -> str:
   diversity = spread(r["vendi"], "{:.2f}") if r["vendi"] else ""
   compared = f"{_rate(r['compared'])} | {_p_values(r['compared'])}"
   return f"| {name} | {' | '.join(numbers)} | {compared} | {diversity} |"
+
+
+def _duels_table(duels: list[dict[str, Any]]) -> list[str]:
+  correct, quality = SCORERS
+  lines = [
+    "| | against | correct, difference | quality, difference | win rate | p |",
+    "|---|---|---|---|---|---|",
+  ]
+  for duel in duels:
+    lines.append(
+      f"| {duel['of']} | {duel['against']} | {duel[correct]['difference']:+.3f} "
+      f"| {duel[quality]['difference']:+.3f} | {_rate(duel)} | {_p_values(duel)} |"
+    )
+  return lines
+
+
+def _pairs_table(by_kind: dict[str, dict[str, Any]]) -> list[str]:
+  lines = [
+    "| | winners: correct | quality | losers: correct | quality |",
+    "|---|---|---|---|---|",
+  ]
+  for name, pairs in by_kind.items():
+    if pairs:
+      numbers = [f"{pairs[side][s]:.3f}" for side in ("winners", "losers") for s in SCORERS]
+      lines.append(f"| {name} | {' | '.join(numbers)} |")
+  return lines
 
 
 def _rate(compared: dict[str, Any]) -> str:
