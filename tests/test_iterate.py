@@ -325,7 +325,7 @@ def test_pairs_that_hardly_differ_are_not_trained_on(
   workdir = tmp_path / "half"
   trained_on = []
 
-  def look(prepared, _):
+  def look(prepared, *_):
     trained_on.extend(prepared.rows)
     raise KeyboardInterrupt
 

@@ -72,7 +72,7 @@ def test_other_methods_and_devices():
   improver = planned("shapes", "h100:8", search=False, config="configs/improver.py:shapes")
   assert improver["parameters"] == 3_984_068 + 4 * 64 * 9
   spin = planned("shapes", "v5p:2x2x2", search=False, config="configs/spin.py:shapes")
-  assert spin["fits"] and spin["hours"] == pytest.approx(spin["seconds"] * 3 * 100 / 3600)
+  assert spin["fits"] and spin["hours"] == pytest.approx(spin["seconds"] * 3 * 50 / 3600)
   # Its frozen parts are the base, for the evaluation, and the start, its reference.
   dpo = planned("shapes", "v5p:2x2x2", search=False, config="configs/dpo.py:shapes")
   assert spin["memory"]["frozen copies"] == 2 * dpo["memory"]["frozen copies"]
