@@ -108,12 +108,13 @@ def prepare(config: ConfigDict) -> Prepared:
 def _check_improver(config: ConfigDict, base: pipeline_lib.Pipeline, mesh: Mesh) -> str:
   """Refuses what cannot improve the base's pictures; returns the digest of what can."""
   name = config.iterate.improver
+  make = "make one with: python -m jaxpref.main --config=configs/improver.py"
   if not name:
-    raise UserError(
-      "iterate.improver names none; make one with: "
-      "python -m jaxpref.main --config=configs/improver.py"
-    )
-  improver = _load(config, name, mesh)
+    raise UserError(f"iterate.improver names none; {make}")
+  try:
+    improver = _load(config, name, mesh)
+  except UserError as error:
+    raise UserError(f"iterate.improver: {error}; {make}") from error
   if not improver.is_improver:
     raise UserError(f"iterate.improver: {name} is no improver")
   if improver.image_size != base.image_size:
