@@ -33,6 +33,7 @@ from jaxpref.models import pipeline
 ALIKE, PROMPTS = 16, 10  # pictures of a prompt whose diversity is scored, and prompts
 TEST_PROMPTS, TEST_SEED = 150, 3000  # as the configurations evaluate with
 VALIDATION_PROMPTS = 75  # settings are chosen by
+BASE = "base.json"  # of the base's own diversity, among the records
 _BEGIN, _END = "<!-- measured: -->", "<!-- until here. -->"
 DIVERSITY = (
   f"Vendi scores are of {ALIKE} pictures of a prompt ({ALIKE} would be most diverse), by the "
@@ -248,6 +249,20 @@ def means_of(scores: pd.DataFrame) -> dict[str, float]:
   """Mean score by '<model>/<scorer>'."""
   means = scores.groupby(["model", "scorer"]).score.mean()
   return {f"{model}/{scorer}": float(value) for (model, scorer), value in means.items()}
+
+
+def record_base(campaign: Campaign, model: str) -> None:
+  """The diversity of what every run begins with; its scores are in every run's record."""
+  file = campaign.records / BASE
+  stored = json.loads(file.read_text()) if file.exists() else {}
+  if stored.get("base") != campaign.base and not campaign.report_only:
+    found = {"base": campaign.base, "vendi": diversity_of(model)}
+    workdir_lib.write_json(file, found)
+
+
+def base_diversity(campaign: Campaign) -> float:
+  """As `record_base` has found it."""
+  return json.loads((campaign.records / BASE).read_text())["vendi"]
 
 
 def diversity_of(model: str) -> float:

@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
   """Tunes, runs what is missing, then compares."""
   options = _parser().parse_args(argv)
   runs = campaign.open_campaign(options, _arguments(options.methods[0], options))
-  record_base(runs, options)
+  campaign.record_base(runs, campaign.model_of(_arguments(options.methods[0], options)))
   finished = {}
   for name in options.methods:
     setting = choose(name, runs, options)
@@ -139,17 +139,6 @@ def choose(
   return campaign.choose(runs, name, _arguments(name, options), grid_of(name))
 
 
-def record_base(runs: campaign.Campaign, options: argparse.Namespace) -> None:
-  """The base's own diversity; its scores are in every run's record."""
-  file = runs.records / "base.json"
-  stored = json.loads(file.read_text()) if file.exists() else {}
-  if stored.get("base") != runs.base and not runs.report_only:
-    vendi_score = campaign.diversity_of(
-      campaign.model_of(_arguments(options.methods[0], options))
-    )
-    workdir_lib.write_json(file, {"base": runs.base, "vendi": vendi_score})
-
-
 def _diversity_and_pictures(
   runs: campaign.Campaign, name: str, workdir: Path
 ) -> dict[str, float]:
@@ -178,7 +167,7 @@ def report(
   numbers["base"] = {
     **{s: [float(v)] for s, v in base.groupby("scorer").score.mean().items()},
     "categories": _by_category(base),
-    "vendi": [json.loads((runs.records / "base.json").read_text())["vendi"]],
+    "vendi": [campaign.base_diversity(runs)],
   }
   workdir_lib.write_json(options.out / "results.json", numbers)
   text = _text(numbers, options)

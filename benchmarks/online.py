@@ -5,8 +5,8 @@
 For each seed an improver is trained on the data's pairs, drawn with at several scales, and
 with it iterative DPO trained, with pairs of three sizes; beside it SPIN and offline DPO with
 as many updates. Learning rate and beta are the best of six tried on validation prompts, those
-of the last two by `methods.py`. With the first seed alone, an improver is trained without its
-reconstruction task, and what else may make more of online pairs is tried. Finished runs leave
+of the last two by `methods.py`. A second improver of each seed does without its reconstruction
+task; with the first seed alone more updates are tried. Finished runs leave
 records in `docs/online/`, so that a campaign of days goes on where it stopped, but iterative
 DPO's needs the improver's workdir. Writes the tables of `docs/online.md`, and into the folder
 `results.json` and `improver.png`.
@@ -70,6 +70,12 @@ class Kind:
 SPIN = ("optim.lr=0.0001", "loss.beta=200.0")
 # The images that the improver learns to draw; SPIN's default here are the best 500 of all.
 PREFERRED = ("data.experts=winners", "data.num_experts=0")
+LARGEST = f"iterative-{SIZES[-1]}"
+WITHOUT = "without reconstruction"
+IMPROVERS = {  # to what is set for each, besides the scales
+  "improver": (),
+  WITHOUT: ("loss.weight_reconstruction=0", "loss.weight_winning=0.67"),
+}
 KINDS = {
   "dpo": Kind("dpo", 0, ("optim.lr=0.0003", "loss.beta=500.0")),
   "spin": Kind("spin", SIZES[-1], SPIN, fields=PREFERRED),
@@ -77,16 +83,12 @@ KINDS = {
   **{f"iterative-{size}": Kind("iterative_dpo", size) for size in SIZES},
   "spin, then spin": Kind("spin", SIZES[-1], SPIN, start="spin", fields=PREFERRED),
   "spin, then iterative": Kind("iterative_dpo", SIZES[-1], start="spin"),
+  f"{LARGEST}, {WITHOUT}": Kind("iterative_dpo", SIZES[-1], improver=WITHOUT),
 }
-LARGEST = f"iterative-{SIZES[-1]}"
-WITHOUT = "improver-without-reconstruction"
 LONGER = (f"train.num_updates={4 * UPDATES}",)
 TRIED = {  # with the first seed alone
-  **{
-    f"iterative-{size}, {4 * UPDATES} updates": Kind("iterative_dpo", size, fields=LONGER)
-    for size in (SIZES[0], SIZES[-1])
-  },
-  f"{LARGEST}, without reconstruction": Kind("iterative_dpo", SIZES[-1], improver=WITHOUT),
+  f"iterative-{size}, {4 * UPDATES} updates": Kind("iterative_dpo", size, fields=LONGER)
+  for size in (SIZES[0], SIZES[-1])
 }
 
 
@@ -100,18 +102,16 @@ def main(argv: list[str]) -> None:
   options = parser.parse_args(argv)
   runs = campaign.open_campaign(options, _arguments("improver", options))
   records: dict[tuple[str, int], Any] = {}
+  campaign.record_base(runs, campaign.model_of(_arguments("improver", options)))
   for seed in options.seeds:
-    records["improver", seed] = _improver(runs, f"improver-{seed}", options, f"seed={seed}")
+    for name in IMPROVERS:
+      records[name, seed] = _improver(runs, name, options, seed)
     for name in options.only:
       arguments = arguments_of(name, runs, options, seed)
       records[name, seed] = arguments and campaign.record_run(
         runs, run_of(name, seed), arguments, _measure_policy
       )
   seed = options.seeds[0]
-  without = ("loss.weight_reconstruction=0", "loss.weight_winning=0.67")
-  records["without reconstruction", seed] = _improver(
-    runs, f"{WITHOUT}-{seed}", options, f"seed={seed}", *without
-  )
   for name in options.tried:
     arguments = arguments_of(name, runs, options, seed)
     records[name, seed] = arguments and campaign.record_run(
@@ -129,11 +129,13 @@ def duels() -> list[tuple[str, str]]:
   after_spin = [
     ("spin, then iterative", other) for other in ("spin", "spin, then spin", LARGEST)
   ]
-  return iterative + after_spin
+  without = [(f"{LARGEST}, {WITHOUT}", other) for other in ("dpo", "spin", LARGEST)]
+  return iterative + after_spin + without
 
 
 def run_of(name: str, seed: int) -> str:
-  """Name of a kind's run, for files."""
+  """Name of an improver's or a kind's run, for files."""
+  name = f"improver, {WITHOUT}" if name == WITHOUT else name
   return f"{name.replace(', then', '').replace(', ', '-').replace(' ', '-')}-{seed}"
 
 
@@ -163,7 +165,8 @@ def _kind_arguments(name: str, options: argparse.Namespace, seed: int) -> list[s
     f"iterate.num_pairs={kind.pairs}",
   ]
   if kind.config == "iterative_dpo":
-    fields += [f"iterate.improver={options.runs / f'{kind.improver}-{seed}'}", *_by_scales()]
+    improver = options.runs / run_of(kind.improver, seed)
+    fields += [f"iterate.improver={improver}", *_by_scales()]
   return _arguments(kind.config, options, *fields, *kind.fields)
 
 
@@ -173,12 +176,13 @@ def _by_scales() -> list[str]:
 
 
 def _improver(
-  runs: campaign.Campaign, name: str, options: argparse.Namespace, *fields: str
+  runs: campaign.Campaign, name: str, options: argparse.Namespace, seed: int
 ) -> dict | None:
   updates = f"train.num_updates={options.improver_updates}"
-  arguments = _arguments("improver", options, updates, *_by_scales(), *fields)
-  measure = functools.partial(_measure_improver, runs, name)
-  return campaign.record_run(runs, name, arguments, measure)
+  fields = (updates, *_by_scales(), f"seed={seed}", *IMPROVERS[name])
+  file = run_of(name, seed)
+  measure = functools.partial(_measure_improver, runs, file)
+  return campaign.record_run(runs, file, _arguments("improver", options, *fields), measure)
 
 
 def _arguments(config: str, options: argparse.Namespace, *fields: str) -> list[str]:
@@ -296,24 +300,22 @@ def report(
   first = options.seeds[0]
   results: dict[str, Any] = {
     name: _summary(_scores_of(name, runs, options.seeds), of(name))
-    for name in ("improver", *options.only)
+    for name in (*IMPROVERS, *options.only)
   }
   results["first seed"] = {
-    name: _summary(_scores_of(file, runs, [first]), [records[name, first]])
-    for name, file in (
-      *((name, name) for name in ("improver", *options.only)),
-      ("without reconstruction", WITHOUT),
-      *((name, name) for name in options.tried),
-    )
+    name: _summary(_scores_of(name, runs, [first]), [records[name, first]])
+    for name in (*options.only, *options.tried)
   }
+  results["base's diversity"] = campaign.base_diversity(runs)
   results["duels"] = _duels(duels(), options.only, runs, options.seeds)
   tried = [(name, other) for name in options.tried for other in ("dpo", "spin", LARGEST)]
   results["first seed's duels"] = _duels(
     tried, [*options.only, *options.tried], runs, options.seeds[:1]
   )
   results["tuned over"] = campaign.grid_scores(runs, "iterative")
-  results["scales"] = _over_seeds([record["scales"] for record in of("improver")])
-  results["without reconstruction"] = records["without reconstruction", first]["scales"]
+  results["scales"] = {
+    name: _over_seeds([record["scales"] for record in of(name)]) for name in IMPROVERS
+  }
   workdir_lib.write_json(options.out / "results.json", results)
   text = _text(results, options)
   campaign.write_into(campaign.document_of(options.out), text)
@@ -388,6 +390,7 @@ def _over_seeds(found: list[dict[str, dict[str, float]]]) -> dict[str, dict[str,
 def _text(results: dict, options: argparse.Namespace) -> str:
   correct, quality = SCORERS
   base, on_train = (results["improver"][name] for name in ("base", "base, train"))
+  diversity = results["base's diversity"]
   setting = max(results["tuned over"], key=results["tuned over"].__getitem__)
   lines = [
     campaign.provenance("python benchmarks/online.py", options.seeds, options.set),
@@ -405,14 +408,15 @@ def _text(results: dict, options: argparse.Namespace) -> str:
     "",
     *_HEAD,
     f"| base | {base[correct]:.3f} | {base[quality]:.3f} | {on_train[correct]:.3f} "
-    f"| {on_train[quality]:.3f} | | | |",
+    f"| {on_train[quality]:.3f} | | | {diversity:.2f} |",
   ]
-  lines += [_line(name, results[name]) for name in ("improver", *options.only)]
+  lines += [_line(name, results[name]) for name in (*IMPROVERS, *options.only)]
   lines += [
     "",
     "`iterative-N` draws N pairs in each iteration, all others as many as the largest. What "
-    "begins with spin's model makes as many updates again. The improver's pictures are its "
-    "versions of the base's.",
+    "begins with spin's model makes as many updates again. Improvers' pictures are their "
+    f"versions of the base's; the second one, `{WITHOUT}`, was trained for the other two "
+    "tasks alone, and is what the last run's winners are drawn by.",
     "",
     "One against another, same prompts, noise and seeds:",
     "",
@@ -429,9 +433,7 @@ def _text(results: dict, options: argparse.Namespace) -> str:
       "",
       f"### Tried with seed {options.seeds[0]}",
       "",
-      f"With {4 * UPDATES} updates in each iteration, and with an improver that had no "
-      "reconstruction task. That improver's own pictures, and the same seed's runs of above, "
-      "stand beside them.",
+      f"{4 * UPDATES} updates in each iteration, beside the same seed's runs of above.",
       "",
       *_HEAD,
       *(_line(name, r) for name, r in results["first seed"].items()),
@@ -446,18 +448,17 @@ def _text(results: dict, options: argparse.Namespace) -> str:
     "",
     "### What the scales do",
     "",
-    f"Improvers on {PICTURES} of the base's pictures of validation prompts; means over seeds, "
-    "without reconstruction of the first. Distances are root mean squares between latents: to "
-    "the picture that was shown, and for comparison to another's.",
+    f"Improvers on {PICTURES} of the base's pictures of validation prompts; means over seeds. "
+    "Distances are root mean squares between latents: to the picture that was shown, and for "
+    "comparison to another's.",
     "",
     "| s_T | s_I | correct | quality | distance | to another |",
     "|---|---|---|---|---|---|",
   ]
-  scales = results["scales"]
-  lines.append(
-    f"| the base | | {scales['base'][correct]:.3f} | {scales['base'][quality]:.3f} | 0 | |"
-  )
-  for title, table in (("", scales), ("without: ", results["without reconstruction"])):
+  shown = results["scales"]["improver"]["base"]
+  lines.append(f"| the base | | {shown[correct]:.3f} | {shown[quality]:.3f} | 0 | |")
+  for name, table in results["scales"].items():
+    title = "" if name == "improver" else "without: "
     for of in SCALES.values():
       for s_t, s_i in of:
         r = table[f"{s_t:g} {s_i:g}"]

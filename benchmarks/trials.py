@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import os
 import random
 import shutil
@@ -15,10 +14,10 @@ from pathlib import Path
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
 
 import jax
-import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from jaxpref import checkpoint
+from jaxpref.models import pipeline
 
 ROOT = Path(__file__).parent.parent
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
@@ -163,10 +162,7 @@ def digest(workdir: Path) -> str:
     ocp.checkpointables_metadata(directory / str(found.step)).metadata["state"],
   )
   state = checkpoint.restore_subtree(directory, found.step, abstract)
-  total = hashlib.sha256()
-  for path, leaf in jax.tree.leaves_with_path(state):
-    total.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
-  return total.hexdigest()[:16]
+  return pipeline.fingerprint(state)
 
 
 @contextlib.contextmanager

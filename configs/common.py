@@ -34,11 +34,12 @@ def base(name: str, preset: str) -> ConfigDict:
   c.model.remat = "none"  # 'transformer', 'blocks', 'full' compute twice what they do not keep
 
   c.data = ConfigDict()
-  c.data.source = "shapes"  # 'shapes', 'pickapic' (parquet files), 'folder' (captioned images)
+  c.data.source = "shapes"  # 'pickapic' (parquet), 'folder' (captioned images), 'online'
   c.data.path = ""  # of the folder or file
   c.data.num_experts = 500  # the best K images by score; of a folder the first K; 0: all
   c.data.experts = "top"  # 'top': by score; 'winners': every pair's preferred image
   c.data.num_rows = 0  # of pairs, singles or lists, for losses that learn from them; 0: all
+  c.data.min_change = 0.0  # of drawn pairs: latents' distance (RMS) below which one is left out
   c.data.desirable_share = 0.8  # of liked images among singles
   c.data.good_prefix = ""  # before the prompts of liked singles, and of tuned pictures
   c.data.bad_prefix = ""  # before the prompts of the other singles
@@ -155,13 +156,13 @@ def improve(c: ConfigDict) -> None:
 
 def iterate(c: ConfigDict, *, winners: str) -> None:
   """How the pairs of each iteration are drawn; updates and learning rate are of one of them."""
-  c.data.num_rows = 0
+  c.data.num_rows = 0  # of an iteration's pairs at most so many are trained on
+  c.data.min_change = 0.05
   c.iterate = ConfigDict()
   c.iterate.num_iterations = 3  # each draws pairs with the model before it and trains on them
   c.iterate.num_pairs = 500  # drawn in each
   c.iterate.winners = winners  # the 'data' images, or the losers 'improved'
   c.iterate.improver = ""  # that improves them: a run of configs/improver.py, or a pipeline
-  c.iterate.min_change = 0.05  # latents' distance (RMS) below which a pair is not trained on
   c.iterate.guidance = c.evaluate.guidance  # with which losers are drawn
   c.iterate.num_steps = c.evaluate.num_steps  # of DPM-Solver++ (2M)
   c.iterate.batch_size = c.evaluate.batch_size  # images at once

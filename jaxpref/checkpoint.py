@@ -9,7 +9,6 @@ the restore, which goes back to the newest good step.
 import dataclasses
 import errno
 import functools
-import hashlib
 import json
 import logging
 import math
@@ -238,11 +237,10 @@ def _load(path: Path, abstract_state: Any, *, checked: bool) -> tuple[Any, dict[
 
 
 class Good(NamedTuple):
-  """A checkpoint whose files are as they were written; `digest` changes with any of them."""
+  """A checkpoint whose files are as they were written."""
 
   step: int
   metadata: dict[str, Any]
-  digest: str
 
 
 def find_good(directory: str | Path, *, step: int | None = None) -> Good:
@@ -268,8 +266,7 @@ def find_good(directory: str | Path, *, step: int | None = None) -> Good:
     else:
       problem = _verify(path)
     if problem is None:
-      digest = hashlib.sha256((path / CHECKSUMS).read_bytes()).hexdigest()[:16]
-      return Good(candidate, ocp.metadata(path).custom_metadata["metadata"], digest)
+      return Good(candidate, ocp.metadata(path).custom_metadata["metadata"])
     problems.append(f"step {candidate}: {problem}")
     _log.warning("checkpoint of step %d is damaged (%s), not used", candidate, problem)
   raise UserError(f"no good checkpoint in {directory} ({'; '.join(problems)})")

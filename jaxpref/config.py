@@ -73,7 +73,7 @@ RULES: Rules = {
     ),
     _at_least(1),
   ),
-  **dict.fromkeys(("iterate.guidance", "iterate.min_change"), _FINITE),
+  **dict.fromkeys(("iterate.guidance", "data.min_change"), _FINITE),
   "iterate.winners": _one_of("data", "improved"),
   **dict.fromkeys(("improve.text_guidance", "improve.image_guidance"), _FINITE),
   "improve.num_steps": _at_least(1),

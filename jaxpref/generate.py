@@ -109,14 +109,18 @@ def _run(argv: list[str]) -> None:
 
   runtime.cache_programs()
   mesh = sharding.make_mesh()
-  pipeline = tuned.load(
-    flags.improver or flags.model,
-    ema=flags.ema,
-    step=flags.step,
-    dtype=jnp.dtype(flags.dtype),
-    mesh=mesh,
-    variant=flags.variant,
-  )
+  try:
+    pipeline = tuned.load(
+      flags.improver or flags.model,
+      ema=flags.ema,
+      step=flags.step,
+      dtype=jnp.dtype(flags.dtype),
+      mesh=mesh,
+      variant=flags.variant,
+    )
+  except UserError as error:
+    option = "--improver" if flags.improver else "--model"
+    raise UserError(f"{option}: {error}") from error
   if pipeline.is_improver != bool(flags.improver):
     what = "no improver" if flags.improver else "an improver: --improver takes it, and --images"
     raise UserError(f"{flags.improver or flags.model} is {what}")
@@ -133,9 +137,10 @@ def _run(argv: list[str]) -> None:
     flags.image_guidance = tuned.setting(name, "improve", "image_guidance", 3.0)
   prefix = tuned.prompt_prefix(name)
   wanted = _pictures(flags, out, pipeline, prefix)
+  of_images = _left_out(flags, len(wanted) // flags.images_per_prompt)
   missing = [picture for picture in wanted if not is_drawn(picture.file, picture.settings)]
   if not missing:
-    print(f"{len(wanted)} pictures in {out}, 0 of them new")
+    print(f"{len(wanted)} pictures in {out}, 0 of them new{of_images}")
     return
   text.warn_of_cut(pipeline.tokenizers, [p.settings["prompt"] for p in wanted])
   generator = generate.make_generator(
@@ -169,7 +174,7 @@ def _run(argv: list[str]) -> None:
       for image, picture in zip(images, part, strict=True):
         workdir.write_bytes(picture.file, to_png(image, picture.settings))
       bar.update(len(part))
-  print(f"{len(wanted)} pictures in {out}, {len(missing)} of them new")
+  print(f"{len(wanted)} pictures in {out}, {len(missing)} of them new{of_images}")
 
 
 def _check(flags: argparse.Namespace) -> None:
@@ -234,6 +239,7 @@ def _pictures(
       image_size=pipeline.image_size,
       caption=flags.prompts[0] if flags.prompts else None,
       option="--images",
+      hint='; or --prompts="..." is the prompt of all',
     )
     subjects = [
       (
@@ -261,6 +267,18 @@ def _pictures(
       settings = {**shared, **more, "prompt": prefix + prompt, "seed": first + number}
       pictures.append(Picture(out / f"{stem}-{number:02d}.png", settings, image))
   return pictures
+
+
+def _left_out(flags: argparse.Namespace, used: int) -> str:
+  """What the last line says of pictures that could not be improved."""
+  if not flags.images:
+    return ""
+  from jaxpref.data import folder  # noqa: PLC0415
+
+  count = folder.count_images(flags.images)
+  if not (rest := count - used):
+    return ""
+  return f"; {rest} of {count} in {flags.images} left out, see the warning"
 
 
 def read_prompts(text: str) -> list[str]:

@@ -10,6 +10,7 @@ where it stopped. What is there, the first process finds out and tells the other
 import dataclasses
 import functools
 import json
+import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ from jaxpref import (
   tuned,
   watch,
 )
+from jaxpref import config as config_lib
 from jaxpref import prepare as prepare_lib
 from jaxpref import workdir as workdir_lib
 from jaxpref.data import encode, online
@@ -39,13 +41,16 @@ from jaxpref.errors import UserError
 from jaxpref.evaluation import compare, evaluate, generate
 from jaxpref.models import pipeline as pipeline_lib
 
-# Other updates or evaluations would make iterations that do not compare.
-RESUME_SAFE = (
-  *("profile", "iterate.num_iterations"),
-  *("train.log_every", "train.keep", "train.max_skipped", "train.hang_minutes"),
+_ALWAYS_SAFE = (
+  *("profile", "train.log_every", "train.keep", "train.max_skipped", "train.hang_minutes"),
 )
+# What leaves out pairs that are drawn; it may change until some were trained on.
+_FILTERS = ("data.min_change", "data.num_rows")
+# Other updates or evaluations would make iterations that do not compare.
+RESUME_SAFE = (*_ALWAYS_SAFE, *_FILTERS, "iterate.num_iterations")
 # What an iteration's training may find changed when it goes on: the workdir may have moved.
-_RESUME_SAFE = (*RESUME_SAFE, "data.path", "model.start", "evaluate.prompts")
+_RESUME_SAFE = (*_ALWAYS_SAFE, "data.path", "model.start", "evaluate.prompts")
+_log = logging.getLogger(__name__)
 _GALLERY = 12
 _PHASES = "phases.json"  # seconds by phase; of an iteration's training written last
 _INPUTS = "inputs.json"  # digests of what the run was begun with
@@ -83,7 +88,8 @@ def prepare(config: ConfigDict) -> Prepared:
     raise UserError(f"iterations draw pairs; {config.loss.name!r} learns from other rows")
   if config.data.num_rows > settings.num_pairs:
     raise UserError(
-      f"data.num_rows = {config.data.num_rows} of iterate.num_pairs = {settings.num_pairs}"
+      f"data.num_rows = {config.data.num_rows}, of which an iteration's training takes no "
+      f"more, exceeds the iterate.num_pairs = {settings.num_pairs} that it draws"
     )
   base = checked.pipeline
   prepare_lib.check_steps(base, "iterate.num_steps", settings.num_steps)
@@ -157,6 +163,7 @@ def _begin(prepared: Prepared, workdir: Path) -> None:
   if (workdir / tuned.ITERATIONS / str(count + 1)).exists():
     raise UserError(f"{workdir} has iteration {count + 1} already, more than {count}")
   _check_inputs(prepared, workdir)
+  _check_filters(prepared.config, workdir)
   workdir_lib.write_config(workdir, prepared.config)
   workdir_lib.add_start(workdir, {"inputs": prepared.inputs, **runtime.facts()})
 
@@ -173,14 +180,28 @@ def _check_inputs(prepared: Prepared, workdir: Path) -> None:
   workdir_lib.write_json(file, prepared.inputs)
 
 
+def _check_filters(config: ConfigDict, workdir: Path) -> None:
+  """All iterations leave out the same pairs."""
+  if not (workdir / tuned.ITERATIONS / "1" / workdir_lib.CONFIG).exists():
+    return
+  stored = config_lib.from_json((workdir / workdir_lib.CONFIG).read_text(encoding="utf-8"))
+  before, now = (dict(config_lib.leaves(c)) for c in (stored, config))
+  for name in _FILTERS:
+    if before[name] != now[name]:
+      raise UserError(
+        f"{name} was {before[name]}, now {now[name]}, and iteration 1 was trained with that; "
+        "choose another --workdir"
+      )
+
+
 def _iterate(prepared: Prepared, workdir: Path, model: str, k: int) -> None:
   """Draws pairs with `model` and trains it on them; what it reads is free afterwards."""
   pairs, trained = workdir / tuned.PAIRS / str(k), workdir / tuned.ITERATIONS / str(k)
   prompts = workdir / "prompts.txt"
   if not distributed.first(lambda: online.is_finished(pairs)):
     _draw_pairs(prepared, pairs, model, k)
-  distributed.first(lambda: _begin_training(prepared, pairs, prompts, k))
-  config = _inner_config(prepared.config, pairs=pairs, model=model, k=k)
+  count = distributed.first(lambda: _begin_training(prepared, pairs, prompts, k))
+  config = _inner_config(prepared.config, pairs=pairs, num_rows=count, model=model, k=k)
   if prepare_lib.prompts_source(prepared.config) == "captions":
     with config.unlocked():
       config.evaluate.prompts = str(prompts)
@@ -205,17 +226,35 @@ def _base_pictures(ready: prepare_lib.Prepared, before: Path) -> dict[str, np.nd
   return {} if pictures is None else {"base": pictures}
 
 
-def _begin_training(prepared: Prepared, pairs: Path, prompts: Path, k: int) -> None:
-  if not online.summary(pairs)["trained_on"]:
-    raise UserError(f"no pair in {pairs} differs by iterate.min_change or more")
-  print(f"iteration {k} of {prepared.config.iterate.num_iterations}", flush=True)
+def _begin_training(prepared: Prepared, pairs: Path, prompts: Path, k: int) -> int:
+  """The number of pairs to train on."""
+  config, changes = prepared.config, online.changes(pairs)
+  if not (count := _count_kept(config, changes)):
+    raise UserError(f"in {pairs}, {_none_differs(config, changes)}")
+  print(f"iteration {k} of {config.iterate.num_iterations}", flush=True)
   if prepare_lib.prompts_source(prepared.config) == "captions":
     # The same for all, whichever captions an iteration's pairs have.
     workdir_lib.write_text(prompts, "\n".join(prepared.prompts) + "\n")
+  return count
+
+
+def _count_kept(config: ConfigDict, changes: np.ndarray) -> int:
+  """How many of the pairs are trained on."""
+  count = int(np.sum(changes >= config.data.min_change))
+  return min(count, config.data.num_rows or count)
+
+
+def _none_differs(config: ConfigDict, changes: np.ndarray) -> str:
+  low, median, high = (f"{x:.3g}" for x in np.quantile(changes, (0, 0.5, 1)))
+  return (
+    f"no pair differs by data.min_change = {config.data.min_change:g} or more: they do by "
+    f"{low} to {high}, median {median}. The same command with another "
+    "--config.data.min_change goes on, with the same pairs"
+  )
 
 
 def _inner_config(
-  config: ConfigDict, *, pairs: Path = Path(), model: str = "", k: int = 1
+  config: ConfigDict, *, pairs: Path = Path(), num_rows: int = 0, model: str = "", k: int = 1
 ) -> ConfigDict:
   """The configuration of an iteration's training."""
   inner = config.copy_and_resolve_references()
@@ -225,7 +264,7 @@ def _inner_config(
     if model:
       inner.model.start = "" if model == inner.model.path else model
     inner.seed = (inner.seed + 100_003 * k) % 2**31  # else its draws were those of the last
-    inner.data.source, inner.data.path = "online", str(pairs)
+    inner.data.source, inner.data.path, inner.data.num_rows = "online", str(pairs), num_rows
     inner.evaluate.prompts = prepare_lib.prompts_source(config)
   return inner
 
@@ -272,10 +311,10 @@ def _draw_pairs(prepared: Prepared, directory: Path, model: str, k: int) -> None
       with clock("generate"):
         cond = encode.encode_prompts(policy, mesh, captions)
         losers = draw(policy.params["unet"], cond, seeds[index, 1])
-      with clock("improve"):
-        if not (improver and improve):
-          winners = np.stack([row.images[0] for row in rows])
-        else:
+      if not (improver and improve):
+        winners = np.stack([row.images[0] for row in rows])
+      else:
+        with clock("improve"):
           told = dict(encode.encode_prompts(improver, mesh, captions))
           told["image"] = encode.encode_images(improver, mesh, list(losers))
           winners = improve(improver.params["unet"], told, seeds[index, 0])
@@ -284,9 +323,11 @@ def _draw_pairs(prepared: Prepared, directory: Path, model: str, k: int) -> None
           encode.encode_images(policy, mesh, list(images)) for images in (losers, winners)
         )
         change = np.sqrt(np.mean(np.square(better - worse), axis=(1, 2, 3)))
+        if shard == missing[0] and not _count_kept(config, change):
+          _log.warning("so far %s", _none_differs(config, change))
         made = _how_made(config, policy.digest, improver.digest if improver else "")
         columns = (
-          _columns(config, made, int(i), captions[j], winners[j], losers[j], change[j])
+          _columns(made, int(i), captions[j], winners[j], losers[j], change[j])
           | {"seed_0": int(seeds[i, 0]) if improver else -1, "seed_1": int(seeds[i, 1])}
           for j, i in enumerate(index)
         )
@@ -315,17 +356,19 @@ def _how_made(config: ConfigDict, policy: str, improver: str) -> dict[str, Any]:
   """Columns that all pairs of an iteration share."""
   return {
     "has_label": True,
+    "label_0": 1.0,
+    "label_1": 0.0,
     "guidance": config.iterate.guidance,
     "text_guidance": config.improve.text_guidance if improver else 0.0,
     "image_guidance": config.improve.image_guidance if improver else 0.0,
     "num_steps": config.iterate.num_steps,
+    "improve_steps": config.improve.num_steps if improver else 0,
     "model_0": improver or "data",
     "model_1": policy,
   }
 
 
 def _columns(
-  config: ConfigDict,
   made: Mapping[str, Any],
   i: int,
   caption: str,
@@ -334,7 +377,6 @@ def _columns(
   change: float,
 ) -> dict[str, Any]:
   """A pair as `data.online` stores it, all but its seeds."""
-  differ = change >= config.iterate.min_change
   return {
     **made,
     "caption": caption,
@@ -344,8 +386,6 @@ def _columns(
     "image_1_uid": f"{i}-loser",
     "jpg_0": store.png(winner),
     "jpg_1": store.png(loser),
-    "label_0": 1.0 if differ else 0.5,
-    "label_1": 0.0 if differ else 0.5,
   }
 
 
@@ -353,16 +393,20 @@ def _finish_iteration(prepared: Prepared, workdir: Path, k: int) -> None:
   # Exactly this model: an older checkpoint of it would be another.
   trained, step = workdir / tuned.ITERATIONS / str(k), prepared.config.train.num_updates
   checkpoint.find_good(trained / "checkpoints", step=step)
-  _write_metrics(workdir, k)
+  _write_metrics(prepared.config, workdir, k)
 
 
-def _write_metrics(workdir: Path, k: int) -> None:
+def _write_metrics(config: ConfigDict, workdir: Path, k: int) -> None:
   """A line for each iteration, beside those for each update in the iterations' workdirs."""
   lines = []
   for i in range(1, k + 1):
-    found = online.summary(workdir / tuned.PAIRS / str(i))
+    changes = online.changes(workdir / tuned.PAIRS / str(i))
     phases = {f"time/{name}_seconds": seconds for name, seconds in _phases(workdir, i).items()}
-    pairs = {f"pairs/{name}": found[name] for name in ("pairs", "trained_on", "change")}
+    pairs = {
+      "pairs/pairs": len(changes),
+      "pairs/trained_on": _count_kept(config, changes),
+      "pairs/change": float(changes.mean()),
+    }
     lines.append(json.dumps({"step": i, **pairs, **phases}) + "\n")
   workdir_lib.write_text(workdir / metrics.FILE, "".join(lines))
 
@@ -386,7 +430,7 @@ def _report(prepared: Prepared, workdir: Path) -> None:
     for name, points in metrics.read_curves(trained).items():
       shifted = [(step + (k - 1) * updates, value) for step, value in points]
       curves.setdefault(name, []).extend(shifted)
-    table.append(_summary(workdir, k, updates))
+    table.append(_summary(config, workdir, k))
   last = workdir / tuned.ITERATIONS / str(count)
   facts = {
     "iterations": count,
@@ -404,36 +448,39 @@ def _report(prepared: Prepared, workdir: Path) -> None:
     held_out=not captions & set(prepared.prompts),
     curves=curves,
     iterations=table,
-    pairs=_gallery(workdir / tuned.PAIRS / str(count)),
+    pairs=_gallery(config, workdir / tuned.PAIRS / str(count)),
   )
 
 
-def _summary(workdir: Path, k: int, updates: int) -> dict[str, str]:
+def _summary(config: ConfigDict, workdir: Path, k: int) -> dict[str, str]:
   """An iteration's row in the report's table."""
-  trained = workdir / tuned.ITERATIONS / str(k)
-  pairs = online.summary(workdir / tuned.PAIRS / str(k))
-  results = json.loads((trained / "evaluation" / str(updates) / evaluate.RESULTS).read_text())
+  evaluation = workdir / tuned.ITERATIONS / str(k) / "evaluation"
+  results = json.loads(
+    (evaluation / str(config.train.num_updates) / evaluate.RESULTS).read_text()
+  )
+  changes = online.changes(workdir / tuned.PAIRS / str(k))
   row = {
     "iteration": str(k),
-    "pairs trained on": f"{pairs['trained_on']} of {pairs['pairs']}",
-    "change, mean": compare.number(pairs["change"]),
+    "pairs trained on": f"{_count_kept(config, changes)} of {len(changes)}",
+    "change, mean": compare.number(changes.mean()),
   }
   for key, entry in results.items():
     mean, rate = compare.number(entry["tuned"]["mean"]), compare.percent(entry["win_rate"])
     row[f"{key}, win rate"] = f"{mean}, {rate}"
   phases = _phases(workdir, k)
-  minutes = (f"{seconds / 60:.1f}" for seconds in phases.values())
+  minutes = (compare.number(seconds / 60) for seconds in phases.values())
   row[f"minutes: {', '.join(phases)}"] = ", ".join(minutes)
   return row
 
 
-def _gallery(directory: Path) -> list[dict[str, Any]]:
+def _gallery(config: ConfigDict, directory: Path) -> list[dict[str, Any]]:
   source = online.open_pairs(directory)
   count = min(_GALLERY, len(source))
   shown = []
   for i in np.linspace(0, len(source) - 1, count).astype(int):
     row = source[int(i)]
-    tie = ", too little to train on" if row["label_0"] == row["label_1"] else ""
+    little = float(row["change"]) < config.data.min_change
+    tie = ", too little to train on" if little else ""
     shown.append(
       {
         "prompt": row["caption"].decode(),

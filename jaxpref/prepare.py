@@ -203,6 +203,8 @@ def _check_needs(loss: ModuleType, config: Any) -> None:
     raise UserError("data.good_prefix and data.bad_prefix are for losses that learn singles")
   if needs.rows == "experts" and config.data.num_rows:
     raise UserError("of experts there are data.num_experts; data.num_rows is for other rows")
+  if needs.rows != "pairs" and config.data.min_change:
+    raise UserError("data.min_change is for losses that learn from pairs")
   if not needs.rollout and (rollout.states > 1 or rollout.replay):
     raise UserError("rollout.states and rollout.replay are for losses that take states")
   if rollout.states > rollout.num_steps:

@@ -85,7 +85,10 @@ def load(
   if rank:
     unet = lora.Adapted(pipeline.params["unet"], unet, config["lora"]["alpha"] / rank)
   params = {**pipeline.params, "unet": lora.merge(unet) if merged else unet}
-  digest = f"{field}-{found.step}-{found.digest}"
+  # Of the weights, not of the files, which hold the same ones in other bytes each time.
+  scale = f" {unet.scale}" if rank else ""
+  weights = pipeline_lib.fingerprint(state[field], of=pipeline.digest + scale)
+  digest = f"{field}-{found.step}-{weights}"
   return dataclasses.replace(pipeline, params=params, digest=digest)
 
 

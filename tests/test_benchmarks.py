@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import sys
 import types
@@ -151,7 +152,7 @@ def test_online(surroundings, finished, tiny_pipeline, tmp_path, monkeypatch):
   monkeypatch.setattr(program, "SCALES", {"s_I": [(3.5, 3.0)]})
   monkeypatch.setattr(program, "PICTURES", 8)
   monkeypatch.setattr(campaign, "PROMPTS", 2)
-  fields = ["iterate.min_change=0"]  # random weights draw all alike
+  fields = ["data.min_change=0"]  # random weights draw all alike
   arguments = ["--seeds", "0", "--improver-updates=1", "--only", *kinds]
   kept = [f for f in surroundings if not f.startswith("train.")]
   monkeypatch.setattr(
@@ -161,7 +162,7 @@ def test_online(surroundings, finished, tiny_pipeline, tmp_path, monkeypatch):
 
   def run(arguments):  # only the improver and the policy it teaches
     (workdir,) = (a.partition("=")[2] for a in arguments if a.startswith("--workdir="))
-    if not any(part in workdir for part in ("grid", "dpo-0", "again")):
+    if not any(part in workdir for part in ("grid", "dpo-0", "again", "without")):
       return really_run(arguments)
     shutil.copytree(finished, workdir)
     return 0
@@ -177,23 +178,18 @@ def test_online(surroundings, finished, tiny_pipeline, tmp_path, monkeypatch):
   really_draw = program._draw
   monkeypatch.setattr(program, "_draw", draw)
   with pytest.raises(
-    SystemExit, match="not finished yet: improver 0, iterative-4 0, dpo 0, without"
+    SystemExit,
+    match="not finished yet: improver 0, without reconstruction 0, iterative-4 0, dpo 0",
   ):
     program.main([*arguments, *kept, "--report"])
-  # The same improver stands for the one without reconstruction: a run less.
-  monkeypatch.setattr(program, "WITHOUT", "improver")
-  train_improver = program._improver
-  monkeypatch.setattr(
-    program, "_improver", lambda runs, _, *rest: train_improver(runs, "improver-0", *rest[:2])
-  )
   program.main([*arguments, *kept])
-  improved = [call for call in drawn if "shown" in call[-1]][-1]
+  improved = [call for call in drawn if "shown" in call[-1]][0]
   assert really_draw(*improved[:-1], **improved[-1])[1].shape == (8, 16, 16, 3)
   results = json.loads((tmp_path / "out" / "results.json").read_text())
   assert {"improver", "iterative-4", "dpo", "scales", "without reconstruction"} < set(results)
   assert [(d["of"], d["against"]) for d in results["duels"]] == [("iterative-4", "dpo")]
   assert len(results["tuned over"]) == 1
-  assert len(results["iterative-4"]["vendi"]) == 1
+  assert len(results["iterative-4"]["vendi"]) == 1 and results["base's diversity"] >= 1
   table = (tmp_path / "out.md").read_text()
   assert "| iterative-4 | " in table and "| without: 3.5 | 3 | " in table
   assert "| iterative-4, again | " in table and "| without reconstruction | " in table
@@ -215,20 +211,20 @@ def test_what_online_compares_is_sound(tmp_path, monkeypatch):
     config, _ = config_lib.parse_args(arguments, flags={})
     config_lib.validate(config)
     assert config.seed == 1
+    without = name.endswith("without reconstruction")
     if name.startswith("iterative"):
       assert (config.optim.lr, config.loss.beta) == (3e-4, 2000.0)  # the last of the grid
-      assert config.iterate.improver.endswith("improver-1")
-      assert config.iterate.num_pairs == int(name.rpartition("-")[-1])
+      of = "improver-without-reconstruction" if without else "improver"
+      assert config.iterate.improver == str(tmp_path / f"{of}-1")
+      assert config.iterate.num_pairs == int(re.search(r"iterative-(\d+)", name)[1])
     assert config.model.start.endswith("spin-1") == name.startswith("spin, then")
     times = config.iterate.num_iterations if "iterate" in config else 1
     updates.add((config.train.num_updates * times, config.train.batch_size))
-  assert len(program.KINDS) == 8 and len(updates) == 1  # as many updates, of as many pairs
+  assert len(program.KINDS) == 9 and len(updates) == 1  # as many updates, of as many pairs
   for name in program.TRIED:
     config, _ = config_lib.parse_args(program.arguments_of(name, None, options, 0), flags={})
     config_lib.validate(config)
-    without = "without reconstruction" in name
-    assert config.iterate.improver.endswith(f"{program.WITHOUT if without else 'improver'}-0")
-    assert config.train.num_updates == (50 if without else 200)
+    assert config.iterate.improver.endswith("improver-0") and config.train.num_updates == 200
 
 
 def _with_fields(function, config, fields):

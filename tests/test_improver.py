@@ -129,13 +129,18 @@ def test_a_folder_of_pictures_is_improved(improving, folder, tmp_path, capsys):
   # What is drawn stays, and only another picture under the name is refused.
   assert "0 of them new" in draw(capsys, *flags, f"--out={out}", "--prompts=two stars")
   # The caption beside a picture is its prompt, and pictures without are named.
-  draw(capsys, *flags, f"--out={tmp_path / 'told'}")
+  said = draw(capsys, *flags, f"--out={tmp_path / 'told'}")
+  assert "1 pictures in" in said and f"1 of 2 in {folder} left out" in said
   assert [p.name for p in (tmp_path / "told").iterdir()] == ["a-00.png"]
   told = json.loads(Image.open(tmp_path / "told" / "a-00.png").info["jaxpref"])
   assert told["prompt"] == "a red circle" and told["seed"] == settings["seed"]
   picture = lambda where: np.asarray(Image.open(tmp_path / where / "a-00.png"), int)  # noqa: E731
   draw(capsys, *flags, f"--out={tmp_path / 'far'}", "--image-guidance=60")
   assert np.abs(picture("far") - picture("told")).max() > 1
+  (folder / "a.txt").rename(tmp_path / "a.txt")
+  assert generate.main([*flags, f"--out={tmp_path / 'told'}"]) == 2
+  assert '--prompts="..." is the prompt of all' in capsys.readouterr().err
+  (tmp_path / "a.txt").rename(folder / "a.txt")
   Image.new("RGB", (24, 20)).save(folder / "a.png")
   again = [*flags, f"--out={tmp_path / 'told'}", "--steps=2"]
   assert generate.main(again) == 2

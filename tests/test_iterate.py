@@ -50,7 +50,7 @@ def improver(tiny_pipeline, tmp_path_factory):
 
 def arguments(base, improver, workdir, method="iterative_dpo", **fields):
   # Random weights draw much the same, whatever they are told.
-  given = {"iterate.min_change": 0, "evaluate.num_prompts": 3}
+  given = {"data.min_change": 0, "evaluate.num_prompts": 3}
   # Steps as long as gradients: Adam's, of one length, would take rounding's sign for theirs
   # where they are near nothing.
   given |= {"optim.lr": 0.1, "optim.eps": 1.0}
@@ -245,6 +245,9 @@ def test_stopped_anywhere_it_ends_the_same(
     assert ours[0] == theirs[0] == 4
     for path, array in theirs[1].items():
       np.testing.assert_array_equal(ours[1][path], array, err_msg=path)
+    # All columns, the digest of the model that drew among them.
+    ours, theirs = (list(online.open_pairs(w / "pairs" / k)) for w in (workdir, finished))
+    assert ours == theirs and len(ours) == 12
 
 
 def test_a_finished_run_goes_on_with_more_iterations(
@@ -303,6 +306,8 @@ def test_spin(tiny_pipeline, tmp_path, capsys):
   images = {row.images[0].tobytes() for row in ready.rows}
   assert data <= images
   assert {row["model_0"] for row in rows} == {b"data"}
+  assert {row["improve_steps"] for row in rows} == {0}
+  assert not any("time/improve_seconds" in line for line in (workdir / "metrics.jsonl").open())
   # What the second iteration began with are the first one's additions, averaged.
   start = prepare_lib.prepare(_inner(workdir, 2)).start
   first = tuned.load(str(workdir / "iterations" / "1"), merged=False).params["unet"]
@@ -321,30 +326,64 @@ def _inner(workdir, k):
 def test_pairs_that_hardly_differ_are_not_trained_on(
   finished, tiny_pipeline, improver, tmp_path, monkeypatch, capsys
 ):
-  change = sorted(row["change"] for row in online.open_pairs(finished / "pairs" / "1"))
+  changes = online.changes(finished / "pairs" / "1")
+  low, middle, high = np.quantile(changes, (0, 0.5, 1))
   workdir = tmp_path / "half"
-  trained_on = []
 
-  def look(prepared, *_):
-    trained_on.extend(prepared.rows)
-    raise KeyboardInterrupt
+  def start(**fields):
+    """What would be trained on."""
+    fields = {f"data.{name}": value for name, value in fields.items()}
+    given = arguments(tiny_pipeline, improver, workdir, **fields)
+    trained_on = []
 
-  with monkeypatch.context() as patch:
-    patch.setattr(train, "run", look)
-    fields = {"iterate.min_change": change[6]}
-    assert main.main(arguments(tiny_pipeline, improver, workdir, **fields)) == 130
+    def look(prepared, *_):
+      trained_on.extend(row.caption for row in prepared.rows)
+      raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+      patch.setattr(train, "run", look)
+      status = main.main(given)
+    assert status == (130 if trained_on else 2)
+    return trained_on, capsys.readouterr().err
+
+  # It is said of the first file of pairs, and of all; the pairs stay for another threshold.
+  none, said = start(min_change=1e6)
+  assert not none and "so far no pair differs by data.min_change = 1e+06" in said
+  assert f"they do by {low:.3g} to {high:.3g}, median {middle:.3g}" in said
+  drawn = {p: p.stat().st_mtime_ns for p in workdir.glob("pairs/1/*")}
+  half, _ = start(min_change=middle)
   rows = list(online.open_pairs(workdir / "pairs" / "1"))
-  kept = [row["caption"].decode() for row in rows if row["label_0"] != row["label_1"]]
-  assert len(rows) == 12 and [row.caption for row in trained_on] == kept and len(kept) == 6
-  none = arguments(tiny_pipeline, improver, tmp_path / "none", **{"iterate.min_change": 1e6})
-  assert main.main(none) == 2
-  assert "differs by iterate.min_change or more" in capsys.readouterr().err
+  captions = [row["caption"].decode() for row in rows]
+  kept = [c for c, change in zip(captions, changes, strict=True) if change >= middle]
+  assert half == kept and len(captions) == 12 and len(kept) == 6
+  assert {p: p.stat().st_mtime_ns for p in drawn} == drawn
+  # Iteration 1 has begun with them.
+  none, said = start(min_change=0)
+  assert not none and f"data.min_change was {middle}, now 0.0" in said
+  shutil.rmtree(workdir / "iterations")
+  # A cap is no promise that there are so many.
+  assert start(min_change=middle, num_rows=9)[0] == kept
+  shutil.rmtree(workdir / "iterations")
+  assert start(min_change=middle, num_rows=4)[0] == kept[:4]
+  config = json.loads((workdir / "iterations" / "1" / "config.json").read_text())
+  assert config["data"]["num_rows"] == 4
+  none, said = start(num_rows=13)
+  assert not none and "data.num_rows = 13" in said and "num_pairs = 12 that it draws" in said
+
+
+def test_least_change_is_of_drawn_pairs():
+  flags = ["--config=configs/dpo.py:tiny", "--config.data.min_change=0.1"]
+  with pytest.raises(UserError, match=r"min_change is of drawn pairs, with data.source=online"):
+    prepare_lib.prepare(_config(flags))
+  flags = ["--config=configs/dro.py:tiny", "--config.data.min_change=0.1"]
+  with pytest.raises(UserError, match="is for losses that learn from pairs"):
+    prepare_lib.check(_config(flags))
 
 
 def test_half_written_data_sets_are_none(tmp_path):
   row = {
     **{"caption": "a", "has_label": True, "ranking_id": 0, "change": 1.0, "guidance": 2.0},
-    **{"text_guidance": 0.0, "image_guidance": 0.0, "num_steps": 2},
+    **{"text_guidance": 0.0, "image_guidance": 0.0, "num_steps": 2, "improve_steps": 0},
     **{f"{name}_{k}": 1 for name in ("label", "seed") for k in (0, 1)},
     **{f"model_{k}": "x" for k in (0, 1)},
     **{"image_0_uid": "x", "image_1_uid": "y", "jpg_0": b"", "jpg_1": b""},
@@ -353,12 +392,11 @@ def test_half_written_data_sets_are_none(tmp_path):
   online.write_shard(directory, 0, 2, [row])
   (directory / ".online_pairs-train.array_record-00001-of-00002.77.tmp").write_bytes(b"half")
   assert online.missing(directory, 2) == [1] and len(list(directory.iterdir())) == 1
-  online.write_shard(directory, 1, 2, [row | {"label_1": 0}])
+  online.write_shard(directory, 1, 2, [row | {"change": 0.5}])
   with pytest.raises(UserError, match="no complete.json"):
     online.open_pairs(directory)
   online.finish(directory, [1, 1], description="two")
-  found = online.summary(directory)
-  assert (found["pairs"], found["trained_on"], found["change"]) == (2, 1, 1.0)
+  assert online.changes(directory).tolist() == [1.0, 0.5]
   assert [r["caption"] for r in online.open_pairs(directory)] == [b"a", b"a"]
   shard = next(directory.glob("*00001-of-00002"))
   shard.write_bytes(shard.read_bytes()[:-10])
@@ -384,7 +422,7 @@ def test_the_papers_recipe_starts(tmp_path, capsys):
     "iterate.num_iterations": 1,
     "iterate.num_pairs": 2,
     "iterate.num_steps": 2,
-    "iterate.min_change": 0,
+    "data.min_change": 0,
     "improve.num_steps": 2,
     "train.batch_size": 2,
     "train.accumulate": 1,

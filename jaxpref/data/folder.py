@@ -31,6 +31,7 @@ def load_folder(
   limit: int = 0,
   caption: str | None = None,
   option: str = "data.path",
+  hint: str = "",
 ) -> list[Example]:
   """Reads the pictures of a folder that have captions.
 
@@ -40,6 +41,7 @@ def load_folder(
     limit: stop after so many, in order of their paths; 0 reads all.
     caption: of all images, which then need none beside them.
     option: that named the folder, for messages.
+    hint: what else to do where no image has a caption, for a message.
 
   Returns:
     Examples in order of their paths, which, relative to the folder, are their `source`.
@@ -76,9 +78,14 @@ def load_folder(
       f"no image in {root} can be used"
       if caption is not None
       else f"no image with a caption in {root}: it takes name.jpg beside name.txt, "
-      f"or NNN/caption.txt beside one image{'; see the warning' if skipped else ''}"
+      f"or NNN/caption.txt beside one image{'; see the warning' if skipped else ''}{hint}"
     )
   return examples
+
+
+def count_images(path: str | os.PathLike) -> int:
+  """How many pictures there are in a folder, of use or not."""
+  return len(_images(Path(path).expanduser()))
 
 
 def load_captions(path: str | os.PathLike) -> list[str]:

@@ -2,8 +2,7 @@
 
 It is written a shard at a time, each whole or not at all, so that what was drawn before an
 interruption is not drawn again; `complete.json` comes last. Columns are those of Pick-a-Pic v2
-and how the pair was made. Image 0 is the winner, image 1 the loser; where they hardly
-differ the labels call a tie, which training leaves out.
+and how the pair was made. Image 0 is the winner, image 1 the loser.
 """
 
 import json
@@ -33,7 +32,8 @@ def _features() -> tfds.features.FeaturesDict:
     "guidance": np.float32,  # with which the loser was drawn
     "text_guidance": np.float32,  # of the improver; 0 where the winner is from the data
     "image_guidance": np.float32,
-    "num_steps": np.int64,
+    "num_steps": np.int64,  # of the solver, with which the loser was drawn
+    "improve_steps": np.int64,  # and the winner
   }
   for k in (0, 1):
     columns |= {
@@ -123,13 +123,9 @@ def finish(directory: Path, lengths: Sequence[int], *, description: str) -> None
     check_data=False,  # it would take TensorFlow
   )
   source = tfds.builder_from_directory(directory).as_data_source(_SPLIT)
-  count, kept, change = len(source), 0, 0.0
-  for i in range(count):  # one at a time: they may be more than memory holds
-    row = source[i]
-    kept += int(row["label_0"] != row["label_1"])
-    change += float(row["change"]) / count
-  found = {"pairs": count, "trained_on": kept, "change": change, "sizes": _sizes(directory)}
-  workdir.write_json(directory / _COMPLETE, found)
+  # One at a time: they may be more than memory holds.
+  changes = [float(source[i]["change"]) for i in range(len(source))]
+  workdir.write_json(directory / _COMPLETE, {"changes": changes, "sizes": _sizes(directory)})
 
 
 def is_finished(directory: Path) -> bool:
@@ -137,31 +133,31 @@ def is_finished(directory: Path) -> bool:
   return (directory / _COMPLETE).exists()
 
 
-def summary(directory: Path) -> dict[str, Any]:
-  """Of a finished data set: 'pairs', those 'trained_on' (no ties), and their mean 'change'.
+def changes(directory: Path) -> np.ndarray:
+  """Of each pair of a finished data set, the distance between its images' latents.
 
   Raises:
     UserError: there is none in the directory, or files of it are missing or cut short.
   """
   try:
     found = json.loads((directory / _COMPLETE).read_text(encoding="utf-8"))
-    expected = dict(found["sizes"])
+    changed, expected = np.array(found["changes"]), dict(found["sizes"])
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise UserError(f"there are no generated pairs in {directory}: no {_COMPLETE}") from error
   there = _sizes(directory)
   if damaged := [name for name, size in expected.items() if there.get(name) != size]:
     raise UserError(f"the pairs in {directory} are damaged: {', '.join(damaged)}")
-  return found
+  return changed
 
 
 def open_pairs(directory: str | os.PathLike) -> Sequence[Mapping[str, Any]]:
   """The rows of a finished data set: `len`, `[i]`, columns to values, text as bytes.
 
   Raises:
-    UserError: as `summary`.
+    UserError: as `changes`.
   """
   path = Path(directory).expanduser()
-  summary(path)
+  changes(path)
   return tfds.builder_from_directory(path).as_data_source(_SPLIT)
 
 

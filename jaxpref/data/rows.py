@@ -92,7 +92,7 @@ def load_rows(kind: str, data: Any, *, image_size: int, seed: int) -> list[Row]:
         best = experts.top_k(source, data.num_experts)
         rows = [Row((e.image,), e.caption) for e in best]
       case "pairs":
-        rows = from_pairs(source, data.num_rows)
+        rows = from_pairs(source, data.num_rows, min_change=data.min_change)
       case _:
         pairs = from_pairs(source, data.num_rows)  # enough: each has one at least
         rows = to_singles(pairs, share=data.desirable_share, seed=seed)
@@ -131,10 +131,18 @@ def _pairs_of(data: Any) -> Sequence[Mapping[str, Any]]:
   return builder.load_preferences("train")
 
 
-def from_pairs(source: Sequence[Mapping[str, Any]], limit: int = 0) -> list[Row]:
+def from_pairs(
+  source: Sequence[Mapping[str, Any]], limit: int = 0, *, min_change: float = 0.0
+) -> list[Row]:
   """Preferred image and other, of rows with Pick-a-Pic's columns; ties are left out.
 
-  The first `limit` such, 0 for all.
+  Args:
+    source: the rows.
+    limit: stop after so many, 0 for all.
+    min_change: of pairs that `data.online` wrote: those of less `change` are left out.
+
+  Raises:
+    UserError: `min_change` is given and the rows do not tell theirs.
   """
   rows: list[Row] = []
   for i in range(len(source)):
@@ -142,6 +150,10 @@ def from_pairs(source: Sequence[Mapping[str, Any]], limit: int = 0) -> list[Row]
       break
     row = source[i]
     if row["label_0"] == row["label_1"]:
+      continue
+    if min_change and "change" not in row:
+      raise UserError("data.min_change is of drawn pairs, with data.source=online")
+    if min_change and float(row["change"]) < min_change:
       continue
     first = int(row["label_1"] > row["label_0"])
     images = tuple(experts.decode(row[f"jpg_{k}"]) for k in (first, 1 - first))

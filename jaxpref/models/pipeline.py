@@ -326,12 +326,15 @@ def widen(pipeline: Pipeline) -> Pipeline:
   )
 
 
-def fingerprint(params: Any) -> str:
-  """Changes with any name or value in a tree of numpy arrays."""
-  digest = hashlib.sha256()
+def fingerprint(params: Any, *, of: str = "") -> str:
+  """Changes with any name or value in a tree of arrays, and with `of`.
+
+  On several processes a collective, of one array after the other.
+  """
+  digest = hashlib.sha256(of.encode())
   for path, leaf in jax.tree.leaves_with_path(params):
     digest.update(jax.tree_util.keystr(path).encode())
-    digest.update(np.ascontiguousarray(leaf).data)
+    digest.update(np.ascontiguousarray(sharding.to_host(leaf)).reshape(-1).view(np.uint8).data)
   return digest.hexdigest()[:16]
 
 
