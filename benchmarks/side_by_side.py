@@ -148,19 +148,29 @@ def update_of(checked: prepare.Checked) -> Callable[[], None]:
 
 
 def take_turns(
-  contenders: Mapping[str, Callable[[], None]], turns: int
+  contenders: Mapping[str, Callable[[], None]], turns: int, *, at_least: float = 0.5
 ) -> dict[str, list[float]]:
-  """Seconds of every turn by contender; each returns when its work is done."""
+  """Seconds of a call, by contender and turn.
+
+  Args:
+    contenders: by name; each returns when its work is done.
+    turns: of each.
+    at_least: seconds of a turn, which is as many calls as that takes: what a call costs in
+      a loop, not one after another's, whose threads may still spin and whose data fill
+      the caches.
+  """
   took: dict[str, list[float]] = {name: [] for name in contenders}
   for name, run in contenders.items():
     began = time.perf_counter()
     run()
-    print(f"{name}: first turn {time.perf_counter() - began:.1f} s", flush=True)
+    print(f"{name}: first call {time.perf_counter() - began:.1f} s", flush=True)
   for _ in range(turns):
     for name, run in contenders.items():
-      began = time.perf_counter()
-      run()
-      took[name].append(time.perf_counter() - began)
+      calls, elapsed, began = 0, 0.0, time.perf_counter()
+      while elapsed < at_least:
+        run()
+        calls, elapsed = calls + 1, time.perf_counter() - began
+      took[name].append(elapsed / calls)
   return took
 
 
@@ -189,9 +199,9 @@ def report(
     name: of the benchmark.
     options: from `make_parser`.
     took: from `take_turns`; 'ours' is what others are compared with.
-    unit: what a turn makes, such as 'images'.
+    unit: what a call makes, such as 'images'.
     units: how many.
-    work: FLOPs of a turn, by the method's count; of each contender where they differ.
+    work: FLOPs of a call, by the method's count; of each contender where they differ.
   """
   works = dict(work) if isinstance(work, Mapping) else dict.fromkeys(took, work)
   device = jax.devices()[0]
@@ -203,7 +213,7 @@ def report(
     "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     "versions": {p: _version(p) for p in ("jax", "jaxlib", "diffusers", "torch")},
     "options": {k: str(v) for k, v in vars(options).items()},
-    "flops of a turn": works,
+    "flops of a call": works,
     "flops a second of a large product": rate,
     "peak of the data sheet": speed.peak_of(device.device_kind),
     "contenders": {},

@@ -61,10 +61,37 @@ def make_optimizer(
   clip_norm: float | None = 1.0,
 ) -> optax.GradientTransformation:
   """AdamW after clipping by the global norm; `clip_norm=None` does not clip."""
-  adamw = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+  adamw = optax.chain(
+    _scale_by_adam(b1=b1, b2=b2, eps=eps),
+    optax.add_decayed_weights(weight_decay),
+    optax.scale_by_learning_rate(schedule),
+  )
   if clip_norm is None:
     return adamw
   return optax.chain(optax.clip_by_global_norm(clip_norm), adamw)
+
+
+def _scale_by_adam(*, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+  """`optax.scale_by_adam`, with moments that are finished before they are used.
+
+  Else XLA computes them a second time, from the old ones, where the parameters are updated,
+  and so it may not write them over the old ones before that: it copies all of those first.
+  """
+
+  def update(grads, state, params=None):
+    del params
+    mu = optax.tree.update_moment(grads, state.mu, b1, 1)
+    nu = optax.tree.update_moment_per_elem_norm(grads, state.nu, b2, 2)
+    mu, nu = jax.lax.optimization_barrier((mu, nu))
+    count = optax.safe_increment(state.count)
+    updates = jax.tree.map(
+      lambda m, v: m / (jnp.sqrt(v) + eps),
+      optax.tree.bias_correction(mu, b1, count),
+      optax.tree.bias_correction(nu, b2, count),
+    )
+    return updates, optax.ScaleByAdamState(count, mu, nu)
+
+  return optax.GradientTransformation(optax.scale_by_adam().init, update)
 
 
 def update_ema(ema: Any, params: Any, update: jax.Array, *, decay: float) -> Any:

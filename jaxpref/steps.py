@@ -203,28 +203,29 @@ def make_train_step(
       key = randomness.key_of(state.seed, "replay", state.update)
       rows, replay = rollouts.replay(replay, rows, state.update, key)
     grads, metrics = reduced_gradients(state.params, base, start, rows)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    update = state.update + 1
-    copy = state.policy_copy
-    if copy is not None:
-      renew = update % refresh_every == 0
-      copy = jax.tree.map(lambda c, p: jnp.where(renew, p, c), copy, params)
-    new = TrainState(
-      params=params,
-      ema=optim.update_ema(state.ema, params, state.update, decay=ema_decay),
-      opt_state=opt_state,
-      policy_copy=copy,
-      seed=state.seed,
-      update=update,
-      skipped=state.skipped,
-      replay=replay,
-    )
     norm = optax.global_norm(grads)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-    same = dataclasses.replace(state, update=update, skipped=state.skipped + 1)
-    new = jax.tree.map(lambda n, s: jnp.where(finite, n, s), new, same)
+    new = jax.lax.cond(
+      finite,
+      lambda s, g, r: dataclasses.replace(advance(s, g), replay=r),
+      lambda s, g, r: dataclasses.replace(s, skipped=s.skipped + 1),
+      *(state, grads, replay),
+    )
+    new = dataclasses.replace(new, update=state.update + 1)
     return new, {**metrics, "optim/grad_norm": norm, "optim/skipped": new.skipped}
+
+  def advance(state: TrainState, grads: Any) -> TrainState:
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    # Finished before the average is made of them, as `optim` has it with moments.
+    params = jax.lax.optimization_barrier(optax.apply_updates(state.params, updates))
+    copy = state.policy_copy
+    if copy is not None:
+      renew = (state.update + 1) % refresh_every == 0
+      copy = jax.tree.map(lambda c, p: jnp.where(renew, p, c), copy, params)
+    ema = optim.update_ema(state.ema, params, state.update, decay=ema_decay)
+    return dataclasses.replace(
+      state, params=params, ema=ema, opt_state=opt_state, policy_copy=copy
+    )
 
   return step
 

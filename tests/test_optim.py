@@ -1,7 +1,9 @@
 """Schedules, clipping and the moving average against numbers worked out by hand."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxpref import optim
@@ -48,6 +50,28 @@ def test_clipping_bounds_the_norm_that_adam_sees():
     _, state = tx.update(gradient, tx.init(params), params)
     moments = [s.mu["w"] for s in _leaves_with_mu(state)]
     np.testing.assert_allclose(moments[0], want, rtol=1e-6)
+
+
+def test_it_is_optax_adamw():
+  schedule = optim.make_schedule("cosine", lr=0.1, warmup_updates=2, num_updates=9)
+  options = {"b1": 0.8, "b2": 0.95, "eps": 1e-3, "weight_decay": 0.1}
+  ours = optim.make_optimizer(schedule, **options, clip_norm=2.0)
+  theirs = optax.chain(optax.clip_by_global_norm(2.0), optax.adamw(schedule, **options))
+  params = {"w": jnp.array([[1.0, -2.0], [0.5, 3.0]]), "b": jnp.array([0.1])}
+  states = [tx.init(params) for tx in (ours, theirs)]
+  assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+  both = [params, params]
+  for seed in range(9):
+    keys = jax.random.split(jax.random.key(seed), 2)
+    gradient = jax.tree.map(
+      lambda p, k: jax.random.normal(k, p.shape), params, {"w": keys[0], "b": keys[1]}
+    )
+    for i, tx in enumerate((ours, theirs)):
+      updates, states[i] = jax.jit(tx.update)(gradient, states[i], both[i])
+      both[i] = optax.apply_updates(both[i], updates)
+  assert np.abs(both[0]["w"] - params["w"]).min() > 0.05
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), *both)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), *states)
 
 
 def _leaves_with_mu(state):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -390,6 +391,16 @@ def test_the_step_is_compiled_once_and_its_state_donated():
   for _ in range(3):
     state, _ = step(state, None, empty, batch, None)
   assert step._cache_size() == 1
+
+
+def test_the_update_is_made_in_place():
+  """None of parameters, moments and averages is copied because something still reads it."""
+  mesh = sharding.make_mesh()
+  params, rows, empty = devices_main.initial()
+  step, state = sft_step(mesh, params)
+  program = step.lower(state, None, empty, rows, None).compile().as_text()
+  assert "params" in program  # as arguments are named
+  assert not re.search(r"copy\(\S*(params|ema|mu|nu)_", program)
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])

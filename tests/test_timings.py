@@ -61,7 +61,7 @@ def test_scripts_in_small(tmp_path, capsys):
   numbers = json.loads(out.read_text())
   assert numbers["contenders"].keys() == {"ours", "ours, all rows at once"}
   assert numbers["contenders"]["ours"]["time / ours"] == 1.0
-  work = numbers["flops of a turn"]
+  work = numbers["flops of a call"]
   assert 0 < work["ours"] < work["ours, all rows at once"]
   times = tmp_path / "times.json"
   options = ["--preset=tiny", "--width=32", "--latents=4", "--rows=4", "--turns=1"]
