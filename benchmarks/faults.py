@@ -170,23 +170,37 @@ def make_it_read_only(trial: trials.Trial, duration: float) -> str:
 
 
 def weights_that_are_nan(trial: trials.Trial, duration: float) -> str:
-  """The run must end with an error, earlier checkpoints intact; then it goes on, mended."""
+  """The run must end with an error, nothing saved; then it goes on, mended."""
   del duration
+  return _break_weights(trial, "unet", status=3)
+
+
+def data_that_are_nan(trial: trials.Trial, duration: float) -> str:
+  """What the VAE or the text encoder makes of them: refused before the first update."""
+  del duration
+  return _break_weights(trial, trial.random.choice(["vae", "text_encoder"]), status=2)
+
+
+def _break_weights(trial: trials.Trial, part: str, *, status: int) -> str:
   processes = trial.start()
   trials.wait_for(processes, (trial.workdir / "checkpoints" / "20").exists)
   trials.kill(processes)
   broken = trial.directory / "broken"
   shutil.copytree(trial.model, broken)
-  file = next((broken / "unet").glob("*.safetensors"))
+  file = next((broken / part).glob("*.safetensors"))
   tensors = load_file(file)
-  name = sorted(tensors)[trial.random.randrange(len(tensors))]
+  used = [
+    name for name in sorted(tensors) if "decoder" not in name and "post_quant" not in name
+  ]
+  name = trial.random.choice(used)
   save_file(tensors | {name: np.full_like(tensors[name], np.nan)}, file)
   good, trial.model = trial.model, broken
   other = trial.workdir
   trial.workdir = trial.directory / "other"
-  if 3 not in trials.end(trial.start()):
+  if status not in trials.end(trial.start()):
     raise RuntimeError(f"nothing was noticed: {trial.log()[-500:]}")
-  if checkpoint.steps(trial.workdir / "checkpoints"):
+  saved = trial.workdir / "checkpoints"
+  if saved.exists() and checkpoint.steps(saved):
     raise RuntimeError("weights that are not finite were saved")
   said = trials.error_of(trial)
   trial.model, trial.workdir = good, other
@@ -267,6 +281,7 @@ FAULTS: dict[str, tuple[Callable, str, int]] = {
   "full disk": (fill_the_disk, "one process", 3),
   "read-only disk": (make_it_read_only, "one process", 3),
   "NaN in weights": (weights_that_are_nan, "one process", 2),
+  "NaN in data": (data_that_are_nan, "one process", 4),
   "NaN in loss and gradient, killed": (kill_anywhere, "not finite", 4),
   "one of two processes hangs": (hang, "two processes", 2),
   "second run on the workdir": (a_second_run, "one process", 3),

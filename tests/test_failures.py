@@ -1,17 +1,23 @@
 """Runs that are refused, stopped, or go wrong: what they say and what is left."""
 
+import dataclasses
 import json
 import signal
 import time
 import types
 
+import jax
 import numpy as np
 import pytest
 import runs
 from conftest import ROOT, start_cluster
 from safetensors.numpy import load_file
 
-from jaxpref import checkpoint, main
+from jaxpref import checkpoint, main, sharding
+from jaxpref.data import encode
+from jaxpref.data.rows import Row
+from jaxpref.errors import UserError
+from jaxpref.models import pipeline
 
 
 @pytest.fixture(autouse=True)
@@ -123,3 +129,13 @@ def test_what_diverges_is_not_saved(tiny_pipeline, tmp_path, capsys):
   assert main.main(arguments) == 3
   assert "the run has diverged" in capsys.readouterr().err
   assert checkpoint.steps(tmp_path / "run" / "checkpoints") == []
+
+
+@pytest.mark.parametrize(("part", "what"), [("vae", "images"), ("text_encoder", "caption")])
+def test_rows_that_are_not_finite_are_named(tiny_pipeline, part, what):
+  base = pipeline.load_pipeline(str(tiny_pipeline))
+  broken = jax.tree.map(lambda x: np.full_like(x, np.nan), base.params[part])
+  base = dataclasses.replace(base, params={**base.params, part: broken})
+  rows = [Row((np.zeros((16, 16, 3), np.uint8),), "a ring")]
+  with pytest.raises(UserError, match=rf"row 0 .*'a ring'.* {what} is not finite"):
+    encode.encode_rows(base, sharding.make_mesh(), rows, flip=False)

@@ -180,6 +180,11 @@ def test_greys_of_any_depth(tmp_path, pixels, suffix, expected):
   assert (_read(tmp_path, Image.fromarray(pixels), suffix) == expected).all()
 
 
+def test_numbers_that_are_not_finite_are_no_picture(tmp_path):
+  with pytest.raises(ValueError, match="not finite"):
+    _read(tmp_path, Image.fromarray(np.full((4, 4), np.nan, np.float32)), ".tif")
+
+
 def test_cmyk(tmp_path):
   image = Image.new("RGB", (16, 16), (200, 40, 90)).convert("CMYK")
   read = _read(tmp_path, image, ".jpg", quality=100)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from jaxpref import sharding, watch
 from jaxpref.data.rows import Row
+from jaxpref.errors import UserError
 from jaxpref.models import text
 from jaxpref.models import vae as vae_lib
 from jaxpref.models.pipeline import Pipeline
@@ -50,17 +51,34 @@ def encode_rows(
 
   Returns:
     'latents' [N, A, C, h, w], 'cond' (a tree of [N, ...]) and 'labels' (a dict of [N]).
+
+  Raises:
+    UserError: something of a row is not finite, which no update could learn from.
   """
   if flip:
     rows = [*rows, *(r._replace(images=tuple(i[:, ::-1] for i in r.images)) for r in rows)]
   latents = encode_images(pipeline, mesh, [i for r in rows for i in r.images])
   told = [r.prefix + r.caption for r in rows]
   text.warn_of_cut(pipeline.tokenizers, told, "captions of the data")
+  latents = latents.reshape((len(rows), -1, *latents.shape[1:]))
+  cond = encode_prompts(pipeline, mesh, told)
+  _check_finite(rows, {"latents": latents, **cond})
   return {
-    "latents": latents.reshape((len(rows), -1, *latents.shape[1:])),
-    "cond": encode_prompts(pipeline, mesh, told),
+    "latents": latents,
+    "cond": cond,
     "labels": {"desirable": np.array([r.desirable for r in rows])},
   }
+
+
+def _check_finite(rows: Sequence[Row], arrays: Cond) -> None:
+  for name, array in arrays.items():
+    for i, of_row in enumerate(array):
+      if not np.isfinite(of_row).all():
+        what, part = ("images", "VAE") if name == "latents" else ("caption", "text encoder")
+        raise UserError(
+          f"row {i} of the data ({rows[i].caption!r}): what the {part} makes of its {what} is "
+          f"not finite; are its weights damaged?"
+        )
 
 
 def encode_prompts(

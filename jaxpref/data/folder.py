@@ -152,6 +152,8 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
 
 def _to_8_bits(grey: np.ndarray) -> np.ndarray:
   """Grey [H, W] in [0, 1], [0, 255] or [0, 65535], whichever holds it, as uint8."""
+  if not np.isfinite(grey).all():
+    raise ValueError("it holds numbers that are not finite")
   top = next((t for t in (1.0, 255.0) if grey.max() <= t), 65535.0)
   return np.clip(np.rint(grey * (255 / top)), 0, 255).astype(np.uint8)
 
