@@ -180,9 +180,10 @@ def test_greys_of_any_depth(tmp_path, pixels, suffix, expected):
   assert (_read(tmp_path, Image.fromarray(pixels), suffix) == expected).all()
 
 
-def test_numbers_that_are_not_finite_are_no_picture(tmp_path):
-  with pytest.raises(ValueError, match="not finite"):
+def test_numbers_that_are_not_finite_are_no_picture(tmp_path, caplog):
+  with pytest.raises(UserError, match="see the warning"):
     _read(tmp_path, Image.fromarray(np.full((4, 4), np.nan, np.float32)), ".tif")
+  assert "x.tif (it holds numbers that are not finite)" in caplog.text
 
 
 def test_cmyk(tmp_path):
