@@ -133,6 +133,22 @@ def place_params(tree: Any, mesh: Mesh) -> Any:
   return jax.tree.map(_place, tree, params_sharding(mesh, tree))
 
 
+def gather_params(tree: Any, mesh: Mesh) -> Any:
+  """In a program: all of each parameter on every device, for as long as it is computed with.
+
+  Without it XLA also splits what is computed by channels, as it finds the parameters, and
+  moves activations to and fro.
+  """
+  whole = NamedSharding(known_mesh(mesh), P())
+  return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, whole), tree)
+
+
+def known_mesh(mesh: Mesh) -> Mesh | AbstractMesh:
+  """The mesh as a program may name it: inside of `jax.shard_map` it has taken some axes."""
+  around = jax.sharding.get_abstract_mesh()
+  return mesh if around.empty else around
+
+
 def replicate(tree: Any, mesh: Mesh) -> Any:
   """Puts all of it on every device."""
   return jax.tree.map(lambda x: _place(x, replicated(mesh)), tree)

@@ -1,10 +1,16 @@
 """What is done to the UNet from outside."""
 
+import json
+import os
+import subprocess
+import sys
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT, WITHOUT_TORCH, xla_flags
 from diffusers.models.attention_flax import FlaxTransformer2DModel
 
 from jaxpref.errors import UserError
@@ -71,3 +77,20 @@ def test_a_transformers_norm_has_pytorchs_epsilon():
   grouped = np.float64(x)  # groups of one channel each
   mean, var = grouped.mean((1, 2), keepdims=True), grouped.var((1, 2), keepdims=True)
   np.testing.assert_allclose(out, x + (grouped - mean) / np.sqrt(var + 1e-6), rtol=1e-4)
+
+
+def test_parameters_that_are_split_are_gathered_once_each(tiny_pipeline):
+  """And nothing else moves but the gradients: each device computes its rows."""
+  done = subprocess.run(
+    [sys.executable, ROOT / "tests" / "split_main.py", str(tiny_pipeline)],
+    check=False,
+    env=os.environ | {"XLA_FLAGS": xla_flags(devices=4)} | WITHOUT_TORCH,
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  assert done.returncode == 0, done.stderr
+  found = json.loads(done.stdout)
+  assert found["error"] < 1e-5 and found["split"] == found["of"] > 50
+  assert set(found["messages"]) <= {"all-gather", "all-reduce", "reduce-scatter"}
+  assert found["messages"]["all-gather"]["count"] == found["of"]

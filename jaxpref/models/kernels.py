@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
+from jaxpref import sharding
+
 _LONG = 1024  # tokens; below, fused kernels gain nothing
 _TILES = (512, 256, 128)  # tokens of a tile of splash attention; the largest that divides
 _Moments = tuple[jax.Array, jax.Array]
@@ -93,8 +95,7 @@ def _over_rows(local: Callable, rows: int, mesh: Mesh) -> Callable | None:
 
   None where the rows do not divide. Inside of `jax.shard_map`, of a device's rows there.
   """
-  around = jax.sharding.get_abstract_mesh()
-  known = mesh if around.empty else around
+  known = sharding.known_mesh(mesh)
   kinds = dict(zip(known.axis_names, known.axis_types, strict=True))
   axes = tuple(name for name, kind in kinds.items() if kind != AxisType.Manual)
   if not axes:

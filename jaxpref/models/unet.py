@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from diffusers import FlaxUNet2DConditionModel
 from jax.sharding import Mesh
 
+from jaxpref import sharding
 from jaxpref.errors import UserError
 from jaxpref.models import interceptors, kernels, lora
 
@@ -110,16 +111,24 @@ def make_denoise(
       'auto', see `kernels.resolve_attention`.
     norm: 'stock', 'lean' (`interceptors.lean_norm`), or 'auto', which is 'stock' on CPUs.
     remat: of `interceptors.REMAT`.
-    mesh: whose devices the rows are split over, for kernels that XLA cannot split.
+    mesh: whose devices the rows are split over, for kernels that XLA cannot split, and
+      parameters, if `fsdp` has several: those are gathered, in the dtype of the computation.
   """
   platform = jax.default_backend()
   attention = kernels.resolve_attention(attention, platform)
   if norm == "auto":
     norm = "stock" if platform == "cpu" else "lean"
 
+  def gathered(params):
+    if mesh is None or mesh.shape["fsdp"] == 1:
+      return params
+    return sharding.gather_params(freeze(params, unet.dtype), mesh)
+
   def denoise(params, x_t, t, cond):
     adapted = isinstance(params, lora.Adapted)
-    variables = {"params": params.base, "lora": params.lora} if adapted else {"params": params}
+    variables = {"params": gathered(params.base if adapted else params)}
+    if adapted:
+      variables["lora"] = params.lora
     added = None
     if "image" in cond:
       x_t = jnp.concatenate([x_t, cond["image"].astype(x_t.dtype)], axis=1)
@@ -157,7 +166,7 @@ def abstract_cond(modules: Mapping[str, Any], rows: int) -> dict[str, jax.ShapeD
 
 
 def freeze(params: Params, dtype: Any) -> Any:
-  """Parameters that are not trained, their kernels in `dtype`.
+  """Parameters as they are when they are not trained, or not now: their kernels in `dtype`.
 
   A computation in the same dtype rounds kernels to it on their way into each layer: its
   outputs stay the same, bit for bit. Scales of norms, which it does not round, stay, too.
