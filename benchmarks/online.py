@@ -125,7 +125,8 @@ def main(argv: list[str]) -> None:
 
 def duels() -> list[tuple[str, str]]:
   """Which kinds are compared with which."""
-  iterative = [(LARGEST, name) for name in KINDS if name != LARGEST and not KINDS[name].start]
+  others = [name for name in KINDS if name != LARGEST and WITHOUT not in name]
+  iterative = [(LARGEST, name) for name in others if not KINDS[name].start]
   after_spin = [
     ("spin, then iterative", other) for other in ("spin", "spin, then spin", LARGEST)
   ]

@@ -252,14 +252,12 @@ def _memory(checked: Any, arguments: Any, model: _Model) -> dict[str, float]:
   states = config.rollout.states if checked.loss.NEEDS.rollout else 1
   latents = config.train.batch_size * states * arms / config.train.accumulate / mesh.size
   wide = on(state.params)
-  # Weights are rounded to the dtype of the computation once for all.
-  rounded = on(model.base) if config.lora.rank else wide
-  casts = rounded / 2 if config.model.dtype == "bfloat16" else 0
   sums = wide if config.train.accumulate > 1 else 0
   rows = (arguments.batch, arguments.rollout)
   parts = {
     "parameters, moments, average": wide + on(state.ema) + on(state.opt_state),
-    "gradients and casts": wide + sums + casts,
+    "gradients": wide + sums,
+    "weights as computed with": _computed_with(checked, arguments, model),
     # The base is there to the end, for the evaluation.
     "frozen copies": on(state.policy_copy) + on(model.base) + on(arguments.start),
     "text encoders, VAE": on(model.encoders),
@@ -270,6 +268,23 @@ def _memory(checked: Any, arguments: Any, model: _Model) -> dict[str, float]:
   }
   parts = {name: value / GIB for name, value in parts.items()}
   return {**parts, "total": sum(parts.values())}
+
+
+def _computed_with(checked: Any, arguments: Any, model: _Model) -> float:
+  """Bytes of weights that are gathered or rounded for the UNet, for all of an update."""
+  import jax  # noqa: PLC0415
+
+  from jaxpref import memory  # noqa: PLC0415
+
+  config, mesh = checked.config, checked.mesh
+  trained = model.base if config.lora.rank else arguments.state.params
+  rounds = config.model.dtype == "bfloat16"
+  if mesh.shape["fsdp"] == 1:
+    return memory.bytes_on_device(trained, mesh) / 2 if rounds else 0
+  # All of the policy's; of the reference's, too, where those are others.
+  others = arguments.base is not None or arguments.start is not None
+  networks = 1 + (others and not config.lora.rank)
+  return networks * sum(x.size for x in jax.tree.leaves(trained)) * (2 if rounds else 4)
 
 
 def _search(
