@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from jaxpref import (
   checkpoint,
   distributed,
+  losses,
   metrics,
   progress,
   runtime,
@@ -82,8 +83,7 @@ def prepare(config: ConfigDict) -> Prepared:
     UserError: it is.
   """
   settings = config.iterate
-  checked = prepare_lib.check(_inner_config(config))
-  needs = checked.loss.NEEDS
+  needs = losses.load_loss(config.loss.name).NEEDS
   if needs.rows != "pairs" or needs.arms or needs.rollout:
     raise UserError(f"iterations draw pairs; {config.loss.name!r} learns from other rows")
   if config.data.num_rows > settings.num_pairs:
@@ -91,6 +91,7 @@ def prepare(config: ConfigDict) -> Prepared:
       f"data.num_rows = {config.data.num_rows}, of which an iteration's training takes no "
       f"more, exceeds the iterate.num_pairs = {settings.num_pairs} that it draws"
     )
+  checked = prepare_lib.check(_inner_config(config))
   base = checked.pipeline
   prepare_lib.check_steps(base, "iterate.num_steps", settings.num_steps)
   inputs = {"base": base.digest, "start": checked.start.get("digest", "")}
