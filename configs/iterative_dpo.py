@@ -29,7 +29,7 @@ def get_config(preset: str = "shapes") -> ConfigDict:
   c.iterate.improver = f"runs/improver-{preset}"  # where configs/improver.py puts it
   c.data.experts = "winners"  # of the data only the captions are used, here all of them
   c.data.num_experts = 0
-  if preset == "shapes":  # the best of six settings, see docs/online.md
+  if preset == "shapes":  # the best of six settings, see docs/online/results.json
     c.optim.lr = 1e-4
     c.loss.beta = 200.0
     c.train.num_updates = 50

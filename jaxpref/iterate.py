@@ -48,7 +48,11 @@ _ALWAYS_SAFE = (
 # What leaves out pairs that are drawn; it may change until some were trained on.
 _FILTERS = ("data.min_change", "data.num_rows")
 # Other updates or evaluations would make iterations that do not compare.
-RESUME_SAFE = (*_ALWAYS_SAFE, *_FILTERS, "iterate.num_iterations")
+RESUME_SAFE = (
+  *(*_ALWAYS_SAFE, *_FILTERS, "iterate.num_iterations"),
+  # They may have moved: `_check_inputs` knows them by their contents.
+  *("iterate.improver", "model.path", "model.start", "data.path"),
+)
 # What an iteration's training may find changed when it goes on: the workdir may have moved.
 _RESUME_SAFE = (*_ALWAYS_SAFE, "data.path", "model.start", "evaluate.prompts")
 _log = logging.getLogger(__name__)
@@ -231,7 +235,7 @@ def _begin_training(prepared: Prepared, pairs: Path, prompts: Path, k: int) -> i
   """The number of pairs to train on."""
   config, changes = prepared.config, online.changes(pairs)
   if not (count := _count_kept(config, changes)):
-    raise UserError(f"in {pairs}, {_none_differs(config, changes)}")
+    raise UserError(f"in {pairs}, {_none_differs(config, changes, k)}")
   print(f"iteration {k} of {config.iterate.num_iterations}", flush=True)
   if prepare_lib.prompts_source(prepared.config) == "captions":
     # The same for all, whichever captions an iteration's pairs have.
@@ -245,12 +249,15 @@ def _count_kept(config: ConfigDict, changes: np.ndarray) -> int:
   return min(count, config.data.num_rows or count)
 
 
-def _none_differs(config: ConfigDict, changes: np.ndarray) -> str:
+def _none_differs(config: ConfigDict, changes: np.ndarray, k: int) -> str:
   low, median, high = (f"{x:.3g}" for x in np.quantile(changes, (0, 0.5, 1)))
+  if k == 1:
+    way_on = "The same command with another --config.data.min_change goes on, with these pairs"
+  else:
+    way_on = "Iteration 1 was trained with that: set less of it in another --workdir"
   return (
     f"no pair differs by data.min_change = {config.data.min_change:g} or more: they do by "
-    f"{low} to {high}, median {median}. The same command with another "
-    "--config.data.min_change goes on, with the same pairs"
+    f"{low} to {high}, median {median}. {way_on}"
   )
 
 
@@ -325,7 +332,7 @@ def _draw_pairs(prepared: Prepared, directory: Path, model: str, k: int) -> None
         )
         change = np.sqrt(np.mean(np.square(better - worse), axis=(1, 2, 3)))
         if shard == missing[0] and not _count_kept(config, change):
-          _log.warning("so far %s", _none_differs(config, change))
+          _log.warning("so far %s", _none_differs(config, change, k))
         made = _how_made(config, policy.digest, improver.digest if improver else "")
         columns = (
           _columns(made, int(i), captions[j], winners[j], losers[j], change[j])

@@ -9,6 +9,7 @@ devices. No accelerator is needed, and of the model only its configuration files
 """
 
 import dataclasses
+import datetime
 import math
 import os
 import re
@@ -112,6 +113,14 @@ def parse_topology(text: str) -> tuple[Chip, int]:
   return CHIPS[name], count
 
 
+def _settings(config: Any) -> dict[str, Any]:
+  """What of a configuration the numbers depend on most."""
+  fields = dict(config_lib.leaves(config))
+  names = ("model.dtype", "model.attention", "model.norm", "model.remat", "lora.rank")
+  more = ("train.batch_size", "train.accumulate", "rollout.batch_size", "rollout.num_steps")
+  return {name: fields[name] for name in (*names, *more) if name in fields}
+
+
 def plan(
   config: Any, topology: str, *, mfu: float = 0.4, search: bool = True
 ) -> dict[str, Any]:
@@ -126,7 +135,8 @@ def plan(
   Returns:
     A tree of numbers and texts: 'devices', 'parameters', 'flops' of an update by phase,
     'seconds' of an update and 'hours' of all at this MFU, 'memory' of a device in GiB as
-    configured, and under 'settings' what else fits, by 'mesh.fsdp' and 'model.remat'.
+    configured ('configuration'), and under 'settings' what else fits, by 'mesh.fsdp' and
+    'model.remat'.
 
   Raises:
     UserError: whatever is wrong with the configuration or the topology.
@@ -154,6 +164,8 @@ def plan(
     "topology": topology,
     "devices": count,
     "mesh": dict(checked.mesh.shape),
+    "configuration": _settings(config),
+    "made": {"date": datetime.date.today().isoformat(), "jax": jax.__version__},
     "parameters": size(unet),
     "trained": size(arguments.state.params),
     "forward": forward,
@@ -330,7 +342,8 @@ def describe(numbers: dict[str, Any]) -> str:
     lines.append(f"  {phase:<10} {_flops(cost):>15}  {100 * cost / total:3.0f} %")
   lines += [
     "",
-    "memory of a device as configured, GiB (an estimate, other scratch space left out):",
+    "memory of a device as configured, GiB (an estimate; scratch space is left out, and grows",
+    "with rows: with 16 of SD 1.5 on a device the TPU's compiler counted a third more):",
   ]
   lines += [f"  {name:<30} {value:8.2f}" for name, value in memory.items()]
   verdict = "fits" if numbers["fits"] else "does NOT fit"

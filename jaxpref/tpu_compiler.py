@@ -19,8 +19,9 @@ def compile_programs(config: Any, topology: str) -> dict[str, Any]:
 
   Returns:
     By program: 'memory', GiB of a device by kind; 'collectives', by operation how often they
-    stand in the program and in its loops, and MiB a device receives at each; 'compile
-    seconds'; or 'error', as when it does not fit.
+    stand in the program and in its loops, and MiB a device receives at each; 'effort', what
+    JAX's options of these names ask of the compiler; 'compile seconds'; or 'error', as when
+    it does not fit.
 
   Raises:
     UserError: libtpu is not installed, or it has no such topology.
@@ -66,6 +67,10 @@ def _compile(program: Any, arguments: Any) -> dict[str, Any]:
   return {
     "memory": {**parts, "total": sum(parts.values())},
     "collectives": collectives(compiled.as_text()),
+    "effort": {
+      name: jax.config.values[f"jax_{name}_effort"]
+      for name in ("exec_time_optimization", "memory_fitting")
+    },
     "compile seconds": time.perf_counter() - began,
   }
 

@@ -273,6 +273,10 @@ def test_a_finished_run_goes_on_with_more_iterations(
   fewer = arguments(tiny_pipeline, improver, workdir, **{"iterate.num_iterations": 1})
   assert main.main(fewer) == 2
   assert "has iteration 2 already, more than 1" in capsys.readouterr().err
+  # The same improver elsewhere is the same.
+  elsewhere = shutil.copytree(improver, tmp_path / "elsewhere")
+  assert main.main([*given, f"--config.iterate.improver={elsewhere}"]) == 0
+  assert main.main(given) == 0
   # Pairs of another improver are not mixed with these.
   weights = improver / "unet" / "diffusion_pytorch_model.safetensors"
   ours = weights.read_bytes()
@@ -367,6 +371,11 @@ def test_pairs_that_hardly_differ_are_not_trained_on(
   assert start(min_change=middle, num_rows=4)[0] == kept[:4]
   config = json.loads((workdir / "iterations" / "1" / "config.json").read_text())
   assert config["data"]["num_rows"] == 4
+  # Another run on these pairs is told why it has so few of them.
+  flags = ["--config=configs/dpo.py:tiny", "--config.data.source=online"]
+  flags += [f"--config.data.path={workdir / 'pairs' / '1'}", "--config.data.min_change=9"]
+  with pytest.raises(UserError, match="0 pairs of data.min_change = 9 or more, data.num_rows"):
+    prepare_lib.prepare(_config(flags))
   none, said = start(num_rows=13)
   assert not none and "data.num_rows = 13" in said and "num_pairs = 12 that it draws" in said
 

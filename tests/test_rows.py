@@ -123,7 +123,7 @@ def test_shapes_rows_of_every_kind(tmp_path, monkeypatch):
   told = _data(good_prefix="+ ", bad_prefix="- ")
   for row in rows_lib.load_rows("singles", told, image_size=32, seed=0):
     assert row.prefix == ("+ " if row.desirable else "- ")
-  with pytest.raises(UserError, match="pairs, 99 wanted"):
+  with pytest.raises(UserError, match="pairs, data.num_rows = 99 wanted"):
     rows_lib.load_rows("pairs", _data(num_rows=99), image_size=32, seed=0)
   with pytest.raises(UserError, match="the data has 0 lists, at least one wanted"):
     rows_lib.load_rows("lists", _data(), image_size=32, seed=0)

@@ -143,7 +143,10 @@ def changes(directory: Path) -> np.ndarray:
     found = json.loads((directory / _COMPLETE).read_text(encoding="utf-8"))
     changed, expected = np.array(found["changes"]), dict(found["sizes"])
   except (OSError, ValueError, KeyError, TypeError) as error:
-    raise UserError(f"there are no generated pairs in {directory}: no {_COMPLETE}") from error
+    raise UserError(
+      f"there are no generated pairs in {directory}: no {_COMPLETE}; those of an iteration "
+      "are in pairs/1, pairs/2, ... of its run"
+    ) from error
   there = _sizes(directory)
   if damaged := [name for name, size in expected.items() if there.get(name) != size]:
     raise UserError(f"the pairs in {directory} are damaged: {', '.join(damaged)}")

@@ -102,7 +102,10 @@ def load_rows(kind: str, data: Any, *, image_size: int, seed: int) -> list[Row]:
         ]
   wanted = data.num_experts if kind == "experts" else data.num_rows
   if len(rows) < max(wanted, 1):
-    raise UserError(f"the data has {len(rows)} {kind}, {wanted or 'at least one'} wanted")
+    field = "num_experts" if kind == "experts" else "num_rows"
+    asked = f"data.{field} = {wanted} wanted" if wanted else "at least one wanted"
+    which = f" of data.min_change = {data.min_change:g} or more" if data.min_change else ""
+    raise UserError(f"the data has {len(rows)} {kind}{which}, {asked}")
   return [r._replace(images=tuple(_fit(i, image_size) for i in r.images)) for r in rows]
 
 
