@@ -149,6 +149,7 @@ def plan(
 
   chip, count = parse_topology(topology)
   iterations = config.iterate.num_iterations if "iterate" in config else 1
+  configured = _settings(config)
   config = _for_accelerator(config)
   checked = prepare.check(config, mesh=sharding.abstract_mesh(config.mesh, count))
   _, arguments = programs.abstract_programs(checked)
@@ -164,7 +165,7 @@ def plan(
     "topology": topology,
     "devices": count,
     "mesh": dict(checked.mesh.shape),
-    "configuration": _settings(config),
+    "configuration": configured,
     "made": {"date": datetime.date.today().isoformat(), "jax": jax.__version__},
     "parameters": size(unet),
     "trained": size(arguments.state.params),

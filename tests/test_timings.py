@@ -50,9 +50,10 @@ def test_the_fast_rival_draws_what_the_slow_one_does():
   np.testing.assert_allclose(slow_target, fast_target, rtol=1e-3, atol=1e-4)
 
 
-def test_scripts_in_small(tmp_path, capsys):
+def test_scripts_in_small(tmp_path, capsys, monkeypatch):
   import attention
   import dro_loop
+  import levers
   import method_times
 
   out = tmp_path / "dro.json"
@@ -70,5 +71,11 @@ def test_scripts_in_small(tmp_path, capsys):
   assert numbers["time / SFT's"].keys() == {"sft", "dspo"}
   # Pairs of two, whose reference is a third of a policy's work beside it.
   assert numbers["FLOPs / SFT's"]["dspo"] == pytest.approx(4 / 3)
+  known = {"known errors": ("data.noise_draws=4",)}
+  monkeypatch.setattr(levers, "LEVERS", {"dpo": known})
+  levers.main([*options, f"--out={tmp_path / 'levers.json'}"])
+  numbers = json.loads((tmp_path / "levers.json").read_text())
+  # Of a policy's two passes and a reference's one, the last is left out.
+  assert numbers["dpo, known errors"]["FLOPs / as configured"] == pytest.approx(3 / 4)
   attention.main(["--shapes=1x16x2x8", "--turns=1", f"--out={tmp_path / 'attention.json'}"])
   assert "| DRO | pairs a second |" in capsys.readouterr().out
