@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from jaxpref import (
   checkpoint,
   distributed,
+  iterations,
   losses,
   metrics,
   progress,
@@ -39,7 +40,7 @@ from jaxpref.data import encode, online
 from jaxpref.data import rows as rows_lib
 from jaxpref.data.shapes import store
 from jaxpref.errors import UserError
-from jaxpref.evaluation import compare, evaluate, generate
+from jaxpref.evaluation import evaluate, generate
 from jaxpref.models import pipeline as pipeline_lib
 
 _ALWAYS_SAFE = (
@@ -51,13 +52,11 @@ _FILTERS = ("data.min_change", "data.num_rows")
 RESUME_SAFE = (
   *(*_ALWAYS_SAFE, *_FILTERS, "iterate.num_iterations"),
   # They may have moved: `_check_inputs` knows them by their contents.
-  *("iterate.improver", "model.path", "model.start", "data.path"),
+  *("iterate.improver", "model.start", "data.path"),
 )
 # What an iteration's training may find changed when it goes on: the workdir may have moved.
 _RESUME_SAFE = (*_ALWAYS_SAFE, "data.path", "model.start", "evaluate.prompts")
 _log = logging.getLogger(__name__)
-_GALLERY = 12
-_PHASES = "phases.json"  # seconds by phase; of an iteration's training written last
 _INPUTS = "inputs.json"  # digests of what the run was begun with
 
 
@@ -154,12 +153,15 @@ def run(prepared: Prepared, workdir: Path) -> None:
   distributed.first(lambda: _begin(prepared, workdir))
   model = config.model.start or config.model.path
   for k in range(1, count + 1):
-    phases = workdir / tuned.ITERATIONS / str(k) / _PHASES
+    # Written last.
+    phases = workdir / tuned.ITERATIONS / str(k) / iterations.PHASES
     if not distributed.first(phases.exists):
       _iterate(prepared, workdir, model, k)
     model = str(workdir / tuned.ITERATIONS / str(k))
     distributed.first(functools.partial(_finish_iteration, prepared, workdir, k))
-  distributed.first(lambda: _report(prepared, workdir))
+  captions = {" ".join(row.caption.split()) for row in prepared.rows}
+  held_out = not captions & set(prepared.prompts)
+  distributed.first(lambda: iterations.write_report(workdir, config, held_out=held_out))
 
 
 def _begin(prepared: Prepared, workdir: Path) -> None:
@@ -216,7 +218,7 @@ def _iterate(prepared: Prepared, workdir: Path, model: str, k: int) -> None:
   with distributed.open_workdir(trained, config, resume_safe=_RESUME_SAFE) as path:
     train.run(ready, path, _base_pictures(ready, trained.with_name(str(k - 1))))
   phases = {"train": time.perf_counter() - began}
-  distributed.first(lambda: workdir_lib.write_json(trained / _PHASES, phases))
+  distributed.first(lambda: workdir_lib.write_json(trained / iterations.PHASES, phases))
 
 
 def _base_pictures(ready: prepare_lib.Prepared, before: Path) -> dict[str, np.ndarray]:
@@ -234,19 +236,13 @@ def _base_pictures(ready: prepare_lib.Prepared, before: Path) -> dict[str, np.nd
 def _begin_training(prepared: Prepared, pairs: Path, prompts: Path, k: int) -> int:
   """The number of pairs to train on."""
   config, changes = prepared.config, online.changes(pairs)
-  if not (count := _count_kept(config, changes)):
+  if not (count := online.count_kept(changes, config.data)):
     raise UserError(f"in {pairs}, {_none_differs(config, changes, k)}")
   print(f"iteration {k} of {config.iterate.num_iterations}", flush=True)
   if prepare_lib.prompts_source(prepared.config) == "captions":
     # The same for all, whichever captions an iteration's pairs have.
     workdir_lib.write_text(prompts, "\n".join(prepared.prompts) + "\n")
   return count
-
-
-def _count_kept(config: ConfigDict, changes: np.ndarray) -> int:
-  """How many of the pairs are trained on."""
-  count = int(np.sum(changes >= config.data.min_change))
-  return min(count, config.data.num_rows or count)
 
 
 def _none_differs(config: ConfigDict, changes: np.ndarray, k: int) -> str:
@@ -331,7 +327,7 @@ def _draw_pairs(prepared: Prepared, directory: Path, model: str, k: int) -> None
           encode.encode_images(policy, mesh, list(images)) for images in (losers, winners)
         )
         change = np.sqrt(np.mean(np.square(better - worse), axis=(1, 2, 3)))
-        if shard == missing[0] and not _count_kept(config, change):
+        if shard == missing[0] and not online.count_kept(change, config.data):
           _log.warning("so far %s", _none_differs(config, change, k))
         made = _how_made(config, policy.digest, improver.digest if improver else "")
         columns = (
@@ -342,7 +338,7 @@ def _draw_pairs(prepared: Prepared, directory: Path, model: str, k: int) -> None
         distributed.first(
           functools.partial(online.write_shard, directory, shard, len(shards), columns)
         )
-      distributed.first(lambda: _add_phases(directory / _PHASES, clock))
+      distributed.first(lambda: _add_phases(directory / iterations.PHASES, clock))
       clock.reset()
       bar.update(len(index))
       watch.beat_or_stop()
@@ -401,100 +397,4 @@ def _finish_iteration(prepared: Prepared, workdir: Path, k: int) -> None:
   # Exactly this model: an older checkpoint of it would be another.
   trained, step = workdir / tuned.ITERATIONS / str(k), prepared.config.train.num_updates
   checkpoint.find_good(trained / "checkpoints", step=step)
-  _write_metrics(prepared.config, workdir, k)
-
-
-def _write_metrics(config: ConfigDict, workdir: Path, k: int) -> None:
-  """A line for each iteration, beside those for each update in the iterations' workdirs."""
-  lines = []
-  for i in range(1, k + 1):
-    changes = online.changes(workdir / tuned.PAIRS / str(i))
-    phases = {f"time/{name}_seconds": seconds for name, seconds in _phases(workdir, i).items()}
-    pairs = {
-      "pairs/pairs": len(changes),
-      "pairs/trained_on": _count_kept(config, changes),
-      "pairs/change": float(changes.mean()),
-    }
-    lines.append(json.dumps({"step": i, **pairs, **phases}) + "\n")
-  workdir_lib.write_text(workdir / metrics.FILE, "".join(lines))
-
-
-def _phases(workdir: Path, k: int) -> dict[str, float]:
-  files = (workdir / tuned.PAIRS / str(k), workdir / tuned.ITERATIONS / str(k))
-  found: dict[str, float] = {}
-  for directory in files:
-    found |= json.loads((directory / _PHASES).read_text(encoding="utf-8"))
-  return found
-
-
-def _report(prepared: Prepared, workdir: Path) -> None:
-  """The last iteration's evaluation, with all iterations' curves and some of the pairs."""
-  config = prepared.config
-  count, updates = config.iterate.num_iterations, config.train.num_updates
-  curves: dict[str, list[tuple[float, float]]] = {}
-  table = []
-  for k in range(1, count + 1):
-    trained = workdir / tuned.ITERATIONS / str(k)
-    for name, points in metrics.read_curves(trained).items():
-      shifted = [(step + (k - 1) * updates, value) for step, value in points]
-      curves.setdefault(name, []).extend(shifted)
-    table.append(_summary(config, workdir, k))
-  last = workdir / tuned.ITERATIONS / str(count)
-  facts = {
-    "iterations": count,
-    "updates in each": updates,
-    "pairs drawn in each": config.iterate.num_pairs,
-    "seed": config.seed,
-    **runtime.facts(),
-  }
-  captions = {" ".join(row.caption.split()) for row in prepared.rows}
-  evaluate.write_report(
-    workdir,
-    last / "evaluation" / str(updates),
-    config,
-    facts,
-    held_out=not captions & set(prepared.prompts),
-    curves=curves,
-    iterations=table,
-    pairs=_gallery(config, workdir / tuned.PAIRS / str(count)),
-  )
-
-
-def _summary(config: ConfigDict, workdir: Path, k: int) -> dict[str, str]:
-  """An iteration's row in the report's table."""
-  evaluation = workdir / tuned.ITERATIONS / str(k) / "evaluation"
-  results = json.loads(
-    (evaluation / str(config.train.num_updates) / evaluate.RESULTS).read_text()
-  )
-  changes = online.changes(workdir / tuned.PAIRS / str(k))
-  row = {
-    "iteration": str(k),
-    "pairs trained on": f"{_count_kept(config, changes)} of {len(changes)}",
-    "change, mean": compare.number(changes.mean()),
-  }
-  for key, entry in results.items():
-    mean, rate = compare.number(entry["tuned"]["mean"]), compare.percent(entry["win_rate"])
-    row[f"{key}, win rate"] = f"{mean}, {rate}"
-  phases = _phases(workdir, k)
-  minutes = (compare.number(seconds / 60) for seconds in phases.values())
-  row[f"minutes: {', '.join(phases)}"] = ", ".join(minutes)
-  return row
-
-
-def _gallery(config: ConfigDict, directory: Path) -> list[dict[str, Any]]:
-  source = online.open_pairs(directory)
-  count = min(_GALLERY, len(source))
-  shown = []
-  for i in np.linspace(0, len(source) - 1, count).astype(int):
-    row = source[int(i)]
-    little = float(row["change"]) < config.data.min_change
-    tie = ", too little to train on" if little else ""
-    shown.append(
-      {
-        "prompt": row["caption"].decode(),
-        "note": f"change {row['change']:.2f}{tie}",
-        "winner_png": row["jpg_0"],
-        "loser_png": row["jpg_1"],
-      }
-    )
-  return shown
+  iterations.write_metrics(prepared.config, workdir, k)

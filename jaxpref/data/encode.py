@@ -77,7 +77,7 @@ def _check_finite(rows: Sequence[Row], arrays: Cond) -> None:
         what, part = ("images", "VAE") if name == "latents" else ("caption", "text encoder")
         raise UserError(
           f"row {i} of the data ({rows[i].caption!r}): what the {part} makes of its {what} is "
-          f"not finite; are its weights damaged?"
+          "not finite; are its weights damaged?"
         )
 
 

@@ -33,7 +33,7 @@ def _features() -> tfds.features.FeaturesDict:
     "text_guidance": np.float32,  # of the improver; 0 where the winner is from the data
     "image_guidance": np.float32,
     "num_steps": np.int64,  # of the solver, with which the loser was drawn
-    "improve_steps": np.int64,  # and the winner
+    "improve_steps": np.int64,  # and the winner; 0 of the data
   }
   for k in (0, 1):
     columns |= {
@@ -151,6 +151,12 @@ def changes(directory: Path) -> np.ndarray:
   if damaged := [name for name, size in expected.items() if there.get(name) != size]:
     raise UserError(f"the pairs in {directory} are damaged: {', '.join(damaged)}")
   return changed
+
+
+def count_kept(changes: np.ndarray, data: Any) -> int:
+  """How many of pairs with these `changes` are trained on, by the configuration's section."""
+  count = int(np.sum(changes >= data.min_change))
+  return min(count, data.num_rows or count)
 
 
 def open_pairs(directory: str | os.PathLike) -> Sequence[Mapping[str, Any]]:

@@ -1,0 +1,116 @@
+"""What iterations leave to be read: a line of metrics for each, and the report."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxpref import metrics, runtime, tuned
+from jaxpref import workdir as workdir_lib
+from jaxpref.data import online
+from jaxpref.evaluation import compare, evaluate
+
+PHASES = "phases.json"  # seconds by phase, of an iteration's pairs and of its training
+_GALLERY = 12
+
+
+def write_metrics(config: ConfigDict, workdir: Path, k: int) -> None:
+  """A line for each iteration, beside those for each update in the iterations' workdirs."""
+  lines = []
+  for i in range(1, k + 1):
+    changes = online.changes(workdir / tuned.PAIRS / str(i))
+    phases = {f"time/{name}_seconds": seconds for name, seconds in _phases(workdir, i).items()}
+    pairs = {
+      "pairs/pairs": len(changes),
+      "pairs/trained_on": online.count_kept(changes, config.data),
+      "pairs/change": float(changes.mean()),
+    }
+    lines.append(json.dumps({"step": i, **pairs, **phases}) + "\n")
+  workdir_lib.write_text(workdir / metrics.FILE, "".join(lines))
+
+
+def _phases(workdir: Path, k: int) -> dict[str, float]:
+  files = (workdir / tuned.PAIRS / str(k), workdir / tuned.ITERATIONS / str(k))
+  found: dict[str, float] = {}
+  for directory in files:
+    found |= json.loads((directory / PHASES).read_text(encoding="utf-8"))
+  return found
+
+
+def write_report(workdir: Path, config: ConfigDict, *, held_out: bool) -> None:
+  """The last iteration's evaluation, with all iterations' curves and some of the pairs.
+
+  Args:
+    workdir: of the run.
+    config: of the whole run.
+    held_out: whether no prompt of the evaluation is a caption that was trained on.
+  """
+  count, updates = config.iterate.num_iterations, config.train.num_updates
+  curves: dict[str, list[tuple[float, float]]] = {}
+  table = []
+  for k in range(1, count + 1):
+    trained = workdir / tuned.ITERATIONS / str(k)
+    for name, points in metrics.read_curves(trained).items():
+      shifted = [(step + (k - 1) * updates, value) for step, value in points]
+      curves.setdefault(name, []).extend(shifted)
+    table.append(_summary(config, workdir, k))
+  last = workdir / tuned.ITERATIONS / str(count)
+  facts = {
+    "iterations": count,
+    "updates in each": updates,
+    "pairs drawn in each": config.iterate.num_pairs,
+    "seed": config.seed,
+    **runtime.facts(),
+  }
+  evaluate.write_report(
+    workdir,
+    last / "evaluation" / str(updates),
+    config,
+    facts,
+    held_out=held_out,
+    curves=curves,
+    iterations=table,
+    pairs=_gallery(config, workdir / tuned.PAIRS / str(count)),
+  )
+
+
+def _summary(config: ConfigDict, workdir: Path, k: int) -> dict[str, str]:
+  """An iteration's row in the report's table."""
+  evaluation = workdir / tuned.ITERATIONS / str(k) / "evaluation"
+  results = json.loads(
+    (evaluation / str(config.train.num_updates) / evaluate.RESULTS).read_text()
+  )
+  changes = online.changes(workdir / tuned.PAIRS / str(k))
+  row = {
+    "iteration": str(k),
+    "pairs trained on": f"{online.count_kept(changes, config.data)} of {len(changes)}",
+    "change, mean": compare.number(changes.mean()),
+  }
+  for key, entry in results.items():
+    mean, rate = compare.number(entry["tuned"]["mean"]), compare.percent(entry["win_rate"])
+    row[f"{key}, win rate"] = f"{mean}, {rate}"
+  phases = _phases(workdir, k)
+  minutes = (compare.number(seconds / 60) for seconds in phases.values())
+  row[f"minutes: {', '.join(phases)}"] = ", ".join(minutes)
+  return row
+
+
+def _gallery(config: ConfigDict, directory: Path) -> list[dict[str, Any]]:
+  source = online.open_pairs(directory)
+  count = min(_GALLERY, len(source))
+  shown = []
+  for i in np.linspace(0, len(source) - 1, count).astype(int):
+    row = source[int(i)]
+    little = float(row["change"]) < config.data.min_change
+    tie = ", too little to train on" if little else ""
+    shown.append(
+      {
+        "prompt": row["caption"].decode(),
+        "note": f"change {row['change']:.2f}{tie}",
+        "winner_png": row["jpg_0"],
+        "loser_png": row["jpg_1"],
+      }
+    )
+  return shown
