@@ -7,16 +7,16 @@ Weights are random; all take turns.
 """
 
 import argparse
-import statistics
 import sys
+from typing import Any
 
 import campaign
 import jax
 import side_by_side
 
-from jaxpref import flops
 from jaxpref import workdir as workdir_lib
 
+CONFIGURED = "as configured"
 LEVERS = {  # by method: what is changed, and with which fields
   "dro": {
     "all rows drawn at once": ("rollout.batch_size=0",),
@@ -41,34 +41,27 @@ def main(argv: list[str]) -> None:
   parser = side_by_side.make_parser(__doc__, method="dro", rows=32)
   parser.add_argument("--preset", default="shapes", help="of both configurations")
   options = parser.parse_args(argv)
-  updates, works = {}, {}
+  runs = {}
   for method, levers in LEVERS.items():
-    config = f"configs/{method}.py:{options.preset}"
-    for name, fields in {"as configured": (), **levers}.items():
-      own = argparse.Namespace(**vars(options) | {"config": config})
-      checked = side_by_side.checked_of(own, *fields)
-      updates[method, name] = side_by_side.update_of(checked)
-      forward = flops.of_forward(checked.pipeline)
-      works[method, name] = sum(flops.of_update(checked, forward).values())
-  took = side_by_side.take_turns(updates, options.turns)
-  numbers = {
+    own = argparse.Namespace(
+      **vars(options) | {"config": f"configs/{method}.py:{options.preset}"}
+    )
+    for name, fields in {CONFIGURED: (), **levers}.items():
+      runs[f"{method}, {name}"] = side_by_side.checked_of(own, *fields)
+  found = side_by_side.time_updates(
+    runs, options.turns, lambda name: f"{name.partition(', ')[0]}, {CONFIGURED}"
+  )
+  numbers: dict[str, Any] = {
     "made": campaign.made_by("python benchmarks/levers.py"),
     "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     "options": {name: str(value) for name, value in vars(options).items()},
   }
-  print("| | ms | time | FLOPs |\n|---|---|---|---|")
-  for (method, name), times in took.items():
-    base = method, "as configured"
-    ratio = statistics.median(a / b for a, b in zip(times, took[base], strict=True))
-    numbers[f"{method}, {name}"] = {
-      "seconds": statistics.median(times),
-      "time / as configured": ratio,
-      "FLOPs / as configured": works[method, name] / works[base],
+  for name, n in found.items():
+    numbers[name] = {
+      "seconds": n["seconds"],
+      "time / as configured": n["time"],
+      "FLOPs / as configured": n["FLOPs"],
     }
-    print(
-      f"| {method}, {name} | {1000 * statistics.median(times):.0f} | {ratio:.2f} "
-      f"| {works[method, name] / works[base]:.2f} |"
-    )
   if options.out:
     workdir_lib.write_json(options.out, numbers)
 

@@ -8,7 +8,6 @@ Weights are random; the methods take turns.
 """
 
 import argparse
-import statistics
 import sys
 
 import campaign
@@ -17,7 +16,6 @@ import jax
 import methods
 import side_by_side
 
-from jaxpref import flops
 from jaxpref import workdir as workdir_lib
 
 SAMPLERS = dro_ablations.ABLATIONS["sampler"].variants
@@ -30,29 +28,18 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--preset", default="shapes", help="of all configurations")
   parser.add_argument("--samplers", action="store_true", help="and DRO's ways to draw")
   options = parser.parse_args(argv)
-  updates, works = {}, {}
   samplers = [f"dro, {sampler}" for sampler in SAMPLERS] if options.samplers else []
-  for name in dict.fromkeys(["sft", *options.methods, *samplers]):
-    checked = _checked(name, options)
-    updates[name] = side_by_side.update_of(checked)
-    works[name] = sum(flops.of_update(checked, flops.of_forward(checked.pipeline)).values())
-  took = side_by_side.take_turns(updates, options.turns)
-  ratios = {
-    name: statistics.median(mine / sft for mine, sft in zip(times, took["sft"], strict=True))
-    for name, times in took.items()
-  }
+  names = dict.fromkeys(["sft", *options.methods, *samplers])
+  runs = {name: _checked(name, options) for name in names}
+  found = side_by_side.time_updates(runs, options.turns, lambda name: "sft")
+  of = lambda what: {name: n[what] for name, n in found.items()}  # noqa: E731
   numbers = {
     "made": campaign.made_by("python benchmarks/method_times.py"),
     "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-    "seconds": {name: statistics.median(times) for name, times in took.items()},
-    "time / SFT's": ratios,
-    "FLOPs / SFT's": {name: work / works["sft"] for name, work in works.items()},
+    "seconds": of("seconds"),
+    "time / SFT's": of("time"),
+    "FLOPs / SFT's": of("FLOPs"),
   }
-  print("| method | ms | time / SFT's | FLOPs / SFT's |\n|---|---|---|---|")
-  for name, ratio in ratios.items():
-    milliseconds = 1000 * numbers["seconds"][name]
-    work = numbers["FLOPs / SFT's"][name]
-    print(f"| {name} | {milliseconds:.0f} | {ratio:.2f} | {work:.2f} |")
   if options.out:
     workdir_lib.write_json(options.out, numbers)
 

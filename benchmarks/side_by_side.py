@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpref import config as config_lib
-from jaxpref import prepare, programs, runtime, sharding, speed
+from jaxpref import flops, prepare, programs, runtime, sharding, speed
 
 BUNDLED = Path("jaxpref/pipelines/shapes")
 RIVALS = {
@@ -172,6 +172,39 @@ def take_turns(
         calls, elapsed = calls + 1, time.perf_counter() - began
       took[name].append(elapsed / calls)
   return took
+
+
+def time_updates(
+  runs: Mapping[str, prepare.Checked], turns: int, base_of: Callable[[str], str]
+) -> dict[str, dict[str, float]]:
+  """Times an update of each run, in turns, and prints a table.
+
+  Args:
+    runs: by name.
+    turns: of each.
+    base_of: from a run's name that of the one it is compared with.
+
+  Returns:
+    By name 'seconds' (median), and 'time' (median of ratios within a turn) and 'FLOPs', by the
+    method's count, over those of its base.
+  """
+  works = {
+    name: sum(flops.of_update(checked, flops.of_forward(checked.pipeline)).values())
+    for name, checked in runs.items()
+  }
+  took = take_turns({name: update_of(checked) for name, checked in runs.items()}, turns)
+  found = {}
+  print("| | ms | time | FLOPs |\n|---|---|---|---|")
+  for name, times in took.items():
+    base = base_of(name)
+    found[name] = {
+      "seconds": statistics.median(times),
+      "time": statistics.median(a / b for a, b in zip(times, took[base], strict=True)),
+      "FLOPs": works[name] / works[base],
+    }
+    seconds, time_ratio, work = found[name].values()
+    print(f"| {name} | {1000 * seconds:.0f} | {time_ratio:.2f} | {work:.2f} |")
+  return found
 
 
 def matmul_rate(dtype: str) -> float:

@@ -109,9 +109,10 @@ def _run(argv: list[str]) -> None:
 
   runtime.cache_programs()
   mesh = sharding.make_mesh()
+  option, name = ("--improver", flags.improver) if flags.improver else ("--model", flags.model)
   try:
     pipeline = tuned.load(
-      flags.improver or flags.model,
+      name,
       ema=flags.ema,
       step=flags.step,
       dtype=jnp.dtype(flags.dtype),
@@ -119,13 +120,11 @@ def _run(argv: list[str]) -> None:
       variant=flags.variant,
     )
   except UserError as error:
-    option = "--improver" if flags.improver else "--model"
     raise UserError(f"{option}: {error}") from error
   if pipeline.is_improver != bool(flags.improver):
     what = "no improver" if flags.improver else "an improver: --improver takes it, and --images"
-    raise UserError(f"{flags.improver or flags.model} is {what}")
+    raise UserError(f"{name} is {what}")
   # As in the run's evaluation: its scales, and what the model was told of good pictures.
-  name = flags.improver or flags.model
   if flags.guidance is None:
     usual = 2.0 if flags.model in hub.BUNDLED else 7.5
     flags.guidance = (

@@ -137,7 +137,12 @@ def test_presets_are_sound(name, preset):
     ("spin", ["--config.loss.name=listwise"], "iterations draw pairs; 'listwise' learns"),
     ("spin", ["--config.evaluate.scorers=('shapes.x',)"], "shapes.x"),
     ("spin", ["--config.iterate.num_steps=2000"], "iterate.num_steps: sampling steps must"),
-    ("spin", ["--config.data.num_rows=99"], "exceeds the iterate.num_pairs = 12"),
+    (
+      "spin",
+      ["--config.data.num_rows=99"],
+      "data.num_rows = 99, of which an iteration's training takes no more, exceeds the "
+      "iterate.num_pairs = 12",
+    ),
     ("improver", ["--config.improve.num_steps=2000"], "improve.num_steps: sampling steps"),
     ("spin", ["--config.iterate.winners=best"], "'iterate.winners' must be one of"),
     ("spin", ["--config.iterate.winners=improved"], "iterate.improver names none"),
