@@ -25,17 +25,16 @@ def main(argv: list[str]) -> None:
     rollouts.rows_at_once(options.rows, options.lots, devices=checked.mesh.size) == options.rows
   ):
     parser.error("--lots leaves a single lot of all --rows")
-  contenders = {
-    "ours": side_by_side.update_of(checked),
-    "ours, all rows at once": side_by_side.update_of(published),
-  }
   num_steps = checked.config.rollout.num_steps
-  for kind, rival in side_by_side.make_rivals(options, checked).items():
-    contenders[kind] = lambda rival=rival: rival.dro(num_steps)
-  took = side_by_side.take_turns(contenders, options.turns)
+  makers = {
+    "ours": lambda: side_by_side.update_of(checked),
+    "ours, all rows at once": lambda: side_by_side.update_of(published),
+    **side_by_side.rival_makers(options, checked, lambda rival: lambda: rival.dro(num_steps)),
+  }
+  took = side_by_side.time_contenders(makers, options)
   forward = flops.of_forward(checked.pipeline)
   # Rivals draw whole trajectories, and compute a gradient of their own samples that is zero.
-  works = dict.fromkeys(contenders, options.rows * (num_steps + 2 + 6) * forward)
+  works = dict.fromkeys(makers, options.rows * (num_steps + 2 + 6) * forward)
   works["ours"] = sum(flops.of_update(checked, forward).values())
   works["ours, all rows at once"] = sum(flops.of_update(published, forward).values())
   side_by_side.report(

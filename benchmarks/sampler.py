@@ -7,13 +7,15 @@ r"""Latents from noise: DPM-Solver++ (2M) with classifier-free guidance.
 Weights are random; the bundled model is what a CPU is up to. PyTorch's part is in `rivals.py`.
 """
 
+import argparse
 import sys
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import side_by_side
 
-from jaxpref import flops, programs
+from jaxpref import flops, prepare, programs
 from jaxpref.diffusion import grid, guidance, sample
 from jaxpref.models import unet as unet_lib
 
@@ -26,6 +28,25 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--steps", type=int, default=20, help="of the solver")
   options = parser.parse_args(argv)
   checked = side_by_side.checked_of(options)
+  makers = {
+    "ours": lambda: draw_of(checked, options),
+    **side_by_side.rival_makers(
+      options, checked, lambda rival: lambda: rival.sample(options.steps, GUIDANCE)
+    ),
+  }
+  took = side_by_side.time_contenders(makers, options)
+  side_by_side.report(
+    "sampler",
+    options,
+    took,
+    unit="images",
+    units=options.rows,
+    work=2 * options.rows * options.steps * flops.of_forward(checked.pipeline),
+  )
+
+
+def draw_of(checked: prepare.Checked, options: argparse.Namespace) -> Callable[[], None]:
+  """Ours: a whole trajectory of a batch in one program."""
   pipeline = checked.pipeline
   _, inputs = side_by_side.realise_run(checked)
   params, cond = unet_lib.freeze(inputs.state.params, options.dtype), inputs.batch["cond"]
@@ -44,18 +65,7 @@ def main(argv: list[str]) -> None:
     levels = grid.uniform_grid(pipeline.schedule, options.steps, options.rows)
     return sample.sample(guided, x_t, levels, pipeline.schedule)
 
-  contenders = {"ours": lambda: jax.block_until_ready(draw(params, x_t, cond, uncond))}
-  for kind, rival in side_by_side.make_rivals(options, checked).items():
-    contenders[kind] = lambda rival=rival: rival.sample(options.steps, GUIDANCE)
-  took = side_by_side.take_turns(contenders, options.turns)
-  side_by_side.report(
-    "sampler",
-    options,
-    took,
-    unit="images",
-    units=options.rows,
-    work=2 * options.rows * options.steps * flops.of_forward(pipeline),
-  )
+  return lambda: jax.block_until_ready(draw(params, x_t, cond, uncond))
 
 
 if __name__ == "__main__":

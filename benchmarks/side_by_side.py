@@ -6,10 +6,13 @@ alike; what is reported are medians, and ratios to ours within a turn.
 
 import argparse
 import datetime
+import functools
 import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -51,6 +54,13 @@ def make_parser(description: str, *, method: str, rows: int) -> argparse.Argumen
   add("--against", default="", choices=("", "torch"), help="time rivals as well")
   add("--rivals", nargs="+", default=["P0", "P1"], choices=RIVALS)
   add("--turns", type=int, default=7, help="of each contender, after one that compiles")
+  add(
+    "--apart",
+    action="store_true",
+    help="each contender in a process of its own, one after the other: for a device "
+    "whose memory does not hold them together",
+  )
+  add("--only", help=argparse.SUPPRESS)  # what such a process times, for its caller
   add("--out", type=Path, help="JSON file for the numbers; a table is printed anyway")
   return parser
 
@@ -171,6 +181,38 @@ def take_turns(
         run()
         calls, elapsed = calls + 1, time.perf_counter() - began
       took[name].append(elapsed / calls)
+  print(", ".join(f"{name} {statistics.median(took[name]):.4g} s" for name in took), flush=True)
+  return took
+
+
+def time_contenders(
+  makers: Mapping[str, Callable[[], Callable[[], None]]], options: argparse.Namespace
+) -> dict[str, list[float]]:
+  """Builds contenders and times them, as `take_turns` does, or with `--apart` one by one.
+
+  Args:
+    makers: by name what builds a contender.
+    options: from `make_parser`.
+
+  Returns:
+    Seconds of a call, by contender and turn; without those whose process failed.
+  """
+  if options.only:
+    name = options.only
+    took = take_turns({name: makers[name]()}, options.turns)
+    options.out.write_text(json.dumps(took[name]))
+    sys.exit()
+  if not options.apart:
+    return take_turns({name: make() for name, make in makers.items()}, options.turns)
+  took = {}
+  with tempfile.TemporaryDirectory() as directory:
+    for name in makers:
+      out = Path(directory, "seconds.json")
+      command = [sys.executable, *sys.argv, f"--only={name}", f"--out={out}"]
+      if subprocess.run(command, check=False).returncode == 0:
+        took[name] = json.loads(out.read_text())
+      else:
+        print(f"{name}: failed, and is left out")
   return took
 
 
@@ -208,13 +250,13 @@ def time_updates(
 
 
 def matmul_rate(dtype: str) -> float:
-  """FLOP/s that one device reaches in a large product of square matrices."""
-  size = 1024 if jax.default_backend() == "cpu" else 8192
-  a = jnp.ones((size, size), dtype)
+  """FLOP/s that one device reaches in large products of square matrices of random numbers."""
+  size, calls = (1024, 1) if jax.default_backend() == "cpu" else (8192, 10)
+  a = jax.random.normal(jax.random.key(0), (size, size), dtype)
   product = jax.jit(lambda a: a @ a)
   product(a).block_until_ready()
-  best = min(_timed(lambda: product(a).block_until_ready()) for _ in range(10))
-  return 2 * size**3 / best
+  in_a_row = lambda: jax.block_until_ready([product(a) for _ in range(calls)])  # noqa: E731
+  return 2 * size**3 * calls / min(_timed(in_a_row) for _ in range(5))
 
 
 def report(
@@ -231,7 +273,7 @@ def report(
   Args:
     name: of the benchmark.
     options: from `make_parser`.
-    took: from `take_turns`; 'ours' is what others are compared with.
+    took: from `time_contenders`; 'ours' is what others are compared with.
     unit: what a call makes, such as 'images'.
     units: how many.
     work: FLOPs of a call, by the method's count; of each contender where they differ.
@@ -273,18 +315,30 @@ def report(
     options.out.write_text(json.dumps(numbers, indent=1) + "\n")
 
 
-def make_rivals(options: argparse.Namespace, checked: prepare.Checked) -> dict[str, Any]:
-  """PyTorch's contenders by kind, where they are asked for."""
-  if not options.against:
-    return {}
-  import rivals  # PyTorch is not needed for ours alone
+def rival_makers(
+  options: argparse.Namespace,
+  checked: prepare.Checked,
+  contender_of: Callable[[Any], Callable[[], None]],
+) -> dict[str, Callable[[], Callable[[], None]]]:
+  """What builds PyTorch's contenders, by kind, where they are asked for.
 
+  Args:
+    options: from `make_parser`.
+    checked: ours, whose UNet they have.
+    contender_of: from a `rivals.Rival` what it does.
+  """
   config = {k: v for k, v in checked.pipeline.configs["unet"].items() if k[0] != "_"}
   tokens = checked.pipeline.modules["text_encoder"].config.max_position_embeddings
-  return {
-    kind: rivals.Rival(config, kind, rows=options.rows, dtype=options.dtype, tokens=tokens)
-    for kind in options.rivals
-  }
+
+  def make(kind: str) -> Callable[[], None]:
+    import rivals  # PyTorch is not needed for ours alone
+
+    return contender_of(
+      rivals.Rival(config, kind, rows=options.rows, dtype=options.dtype, tokens=tokens)
+    )
+
+  kinds = options.rivals if options.against else []
+  return {kind: functools.partial(make, kind) for kind in kinds}
 
 
 def rows_placed(checked: prepare.Checked, tree: Any) -> Any:

@@ -18,10 +18,11 @@ def main(argv: list[str]) -> None:
   """Times as the flags say."""
   options = side_by_side.make_parser(__doc__, method="sft", rows=32).parse_args(argv)
   checked = side_by_side.checked_of(options)
-  contenders = {"ours": side_by_side.update_of(checked)}
-  for kind, rival in side_by_side.make_rivals(options, checked).items():
-    contenders[kind] = rival.sft
-  took = side_by_side.take_turns(contenders, options.turns)
+  makers = {
+    "ours": lambda: side_by_side.update_of(checked),
+    **side_by_side.rival_makers(options, checked, lambda rival: rival.sft),
+  }
+  took = side_by_side.time_contenders(makers, options)
   forward = flops.of_forward(checked.pipeline)
   side_by_side.report(
     "train step",
