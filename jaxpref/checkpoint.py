@@ -3,30 +3,36 @@
 `<directory>/<step>/` is one Orbax checkpoint, to which every process of a run adds its
 part. Orbax writes it under a temporary name and renames it when it is whole; then
 `checksums.json` is added, so that a file that was lost, cut or altered later is noticed at
-the restore, which goes back to the newest good step.
+the restore, which goes back to the newest good step. What is otherwise in a bucket is said in
+`jaxpref.buckets`.
 """
 
+import contextlib
 import dataclasses
 import errno
 import functools
 import json
 import logging
 import math
+import os
 import re
 import shutil
-import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from absl import logging as absl_logging
+from etils import epath
+from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
-from jaxpref import distributed
-from jaxpref.errors import UserError, storage_error
-from jaxpref.workdir import write_json
+from jaxpref import buckets, distributed
+from jaxpref import config as config_lib
+from jaxpref.errors import TransientError, UserError, storage_error
+from jaxpref.paths import user_path
+from jaxpref.workdir import CONFIG, check_same
 
 CHECKSUMS = "checksums.json"
 _TEMPORARY = ".orbax-checkpoint-tmp"
@@ -48,7 +54,7 @@ class Checkpointer:
     pending: the save under way, at most one: (step, its end).
   """
 
-  directory: Path
+  directory: epath.Path
   keep: int
   protected: list[int]
   worker: futures.ThreadPoolExecutor
@@ -64,35 +70,76 @@ class Restored(NamedTuple):
   metadata: dict[str, Any]
 
 
-def open_checkpointer(directory: str | Path, *, keep: int) -> Checkpointer:
+def directory_of(workdir: Path, config: Mapping[str, Any]) -> epath.Path:
+  """Where a run's checkpoints are: `train.checkpoints`, or in its workdir.
+
+  Raises:
+    UserError: `train.checkpoints` is neither an absolute path nor `gs://BUCKET/...`.
+  """
+  where = config["train"].get("checkpoints", "")
+  if not where:
+    return buckets.place(workdir / "checkpoints")
+  if "://" not in where and not user_path(where).is_absolute():
+    raise UserError(f"train.checkpoints must be absolute or {buckets.SCHEME}..., got {where}")
+  return buckets.place(where)
+
+
+def open_checkpointer(directory: str | os.PathLike, *, keep: int) -> Checkpointer:
   """Makes the directory and removes what a killed save has left half-written.
 
   Args:
-    directory: one run's checkpoints; no other process may write there.
+    directory: one run's checkpoints, a local path or `gs://...`; no other process may write
+      there.
     keep: how many of the newest checkpoints stay, at least 1.
 
   Raises:
-    UserError: the directory cannot be made.
+    UserError: the directory cannot be made, the bucket not be reached.
   """
   if keep < 1:
     raise ValueError(f"keep must be at least 1, got {keep}")
   absl_logging.get_absl_logger().addFilter(_is_not_orbax_error)
-  directory = Path(directory).absolute()
+  root = buckets.place(directory)
 
   def make() -> None:
-    try:
-      directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-      raise UserError(f"cannot write to {directory}: {error.strerror}") from error
-    _remove_temporary(directory)
+    with buckets.failures_of(root):
+      try:
+        root.mkdir(parents=True, exist_ok=True)
+      except OSError as error:
+        raise UserError(f"cannot write to {root}: {error.strerror}") from error
+      _remove_temporary(root)
 
   distributed.first(make)
-  return Checkpointer(directory, keep, [], futures.ThreadPoolExecutor(1), [])
+  return Checkpointer(root, keep, [], futures.ThreadPoolExecutor(1), [])
 
 
-def steps(directory: str | Path) -> list[int]:
+def claim(ckptr: Checkpointer, config: ConfigDict, *, resume_safe: Iterable[str]) -> None:
+  """Makes a directory that is not in a workdir this run's, by `config.json` in it.
+
+  Raises:
+    UserError: it is another run's, or holds something else.
+  """
+  directory, stored = ckptr.directory, ckptr.directory / CONFIG
+
+  def check() -> None:
+    with buckets.failures_of(directory):
+      if stored.exists():
+        check_same(directory, config, resume_safe, choose="train.checkpoints")
+      elif directory.exists() and any(directory.iterdir()):
+        raise UserError(
+          f"{directory} is not empty and no run's; choose another train.checkpoints"
+        )
+      buckets.write(stored, config_lib.to_json(config) + "\n")
+
+  distributed.first(check)
+
+
+def steps(directory: str | os.PathLike) -> list[int]:
   """The steps of the finished checkpoints, ascending; good or not."""
-  return sorted(int(p.name) for p in Path(directory).iterdir() if p.name.isdecimal())
+  root = buckets.place(directory)
+  if buckets.is_bucket(root) and not root.exists():
+    return []  # a bucket has no empty directories
+  numbered = (p for p in root.iterdir() if p.name.isdecimal())
+  return sorted(int(p.name) for p in numbered if buckets.is_whole(p))
 
 
 def protect(ckptr: Checkpointer, step: int) -> None:
@@ -137,6 +184,8 @@ def save(
   def check() -> None:
     if path.exists():
       raise ValueError(f"step {step} is already saved in {ckptr.directory}")
+    if buckets.is_bucket(ckptr.directory):
+      return
     free = shutil.disk_usage(ckptr.directory).free
     if free < needed:
       sizes = f"{needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free"
@@ -145,7 +194,7 @@ def save(
   distributed.first(check)
   try:
     response = ocp.save_checkpointables_async(path, {"state": state}, custom_metadata=record)
-  except (OSError, ValueError) as error:
+  except Exception as error:
     _raise_failure(ckptr, step, error)
   ckptr.pending.append((step, ckptr.worker.submit(_finish, ckptr, path, response)))
 
@@ -164,7 +213,7 @@ def _wait(ckptr: Checkpointer) -> None:
     step, future = ckptr.pending.pop()
     try:
       future.result()
-    except (OSError, ValueError, UserError) as error:
+    except Exception as error:  # of a bucket's clients they are of many kinds
       _raise_failure(ckptr, step, error)
 
 
@@ -220,7 +269,9 @@ def restore(ckptr: Checkpointer, abstract_state: Any) -> Restored:
   raise UserError(f"no good checkpoint in {ckptr.directory} ({found or 'it is empty'})")
 
 
-def _load(path: Path, abstract_state: Any, *, checked: bool) -> tuple[Any, dict[str, Any]]:
+def _load(
+  path: epath.Path, abstract_state: Any, *, checked: bool
+) -> tuple[Any, dict[str, Any]]:
   """The state and the record of a checkpoint.
 
   Raises:
@@ -243,7 +294,7 @@ class Good(NamedTuple):
   metadata: dict[str, Any]
 
 
-def find_good(directory: str | Path, *, step: int | None = None) -> Good:
+def find_good(directory: str | os.PathLike, *, step: int | None = None) -> Good:
   """A checkpoint that can be trusted, for `restore_subtree`.
 
   Args:
@@ -253,14 +304,14 @@ def find_good(directory: str | Path, *, step: int | None = None) -> Good:
   Raises:
     UserError: there is no such checkpoint, or it is damaged.
   """
-  directory = Path(directory).absolute()
-  found = steps(directory) if directory.is_dir() else []
+  root = buckets.place(directory)
+  found = steps(root) if root.is_dir() else []
   if not found or step not in (None, *found):
     which = "" if step is None else f" of step {step}, only of {found}"
-    raise UserError(f"there is no checkpoint{which} in {directory}")
+    raise UserError(f"there is no checkpoint{which} in {root}")
   problems = []
   for candidate in reversed(found) if step is None else (step,):
-    path = directory / str(candidate)
+    path = root / str(candidate)
     if not (path / CHECKSUMS).exists():
       problem: str | None = f"{CHECKSUMS} is missing"  # not finished yet, or cut short
     else:
@@ -269,18 +320,18 @@ def find_good(directory: str | Path, *, step: int | None = None) -> Good:
       return Good(candidate, ocp.metadata(path).custom_metadata["metadata"])
     problems.append(f"step {candidate}: {problem}")
     _log.warning("checkpoint of step %d is damaged (%s), not used", candidate, problem)
-  raise UserError(f"no good checkpoint in {directory} ({'; '.join(problems)})")
+  raise UserError(f"no good checkpoint in {root} ({'; '.join(problems)})")
 
 
-def stored(directory: str | Path, step: int) -> dict[str, Any]:
+def stored(directory: str | os.PathLike, step: int) -> dict[str, Any]:
   """What a checkpoint's arrays are, with `shape` and `dtype`, by their paths in the state."""
-  path = Path(directory).absolute() / str(step)
+  path = buckets.place(directory) / str(step)
   state = ocp.checkpointables_metadata(path).metadata["state"]
   leaves = jax.tree.leaves_with_path(state)
   return {"/".join(str(getattr(k, "key", k)) for k in keys): leaf for keys, leaf in leaves}
 
 
-def restore_subtree(directory: str | Path, step: int, abstract: Any) -> Any:
+def restore_subtree(directory: str | os.PathLike, step: int, abstract: Any) -> Any:
   """Restores only a part of a state, such as its averaged parameters; changes nothing.
 
   Args:
@@ -291,7 +342,7 @@ def restore_subtree(directory: str | Path, step: int, abstract: Any) -> Any:
   Raises:
     UserError: the checkpoint holds another structure or other shapes.
   """
-  path = Path(directory).absolute() / str(step)
+  path = buckets.place(directory) / str(step)
   context = ocp.Context()
   context.pytree.loading.partial_load = True
   try:
@@ -303,10 +354,14 @@ def restore_subtree(directory: str | Path, step: int, abstract: Any) -> Any:
 
 def _reason(error: Exception) -> str:
   """The first line of what happened, which Orbax wraps in an error about its handlers."""
-  return str(error.__cause__ or error).strip().partition("\n")[0].rstrip(":")
+  return _first_line(error.__cause__ or error).rstrip(":")
 
 
-def _finish(ckptr: Checkpointer, path: Path, response: ocp.AsyncResponse) -> None:
+def _first_line(error: BaseException) -> str:
+  return str(error).strip().partition("\n")[0]
+
+
+def _finish(ckptr: Checkpointer, path: epath.Path, response: ocp.AsyncResponse) -> None:
   response.result()
   if distributed.is_first():
     _write_checksums(path)
@@ -320,39 +375,30 @@ def _finish(ckptr: Checkpointer, path: Path, response: ocp.AsyncResponse) -> Non
         _log.warning("the old checkpoint of step %d stays: %s", step, error)
 
 
-def _write_checksums(path: Path) -> None:
-  write_json(path / CHECKSUMS, {name: _digest(path / name) for name in _files(path)})
+def _write_checksums(path: epath.Path) -> None:
+  found = {
+    name: [buckets.size(path / name), buckets.checksum(path / name)]
+    for name in buckets.files(path)
+    if name != CHECKSUMS
+  }
+  buckets.write(path / CHECKSUMS, json.dumps(found, indent=2) + "\n")
 
 
-def _files(path: Path) -> list[str]:
-  files = (p for p in path.rglob("*") if p.is_file() and p.name != CHECKSUMS)
-  return sorted(p.relative_to(path).as_posix() for p in files)
-
-
-def _digest(file: Path) -> list[int]:
-  """The size in bytes and the CRC-32 of a file."""
-  crc = 0
-  with file.open("rb") as stream:
-    while chunk := stream.read(1 << 22):
-      crc = zlib.crc32(chunk, crc)
-  return [file.stat().st_size, crc]
-
-
-def _verify(path: Path) -> str | None:
+def _verify(path: epath.Path) -> str | None:
   """What is wrong with the files of a checkpoint; nothing if it has no checksums."""
   try:
-    checksums = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))
+    checksums = json.loads((path / CHECKSUMS).read_text())
   except FileNotFoundError:
     return None
   except ValueError:
     return f"{CHECKSUMS} is unreadable"
-  for name, (size, crc) in checksums.items():
+  for name, (size, checksum) in checksums.items():
     file = path / name
     if not file.exists():
       return f"{name} is missing"
-    if file.stat().st_size != size:
-      return f"{name} has {file.stat().st_size} of {size} bytes"
-    if _digest(file) != [size, crc]:
+    if (found := buckets.size(file)) != size:
+      return f"{name} has {found} of {size} bytes"
+    if buckets.checksum(file) != checksum:
       return f"{name} is altered"
   return None
 
@@ -369,28 +415,42 @@ def _set_aside(ckptr: Checkpointer, damaged: Mapping[int, str], good: int) -> No
     for step in damaged:
       target = ckptr.directory / f"{step}.damaged"
       if target.exists():
-        shutil.rmtree(target)
-      (ckptr.directory / str(step)).rename(target)
+        target.rmtree()
+      buckets.move(ckptr.directory / str(step), target)
 
   distributed.first(rename)
 
 
-def _remove(path: Path) -> None:
-  # Renamed first: killed halfway, it must not be taken for a checkpoint.
-  temporary = path.with_name(path.name + _TEMPORARY)
-  path.rename(temporary)
-  shutil.rmtree(temporary)
+def _remove(path: epath.Path) -> None:
+  # Killed halfway, it must not be taken for a checkpoint.
+  if buckets.is_bucket(path):
+    (path / buckets.MARK).unlink(missing_ok=True)
+  else:
+    path = path.rename(path.with_name(path.name + _TEMPORARY))
+  path.rmtree()
 
 
-def _remove_temporary(directory: Path) -> None:
-  for path in directory.glob(f"*{_TEMPORARY}"):
+def _remove_temporary(directory: epath.Path) -> None:
+  if buckets.is_bucket(directory):
+    entries = directory.iterdir() if directory.exists() else ()
+    left = [p for p in entries if p.name.isdecimal() and not buckets.is_whole(p)]
+  else:
+    left = list(directory.glob(f"*{_TEMPORARY}"))
+  for path in left:
     # A failed save's threads may still write there; the next start cleans up.
-    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+      path.rmtree()
 
 
 def _raise_failure(ckptr: Checkpointer, step: int, error: Exception) -> None:
   """Removes what is there of a failed save and says in one line why it failed."""
   path = ckptr.directory / str(step)
+  if buckets.is_bucket(path):
+    # What is there has no mark, and goes at the next start: now the bucket may not answer.
+    reason = str(error).strip().partition("\n")[0]
+    raise TransientError(
+      f"{reason} in {ckptr.directory}: step {step} was not written"
+    ) from error
   if distributed.is_first():
     if path.exists():
       _remove(path)

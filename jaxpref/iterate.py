@@ -270,6 +270,8 @@ def _inner_config(
     inner.seed = (inner.seed + 100_003 * k) % 2**31  # else its draws were those of the last
     inner.data.source, inner.data.path, inner.data.num_rows = "online", str(pairs), num_rows
     inner.evaluate.prompts = prepare_lib.prompts_source(config)
+    if inner.train.checkpoints:
+      inner.train.checkpoints = f"{inner.train.checkpoints.rstrip('/')}/{k}"
   return inner
 
 
@@ -396,5 +398,6 @@ def _columns(
 def _finish_iteration(prepared: Prepared, workdir: Path, k: int) -> None:
   # Exactly this model: an older checkpoint of it would be another.
   trained, step = workdir / tuned.ITERATIONS / str(k), prepared.config.train.num_updates
-  checkpoint.find_good(trained / "checkpoints", step=step)
+  own = _inner_config(prepared.config, k=k)
+  checkpoint.find_good(checkpoint.directory_of(trained, own), step=step)
   iterations.write_metrics(prepared.config, workdir, k)

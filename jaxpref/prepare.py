@@ -1,6 +1,7 @@
 """What a run reads, all of it, and checked before anything is written."""
 
 import dataclasses
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxpref import losses, randomness, runtime, sharding, tuned
+from jaxpref import checkpoint, losses, randomness, runtime, sharding, tuned
 from jaxpref.data import rows as rows_lib
 from jaxpref.diffusion import grid
 from jaxpref.errors import UserError
@@ -92,6 +93,7 @@ def check(config: Any, *, mesh: Any = None) -> Checked:
   if not plans:
     mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
     _check_attention(config.model.attention)
+    checkpoint.directory_of(Path(), config)  # refuses what is no place for them
   sharding.check_batch(config.train.batch_size, mesh, accumulate=config.train.accumulate)
   loss = losses.load_loss(config.loss.name)
   hyper = losses.hyper_of(loss, config.loss)

@@ -70,7 +70,7 @@ def run(
   base = pipeline.params.pop("unet")  # taken out, so that it can be freed
   begin = _begin(prepared, base)
   program = programs.make_programs(prepared, begin, rows, uncond)
-  ckptr = checkpoint.open_checkpointer(workdir / "checkpoints", keep=train.keep)
+  ckptr = _open_checkpointer(workdir, config)
   identity = _identify(prepared)
   state, start = _first_state(program, begin, ckptr, deal, identity, config)
   base = unet_lib.freeze(base, config.model.frozen_dtype)
@@ -202,7 +202,8 @@ def _keep_best(prepared: Prepared, workdir: Path, ckptr: Any) -> None:
   settings = _settings(prepared)
 
   def find() -> int | None:
-    if (best := best_lib.find(workdir, settings)) is None:
+    saved = checkpoint.steps(ckptr.directory)
+    if (best := best_lib.find(workdir, settings, saved)) is None:
       return None
     best_lib.write(workdir, best)
     print(f"best so far by {best.scorer}: update {best.update}, {best.mean:.4f}", flush=True)
@@ -221,7 +222,8 @@ def _report(prepared: Prepared, workdir: Path, wall_time: str) -> None:
     **runtime.facts(),
     "wall time": wall_time,
   }
-  if config.evaluate.every and (best := best_lib.find(workdir, _settings(prepared))):
+  saved = checkpoint.steps(checkpoint.directory_of(workdir, config))
+  if config.evaluate.every and (best := best_lib.find(workdir, _settings(prepared), saved)):
     facts["best checkpoint"] = f"update {best.update} by {best.scorer}, {best.mean:.4f}"
   evaluate.write_report(
     workdir,
@@ -272,6 +274,18 @@ def _first_state(
   deal.set_state(restored.data_state)
   _log.warning("continuing after update %d of %d", restored.step, identity["num_updates"])
   return restored.state, restored.step
+
+
+def _open_checkpointer(workdir: Path, config: Any) -> checkpoint.Checkpointer:
+  """The run's checkpoints; elsewhere than in the workdir they must not be another run's."""
+  ckptr = checkpoint.open_checkpointer(
+    checkpoint.directory_of(workdir, config), keep=config.train.keep
+  )
+  if config.train.checkpoints:
+    # What has moved is told from something else by its contents (`_check_continues`).
+    safe = (*workdir_lib.RESUME_SAFE, "data.path", "model.start", "evaluate.prompts")
+    checkpoint.claim(ckptr, config, resume_safe=safe)
+  return ckptr
 
 
 def _write_start(workdir: Path, config: Any, identity: dict[str, Any], start: int) -> None:

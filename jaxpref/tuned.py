@@ -16,7 +16,7 @@ from jaxpref.evaluation import best as best_lib
 from jaxpref.models import hub, lora
 from jaxpref.models import pipeline as pipeline_lib
 from jaxpref.paths import user_path
-from jaxpref.workdir import CONFIG
+from jaxpref.workdir import CONFIG, STARTS
 
 # Of an iterative run: folders with the pairs of each iteration, and with a run for each.
 PAIRS, ITERATIONS = "pairs", "iterations"
@@ -59,10 +59,11 @@ def load(
     raise UserError(f"--variant is a pipeline's; the base of the run {workdir} has its own")
   config = _read_config(workdir)
   wanted = best_lib.read(workdir).update if isinstance(step, str) else step
-  found = checkpoint.find_good(workdir / "checkpoints", step=wanted)
+  directory = checkpoint.directory_of(workdir, config)
+  found = checkpoint.find_good(directory, step=wanted)
   rank = config.get("lora", {}).get("rank", 0)
   pipeline = _load_base(workdir, config["model"], dtype, mesh, without_unet=not rank)
-  kernel = checkpoint.stored(workdir / "checkpoints", found.step).get("params/conv_in/kernel")
+  kernel = checkpoint.stored(directory, found.step).get("params/conv_in/kernel")
   if kernel and kernel.shape[2] > pipeline.latent_shape[0]:
     pipeline = pipeline_lib.widen(pipeline)
   if found.metadata.get("pipeline") != pipeline.digest:
@@ -80,7 +81,7 @@ def load(
   target = jax.tree.map(
     lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, where
   )
-  state = checkpoint.restore_subtree(workdir / "checkpoints", found.step, {field: target})
+  state = checkpoint.restore_subtree(directory, found.step, {field: target})
   unet = state[field]
   if rank:
     unet = lora.Adapted(pipeline.params["unet"], unet, config["lora"]["alpha"] / rank)
@@ -109,7 +110,10 @@ def setting(name: str, section: str, field: str, default: float) -> float:
 
 def _is_workdir(name: str) -> bool:
   path = trained_in(user_path(name))
-  return (path / CONFIG).is_file() and (path / "checkpoints").is_dir()
+  if not (path / CONFIG).is_file():
+    return False
+  # A pipeline's parts have a file of that name, too.
+  return (path / "checkpoints").is_dir() or (path / STARTS).is_file()
 
 
 def trained_in(path: Path) -> Path:

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from jaxpref import config as config_lib
@@ -80,7 +81,10 @@ def open_workdir(
       another process works in it. Nothing in it has been changed then.
   """
   if "://" in str(path):
-    raise UserError(f"{path}: not a local path; mount the bucket and name the mount")
+    raise UserError(
+      f"{path}: not a local path; checkpoints alone can be in a bucket "
+      "(--config.train.checkpoints=gs://...), or mount it and name the mount"
+    )
   path = user_path(path).absolute()
   make_writable(path)
   stored = path / CONFIG
@@ -93,7 +97,7 @@ def open_workdir(
   try:
     resumed = stored.exists()
     if resumed:
-      _check_same(path, config, tuple(resume_safe))
+      check_same(path, config, resume_safe)
     else:
       write_config(path, config)
   except BaseException:
@@ -203,7 +207,25 @@ def _lock(path: Path) -> int:
   return descriptor
 
 
-def _check_same(path: Path, config: ConfigDict, resume_safe: tuple[str, ...]) -> None:
+def check_same(
+  path: Path | epath.Path,
+  config: ConfigDict,
+  resume_safe: Iterable[str],
+  *,
+  choose: str = "--workdir",
+) -> None:
+  """Refuses a directory whose `config.json` is another run's.
+
+  Args:
+    path: the directory.
+    config: of this run.
+    resume_safe: see `open_workdir`.
+    choose: what is to be chosen anew, for the error.
+
+  Raises:
+    UserError: a field differs, or the file cannot be read.
+  """
+  resume_safe = tuple(resume_safe)
   try:
     old = _flat(json.loads((path / CONFIG).read_text(encoding="utf-8")))
   except (ValueError, AttributeError, OSError) as error:
@@ -220,7 +242,7 @@ def _check_same(path: Path, config: ConfigDict, resume_safe: tuple[str, ...]) ->
     more = f" (and {len(others)} more)" if others else ""
     raise UserError(
       f"{path} holds another run: {field} was {old.get(field, 'absent')}, "
-      f"now {new.get(field, 'absent')}{more}; choose another --workdir"
+      f"now {new.get(field, 'absent')}{more}; choose another {choose}"
     )
 
 

@@ -1,7 +1,7 @@
 """Which of a run's checkpoints is best, by the evaluations made of them."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,18 +49,19 @@ def is_made(directory: Path, settings: dict[str, Any]) -> bool:
   return made == settings and (directory / evaluate.RESULTS).exists()
 
 
-def find(workdir: Path, settings: dict[str, Any]) -> Best | None:
+def find(workdir: Path, settings: dict[str, Any], saved: Collection[int]) -> Best | None:
   """The best of the checkpoints that are still there and were evaluated alike.
 
   Args:
     workdir: of the run.
     settings: from `settings_of`; the first scorer in them decides, without one nothing is
       best.
+    saved: the updates whose checkpoints are still there.
   """
   found = []
   for directory in (workdir / "evaluation").glob("*"):
     update = directory.name
-    if not (update.isdecimal() and (workdir / "checkpoints" / update).exists()):
+    if not (update.isdecimal() and int(update) in saved):
       continue
     if not is_made(directory, settings):
       continue

@@ -1,0 +1,185 @@
+"""Checkpoints in a bucket, by an emulator of Google Cloud Storage on this machine."""
+
+import json
+import socket
+import sys
+
+import jax
+import numpy as np
+import pytest
+import runs
+from conftest import ROOT
+
+from jaxpref import buckets, checkpoint, main, tuned
+from jaxpref.errors import TransientError, UserError
+
+SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+@pytest.fixture(scope="module")
+def emulator():
+  """Its bucket's address; what asks for Google's is sent there."""
+  from gcp_storage_emulator.server import create_server
+
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  address = f"http://localhost:{port}"
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("STORAGE_EMULATOR_HOST", address)  # gcsfs's
+    patch.setenv("TENSORSTORE_GCS_HTTP_URL", address)
+    patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks for credentials
+    server = create_server("localhost", port, in_memory=True, default_bucket="bucket")
+    server.start()
+    yield "gs://bucket"
+    server.stop()
+
+
+def make_state(seed):
+  return {"a": jax.random.normal(jax.random.key(seed), (200, 3)), "n": jax.numpy.int32(seed)}
+
+
+def restore(ckptr):
+  abstract = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SHARDING), make_state(0)
+  )
+  return checkpoint.restore(ckptr, abstract)
+
+
+def saved(directory, steps, **options):
+  ckptr = checkpoint.open_checkpointer(directory, **{"keep": 2, **options})
+  for step in steps:
+    checkpoint.save(ckptr, step, make_state(step), {"at": step}, {"about": "it"})
+  checkpoint.wait(ckptr)
+  return ckptr
+
+
+def test_saves_keeps_restores(emulator):
+  directory = f"{emulator}/keeps"
+  ckptr = saved(directory, (1, 2, 3))
+  assert checkpoint.steps(directory) == [2, 3] and checkpoint.latest_step(ckptr) == 3
+  found = restore(ckptr)
+  assert (found.step, found.data_state, found.metadata) == (3, {"at": 3}, {"about": "it"})
+  np.testing.assert_array_equal(found.state["a"], make_state(3)["a"])
+  with pytest.raises(ValueError, match="already saved"):
+    checkpoint.save(ckptr, 3, make_state(3), {}, {})
+  # Of part of it, by someone else.
+  assert checkpoint.find_good(directory).step == 3
+  abstract = {"a": jax.ShapeDtypeStruct((200, 3), np.float32, sharding=SHARDING)}
+  part = checkpoint.restore_subtree(directory, 2, abstract)
+  np.testing.assert_array_equal(part["a"], make_state(2)["a"])
+
+
+def alter(path):
+  content = path.read_bytes()
+  path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+@pytest.mark.parametrize(
+  ("damage", "named"),
+  [
+    (alter, "is altered"),
+    (lambda path: path.write_bytes(path.read_bytes()[:-1]), "bytes"),
+    (lambda path: path.unlink(), "is missing"),
+  ],
+)
+def test_a_damaged_one_is_set_aside(emulator, damage, named, caplog, monkeypatch):
+  directory = f"{emulator}/damaged-{named.split()[-1]}"
+  ckptr = saved(directory, (1, 2))
+  root = buckets.place(directory)
+  files = [name for name in buckets.files(root / "2") if name.startswith("state/d/")]
+  damage(root / "2" / files[0])
+  assert restore(ckptr).step == 1
+  assert named in caplog.text and files[0] in caplog.text
+  assert checkpoint.steps(directory) == [1]
+  aside = root / "2.damaged"
+  assert (aside / checkpoint.CHECKSUMS).exists() and not (aside / buckets.MARK).exists()
+  # Its step can be saved again.
+  checkpoint.save(ckptr, 2, make_state(2), {}, {})
+  checkpoint.wait(ckptr)
+  assert restore(ckptr).step == 2
+
+
+def test_what_a_killed_save_left_is_no_checkpoint(emulator):
+  directory = f"{emulator}/killed"
+  saved(directory, (1, 2))
+  root = buckets.place(directory)
+  (root / "2" / buckets.MARK).unlink()
+  assert checkpoint.steps(directory) == [1]
+  with pytest.raises(UserError, match="only of"):
+    checkpoint.find_good(directory, step=2)
+  ckptr = checkpoint.open_checkpointer(directory, keep=2)
+  assert not (root / "2").exists()
+  assert restore(ckptr).step == 1
+
+
+def test_a_bucket_that_does_not_answer_is_one_line(emulator):
+  with pytest.raises(TransientError, match="gs://nowhere/run cannot be reached: "):
+    ckptr = checkpoint.open_checkpointer("gs://nowhere/run", keep=1)
+    checkpoint.claim(ckptr, runs_config(), resume_safe=())
+  ckptr = saved(f"{emulator}/gone", (1,))
+  gone = checkpoint.Checkpointer(
+    buckets.place("gs://nowhere/run"), 1, [], ckptr.worker, ckptr.pending
+  )
+  with pytest.raises(TransientError, match="step 2 was not written"):
+    checkpoint.save(gone, 2, make_state(2), {}, {})
+    checkpoint.wait(gone)
+
+
+def runs_config():
+  from configs import dro
+
+  return dro.get_config("tiny")
+
+
+@pytest.mark.parametrize(
+  ("where", "said"),
+  [
+    ("s3://bucket/run", "neither a local path nor gs://"),
+    ("gs:///run", "neither a local path nor gs://"),
+    ("runs/elsewhere", "must be absolute"),
+  ],
+)
+def test_other_places_are_refused(where, said, tiny_pipeline, tmp_path, capsys, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  fields = {"train.checkpoints": where}
+  assert main.main(runs.arguments(tiny_pipeline, tmp_path / "run", **fields)) == 2
+  assert said in capsys.readouterr().err
+  assert not (tmp_path / "run").exists()
+
+
+def test_without_gcsfs_it_says_what_to_install(monkeypatch):
+  monkeypatch.setitem(sys.modules, "gcsfs", None)
+  with pytest.raises(UserError, match=r"pip install 'jaxpref\[gcs\]'"):
+    buckets.place("gs://bucket/run")
+
+
+def test_a_run_goes_on_from_a_bucket(
+  emulator, tiny_pipeline, tmp_path, capsys, monkeypatch, tfds_dir
+):
+  monkeypatch.chdir(ROOT)
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tfds_dir))
+  there = f"{emulator}/runs/sft"
+  whole = tmp_path / "whole"
+  assert main.main(runs.arguments(tiny_pipeline, whole, "sft")) == 0
+  fields = {"train.checkpoints": there, "optim.lr": 2e-4}
+  arguments = runs.arguments(tiny_pipeline, tmp_path / "first", "sft", **fields)
+  del arguments[-1]
+  assert main.main([*arguments, "--config.train.num_updates=2"]) == 0
+  assert not (tmp_path / "first" / "checkpoints").exists()
+  assert checkpoint.steps(there) == [2]
+  # Also where the workdir was lost; but not with another configuration.
+  second, third = (
+    runs.arguments(tiny_pipeline, tmp_path / name, "sft", **fields)
+    for name in ("second", "third")
+  )
+  capsys.readouterr()
+  assert main.main(third) == 2
+  assert "holds another run: optim.lr was" in capsys.readouterr().err
+  assert main.main(second[:-1]) == 0
+  expected, found = (
+    tuned.load(str(directory)).digest for directory in (whole, tmp_path / "second")
+  )
+  assert expected == found
+  config = json.loads(buckets.place(f"{there}/config.json").read_text())
+  assert config["train"]["num_updates"] == 4
