@@ -75,29 +75,29 @@ def alter(path):
   path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
 
-@pytest.mark.parametrize(
-  ("damage", "named"),
-  [
-    (alter, "is altered"),
-    (lambda path: path.write_bytes(path.read_bytes()[:-1]), "bytes"),
-    (lambda path: path.unlink(), "is missing"),
-  ],
-)
-def test_a_damaged_one_is_set_aside(emulator, damage, named, caplog, monkeypatch):
-  directory = f"{emulator}/damaged-{named.split()[-1]}"
-  ckptr = saved(directory, (1, 2))
+def test_damaged_ones_are_set_aside(emulator, caplog):
+  directory = f"{emulator}/damaged"
+  ckptr = saved(directory, (1, 2, 3, 4), keep=4)
   root = buckets.place(directory)
-  files = [name for name in buckets.files(root / "2") if name.startswith("state/d/")]
-  damage(root / "2" / files[0])
+  damages = {
+    2: (alter, "is altered"),
+    3: (lambda path: path.write_bytes(path.read_bytes()[:-1]), "bytes"),
+    4: (lambda path: path.unlink(), "is missing"),
+  }
+  for step, (damage, _) in damages.items():
+    path = root / str(step)
+    damage(path / next(n for n in buckets.files(path) if n.startswith("state/d/")))
   assert restore(ckptr).step == 1
-  assert named in caplog.text and files[0] in caplog.text
+  for step, (_, said) in damages.items():
+    warned = next(m for m in caplog.messages if f"of step {step} " in m)
+    assert said in warned and "state/d/" in warned
+    aside = root / f"{step}.damaged"
+    assert (aside / checkpoint.CHECKSUMS).exists() and not (aside / buckets.MARK).exists()
   assert checkpoint.steps(directory) == [1]
-  aside = root / "2.damaged"
-  assert (aside / checkpoint.CHECKSUMS).exists() and not (aside / buckets.MARK).exists()
-  # Its step can be saved again.
+  # Their steps can be saved again.
   checkpoint.save(ckptr, 2, make_state(2), {}, {})
   checkpoint.wait(ckptr)
-  assert restore(ckptr).step == 2
+  assert checkpoint.steps(directory) == [1, 2]
 
 
 def test_what_a_killed_save_left_is_no_checkpoint(emulator):
