@@ -17,7 +17,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,14 +101,13 @@ def open_checkpointer(directory: str | os.PathLike, *, keep: int) -> Checkpointe
   root = buckets.place(directory)
 
   def make() -> None:
-    with buckets.failures_of(root):
-      try:
-        root.mkdir(parents=True, exist_ok=True)
-      except OSError as error:
-        raise UserError(f"cannot write to {root}: {error.strerror}") from error
-      _remove_temporary(root)
+    try:
+      root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise UserError(f"cannot write to {root}: {error.strerror}") from error
+    _remove_temporary(root)
 
-  distributed.first(make)
+  _first(root, make)
   return Checkpointer(root, keep, [], futures.ThreadPoolExecutor(1), [])
 
 
@@ -121,25 +120,24 @@ def claim(ckptr: Checkpointer, config: ConfigDict, *, resume_safe: Iterable[str]
   directory, stored = ckptr.directory, ckptr.directory / CONFIG
 
   def check() -> None:
-    with buckets.failures_of(directory):
-      if stored.exists():
-        check_same(directory, config, resume_safe, choose="train.checkpoints")
-      elif directory.exists() and any(directory.iterdir()):
-        raise UserError(
-          f"{directory} is not empty and no run's; choose another train.checkpoints"
-        )
-      buckets.write(stored, config_lib.to_json(config) + "\n")
+    if stored.exists():
+      check_same(directory, config, resume_safe, choose="train.checkpoints")
+    elif directory.exists() and any(directory.iterdir()):
+      choose = "choose another train.checkpoints"
+      raise UserError(f"{directory} is not empty and no run's; {choose}")
+    buckets.write(stored, config_lib.to_json(config) + "\n")
 
-  distributed.first(check)
+  _first(directory, check)
 
 
 def steps(directory: str | os.PathLike) -> list[int]:
   """The steps of the finished checkpoints, ascending; good or not."""
   root = buckets.place(directory)
-  if buckets.is_bucket(root) and not root.exists():
-    return []  # a bucket has no empty directories
-  numbered = (p for p in root.iterdir() if p.name.isdecimal())
-  return sorted(int(p.name) for p in numbered if buckets.is_whole(p))
+  with buckets.failures_of(root):
+    if buckets.is_bucket(root) and not root.exists():
+      return []  # a bucket has no empty directories
+    numbered = (p for p in root.iterdir() if p.name.isdecimal())
+    return sorted(int(p.name) for p in numbered if buckets.is_whole(p))
 
 
 def protect(ckptr: Checkpointer, step: int) -> None:
@@ -149,7 +147,7 @@ def protect(ckptr: Checkpointer, step: int) -> None:
 
 def latest_step(ckptr: Checkpointer) -> int | None:
   """The newest finished checkpoint's step, if any."""
-  return distributed.first(lambda: max(steps(ckptr.directory), default=None))
+  return _first(ckptr.directory, lambda: max(steps(ckptr.directory), default=None))
 
 
 def save(
@@ -191,7 +189,7 @@ def save(
       sizes = f"{needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free"
       raise UserError(_not_written(ckptr, step, f"no space left ({sizes})"))
 
-  distributed.first(check)
+  _first(ckptr.directory, check)
   try:
     response = ocp.save_checkpointables_async(path, {"state": state}, custom_metadata=record)
   except Exception as error:
@@ -243,14 +241,14 @@ def restore(ckptr: Checkpointer, abstract_state: Any) -> Restored:
   """
   wait(ckptr)
   damaged: dict[int, str] = {}
-  for step in reversed(distributed.first(lambda: steps(ckptr.directory))):
+  for step in reversed(_first(ckptr.directory, lambda: steps(ckptr.directory))):
     path = ckptr.directory / str(step)
     # Read once, not by every process.
-    problem = distributed.first(functools.partial(_verify, path))
+    problem = _first(path, functools.partial(_verify, path))
     if problem:
       damaged[step] = problem
       continue
-    checked = distributed.first((path / CHECKSUMS).exists)
+    checked = _first(path, (path / CHECKSUMS).exists)
     try:
       state, record = distributed.together(
         functools.partial(_load, path, abstract_state, checked=checked)
@@ -262,11 +260,21 @@ def restore(ckptr: Checkpointer, abstract_state: Any) -> Restored:
       continue
     if not checked:
       _log.warning("checkpoint of step %d restored, though without checksums", step)
-      distributed.first(functools.partial(_write_checksums, path))
+      _first(path, functools.partial(_write_checksums, path))
     _set_aside(ckptr, damaged, step)
     return Restored(step, state, record["data"], record["metadata"])
   found = "; ".join(f"step {step}: {text}" for step, text in damaged.items())
   raise UserError(f"no good checkpoint in {ckptr.directory} ({found or 'it is empty'})")
+
+
+def _first(where: epath.Path, job: Callable[[], Any]) -> Any:
+  """Does a job on process 0 alone; a bucket's failure in it is everyone's error, too."""
+
+  def guarded() -> Any:
+    with buckets.failures_of(where):
+      return job()
+
+  return distributed.first(guarded)
 
 
 def _load(
@@ -312,12 +320,13 @@ def find_good(directory: str | os.PathLike, *, step: int | None = None) -> Good:
   problems = []
   for candidate in reversed(found) if step is None else (step,):
     path = root / str(candidate)
-    if not (path / CHECKSUMS).exists():
-      problem: str | None = f"{CHECKSUMS} is missing"  # not finished yet, or cut short
-    else:
-      problem = _verify(path)
-    if problem is None:
-      return Good(candidate, ocp.metadata(path).custom_metadata["metadata"])
+    with buckets.failures_of(path):
+      if not (path / CHECKSUMS).exists():
+        problem: str | None = f"{CHECKSUMS} is missing"  # not finished yet, or cut short
+      else:
+        problem = _verify(path)
+      if problem is None:
+        return Good(candidate, ocp.metadata(path).custom_metadata["metadata"])
     problems.append(f"step {candidate}: {problem}")
     _log.warning("checkpoint of step %d is damaged (%s), not used", candidate, problem)
   raise UserError(f"no good checkpoint in {root} ({'; '.join(problems)})")
@@ -418,7 +427,7 @@ def _set_aside(ckptr: Checkpointer, damaged: Mapping[int, str], good: int) -> No
         target.rmtree()
       buckets.move(ckptr.directory / str(step), target)
 
-  distributed.first(rename)
+  _first(ckptr.directory, rename)
 
 
 def _remove(path: epath.Path) -> None:

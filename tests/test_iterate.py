@@ -106,9 +106,7 @@ def test_what_an_iterative_run_leaves(finished):
   assert {row["model_1"].decode() for row in rows} == {first.digest}
 
 
-def test_two_and_four_processes_end_where_one_does(
-  finished, tiny_pipeline, improver, tmp_path
-):
+def test_two_and_four_processes_end_where_one_does(finished, tiny_pipeline, improver, tmp_path):
   """The first iteration on two processes of two devices, the second on four."""
   workdir, log = tmp_path / "run", tmp_path / "log"
   flags = arguments(tiny_pipeline, improver, workdir)
