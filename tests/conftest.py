@@ -52,7 +52,7 @@ live = pytest.mark.skipif(
 _LONG = (
   *("test_iterate", "test_export", "test_methods", "test_train", "test_pretrain"),
   *("test_benchmarks", "test_families", "test_steps", "test_lora", "test_weights"),
-  *("test_failures", "test_improver", "test_hub"),
+  *("test_failures", "test_buckets", "test_timings", "test_improver", "test_hub"),
 )
 
 

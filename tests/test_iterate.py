@@ -298,7 +298,8 @@ def test_spin(tiny_pipeline, tmp_path, capsys):
   for k in (1, 2):
     distances = [apart(line) for line in lines_of(workdir, k)]
     assert distances[0] < 1e-6 < min(distances[1:])
-    assert lines_of(workdir, k)[0]["loss"] == pytest.approx(np.log(2), abs=1e-3)
+    # Equal but for bfloat16's rounding, which programs for other processors do elsewhere.
+    assert lines_of(workdir, k)[0]["loss"] == pytest.approx(np.log(2), abs=0.01)
   rows = list(online.open_pairs(workdir / "pairs" / "1"))
   data = {experts.decode(file).tobytes() for row in rows for file in [row["jpg_0"]]}
   config = json.loads((workdir / "config.json").read_text())

@@ -50,14 +50,14 @@ def test_the_fast_rival_draws_what_the_slow_one_does():
   np.testing.assert_allclose(slow_target, fast_target, rtol=1e-3, atol=1e-4)
 
 
-def test_scripts_in_small(tmp_path, capsys, monkeypatch):
+def test_scripts_in_small(tiny_pipeline, tmp_path, capsys, monkeypatch):
   import attention
   import dro_loop
   import levers
   import method_times
 
   out = tmp_path / "dro.json"
-  options = ["--config=configs/dro.py:tiny", "--width=32", "--latents=4", "--rows=16"]
+  options = ["--config=configs/dro.py:tiny", f"--model={tiny_pipeline}", "--rows=16"]
   dro_loop.main([*options, "--lots=4", "--turns=1", f"--out={out}"])
   numbers = json.loads(out.read_text())
   assert numbers["contenders"].keys() == {"ours", "ours, all rows at once"}
@@ -65,7 +65,7 @@ def test_scripts_in_small(tmp_path, capsys, monkeypatch):
   work = numbers["flops of a call"]
   assert 0 < work["ours"] < work["ours, all rows at once"]
   times = tmp_path / "times.json"
-  options = ["--preset=tiny", "--width=32", "--latents=4", "--rows=4", "--turns=1"]
+  options = ["--preset=tiny", f"--model={tiny_pipeline}", "--rows=4", "--turns=1"]
   method_times.main([*options, "--methods", "dspo", f"--out={times}"])
   numbers = json.loads(times.read_text())
   assert numbers["time / SFT's"].keys() == {"sft", "dspo"}
