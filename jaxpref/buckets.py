@@ -61,7 +61,7 @@ def failures_of(path: epath.Path) -> Iterator[None]:
   """
   try:
     yield
-  except UserError:
+  except (UserError, ValueError):  # the second is a defect of the program
     raise
   except Exception as error:
     if not is_bucket(path):
