@@ -26,7 +26,7 @@ setup(
     # The last releases with Flax classes.
     "diffusers>=0.39,<0.40",
     "transformers>=4.57,<5",
-    "etils[epath]",
+    "etils[epath]>=1.5",
     "filelock",
     "flax>=0.10",
     "grain>=0.2.14",
