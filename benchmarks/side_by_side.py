@@ -213,6 +213,8 @@ def time_contenders(
         took[name] = json.loads(out.read_text())
       else:
         print(f"{name}: failed, and is left out")
+  if "ours" not in took:
+    sys.exit("there is nothing to compare with")
   return took
 
 

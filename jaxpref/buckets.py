@@ -20,6 +20,11 @@ from jaxpref.workdir import write_text
 
 SCHEME = "gs://"
 MARK = "commit_success.txt"  # Orbax's, of a whole checkpoint in a bucket
+# TensorStore reports these as ValueError.
+_PASSING = (
+  *("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "RESOURCE_EXHAUSTED", "CURL"),
+  *("PERMISSION_DENIED", "UNAUTHENTICATED"),
+)
 
 
 def place(where: str | os.PathLike) -> epath.Path:
@@ -61,13 +66,30 @@ def failures_of(path: epath.Path) -> Iterator[None]:
   """
   try:
     yield
-  except (UserError, ValueError):  # the second is a defect of the program
+  except UserError:
     raise
   except Exception as error:
     if not is_bucket(path):
       raise
-    reason = str(error).strip().partition("\n")[0] or type(error).__name__
-    raise TransientError(f"{path} cannot be reached: {reason}") from error
+    raise _unreachable(path, error) from error
+
+
+def raise_passing(path: epath.Path, error: Exception) -> None:
+  """Tells a bucket that does not answer from data that are not as they should be.
+
+  Raises:
+    TransientError: it does not answer; nothing is raised for the other.
+  """
+  if not is_bucket(path) or isinstance(error, UserError):
+    return
+  passes = any(text in str(error) for text in _PASSING)
+  if passes or not isinstance(error, ValueError | KeyError):
+    raise _unreachable(path, error) from error
+
+
+def _unreachable(path: epath.Path, error: Exception) -> TransientError:
+  reason = str(error).strip().partition("\n")[0] or type(error).__name__
+  return TransientError(f"{path} cannot be reached: {reason}")
 
 
 def write(path: epath.Path, text: str) -> None:

@@ -84,16 +84,25 @@ def directory_of(workdir: Path, config: Mapping[str, Any]) -> epath.Path:
   return buckets.place(where)
 
 
-def open_checkpointer(directory: str | os.PathLike, *, keep: int) -> Checkpointer:
+def open_checkpointer(
+  directory: str | os.PathLike,
+  *,
+  keep: int,
+  owner: ConfigDict | None = None,
+  resume_safe: Iterable[str] = (),
+) -> Checkpointer:
   """Makes the directory and removes what a killed save has left half-written.
 
   Args:
     directory: one run's checkpoints, a local path or `gs://...`; no other process may write
       there.
     keep: how many of the newest checkpoints stay, at least 1.
+    owner: the run's configuration, for a directory that is not in its workdir.
+    resume_safe: fields in which it may differ from that of the run's beginning.
 
   Raises:
-    UserError: the directory cannot be made, the bucket not be reached.
+    UserError: the directory cannot be made, the bucket not be reached, or it is another
+      run's or holds something else; nothing in it has been changed then.
   """
   if keep < 1:
     raise ValueError(f"keep must be at least 1, got {keep}")
@@ -104,30 +113,25 @@ def open_checkpointer(directory: str | os.PathLike, *, keep: int) -> Checkpointe
     try:
       root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-      raise UserError(f"cannot write to {root}: {error.strerror}") from error
+      raise UserError(f"cannot write to {root}: {error.strerror or error}") from error
+    if owner is not None:
+      _check_owner(root, owner, resume_safe)
     _remove_temporary(root)
 
   _first(root, make)
   return Checkpointer(root, keep, [], futures.ThreadPoolExecutor(1), [])
 
 
-def claim(ckptr: Checkpointer, config: ConfigDict, *, resume_safe: Iterable[str]) -> None:
-  """Makes a directory that is not in a workdir this run's, by `config.json` in it.
-
-  Raises:
-    UserError: it is another run's, or holds something else.
-  """
-  directory, stored = ckptr.directory, ckptr.directory / CONFIG
-
-  def check() -> None:
-    if stored.exists():
-      check_same(directory, config, resume_safe, choose="train.checkpoints")
-    elif directory.exists() and any(directory.iterdir()):
-      choose = "choose another train.checkpoints"
-      raise UserError(f"{directory} is not empty and no run's; {choose}")
-    buckets.write(stored, config_lib.to_json(config) + "\n")
-
-  _first(directory, check)
+def _check_owner(directory: epath.Path, config: ConfigDict, resume_safe: Iterable[str]) -> None:
+  """Makes a directory that is not in a workdir this run's, by `config.json` in it."""
+  stored = directory / CONFIG
+  if stored.exists():
+    check_same(directory, config, resume_safe, choose="train.checkpoints")
+    return
+  if directory.exists() and any(not p.name.startswith(".") for p in directory.iterdir()):
+    choose = "choose another train.checkpoints"
+    raise UserError(f"{directory} is not empty and no run's; {choose}")
+  buckets.write(stored, config_lib.to_json(config) + "\n")
 
 
 def steps(directory: str | os.PathLike) -> list[int]:
@@ -179,17 +183,19 @@ def save(
     raise ValueError(f"data_state and metadata must survive JSON, got {record}")
   needed = math.ceil(1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
 
-  def check() -> None:
+  def check() -> bool:
     if path.exists():
-      raise ValueError(f"step {step} is already saved in {ckptr.directory}")
+      return False
     if buckets.is_bucket(ckptr.directory):
-      return
+      return True
     free = shutil.disk_usage(ckptr.directory).free
     if free < needed:
       sizes = f"{needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free"
       raise UserError(_not_written(ckptr, step, f"no space left ({sizes})"))
+    return True
 
-  _first(ckptr.directory, check)
+  if not _first(ckptr.directory, check):
+    raise ValueError(f"step {step} is already saved in {ckptr.directory}")
   try:
     response = ocp.save_checkpointables_async(path, {"state": state}, custom_metadata=record)
   except Exception as error:
@@ -254,6 +260,8 @@ def restore(ckptr: Checkpointer, abstract_state: Any) -> Restored:
         functools.partial(_load, path, abstract_state, checked=checked)
       )
     except UserError as error:
+      if error.status == TransientError.status:
+        raise
       if checked:
         raise UserError(f"the checkpoint {path} does not fit: {error}") from error
       damaged[step] = str(error)
@@ -289,8 +297,11 @@ def _load(
   try:
     state = ocp.load_checkpointables(path, {"state": abstract_state})["state"]
     return state, ocp.metadata(path).custom_metadata
-  except (OSError, ValueError, KeyError) as error:
-    if checked and isinstance(error, OSError):
+  except Exception as error:
+    buckets.raise_passing(path, error)
+    if not isinstance(error, OSError | ValueError | KeyError) or (
+      checked and isinstance(error, OSError)
+    ):
       raise
     raise UserError(_reason(error)) from error
 
@@ -313,7 +324,7 @@ def find_good(directory: str | os.PathLike, *, step: int | None = None) -> Good:
     UserError: there is no such checkpoint, or it is damaged.
   """
   root = buckets.place(directory)
-  found = steps(root) if root.is_dir() else []
+  found = steps(root) if buckets.is_bucket(root) or root.is_dir() else []
   if not found or step not in (None, *found):
     which = "" if step is None else f" of step {step}, only of {found}"
     raise UserError(f"there is no checkpoint{which} in {root}")
@@ -335,7 +346,8 @@ def find_good(directory: str | os.PathLike, *, step: int | None = None) -> Good:
 def stored(directory: str | os.PathLike, step: int) -> dict[str, Any]:
   """What a checkpoint's arrays are, with `shape` and `dtype`, by their paths in the state."""
   path = buckets.place(directory) / str(step)
-  state = ocp.checkpointables_metadata(path).metadata["state"]
+  with buckets.failures_of(path):
+    state = ocp.checkpointables_metadata(path).metadata["state"]
   leaves = jax.tree.leaves_with_path(state)
   return {"/".join(str(getattr(k, "key", k)) for k in keys): leaf for keys, leaf in leaves}
 
@@ -357,7 +369,10 @@ def restore_subtree(directory: str | os.PathLike, step: int, abstract: Any) -> A
   try:
     with context:
       return ocp.load_checkpointables(path, {"state": abstract})["state"]
-  except (OSError, ValueError, KeyError) as error:
+  except Exception as error:
+    buckets.raise_passing(path, error)
+    if not isinstance(error, OSError | ValueError | KeyError):
+      raise
     raise UserError(f"the checkpoint {path} does not fit: {_reason(error)}") from error
 
 
@@ -367,7 +382,7 @@ def _reason(error: Exception) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-  return str(error).strip().partition("\n")[0]
+  return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _finish(ckptr: Checkpointer, path: epath.Path, response: ocp.AsyncResponse) -> None:
@@ -379,7 +394,7 @@ def _finish(ckptr: Checkpointer, path: epath.Path, response: ocp.AsyncResponse) 
         continue
       try:
         _remove(ckptr.directory / str(step))
-      except OSError as error:
+      except Exception as error:
         # The new checkpoint is whole; what cannot be removed only takes space.
         _log.warning("the old checkpoint of step %d stays: %s", step, error)
 

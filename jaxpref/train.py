@@ -61,6 +61,8 @@ def run(
   pipeline, needs = prepared.pipeline, prepared.loss.NEEDS
   began = time.time()
 
+  ckptr = _open_checkpointer(workdir, config)
+
   # Data: encoded once, then only indices are dealt.
   rows = encode.encode_rows(pipeline, mesh, prepared.rows, flip=config.data.flip)
   uncond = sharding.replicate(encode.encode_no_prompt(pipeline, mesh), mesh)
@@ -70,7 +72,6 @@ def run(
   base = pipeline.params.pop("unet")  # taken out, so that it can be freed
   begin = _begin(prepared, base)
   program = programs.make_programs(prepared, begin, rows, uncond)
-  ckptr = _open_checkpointer(workdir, config)
   identity = _identify(prepared)
   state, start = _first_state(program, begin, ckptr, deal, identity, config)
   base = unet_lib.freeze(base, config.model.frozen_dtype)
@@ -278,14 +279,14 @@ def _first_state(
 
 def _open_checkpointer(workdir: Path, config: Any) -> checkpoint.Checkpointer:
   """The run's checkpoints; elsewhere than in the workdir they must not be another run's."""
-  ckptr = checkpoint.open_checkpointer(
-    checkpoint.directory_of(workdir, config), keep=config.train.keep
+  directory = checkpoint.directory_of(workdir, config)
+  if not config.train.checkpoints:
+    return checkpoint.open_checkpointer(directory, keep=config.train.keep)
+  # What has moved is told from something else by its contents (`_check_continues`).
+  safe = (*workdir_lib.RESUME_SAFE, "data.path", "model.start", "evaluate.prompts")
+  return checkpoint.open_checkpointer(
+    directory, keep=config.train.keep, owner=config, resume_safe=safe
   )
-  if config.train.checkpoints:
-    # What has moved is told from something else by its contents (`_check_continues`).
-    safe = (*workdir_lib.RESUME_SAFE, "data.path", "model.start", "evaluate.prompts")
-    checkpoint.claim(ckptr, config, resume_safe=safe)
-  return ckptr
 
 
 def _write_start(workdir: Path, config: Any, identity: dict[str, Any], start: int) -> None:

@@ -1,8 +1,10 @@
 """Checkpoints in a bucket, by an emulator of Google Cloud Storage on this machine."""
 
+import http.server
 import json
 import socket
 import sys
+import types
 
 import jax
 import numpy as np
@@ -19,7 +21,7 @@ SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 @pytest.fixture(scope="module")
 def emulator():
   """Its bucket's address; what asks for Google's is sent there."""
-  from gcp_storage_emulator.server import create_server
+  from gcp_storage_emulator import server as emulator_lib
 
   with socket.socket() as free:
     free.bind(("localhost", 0))
@@ -29,7 +31,12 @@ def emulator():
     patch.setenv("STORAGE_EMULATOR_HOST", address)  # gcsfs's
     patch.setenv("TENSORSTORE_GCS_HTTP_URL", address)
     patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks for credentials
-    server = create_server("localhost", port, in_memory=True, default_bucket="bucket")
+    # Else a connection that is only kept open keeps all others waiting.
+    threads = types.SimpleNamespace(HTTPServer=http.server.ThreadingHTTPServer)
+    patch.setattr(emulator_lib, "server", threads)
+    server = emulator_lib.create_server(
+      "localhost", port, in_memory=True, default_bucket="bucket"
+    )
     server.start()
     yield "gs://bucket"
     server.stop()
@@ -113,17 +120,45 @@ def test_what_a_killed_save_left_is_no_checkpoint(emulator):
   assert restore(ckptr).step == 1
 
 
-def test_a_bucket_that_does_not_answer_is_one_line(emulator):
+def test_a_bucket_that_does_not_answer_is_one_line(emulator, monkeypatch):
   with pytest.raises(TransientError, match="gs://nowhere/run cannot be reached: "):
-    ckptr = checkpoint.open_checkpointer("gs://nowhere/run", keep=1)
-    checkpoint.claim(ckptr, runs_config(), resume_safe=())
+    checkpoint.open_checkpointer("gs://nowhere/run", keep=1, owner=runs_config())
   ckptr = saved(f"{emulator}/gone", (1,))
-  gone = checkpoint.Checkpointer(
-    buckets.place("gs://nowhere/run"), 1, [], ckptr.worker, ckptr.pending
-  )
-  with pytest.raises(TransientError, match="step 2 was not written"):
-    checkpoint.save(gone, 2, make_state(2), {}, {})
-    checkpoint.wait(gone)
+
+  def fail(*_, **__):
+    raise RuntimeError("503")
+
+  monkeypatch.setattr(checkpoint.ocp, "save_checkpointables_async", fail)
+  with pytest.raises(TransientError, match="503 in gs://.*: step 2 was not written"):
+    checkpoint.save(ckptr, 2, make_state(2), {}, {})
+  assert checkpoint.steps(ckptr.directory) == [1]
+
+
+def test_what_is_another_runs_stays(emulator):
+  """A directory of directories of checkpoints, as an iterative run has them."""
+  saved(f"{emulator}/others/1", (1,))
+  unmarked = buckets.place(f"{emulator}/others/2/notes.txt")
+  unmarked.write_text("mine")
+  before = buckets.files(buckets.place(f"{emulator}/others"))
+  with pytest.raises(UserError, match="is not empty and no run's"):
+    checkpoint.open_checkpointer(f"{emulator}/others", keep=1, owner=runs_config())
+  assert buckets.files(buckets.place(f"{emulator}/others")) == before
+
+
+@pytest.mark.parametrize("error", [ValueError("UNAVAILABLE: no answer"), RuntimeError("503")])
+def test_no_answer_is_not_damage(emulator, error, monkeypatch):
+  ckptr = saved(f"{emulator}/silent", [2] if isinstance(error, ValueError) else [])
+
+  def fail(*_, **__):
+    raise error
+
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint.ocp, "load_checkpointables", fail)
+    with pytest.raises(TransientError, match="cannot be reached"):
+      restore(ckptr)
+    with pytest.raises(TransientError, match="cannot be reached"):
+      checkpoint.restore_subtree(ckptr.directory, 2, {})
+  assert checkpoint.steps(ckptr.directory) == [2]
 
 
 def runs_config():
@@ -182,4 +217,4 @@ def test_a_run_goes_on_from_a_bucket(
   )
   assert expected == found
   config = json.loads(buckets.place(f"{there}/config.json").read_text())
-  assert config["train"]["num_updates"] == 4
+  assert config["train"]["num_updates"] == 2  # as it began
