@@ -3,12 +3,13 @@
 import argparse
 import errno
 import logging
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 from jaxpref import runtime
-from jaxpref.errors import UserError
+from jaxpref.errors import TransientError, UserError
 
 # What the machine refuses: no permission, no space, no such name.
 _REFUSALS = (
@@ -61,6 +62,11 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
       from jaxpref import distributed  # noqa: PLC0415
 
       distributed.end_alone(error)
+    if isinstance(error, SystemExit) and error.code == TransientError.status:
+      # Else threads that wait for a storage that does not answer hold up the end.
+      sys.stdout.flush()
+      sys.stderr.flush()
+      os._exit(TransientError.status)
     raise
 
 

@@ -32,7 +32,7 @@ case "${1:-}" in
     tpu scp "$archive" "$NAME:jaxpref.tar.gz" --worker=all
     on all "mkdir -p jaxpref && tar -xzf jaxpref.tar.gz -C jaxpref && cd jaxpref && \
 sudo apt-get -qq install -y python3.11-venv && python3.11 -m venv .venv && \
-.venv/bin/pip install -q -e '.[tpu]'"
+.venv/bin/pip install -q -e '.[tpu,gcs]'"
     if [ -n "${BUCKET:-}" ]; then
       # Orbax makes a checkpoint whole by renaming its directory.
       on all "sudo mkdir -p /bucket && sudo chmod 777 /bucket && (mountpoint -q /bucket || \

@@ -98,7 +98,7 @@ def test_tpu_pod(monkeypatch):
   slice_ = {"NAME": "n", "ZONE": "z", "TYPE": "v4-32", "BUCKET": "b"}
   for step, *wanted in (
     ("create", "create n --accelerator-type=v4-32"),
-    ("install", "git archive", "scp", "pip install -q -e '.[tpu]'", "gcsfuse"),
+    ("install", "git archive", "scp", "pip install -q -e '.[tpu,gcs]'", "gcsfuse"),
     ("stop", "pkill -f '[b]ash run.sh'; pkill -TERM"),
     ("delete", "delete n --quiet"),
   ):
