@@ -14,7 +14,7 @@ from typing import Any
 
 from etils import epath
 
-from jaxpref.errors import TransientError, UserError
+from jaxpref.errors import TransientError, UserError, first_line
 from jaxpref.paths import user_path
 from jaxpref.workdir import write_text
 
@@ -88,8 +88,7 @@ def raise_passing(path: epath.Path, error: Exception) -> None:
 
 
 def _unreachable(path: epath.Path, error: Exception) -> TransientError:
-  reason = str(error).strip().partition("\n")[0] or type(error).__name__
-  return TransientError(f"{path} cannot be reached: {reason}")
+  return TransientError(f"{path} cannot be reached: {first_line(error)}")
 
 
 def write(path: epath.Path, text: str) -> None:

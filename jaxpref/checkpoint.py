@@ -30,9 +30,9 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxpref import buckets, distributed
 from jaxpref import config as config_lib
-from jaxpref.errors import TransientError, UserError, storage_error
+from jaxpref.errors import TransientError, UserError, first_line, storage_error
 from jaxpref.paths import user_path
-from jaxpref.workdir import CONFIG, check_same
+from jaxpref.workdir import CONFIG, check_same, visible
 
 CHECKSUMS = "checksums.json"
 _TEMPORARY = ".orbax-checkpoint-tmp"
@@ -128,7 +128,7 @@ def _check_owner(directory: epath.Path, config: ConfigDict, resume_safe: Iterabl
   if stored.exists():
     check_same(directory, config, resume_safe, choose="train.checkpoints")
     return
-  if directory.exists() and any(not p.name.startswith(".") for p in directory.iterdir()):
+  if directory.exists() and visible(directory):
     choose = "choose another train.checkpoints"
     raise UserError(f"{directory} is not empty and no run's; {choose}")
   buckets.write(stored, config_lib.to_json(config) + "\n")
@@ -378,11 +378,7 @@ def restore_subtree(directory: str | os.PathLike, step: int, abstract: Any) -> A
 
 def _reason(error: Exception) -> str:
   """The first line of what happened, which Orbax wraps in an error about its handlers."""
-  return _first_line(error.__cause__ or error).rstrip(":")
-
-
-def _first_line(error: BaseException) -> str:
-  return str(error).strip().partition("\n")[0] or type(error).__name__
+  return first_line(error.__cause__ or error).rstrip(":")
 
 
 def _finish(ckptr: Checkpointer, path: epath.Path, response: ocp.AsyncResponse) -> None:
@@ -471,10 +467,8 @@ def _raise_failure(ckptr: Checkpointer, step: int, error: Exception) -> None:
   path = ckptr.directory / str(step)
   if buckets.is_bucket(path):
     # What is there has no mark, and goes at the next start: now the bucket may not answer.
-    reason = str(error).strip().partition("\n")[0]
-    raise TransientError(
-      f"{reason} in {ckptr.directory}: step {step} was not written"
-    ) from error
+    where = f"in {ckptr.directory}: step {step} was not written"
+    raise TransientError(f"{first_line(error)} {where}") from error
   if distributed.is_first():
     if path.exists():
       _remove(path)

@@ -33,6 +33,11 @@ class StoppedError(UserError):
   status = 143
 
 
+def first_line(error: BaseException) -> str:
+  """What an error says first, or what it is called where it says nothing."""
+  return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def storage_error(message: str, error: OSError) -> UserError:
   """What a failure to write is: for the user to mend, or one that may pass."""
   passes = error.errno in _TRANSIENT or isinstance(error, TimeoutError)

@@ -223,9 +223,10 @@ def _report(prepared: Prepared, workdir: Path, wall_time: str) -> None:
     **runtime.facts(),
     "wall time": wall_time,
   }
-  saved = checkpoint.steps(checkpoint.directory_of(workdir, config))
-  if config.evaluate.every and (best := best_lib.find(workdir, _settings(prepared), saved)):
-    facts["best checkpoint"] = f"update {best.update} by {best.scorer}, {best.mean:.4f}"
+  if config.evaluate.every:
+    saved = checkpoint.steps(checkpoint.directory_of(workdir, config))
+    if best := best_lib.find(workdir, _settings(prepared), saved):
+      facts["best checkpoint"] = f"update {best.update} by {best.scorer}, {best.mean:.4f}"
   evaluate.write_report(
     workdir,
     workdir / "evaluation" / str(config.train.num_updates),

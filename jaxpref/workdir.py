@@ -88,7 +88,7 @@ def open_workdir(
   path = user_path(path).absolute()
   make_writable(path)
   stored = path / CONFIG
-  if not stored.exists() and (others := _visible(path)):
+  if not stored.exists() and (others := visible(path)):
     raise UserError(
       f"{path} is not empty ({', '.join(others[:3])}{', ...' if others[3:] else ''}) "
       f"and holds no {CONFIG}; choose another --workdir"
@@ -179,7 +179,8 @@ def make_writable(path: Path) -> None:
     raise storage_error(f"cannot write to {path}: {error.strerror}", error) from error
 
 
-def _visible(path: Path) -> list[str]:
+def visible(path: Path | epath.Path) -> list[str]:
+  """Names in a directory but for those that begin with a dot, sorted."""
   return sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
 
 

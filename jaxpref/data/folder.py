@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from jaxpref.data.experts import Example
-from jaxpref.errors import UserError
+from jaxpref.errors import UserError, first_line
 
 _log = logging.getLogger(__name__)
 
@@ -226,4 +226,4 @@ def _reason(error: Exception) -> str:
       return "not an image"
     case Image.DecompressionBombError():
       return "too many pixels"
-  return str(error).partition("\n")[0] or type(error).__name__
+  return first_line(error)

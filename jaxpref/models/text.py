@@ -19,7 +19,7 @@ from transformers.models.clip.modeling_flax_clip import (
   FlaxCLIPTextModule,
 )
 
-from jaxpref.errors import UserError
+from jaxpref.errors import UserError, first_line
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 # How CLIP cuts text before byte-pair encoding: contractions, words, single digits, the rest.
@@ -137,7 +137,7 @@ def load_tokenizer(directory: Path) -> Any:
       json.loads((directory / "vocab.json").read_text())
     tokenizer = CLIPTokenizerFast.from_pretrained(str(directory), local_files_only=True)
   except Exception as error:  # the tokenizers library raises nothing more special
-    raise UserError(f"{directory} holds no CLIP tokenizer: {_first_line(error)}") from error
+    raise UserError(f"{directory} holds no CLIP tokenizer: {first_line(error)}") from error
   model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
   if not model["merges"] and len(model["vocab"]) > _BYTES:
     raise UserError(f"{directory} has words but no merges: its merges.txt is empty")
@@ -147,10 +147,6 @@ def load_tokenizer(directory: Path) -> Any:
   if tokenizer.pad_token is None:
     raise UserError(f"{directory}/tokenizer_config.json states no pad_token")
   return tokenizer
-
-
-def _first_line(error: BaseException) -> str:
-  return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def train_tokenizer(
