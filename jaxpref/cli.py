@@ -9,13 +9,15 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from jaxpref import runtime
-from jaxpref.errors import TransientError, UserError
+from jaxpref.errors import TransientError, UserError, one_line
 
 # What the machine refuses: no permission, no space, no such name.
 _REFUSALS = (
   *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
   *(errno.ENAMETOOLONG, errno.ENOTDIR),
 )
+
+_LONGEST_MESSAGE = 2000  # characters of a warning
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,6 +52,13 @@ def _step(text: str) -> int | str:
   return text if text == "best" else int(text)
 
 
+class _OneLine(logging.Formatter):
+  """Messages as one line each; tracebacks that a library logs follow as they are."""
+
+  def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+    return f"jaxpref: {one_line(record.message, longest=_LONGEST_MESSAGE)}"
+
+
 FLAGS = {"workdir": "directory of the run; runs/<name>-<preset> by default"}
 
 
@@ -82,7 +91,9 @@ def exit_status(
     argv: without the program's name.
     continues: whether the same command goes on where an interrupted one stopped.
   """
-  logging.basicConfig(level=logging.WARNING, format="jaxpref: %(message)s", force=True)
+  log = logging.StreamHandler()
+  log.setFormatter(_OneLine())
+  logging.basicConfig(level=logging.WARNING, handlers=[log], force=True)
   runtime.use_all_cores()
   try:
     job(argv)
@@ -92,7 +103,7 @@ def exit_status(
   except OSError as error:
     if error.errno not in _REFUSALS:
       raise
-    print(f"jaxpref: error: {error}", file=sys.stderr)
+    print(f"jaxpref: error: {one_line(error)}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     rest = "the same command continues this run" if continues else "nothing was written"

@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from jaxpref import workdir as workdir_lib
-from jaxpref.errors import TransientError, UserError
+from jaxpref.errors import TransientError, UserError, first_line, one_line
 
 # Environments whose launcher has started this process as one of several, by the variable
 # with their number, and one that only a process of such a job has.
@@ -60,7 +60,7 @@ def initialize(flags: Mapping[str, str]) -> None:
   try:
     jax.distributed.initialize(**settings)
   except (ValueError, RuntimeError) as error:
-    reason = str(error).partition("\n")[0]
+    reason = first_line(error)
     kind: type[UserError] = TransientError
     if "must be defined" in reason or "should be defined" in reason:
       reason = "this is no TPU pod, and not started by SLURM, Open MPI or Kubernetes"
@@ -231,7 +231,8 @@ def end_alone(error: BaseException) -> None:
     return
   lost = isinstance(error, jax.errors.JaxRuntimeError) and any(t in str(error) for t in _LOST)
   if lost:
-    reason = str(error).partition("\n")[0]
+    # The reason may be long, and what to do comes after it.
+    reason = one_line(first_line(error), longest=200)
     print(
       f"jaxpref: error: process {jax.process_index()} has lost another one ({reason}); "
       "started again, all of them continue this run",

@@ -1,4 +1,4 @@
-"""The exceptions that mean: not a defect of the program, and said in one line."""
+"""Errors that are not a defect of the program, and how they are shown: in one line."""
 
 import errno
 
@@ -9,10 +9,47 @@ _TRANSIENT = (
 )
 
 
+_LONGEST = 400  # characters of an error
+
+
+def one_line(value: object, *, longest: int = _LONGEST) -> str:
+  """Returns a text as one printable line of bounded length.
+
+  File names and what libraries say may hold line ends, terminal sequences or characters that
+  reorder a line: those are escaped as Python writes them. A long text loses its middle.
+
+  Args:
+    value: a text, or what `str` makes one of, such as an exception.
+    longest: in characters; a text that is cut may be a few longer.
+  """
+  text = str(value).strip()
+  line = _escape(text[:longest])
+  if len(text) <= longest and len(line) <= longest:
+    return line
+  tail = longest // 3
+  end = _escape(text[-tail:])[-tail:]
+  return f"{line[: longest - tail]} ... ({len(text):,} characters) ... {end}"
+
+
+def _escape(text: str) -> str:
+  return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class UserError(Exception):
-  """Bad input, said in one line; `main` prints it and exits with status 2."""
+  """Bad input; `main` prints it and exits with status 2.
+
+  As a text it is one line of bounded length, whatever it quotes.
+  """
 
   status = 2
+
+  def __str__(self) -> str:
+    """The message, as `one_line` shows it."""
+    return one_line(super().__str__())
+
+
+class DamagedError(UserError):
+  """A file whose contents are not what was written into it."""
 
 
 class DivergedError(UserError):
