@@ -30,7 +30,7 @@ from jaxpref import prepare as prepare_lib
 from jaxpref.data import encode, experts, online
 from jaxpref.data import rows as rows_lib
 from jaxpref.errors import UserError
-from jaxpref.evaluation import evaluate
+from jaxpref.evaluation import evaluate, glossary
 from jaxpref.evaluation import generate as generate_lib
 from jaxpref.models import pipeline, save
 
@@ -91,6 +91,7 @@ def test_what_an_iterative_run_leaves(finished):
     assert line["step"] == k and line["pairs/trained_on"] == line["pairs/pairs"] == 12
     for phase in ("generate", "improve", "write", "train"):
       assert line[f"time/{phase}_seconds"] > 0
+    assert not [m for m in line if m not in ("step", "time") and not glossary.find_metric(m)]
   for k in (1, 2):
     assert len(lines_of(finished, k)) == 4
     results = finished / "iterations" / str(k) / "evaluation" / "4" / evaluate.RESULTS

@@ -13,6 +13,7 @@ from configs import common
 from jaxpref import config as config_lib
 from jaxpref import losses, main
 from jaxpref.data import rows as rows_lib
+from jaxpref.evaluation import glossary
 
 METHODS = (
   *("csft", "dpo", "dro", "dspo", "improver", "kto", "listwise", "mapo", "sdpo", "sft"),
@@ -42,6 +43,8 @@ def test_twenty_updates(name, tiny_pipeline, tfds_dir, tmp_path, monkeypatch, ca
   lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   assert [line["step"] for line in lines] == list(range(1, 21))
   assert all(np.isfinite(line["loss"]) for line in lines)
+  logged = {metric for line in lines for metric in line} - {"step", "time"}
+  assert not [metric for metric in logged if not glossary.find_metric(metric)]
   needs = losses.load_loss(name).NEEDS
   arms = needs.arms or rows_lib.arms_of(needs.rows, 3)
   arms += ("p",) if needs.rollout else ()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from jaxpref.evaluation import grid, report
+from jaxpref.evaluation import glossary, grid, report
 
 EVIL = "<script>alert('x')</script> & \"quotes\""
 
@@ -246,6 +246,92 @@ def test_panels_place_points_and_hide_no_value():
   assert err["series"][0]["band"] == "" and err["dropped"] == 1
   assert [label for _, label in err["grid"]] == ["1", "2", "3"]
   assert report.panels({"x": [(0, float("nan"))], "y": []}) == []
+
+
+def labels(name, values):
+  [panel] = report.panels({name: list(enumerate(values, 1))})
+  return [label for _, label in panel["grid"]], panel["series"][0]
+
+
+def test_axes_suit_what_is_counted_or_shared():
+  # Whole numbers from 0, whatever the number; no number of updates is negative.
+  assert labels("optim/skipped", [0, 0, 0])[0] == ["0", "1"]
+  assert labels("optim/skipped", [0, 1, 3])[0] == ["0", "1", "2", "3"]
+  assert labels("optim/skipped", [7, 7])[0] == ["0", "2", "4", "6"]
+  share, line = labels("dro/active", [1.0, 0.97])
+  assert share == ["0 %", "50 %", "100 %"] and line["last"] == "97 %"
+  # A constant lies in the middle of its axis, which begins at 0.
+  assert labels("x", [3.0, 3.0])[0] == ["0", "2", "4", "6"]
+  assert labels("x", [3.0])[1]["dot"][1] == (130 + 8) / 2
+  assert labels("x", [-3.0, -3.0])[0] == ["-6", "-4", "-2", "0"]
+  assert labels("x", [0.0])[0] == ["0", "0.5", "1"]
+  # Neighbouring labels differ, also of values that hardly do.
+  close, _ = labels("x", [0.69314718, 0.69314719, 0.69314720])
+  assert len(set(close)) == len(close) >= 2
+  assert labels("x", [0.01, 0.02])[0] == ["0.01", "0.015", "0.02"]
+
+
+def test_no_axis_of_a_category_table_passes_below_zero_for_nothing(tmp_path):
+  row = {"scorer": "quality-1", "difference": 0.7, "n": 1}
+  rows = [{**row, "category": "counting", "base": 0.0, "tuned": 0.7}]
+  page = Page(write(tmp_path / "a.html", categories=rows))
+  assert "0.0000.756" in page.text and "1 pair" in page.text
+  rows = [{**row, "category": "counting", "base": -0.5, "tuned": 0.5}]
+  assert "-0.5800.580" in Page(write(tmp_path / "b.html", categories=rows)).text
+
+
+def test_pictures_come_before_the_training_curves(tmp_path):
+  unjudged = {"results": {}, "categories": []}
+  for changed in ({}, unjudged):
+    headings = re.findall(r"<h2[^>]*>([^<]*)", write(tmp_path / "r.html", **changed))
+    assert headings[-3:] == ["Pictures", "Training", "The run"]
+  assert headings[0] == "Pictures"
+
+
+def test_long_captions_are_cut_and_can_be_unfolded(tmp_path):
+  example = {"category": "b", "seed": 0, "scores": {}}
+  example |= {"base_png": picture(64), "tuned_png": picture(64)}
+  prompts = ["short", "word " * 50 + "END", "word " * 5000 + "END", "\u56fe" * 300]
+  pair = {"note": "", "winner_png": picture(64), "loser_png": picture(64)}
+  text = write(
+    tmp_path / "report.html",
+    examples=[{**example, "prompt": p} for p in prompts],
+    pairs=[{**pair, "prompt": prompts[2]}],
+    facts={"updates": "1" * 5000},
+    config={"data": {"good_prefix": "y" * 5000}},
+  )
+  page = Page(text)
+  assert len(text) < 60_000
+  assert all(len(image["alt"]) < 200 for image in page.all("img"))
+  assert page.text.count("END") == 1  # of the one that is 253 characters long
+  assert "beginning of the prompt's 25,003 characters" in page.text
+  assert page.text.count("whole prompt") == 2
+  # A text without spaces is cut, too, not dropped.
+  assert "\u56fe" * 160 + " ..." in page.text and "\u56fe" * 300 in page.text
+
+
+def test_shorten():
+  assert report.shorten("a red circle", 12) == "a red circle"
+  assert report.shorten("a red circle", 11) == "a red ..."
+  assert report.shorten("x" * 20, 11) == "x" * 11 + " ..."
+  assert report.shorten("a " + "x" * 20, 11) == "a " + "x" * 9 + " ..."
+
+
+def test_metrics_are_explained_beside_their_curves(tmp_path):
+  curves = {"dro/active": [(0, 1.0)], "err/policy_e": [(0, 1.0)], "err/policy_p": [(0, 0.0)]}
+  curves |= {"foreign/<b>": [(0, 1.0)]}
+  page = Page(write(tmp_path / "report.html", curves=curves))
+  for name in ("dro/active", "err/policy_e", "err/policy_p"):
+    assert glossary.find_metric(name).meaning in page.text
+  assert len(page.all("details", **{"class": "more"})) == 2
+  assert "foreign/<b>" in page.text
+
+
+def test_the_glossary_is_short_and_knows_no_strangers():
+  assert glossary.find_metric("err/policy_12").meaning.endswith("1 is the best.")
+  assert glossary.find_metric("err/policy_") is None
+  assert glossary.find_metric("dro") is None
+  assert max(len(metric.meaning) for metric in glossary.METRICS.values()) < 200
 
 
 @pytest.mark.parametrize(

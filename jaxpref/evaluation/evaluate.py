@@ -5,7 +5,6 @@ import io
 import json
 import logging
 import shutil
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -336,7 +335,7 @@ def _save_grid(
   size = images["base"].shape[1]
   picture = grid.image_grid(
     [[images["base"][i], images["tuned"][i]] for i in order],
-    captions=[textwrap.shorten(texts[i], 160, placeholder=" ...") for i in order],
+    captions=[report.shorten(texts[i], report.CAPTION) for i in order],
     headers=["base", "tuned"],
     columns=4,
     scale=max(128 // size, 1),

@@ -9,17 +9,19 @@ page forbids every request.
 import base64
 import importlib.resources
 import io
+import itertools
 import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import jinja2
 import numpy as np
 from PIL import Image
 
+from jaxpref.evaluation import glossary
 from jaxpref.evaluation.compare import (
   TOLERANCE,
   number,
@@ -34,6 +36,9 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 42, 8, 8, 20
 _BUCKETS = 120
 _ONE_PANEL = ("err", "time")  # prefixes whose metrics share a unit, so also a panel
 _TINY = 128  # pictures up to this size are enlarged, pixel by pixel
+CAPTION = 160  # characters of a prompt that are shown at once
+_UNFOLDED = 2000  # and of the whole, which the reader unfolds
+_VALUE = 500  # characters of a configuration's or a fact's value
 
 Curve = Sequence[tuple[float, float]]
 
@@ -104,12 +109,16 @@ def write_report(
     panel_width=PANEL_WIDTH,
     panel_height=PANEL_HEIGHT,
     examples=[_example(e, results, judge) for e in examples],
-    config=flatten(config),
-    facts=facts,
+    config=[(name, shorten(value, _VALUE)) for name, value in flatten(config)],
+    facts={name: shorten(str(value), _VALUE) for name, value in facts.items()},
     improves=improves,
     iterations=iterations,
     pairs=[
-      {**p, "sides": [(side, _picture(p[f"{side}_png"])) for side in ("loser", "winner")]}
+      {
+        **p,
+        **_caption(p["prompt"]),
+        "sides": [(side, _picture(p[f"{side}_png"])) for side in ("loser", "winner")],
+      }
       for p in pairs
     ],
   )
@@ -178,10 +187,12 @@ def remarks(results: Mapping[str, dict[str, Any]], *, headline: str | None = Non
 
 
 def panels(curves: Mapping[str, Curve]) -> list[dict[str, Any]]:
-  """Lays out small plots: SVG paths and labels, in the order of the metrics.
+  """Lays out small plots: SVG paths, labels and meanings, in the order of the metrics.
 
   Long curves are cut into at most 120 runs of points: the line is each run's mean and
-  the band its range, so that no value is hidden by thinning.
+  the band its range, so that no value is hidden by thinning. Shares are drawn from 0 to 1,
+  counts from 0, others over their range; a constant lies in the middle between 0 and its
+  double.
   """
   grouped: dict[str, dict[str, Curve]] = {}
   for name, curve in curves.items():
@@ -201,6 +212,15 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
     else:
       flat.append((f"{prefix}{name}", json.dumps(value, default=str)))
   return flat
+
+
+def shorten(text: str, length: int) -> str:
+  """Cuts a text to `length` characters and an ellipsis, between words where it has some."""
+  if len(text) <= length:
+    return text
+  cut = text[:length]
+  space = cut.rfind(" ")  # scripts without spaces are cut between any two characters
+  return f"{cut[:space] if space >= length // 2 else cut} ..."
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -263,7 +283,8 @@ def _category_tables(
     means = [row[side] for row in rows for side in ("base", "tuned")]
     low, high = min(means), max(means)
     pad = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
-    low, high = low - pad, high + pad
+    # Nothing below 0 where no mean is.
+    low, high = low - pad if low < 0 else max(low - pad, 0.0), high + pad
     if results[scorer]["binary"]:
       low, high = 0.0, 1.0
     places = [
@@ -288,9 +309,10 @@ def _panel(title: str, lines: Mapping[str, Curve]) -> dict[str, Any] | None:
   (x_low, low), (x_high, high) = (
     f([f(a, axis=0) for a in points.values()], axis=0) for f in (np.min, np.max)
   )
-  if high - low <= 1e-9 * max(abs(high), abs(low)):
-    pad = 0.1 * abs(high) or 1.0
-    low, high = low - pad, high + pad
+  scales = {found.scale for name in lines if (found := glossary.find_metric(name))}
+  low, high = _range(low, high, scales)
+  steps = [t for t in ticks(low, high) if "count" not in scales or t == round(t)]
+  shown = percent if scales == {"share"} else "{:.3g}".format
 
   def x(step: float) -> float:
     share = (step - x_low) / (x_high - x_low) if x_high > x_low else 0.5
@@ -313,7 +335,7 @@ def _panel(title: str, lines: Mapping[str, Curve]) -> dict[str, Any] | None:
         "line": _path(middle),
         "band": _path(upper + lower[::-1]) if len(array) > _BUCKETS else "",
         "dot": middle[-1],
-        "last": f"{last[1]:.3g}",
+        "last": shown(last[1]),
         "text": f"{name} from {first[1]:.3g} at step {first[0]:.0f} "
         f"to {last[1]:.3g} at step {last[0]:.0f}",
       }
@@ -321,11 +343,32 @@ def _panel(title: str, lines: Mapping[str, Curve]) -> dict[str, Any] | None:
   return {
     "title": title,
     "series": series,
-    "grid": [(y(t), f"{t:.6g}") for t in ticks(low, high)],
+    "grid": list(zip(map(y, steps), _labels(steps, percents=scales == {"share"}), strict=True)),
+    "meanings": [
+      (name, found.meaning) for name in lines if (found := glossary.find_metric(name))
+    ],
     "first": f"{x_low:,.0f}",
     "last": f"{x_high:,.0f}" if x_high > x_low else "",
     "dropped": dropped,
   }
+
+
+def _range(low: float, high: float, scales: Set[str]) -> tuple[float, float]:
+  """The ends of a panel's axis, for metrics of these scales with values in [low, high]."""
+  if scales & {"share", "count"}:
+    low, high = min(low, 0.0), max(high, 1.0)
+  if high - low <= 1e-9 * max(abs(high), abs(low)):
+    low, high = min(2 * low, 0.0), max(2 * high, 0.0)
+  return (low, high) if high > low else (0.0, 1.0)
+
+
+def _labels(steps: Sequence[float], *, percents: bool) -> list[str]:
+  """Ticks as text, with as many digits as tell neighbours apart."""
+  if percents:
+    return [percent(t) for t in steps]
+  widest, step = max(map(abs, steps)), min(b - a for a, b in itertools.pairwise(steps))
+  digits = max(6, 1 + math.ceil(math.log10(widest / step)))
+  return [f"{t:.{digits}g}" for t in steps]
 
 
 def _path(points: Sequence[tuple[float, float]]) -> str:
@@ -351,7 +394,18 @@ def _example(
       text = ("yes" if pair[side] else "no") if yes_no else f"{pair[side]:.3g}"
       badges.append((key, text))
     sides.append({"name": side, "badges": badges, **_picture(example[f"{side}_png"])})
-  return {**example, "sides": sides, "winner": winner}
+  caption = _caption(example["prompt"])
+  return {**example, **caption, "sides": sides, "winner": winner}
+
+
+def _caption(prompt: str) -> dict[str, str]:
+  """A prompt as it is shown, and the whole, within a bound, where that is more."""
+  whole, unfold = "", "whole prompt"
+  if len(prompt) > CAPTION:
+    whole = shorten(prompt, _UNFOLDED)
+  if len(prompt) > _UNFOLDED:
+    unfold = f"beginning of the prompt's {len(prompt):,} characters"
+  return {"prompt": shorten(prompt, CAPTION), "whole": whole, "unfold": unfold}
 
 
 def _picture(data: bytes) -> dict[str, Any]:
