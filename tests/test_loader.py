@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from absl import flags
 
-from jaxpref.data.loader import make_loader
+from jaxpref.data.loader import make_loader, probabilities_of
 
 
 def _take(loader, num_batches):
@@ -97,3 +97,45 @@ def test_works_beside_flags_that_absl_does_not_know():
   command = [sys.executable, "-c", program, "--config=x", "--unheard_of"]
   done = subprocess.run(command, capture_output=True, text=True, check=True)
   assert done.stdout.strip() == "[0, 1, 2, 3]"
+
+
+# ------------------------------------------------------------- kinds drawn by their share
+
+
+def _weighted(desirable, share, **options):
+  chances = probabilities_of(np.array(desirable), share)
+  given = {"batch_size": 10, "seed": 0} | options
+  return make_loader(len(desirable), probabilities=chances, **given)
+
+
+@pytest.mark.parametrize(("liked", "share"), [(4, 0.8), (16, 0.5), (1, 0.2)])
+def test_kinds_have_the_share_asked_for_in_expectation(liked, share):
+  rows = _take(_weighted([True] * liked + [False] * (20 - liked), share), 1000).ravel()
+  counts = np.bincount(rows, minlength=20) / len(rows)
+  # Five standard deviations of 10,000 draws; no row of either kind is left out for good.
+  assert abs(counts[:liked].sum() - share) < 5 * np.sqrt(share * (1 - share) / len(rows))
+  for of, each in (
+    (counts[:liked], share / liked),
+    (counts[liked:], (1 - share) / (20 - liked)),
+  ):
+    assert np.abs(of - each).max() < 5 * np.sqrt(each / len(rows))
+    assert of.min() > 0
+
+
+def test_draws_depend_on_seed_and_position_alone():
+  kinds = [True, False, False, True, False]
+  whole = _take(_weighted(kinds, 0.8, seed=3), 20).ravel()
+  assert (_take(_weighted(kinds, 0.8, seed=3, batch_size=25), 8).ravel() == whole).all()
+  assert (_take(_weighted(kinds, 0.8, seed=4), 20).ravel() != whole).any()
+  loader = _weighted(kinds, 0.8, seed=3)
+  _take(loader, 7)
+  position = json.dumps(loader.get_state())
+  assert len(position) < 100
+  resumed = _weighted(kinds, 0.8, seed=3)
+  resumed.set_state(json.loads(position))
+  assert (_take(resumed, 13).ravel() == whole[70:]).all()
+
+
+def test_probabilities_are_of_each_row():
+  with pytest.raises(ValueError, match="there are 3 rows and 2 probabilities"):
+    make_loader(3, batch_size=1, seed=0, probabilities=np.array([0.5, 0.5]))
