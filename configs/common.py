@@ -36,11 +36,14 @@ def base(name: str, preset: str) -> ConfigDict:
   c.data = ConfigDict()
   c.data.source = "shapes"  # 'pickapic' (parquet), 'folder' (captioned images), 'online'
   c.data.path = ""  # of the folder or file
-  c.data.num_experts = 500  # the best K images by score; of a folder the first K; 0: all
+  c.data.split = "train"  # of files or folders named by split; 'all': every one
+  c.data.follow_links = False  # also those of a folder's links that lead out of it
+  c.data.max_bad_share = 0.25  # of rows that cannot be used; with more, the data is refused
+  c.data.num_experts = 500  # the best K images by score; of a folder K at random; 0: all
   c.data.experts = "top"  # 'top': by score; 'winners': every pair's preferred image
   c.data.num_rows = 0  # of pairs, singles or lists, for losses that learn from them; 0: all
   c.data.min_change = 0.0  # of drawn pairs: latents' distance (RMS) below which one is left out
-  c.data.desirable_share = 0.8  # of liked images among singles
+  c.data.desirable_share = 0.8  # of liked images among the singles of a batch, on average
   c.data.good_prefix = ""  # before the prompts of liked singles, and of tuned pictures
   c.data.bad_prefix = ""  # before the prompts of the other singles
   c.data.list_size = 4  # images of a ranked list

@@ -50,6 +50,7 @@ RULES: Rules = {
   "model.norm": _one_of("auto", "stock", "lean"),
   "model.remat": _one_of("none", "attention", "transformer", "blocks", "full"),
   "data.desirable_share": (lambda value: 0 < value < 1, "above 0 and below 1"),
+  "data.max_bad_share": (lambda value: 0 <= value <= 1, "between 0 and 1"),
   "data.list_size": _at_least(2),
   "data.experts": _one_of("top", "winners"),
   **dict.fromkeys(

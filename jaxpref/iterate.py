@@ -38,6 +38,7 @@ from jaxpref import prepare as prepare_lib
 from jaxpref import workdir as workdir_lib
 from jaxpref.data import encode, online
 from jaxpref.data import rows as rows_lib
+from jaxpref.data.bad_rows import Tally
 from jaxpref.data.shapes import store
 from jaxpref.errors import UserError
 from jaxpref.evaluation import evaluate, generate
@@ -70,6 +71,7 @@ class Prepared:
     rows: captions, and images where those are the winners.
     prompts: of the evaluations.
     inputs: digests of all that it was read from.
+    data: which rows were left out, and why.
   """
 
   config: ConfigDict
@@ -77,6 +79,7 @@ class Prepared:
   rows: list[rows_lib.Row]
   prompts: list[str]
   inputs: dict[str, str]
+  data: Tally
 
 
 def prepare(config: ConfigDict) -> Prepared:
@@ -101,7 +104,10 @@ def prepare(config: ConfigDict) -> Prepared:
   if settings.winners == "improved":
     inputs["improver"] = _check_improver(config, base, checked.mesh)
   kind = "captions" if settings.winners == "improved" else "experts"
-  rows = rows_lib.load_rows(kind, config.data, image_size=base.image_size, seed=config.seed)
+  tally = rows_lib.make_tally(config.data)
+  rows = rows_lib.load_rows(
+    kind, config.data, image_size=base.image_size, seed=config.seed, tally=tally
+  )
   prompts = evaluate.choose_prompts(
     prepare_lib.prompts_source(config),
     config.evaluate.num_prompts,
@@ -112,7 +118,7 @@ def prepare(config: ConfigDict) -> Prepared:
   prompts = list(dict.fromkeys(" ".join(prompt.split()) for prompt in prompts))
   evaluate.usable_scorers(config.evaluate.scorers, prompts)
   inputs["data"] = rows_lib.fingerprint(rows)
-  return Prepared(config, checked.mesh, rows, prompts, inputs)
+  return Prepared(config, checked.mesh, rows, prompts, inputs, tally)
 
 
 def _check_improver(config: ConfigDict, base: pipeline_lib.Pipeline, mesh: Mesh) -> str:
@@ -161,7 +167,8 @@ def run(prepared: Prepared, workdir: Path) -> None:
     distributed.first(functools.partial(_finish_iteration, prepared, workdir, k))
   captions = {" ".join(row.caption.split()) for row in prepared.rows}
   held_out = not captions & set(prepared.prompts)
-  distributed.first(lambda: iterations.write_report(workdir, config, held_out=held_out))
+  facts = prepared.data.words()
+  distributed.first(lambda: iterations.write_report(workdir, config, facts, held_out=held_out))
 
 
 def _begin(prepared: Prepared, workdir: Path) -> None:
@@ -172,7 +179,8 @@ def _begin(prepared: Prepared, workdir: Path) -> None:
   _check_inputs(prepared, workdir)
   _check_filters(prepared.config, workdir)
   workdir_lib.write_config(workdir, prepared.config)
-  workdir_lib.add_start(workdir, {"inputs": prepared.inputs, **runtime.facts()})
+  rows = {"used": len(prepared.rows), **prepared.data.facts()}
+  workdir_lib.add_start(workdir, {"inputs": prepared.inputs, "rows": rows, **runtime.facts()})
 
 
 def _check_inputs(prepared: Prepared, workdir: Path) -> None:
@@ -269,6 +277,7 @@ def _inner_config(
       inner.model.start = "" if model == inner.model.path else model
     inner.seed = (inner.seed + 100_003 * k) % 2**31  # else its draws were those of the last
     inner.data.source, inner.data.path, inner.data.num_rows = "online", str(pairs), num_rows
+    inner.data.split = "train"  # that of the captions does not apply to pairs
     inner.evaluate.prompts = prepare_lib.prompts_source(config)
     if inner.train.checkpoints:
       inner.train.checkpoints = f"{inner.train.checkpoints.rstrip('/')}/{k}"

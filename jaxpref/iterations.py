@@ -1,6 +1,7 @@
 """What iterations leave to be read: a line of metrics for each, and the report."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,15 @@ def _phases(workdir: Path, k: int) -> dict[str, float]:
   return found
 
 
-def write_report(workdir: Path, config: ConfigDict, *, held_out: bool) -> None:
+def write_report(
+  workdir: Path, config: ConfigDict, data: Mapping[str, str], *, held_out: bool
+) -> None:
   """The last iteration's evaluation, with all iterations' curves and some of the pairs.
 
   Args:
     workdir: of the run.
     config: of the whole run.
+    data: what to say of the data that was read.
     held_out: whether no prompt of the evaluation is a caption that was trained on.
   """
   count, updates = config.iterate.num_iterations, config.train.num_updates
@@ -61,6 +65,7 @@ def write_report(workdir: Path, config: ConfigDict, *, held_out: bool) -> None:
     "iterations": count,
     "updates in each": updates,
     "pairs drawn in each": config.iterate.num_pairs,
+    **data,
     "seed": config.seed,
     **runtime.facts(),
   }

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from jaxpref import checkpoint, losses, randomness, runtime, sharding, tuned
 from jaxpref.data import rows as rows_lib
+from jaxpref.data.bad_rows import Tally
 from jaxpref.diffusion import grid
 from jaxpref.errors import UserError
 from jaxpref.evaluation import evaluate
@@ -43,9 +44,13 @@ class Checked:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared(Checked):
-  """A run's input, read and checked; `inputs` are digests of all of it."""
+  """A run's input, read and checked.
+
+  `inputs` are digests of all of it, `data` says which rows were left out, and why.
+  """
 
   inputs: dict[str, str]
+  data: Tally
   rows: list[rows_lib.Row]
   prompts: list[str]
   scorers: tuple[str, ...]
@@ -58,11 +63,13 @@ def prepare(config: Any) -> Prepared:
     UserError: whatever is wrong with it; the workdir has not been touched then.
   """
   checked = check(config)
+  tally = rows_lib.make_tally(config.data)
   rows = rows_lib.load_rows(
     checked.loss.NEEDS.rows,
     config.data,
     image_size=checked.pipeline.image_size,
     seed=config.seed,
+    tally=tally,
   )
   prompts = evaluate.choose_prompts(
     prompts_source(config),
@@ -74,7 +81,9 @@ def prepare(config: Any) -> Prepared:
   inputs = {"data": rows_lib.fingerprint(rows), "pipeline": checked.pipeline.digest}
   if checked.start:
     inputs["start"] = checked.start["digest"]
-  return Prepared(**vars(checked), inputs=inputs, rows=rows, prompts=prompts, scorers=usable)
+  return Prepared(
+    **vars(checked), inputs=inputs, data=tally, rows=rows, prompts=prompts, scorers=usable
+  )
 
 
 def check(config: Any, *, mesh: Any = None) -> Checked:

@@ -66,7 +66,16 @@ def run(
   # Data: encoded once, then only indices are dealt.
   rows = encode.encode_rows(pipeline, mesh, prepared.rows, flip=config.data.flip)
   uncond = sharding.replicate(encode.encode_no_prompt(pipeline, mesh), mesh)
-  deal = loader.make_loader(len(rows["latents"]), batch_size=train.batch_size, seed=config.seed)
+  chances = None
+  if needs.rows == "singles":
+    share = config.data.desirable_share
+    chances = loader.probabilities_of(rows["labels"]["desirable"], share)
+  deal = loader.make_loader(
+    len(rows["latents"]),
+    batch_size=train.batch_size,
+    seed=config.seed,
+    probabilities=chances,
+  )
 
   # State: from the base, or from the newest checkpoint.
   base = pipeline.params.pop("unet")  # taken out, so that it can be freed
@@ -82,7 +91,7 @@ def run(
     reference = begin if config.lora.rank else unet_lib.freeze(begin, config.model.frozen_dtype)
   del begin  # the state has a copy of it
   # Only now: a continuation that is refused changes nothing.
-  distributed.first(lambda: _write_start(workdir, config, identity, start))
+  distributed.first(lambda: _write_start(workdir, prepared, identity, start))
 
   _keep_best(prepared, workdir, ckptr)
 
@@ -219,6 +228,7 @@ def _report(prepared: Prepared, workdir: Path, wall_time: str) -> None:
   facts = {
     "updates": config.train.num_updates,
     "training rows": f"{len(prepared.rows)} {prepared.loss.NEEDS.rows}",
+    **prepared.data.words(),
     "seed": config.seed,
     **runtime.facts(),
     "wall time": wall_time,
@@ -290,9 +300,13 @@ def _open_checkpointer(workdir: Path, config: Any) -> checkpoint.Checkpointer:
   )
 
 
-def _write_start(workdir: Path, config: Any, identity: dict[str, Any], start: int) -> None:
-  workdir_lib.write_config(workdir, config)
-  workdir_lib.add_start(workdir, {"after_update": start, **identity, **runtime.facts()})
+def _write_start(
+  workdir: Path, prepared: Prepared, identity: dict[str, Any], start: int
+) -> None:
+  workdir_lib.write_config(workdir, prepared.config)
+  rows = {"used": len(prepared.rows), **prepared.data.facts()}
+  facts = {"after_update": start, **identity, "rows": rows, **runtime.facts()}
+  workdir_lib.add_start(workdir, facts)
 
 
 def _open_writer(workdir: Path, updates: int, start: int) -> metrics.MetricWriter | None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxpref.data import experts
+from jaxpref.data import bad_rows, experts
 from jaxpref.data.shapes import annotator, builder, flaws, prompts
 from jaxpref.errors import UserError
 
@@ -77,7 +77,20 @@ def test_data_without_scores_has_no_experts():
     experts.top_k([row], 1)
 
 
-def test_a_damaged_image_is_one_line():
-  row = _row("x", ("a", 1.0, 10), ("b", 2.0, 20)) | {"jpg_1": b"nothing"}
-  with pytest.raises(UserError, match="an image of the data cannot be read"):
-    experts.top_k([row], 1)
+def test_bad_images_are_replaced_by_the_next_best():
+  rows = [_row("x", (f"a{i}", float(i), i), (f"b{i}", -1.0 - i, 100 + i)) for i in range(20)]
+  rows[19]["jpg_0"] = b"nothing"
+  rows[18]["score_0"] = float("nan")
+  rows[17]["score_0"] = None
+  rows[16] |= {"caption": None}
+  rows[15]["jpg_0"] = None
+  tally = bad_rows.Tally()
+  found = experts.top_k(rows, 3, tally=tally)
+  assert [e.source for e in found] == ["a14", "a13", "a12"]
+  assert tally.facts()["left_out"] == {
+    "caption is null": 2,  # of both its images
+    "jpg_0 is null": 1,
+    "score_0 is null": 1,
+    "score_0 is not finite": 1,
+    "not an image": 1,
+  }

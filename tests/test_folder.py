@@ -174,6 +174,14 @@ def test_grey_with_alpha_and_palette_with_a_transparent_colour(tmp_path):
     (np.full((4, 4), 77, np.int32), ".tif", 77),
     (np.full((4, 4), 77 / 255, np.float32), ".tif", 77),
     (np.full((4, 4), 77, np.float32), ".tif", 77),
+    # What is white says the file's depth, however dark its brightest pixel is.
+    *(
+      (np.full((4, 4), value, np.uint16), suffix, expected)
+      for suffix in (".png", ".tif")
+      for value, expected in ((0, 0), (1, 0), (2, 0), (200, 1), (255, 1), (3000, 12))
+    ),
+    (np.full((4, 4), 200, np.uint16), ".pgm", 1),
+    (np.full((4, 4), 65535, np.uint16), ".png", 255),
   ],
 )
 def test_greys_of_any_depth(tmp_path, pixels, suffix, expected):

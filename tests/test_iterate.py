@@ -27,7 +27,7 @@ from jaxpref import (
 )
 from jaxpref import config as config_lib
 from jaxpref import prepare as prepare_lib
-from jaxpref.data import encode, experts, online
+from jaxpref.data import encode, images, online
 from jaxpref.data import rows as rows_lib
 from jaxpref.errors import UserError
 from jaxpref.evaluation import evaluate, glossary
@@ -162,7 +162,7 @@ def test_pairs_are_what_policy_and_improver_draw(finished, tiny_pipeline, improv
     better.params["unet"], {**cond, "image": latents}, [row["seed_0"] for row in rows]
   )
   for row, winner, loser in zip(rows, winners, losers, strict=True):
-    stored = [experts.decode(row[f"jpg_{k}"]).astype(int) for k in (0, 1)]
+    stored = [images.decode(row[f"jpg_{k}"]).astype(int) for k in (0, 1)]
     assert np.abs(stored[0] - winner).max() <= 1 and np.abs(stored[1] - loser).max() <= 1
     assert (row["label_0"], row["label_1"]) == (1.0, 0.0)
   change = np.sqrt(
@@ -184,10 +184,10 @@ def test_pairs_are_what_policy_and_improver_draw(finished, tiny_pipeline, improv
   assert [row.caption for row in trained_on] == captions
   for row, got in zip(rows, trained_on, strict=True):
     for k in (0, 1):
-      np.testing.assert_array_equal(got.images[k], experts.decode(row[f"jpg_{k}"]))
+      np.testing.assert_array_equal(got.images[k], images.decode(row[f"jpg_{k}"]))
   # A batch of them, as a step takes it: winner first, one noise and timestep for both.
   batch = encode.encode_rows(base, mesh, trained_on, flip=False)
-  pixels = [[experts.decode(row[f"jpg_{k}"]) for row in rows] for k in (0, 1)]
+  pixels = [[images.decode(row[f"jpg_{k}"]) for row in rows] for k in (0, 1)]
   x0 = np.stack([encode.encode_images(base, mesh, of) for of in pixels], axis=1)
   empty = encode.encode_no_prompt(base, mesh)
   arms = noising.make_arms(
@@ -302,7 +302,7 @@ def test_spin(tiny_pipeline, tmp_path, capsys):
     # Equal but for bfloat16's rounding, which programs for other processors do elsewhere.
     assert lines_of(workdir, k)[0]["loss"] == pytest.approx(np.log(2), abs=0.01)
   rows = list(online.open_pairs(workdir / "pairs" / "1"))
-  data = {experts.decode(file).tobytes() for row in rows for file in [row["jpg_0"]]}
+  data = {images.decode(file).tobytes() for row in rows for file in [row["jpg_0"]]}
   config = json.loads((workdir / "config.json").read_text())
   assert config["data"]["source"] == "shapes" and {row["seed_0"] for row in rows} == {-1}
   ready = iterate.prepare(_config(given))

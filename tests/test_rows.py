@@ -56,18 +56,27 @@ def test_pairs_are_winner_first_and_ties_are_left_out():
   assert len(rows_lib.from_pairs(PAIRS, 2)) == 2
 
 
-def test_singles_have_the_share_that_was_asked():
+def test_singles_are_images_liked_if_they_ever_won():
+  # 10 wins once and loses twice; 20 loses, 30 is only in a tie, 40 wins twice.
   pairs = [
-    rows_lib.Row((np.full((1, 1, 3), i), np.full((1, 1, 3), -i)), "p") for i in range(40)
+    _pair("a", (10, 20), 1.0),
+    _pair("a", (10, 40), 0.0),
+    _pair("a", (40, 10), 1.0),
+    _pair("a", (30, 10), 0.5),
+    _pair("b", (10, 40), 0.0),  # with another caption they are other rows
   ]
-  for share, numbers in ((0.8, (40, 10)), (0.5, (40, 40)), (0.2, (10, 40))):
-    found = rows_lib.to_singles(pairs, share=share, seed=0)
-    good = [r for r in found if r.desirable]
-    assert (len(good), len(found) - len(good)) == numbers
-    assert all((r.images[0] >= 0).all() for r in good)
-    assert len({int(r.images[0][0, 0, 0]) for r in good}) == len(good)
-  one, other = (rows_lib.to_singles(pairs, share=0.8, seed=s) for s in (0, 1))
-  assert rows_lib.fingerprint(one) != rows_lib.fingerprint(other)
+  found = rows_lib.to_singles(pairs)
+  assert [(r.caption, *_shades(r), r.desirable) for r in found] == [
+    ("a", 10, True),
+    ("a", 20, False),
+    ("a", 40, True),
+    ("a", 30, False),
+    ("b", 10, False),
+    ("b", 40, True),
+  ]
+  assert rows_lib.fingerprint(found[:2]) == rows_lib.fingerprint(rows_lib.to_singles(pairs, 2))
+  with pytest.raises(UserError, match="the 1 images of the data are all liked, none disliked"):
+    rows_lib.to_singles(pairs, 1)
 
 
 def test_rankings_by_hand():
@@ -140,8 +149,8 @@ def test_unknown_sources_name_the_nearest(wrong, near):
 
 
 def test_a_source_without_such_rows_names_one_with():
-  with pytest.raises(UserError, match="folder has no pairs.*; shapes, pickapic, online has"):
-    rows_lib.load_rows("pairs", _data(source="folder"), image_size=64, seed=0)
+  with pytest.raises(UserError, match="folder has no lists.*; shapes has"):
+    rows_lib.load_rows("lists", _data(source="folder"), image_size=64, seed=0)
 
 
 # ------------------------------------------------------------------------- Pick-a-Pic
@@ -182,7 +191,7 @@ def test_pick_a_pic_with_scores_has_experts(tmp_path):
 
 
 def test_pick_a_pic_refuses(tmp_path):
-  cases = {"": "is no parquet file", str(tmp_path): "is no parquet file"}
+  cases = {"": "is not a parquet file", str(tmp_path): "is not a parquet file"}
   for path, message in cases.items():
     with pytest.raises(UserError, match=message):
       rows_lib.load_rows("pairs", _data(source="pickapic", path=path), image_size=16, seed=0)
@@ -194,5 +203,5 @@ def test_pick_a_pic_refuses(tmp_path):
   with pytest.raises(UserError, match="lacks jpg_1, label_0, label_1"):
     rows_lib.load_rows("pairs", data, image_size=16, seed=0)
   _write(tmp_path / "a.parquet", [PAIRS[0] | {"jpg_0": b"nothing"}])
-  with pytest.raises(UserError, match="an image of the data cannot be read"):
+  with pytest.raises(UserError, match=r"1 of 1 rows .* a.parquet row 0 \(not an image\)"):
     rows_lib.load_rows("pairs", data, image_size=16, seed=0)

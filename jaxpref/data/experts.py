@@ -2,13 +2,14 @@
 
 import dataclasses
 import hashlib
-import io
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from jaxpref.data import bad_rows, images
+from jaxpref.data.bad_rows import BadRow, Tally
 from jaxpref.errors import UserError
 
 _SCORED = ("score_0", "score_1", "image_0_uid", "image_1_uid")
@@ -26,31 +27,52 @@ class Example:
   source: str
 
 
-def top_k(source: Sequence[Mapping[str, Any]], k: int) -> list[Example]:
-  """The best images of a preference data source, each with one caption once.
+def top_k(
+  source: Sequence[Mapping[str, Any]],
+  k: int,
+  *,
+  image_size: int = 0,
+  tally: Tally | None = None,
+) -> list[Example]:
+  """Chooses the best images of a preference data source, each with one caption once.
 
   Args:
     source: rows with Pick-a-Pic's columns, and `score_0` and `score_1`.
     k: how many, 0 for all.
+    image_size: height and width in pixels that images are brought to; 0 leaves them.
+    tally: of images that cannot be used; the next best are taken instead.
 
   Returns:
     From the best score down; of equal scores, from the first uid on.
 
   Raises:
-    UserError: there are not so many.
+    UserError: there are fewer, or too many of them cannot be used.
   """
-  ranked = sorted(_images(source), key=lambda image: (-image.score, image.uid))
+  tally = tally or Tally()
+  ranked = sorted(_images(source, tally), key=lambda image: (-image.score, image.uid))
   first: dict[tuple[bytes, str], _Image] = {}
   for image in ranked:
     first.setdefault((image.digest, image.caption), image)
   unique = list(first.values())
-  if not unique or k > len(unique):
-    raise UserError(f"the data has {len(unique)} images to pick experts from, not {k}")
-  # Pixels are read again, so that only those of the best are ever held.
-  return [
-    Example(decode(source[i.row][i.column]), i.caption, i.uid)
-    for i in (unique[:k] if k else unique)
-  ]
+
+  def read(rank: int) -> tuple[int, Example]:
+    # Pixels are read again, so that only those of the best are ever held.
+    of = unique[rank]
+    pixels = images.decode(source[of.row][of.column], image_size)
+    return rank, Example(pixels, of.caption, of.uid)
+
+  where = bad_rows.named_by(source)
+  best = bad_rows.take(
+    range(len(unique)),
+    read,
+    tally,
+    where=lambda rank: f"{where(unique[rank].row)}, {unique[rank].column}",
+    limit=k,
+    place=lambda rank: (unique[rank].row, unique[rank].column),
+  )
+  if not best or len(best) < k:
+    raise UserError(f"the data has {len(best)} images to pick experts from, not {k}")
+  return [example for _, example in sorted(best, key=lambda found: found[0])]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,34 +87,50 @@ class _Image:
   column: str
 
 
-def _images(source: Sequence[Mapping[str, Any]]) -> Iterator[_Image]:
-  for row in range(len(source)):
+def _images(
+  source: Sequence[Mapping[str, Any]], tally: Tally | None = None
+) -> Iterator[_Image]:
+  def read(i: int) -> _Image:
+    row, k = divmod(i, 2)
     values = source[row]
     if lacking := [c for c in _SCORED if c not in values]:
       raise UserError(f"experts are chosen by score, and the data lacks {', '.join(lacking)}")
-    for k in (0, 1):
-      yield _Image(
-        score=float(values[f"score_{k}"]),
-        uid=text_of(values[f"image_{k}_uid"]),
-        caption=text_of(values["caption"]),
-        digest=hashlib.sha256(values[f"jpg_{k}"]).digest(),
-        row=row,
-        column=f"jpg_{k}",
-      )
+    return _Image(
+      score=bad_rows.number_of(values[f"score_{k}"], f"score_{k}"),
+      uid=_uid(values[f"image_{k}_uid"]),
+      caption=bad_rows.caption_of(values["caption"]),
+      digest=digest_of(values[f"jpg_{k}"], f"jpg_{k}"),
+      row=row,
+      column=f"jpg_{k}",
+    )
+
+  where = bad_rows.named_by(source)
+  indices = range(2 * len(source))
+  yield from bad_rows.take(
+    indices, read, tally or Tally(), where=lambda i: f"{where(i // 2)}, image {i % 2}"
+  )
+
+
+def _uid(value: Any) -> str:
+  if isinstance(value, bytes):
+    return value.decode(errors="replace")
+  return "" if value is None else str(value)
+
+
+def digest_of(image: bytes | Path | None, column: str) -> bytes:
+  """The digest of an image file's content.
+
+  Raises:
+    BadRow: there is none, or it cannot be read.
+  """
+  if image is None:
+    raise BadRow(f"{column} is null")
+  if isinstance(image, Path):
+    with images.open_regular(image) as stream:
+      return hashlib.sha256(stream.read()).digest()
+  return hashlib.sha256(image).digest()
 
 
 def text_of(value: bytes | str) -> str:
   """Text, which data sources give as bytes."""
   return value.decode() if isinstance(value, bytes) else value
-
-
-def decode(file: bytes) -> np.ndarray:
-  """The image in a file's bytes, uint8 [H, W, 3].
-
-  Raises:
-    UserError: it is damaged, or none.
-  """
-  try:
-    return np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))
-  except Exception as error:  # of a damaged image Pillow may raise anything
-    raise UserError(f"an image of the data cannot be read: {error}") from error

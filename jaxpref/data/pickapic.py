@@ -12,62 +12,149 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from jaxpref.data import parquet, splits
+from jaxpref.data.bad_rows import BadRow, Tally
 from jaxpref.errors import UserError
+from jaxpref.paths import user_path
 
-_NEEDED = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
-_USED = (*_NEEDED, "image_0_uid", "image_1_uid", "score_0", "score_1")
+_KINDS = {
+  "caption": "text",
+  **dict.fromkeys(("jpg_0", "jpg_1"), "image"),
+  **dict.fromkeys(("label_0", "label_1", "score_0", "score_1"), "number"),
+  **dict.fromkeys(("image_0_uid", "image_1_uid"), "name"),
+}
+_IMAGES, _LABELS = ("caption", "jpg_0", "jpg_1"), ("label_0", "label_1")
+_SCORES = ("score_0", "score_1", "image_0_uid", "image_1_uid")
+# What rows of a kind need, and what they use besides.
+_COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+  "captions": (("caption",), ()),
+  "experts": (_IMAGES, _SCORES),
+  "pairs": ((*_IMAGES, *_LABELS), ()),
+  "all": ((*_IMAGES, *_LABELS), _SCORES),
+}
 
 
 class PickAPic(Sequence[Mapping[str, Any]]):
-  """Rows of parquet files in order of their names."""
+  """Rows of parquet files, in the order given."""
 
-  def __init__(self, files: Sequence[Path]):
-    self._groups = []  # (file, row group)
+  def __init__(self, files: Sequence[Path], kind: str = "all"):
+    """Opens the files.
+
+    Args:
+      files: of the data set.
+      kind: 'captions', 'experts', 'pairs' or 'all' of them, whose columns are used.
+
+    Raises:
+      UserError: a file is not parquet, lacks a column, or has one of another type.
+    """
+    needed, more = _COLUMNS[kind]
+    kinds = {name: _KINDS[name] for name in (*needed, *more)}
+    self._groups: list[tuple[Path, int, int]] = []  # file, row group, its first row's number
     self._starts = [0]
     for file in files:
-      try:
-        described = pq.ParquetFile(file)
-      except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{file} cannot be read as parquet: {error}") from error
-      if lacking := [c for c in _NEEDED if c not in described.schema_arrow.names]:
+      opened = parquet.open_file(file, kinds)
+      there = opened.schema_arrow.names
+      if lacking := [c for c in needed if c not in there]:
         raise UserError(f"{file} lacks {', '.join(lacking)}, columns of Pick-a-Pic")
-      for group in range(described.num_row_groups):
-        self._groups.append((file, group))
-        self._starts.append(self._starts[-1] + described.metadata.row_group(group).num_rows)
+      columns = [c for c in kinds if c in there]
+      if file == files[0]:
+        self._columns = columns
+      if self._columns != columns:
+        one, other = (file, files[0]) if len(columns) < len(self._columns) else (files[0], file)
+        differ = sorted({*columns} ^ {*self._columns})
+        raise UserError(f"{one} lacks {', '.join(differ)}, which {other} has")
+      first = 0
+      for group in range(opened.num_row_groups):
+        self._groups.append((file, group, first))
+        first += opened.metadata.row_group(group).num_rows
+        self._starts.append(self._starts[-1] + opened.metadata.row_group(group).num_rows)
+    self._kinds = kinds
+    self._read = functools.lru_cache(maxsize=2)(self._read_group)
 
   def __len__(self) -> int:
     """All rows, ties included."""
     return self._starts[-1]
 
   def __getitem__(self, index):
-    """The used columns of a row."""
+    """The used columns of a row; text as bytes, an image as bytes or as its file's path.
+
+    Raises:
+      BadRow: an image is a file that is not in the parquet file's folder.
+      UserError: the file is damaged.
+    """
+    group, row = self._find(index)
+    file, columns = self._groups[group][0], self._read(group)
+    values = {name: column[row] for name, column in columns.items()}
+    for name, value in values.items():
+      if isinstance(value, tuple):
+        values[name] = _content(value, file.parent, name)
+    return values
+
+  def where(self, index: int) -> str:
+    """File and number of a row, from 0 on."""
+    group, row = self._find(index)
+    file, _, first = self._groups[group]
+    return f"{file.name} row {first + row}"
+
+  def _find(self, index: int) -> tuple[int, int]:
     if not 0 <= index < len(self):
       raise IndexError(index)
     group = bisect.bisect_right(self._starts, index) - 1
-    return _read(*self._groups[group])[index - self._starts[group]]
+    return group, index - self._starts[group]
+
+  def _read_group(self, group: int) -> dict[str, list[Any]]:
+    file, number, _ = self._groups[group]
+    opened = parquet.open_file(file, self._kinds)
+    return parquet.read_group(opened, file, number, self._columns)
 
 
-@functools.lru_cache(maxsize=2)
-def _read(file: Path, group: int) -> list[dict[str, Any]]:
-  parquet = pq.ParquetFile(file)
-  columns = [c for c in _USED if c in parquet.schema_arrow.names]
+def _content(value: tuple[bytes | None, bytes | None], beside: Path, column: str) -> Any:
+  """What is in a struct of bytes and path: the bytes, or a file beside the parquet file."""
+  content, path = value
+  if content is not None or not path:
+    return content
+  found = beside / os.fsdecode(path)
   try:
-    return parquet.read_row_group(group, columns=columns).to_pylist()
-  except (OSError, pa.ArrowException) as error:
-    raise UserError(f"{file} is damaged: {error}") from error
+    if found.resolve().is_relative_to(beside.resolve()):
+      return found
+  except (OSError, ValueError, RuntimeError):
+    pass
+  raise BadRow(f"{column} is a path that leads out of the folder")
 
 
-def open_pickapic(path: str) -> PickAPic:
-  """The rows of a parquet file, or of all in a folder.
+def open_pickapic(
+  path: str, kind: str = "all", *, split: str = "train", tally: Tally | None = None
+) -> PickAPic:
+  """The rows of a parquet file, or of those in a folder, at any depth.
+
+  Args:
+    path: of the file or folder.
+    kind: see `PickAPic`.
+    split: which files, where their names have splits; see `splits.choose`.
+    tally: notes which were taken.
 
   Raises:
-    UserError: there is none, or one is no parquet file with Pick-a-Pic's columns.
+    UserError: there is none, or one is not a parquet file with Pick-a-Pic's columns.
   """
-  root = Path(path).expanduser()
-  files = [root] if root.is_file() else sorted(root.glob("*.parquet")) if path else []
-  if not files:
-    raise UserError(f"data.path {os.fspath(path)!r} is no parquet file, nor a folder of some")
-  return PickAPic(files)
+  root = user_path(path)
+  if path and root.is_file():
+    return PickAPic([root], kind)
+  found = []
+  if path and root.is_dir():
+    inside = ((p.relative_to(root), p) for p in root.rglob("*.parquet"))
+    found = sorted(
+      (name for name, p in inside if p.is_file() and not _hidden(name)),
+      key=lambda name: name.as_posix(),
+    )
+  if not found:
+    raise UserError(
+      f"data.path {os.fspath(path)!r} is not a parquet file, nor a folder with any"
+    )
+  chosen, said = splits.choose([name.as_posix() for name in found], split, root)
+  if tally and said:
+    tally.read.append(said)
+  return PickAPic([root / name for name in chosen], kind)
+
+
+def _hidden(name: Path) -> bool:
+  return any(part.startswith(".") for part in name.parts)

@@ -6,22 +6,27 @@ configuration's `data` section.
 
 import difflib
 import hashlib
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from jaxpref.data import experts, folder, pickapic
+from jaxpref.data import bad_rows, experts, folder, images, pickapic
+from jaxpref.data.bad_rows import Tally
 from jaxpref.errors import UserError
 
 _KINDS_OF = {
   "shapes": ("experts", "captions", "pairs", "singles", "lists"),
   "pickapic": ("experts", "captions", "pairs", "singles"),
-  "folder": ("experts", "captions"),
+  "folder": ("experts", "captions", "pairs", "singles"),
   "online": ("pairs",),
 }
 SOURCES = tuple(_KINDS_OF)
+# Files of the user, whose order may mean something: fewer than all are a random sample. The
+# other sources' rows are independent of each other, so that the first of them are one.
+_FILES = ("pickapic", "folder")
+_log = logging.getLogger(__name__)
 
 
 class Row(NamedTuple):
@@ -47,19 +52,49 @@ def arms_of(kind: str, list_size: int) -> tuple[str, ...]:
   return {"experts": ("e",), "pairs": ("w", "l"), "singles": ("x",)}[kind]
 
 
-def load_rows(kind: str, data: Any, *, image_size: int, seed: int) -> list[Row]:
-  """The rows of a run.
+def load_rows(
+  kind: str, data: Any, *, image_size: int, seed: int, tally: Tally | None = None
+) -> list[Row]:
+  """Loads the rows that a loss learns from.
 
   Args:
     kind: 'experts', 'pairs', 'singles' or 'lists'; or 'captions', each once and without
       images, of which `num_experts` is the limit as well.
     data: the configuration's section.
     image_size: height and width in pixels.
-    seed: of what is drawn, which of the undesirable images are used.
+    seed: of which rows are used, where `num_rows` or `num_experts` are fewer than a data
+      set of the user's has.
+    tally: of what is left out; by default one that allows `data.max_bad_share`.
 
   Raises:
-    UserError: the source is unknown, has no such rows, holds fewer, or nothing of use.
+    UserError: the source is unknown, has no such rows, holds fewer, nothing of use, or too
+      many rows that cannot be used.
   """
+  _check_source(kind, data)
+  tally = tally or make_tally(data)
+  try:
+    rows = _load(kind, data, image_size, seed if data.source in _FILES else None, tally)
+  finally:
+    files = data.source == "folder"
+    tally.warn(str(data.path) if data.path else data.source, "file" if files else "row")
+  for note in tally.read:
+    _log.warning("%s: %s", data.path, note)
+  wanted = data.num_experts if kind in ("experts", "captions") else data.num_rows
+  wanted = 0 if kind == "experts" and data.source == "folder" else wanted
+  if len(rows) < max(wanted, 1):
+    field = "num_experts" if kind in ("experts", "captions") else "num_rows"
+    asked = f"data.{field} = {wanted} wanted" if wanted else "at least one wanted"
+    which = f" of data.min_change = {data.min_change:g} or more" if data.min_change else ""
+    raise UserError(f"the data has {len(rows)} {kind}{which}, {asked}")
+  return rows
+
+
+def make_tally(data: Any) -> Tally:
+  """A tally that allows the configuration's share of bad rows."""
+  return Tally(data.max_bad_share)
+
+
+def _check_source(kind: str, data: Any) -> None:
   if data.source not in SOURCES:
     near = difflib.get_close_matches(data.source, SOURCES, n=1, cutoff=0)[0]
     raise UserError(f"data.source {data.source!r} is unknown; did you mean {near!r}?")
@@ -68,63 +103,85 @@ def load_rows(kind: str, data: Any, *, image_size: int, seed: int) -> list[Row]:
       f"data.path = {data.path!r} is not read with data.source=shapes; did you mean "
       "data.source=folder?"
     )
+  if data.source not in _FILES and data.split != "train":
+    raise UserError(
+      f"data.split = {data.split!r} is for data.source=pickapic and folder, and "
+      f"data.source={data.source} is trained on whole"
+    )
   if kind not in _KINDS_OF[data.source]:
     able = ", ".join(s for s in SOURCES if kind in _KINDS_OF[s])
     raise UserError(
       f"data.source={data.source} has no {kind}, which this loss learns from; {able} has"
     )
-  if kind == "captions":
-    return [Row((), caption) for caption in _captions(data)]
+
+
+def _load(kind: str, data: Any, image_size: int, seed: int | None, tally: Tally) -> list[Row]:
+  options: dict[str, Any] = {"image_size": image_size, "tally": tally}
+  match kind:
+    case "captions":
+      return [Row((), caption) for caption in _captions(data, seed, tally)]
+    case "experts":
+      return _experts(data, seed, options)
+    case "lists":
+      from jaxpref.data.shapes import rankings  # noqa: PLC0415  # TFDS takes a second
+
+      lists = rankings.load_rankings("train", data.list_size)
+      return from_rankings(lists, data.num_rows, **options)
+  source = _source_of(data, "pairs", tally)
+  if kind == "pairs":
+    least = data.min_change
+    return from_pairs(source, data.num_rows, seed=seed, min_change=least, **options)
+  return [
+    row._replace(prefix=data.good_prefix if row.desirable else data.bad_prefix)
+    for row in to_singles(source, data.num_rows, seed=seed, **options)
+  ]
+
+
+def _experts(data: Any, seed: int | None, options: Mapping[str, Any]) -> list[Row]:
   if data.source == "folder":
-    found = folder.load_folder(data.path, image_size=image_size, limit=data.num_experts)
-    return [Row((e.image,), e.caption) for e in found]
-  if kind == "lists":
-    from jaxpref.data.shapes import rankings  # noqa: PLC0415  # TFDS takes a second
-
-    rows = from_rankings(rankings.load_rankings("train", data.list_size), data.num_rows)
+    found = folder.load_folder(
+      data.path,
+      limit=data.num_experts,
+      seed=seed,
+      split=data.split,
+      follow_links=data.follow_links,
+      **options,
+    )
+  elif data.experts == "top":
+    source = _source_of(data, "experts", options["tally"])
+    found = experts.top_k(source, data.num_experts, **options)
   else:
-    source = _pairs_of(data)
-    match kind:
-      case "experts" if data.experts == "winners":
-        pairs = from_pairs(source, data.num_experts)
-        rows = [r._replace(images=r.images[:1]) for r in pairs]
-      case "experts":
-        best = experts.top_k(source, data.num_experts)
-        rows = [Row((e.image,), e.caption) for e in best]
-      case "pairs":
-        rows = from_pairs(source, data.num_rows, min_change=data.min_change)
-      case _:
-        pairs = from_pairs(source, data.num_rows)  # enough: each has one at least
-        rows = to_singles(pairs, share=data.desirable_share, seed=seed)
-        rows = [
-          r._replace(prefix=data.good_prefix if r.desirable else data.bad_prefix)
-          for r in rows[: data.num_rows or None]
-        ]
-  wanted = data.num_experts if kind == "experts" else data.num_rows
-  if len(rows) < max(wanted, 1):
-    field = "num_experts" if kind == "experts" else "num_rows"
-    asked = f"data.{field} = {wanted} wanted" if wanted else "at least one wanted"
-    which = f" of data.min_change = {data.min_change:g} or more" if data.min_change else ""
-    raise UserError(f"the data has {len(rows)} {kind}{which}, {asked}")
-  return [r._replace(images=tuple(_fit(i, image_size) for i in r.images)) for r in rows]
+    source = _source_of(data, "pairs", options["tally"])
+    return from_pairs(source, data.num_experts, seed=seed, arms=1, **options)
+  return [Row((e.image,), e.caption) for e in found]
 
 
-def _captions(data: Any) -> list[str]:
+def _captions(data: Any, seed: int | None, tally: Tally) -> list[str]:
   if data.source == "folder":
-    found: Iterable[str] = folder.load_captions(data.path)
+    found = folder.load_captions(
+      data.path, split=data.split, follow_links=data.follow_links, tally=tally
+    )
   else:
-    source = _pairs_of(data)
-    found = (experts.text_of(source[i]["caption"]) for i in range(len(source)))
+    source = _source_of(data, "captions", tally)
+    found = bad_rows.take(
+      range(len(source)),
+      lambda i: bad_rows.caption_of(source[i]["caption"]),
+      tally,
+      where=bad_rows.named_by(source),
+    )
   unique = list(dict.fromkeys(found))
-  if len(unique) < max(data.num_experts, 1):
-    raise UserError(f"the data has {len(unique)} captions, not {data.num_experts or 'one'}")
-  return unique[: data.num_experts or None]
+  order = bad_rows.sample(len(unique), data.num_experts, seed)
+  return [unique[i] for i in sorted(order[: data.num_experts or None])]
 
 
-def _pairs_of(data: Any) -> Sequence[Mapping[str, Any]]:
+def _source_of(data: Any, kind: str, tally: Tally) -> Sequence[Mapping[str, Any]]:
   """Rows with Pick-a-Pic's columns."""
   if data.source == "pickapic":
-    return pickapic.open_pickapic(data.path)
+    return pickapic.open_pickapic(data.path, kind, split=data.split, tally=tally)
+  if data.source == "folder":
+    return folder.open_pairs(
+      data.path, split=data.split, follow_links=data.follow_links, tally=tally
+    )
   if data.source == "online":
     from jaxpref.data import online  # noqa: PLC0415  # TFDS takes a second
 
@@ -135,72 +192,144 @@ def _pairs_of(data: Any) -> Sequence[Mapping[str, Any]]:
 
 
 def from_pairs(
-  source: Sequence[Mapping[str, Any]], limit: int = 0, *, min_change: float = 0.0
+  source: Sequence[Mapping[str, Any]],
+  limit: int = 0,
+  *,
+  min_change: float = 0.0,
+  image_size: int = 0,
+  arms: int = 2,
+  seed: int | None = None,
+  tally: Tally | None = None,
 ) -> list[Row]:
-  """Preferred image and other, of rows with Pick-a-Pic's columns; ties are left out.
+  """Reads preferred image and other, of rows with Pick-a-Pic's columns, without the ties.
 
   Args:
     source: the rows.
-    limit: stop after so many, 0 for all.
+    limit: number of rows wanted, 0 for all.
     min_change: of pairs that `data.online` wrote: those of less `change` are left out.
+    image_size: height and width in pixels that images are brought to; 0 leaves them.
+    arms: 1 for the preferred image alone.
+    seed: of which rows are used where `limit` is less than all; None takes the first.
+    tally: of the rows that cannot be used.
 
   Raises:
-    UserError: `min_change` is given and the rows do not tell theirs.
+    UserError: `min_change` is given and the rows do not tell theirs, or too many rows
+      cannot be used.
   """
-  rows: list[Row] = []
-  for i in range(len(source)):
-    if limit and len(rows) == limit:
-      break
-    row = source[i]
-    if row["label_0"] == row["label_1"]:
-      continue
-    if min_change and "change" not in row:
+  tally = tally or Tally()
+
+  def read(i: int) -> Row | None:
+    values = source[i]
+    caption = bad_rows.caption_of(values["caption"])
+    if (first := _winner(values)) is None:
+      tally.ties += 1
+      return None
+    if min_change and "change" not in values:
       raise UserError("data.min_change is of drawn pairs, with data.source=online")
-    if min_change and float(row["change"]) < min_change:
-      continue
-    first = int(row["label_1"] > row["label_0"])
-    images = tuple(experts.decode(row[f"jpg_{k}"]) for k in (first, 1 - first))
-    rows.append(Row(images, experts.text_of(row["caption"])))
-  return rows
+    if min_change and float(values["change"]) < min_change:
+      return None
+    columns = [f"jpg_{k}" for k in (first, 1 - first)][:arms]
+    return Row(tuple(_decode(values, c, image_size) for c in columns), caption)
+
+  order = bad_rows.sample(len(source), limit, seed)
+  return bad_rows.take(order, read, tally, where=bad_rows.named_by(source), limit=limit)
 
 
-def to_singles(pairs: Iterable[Row], *, share: float, seed: int) -> list[Row]:
-  """Each image of a pair by itself: the preferred are desirable, the others are not.
+def _winner(values: Mapping[str, Any]) -> int | None:
+  """The number of a pair's preferred image; None for a tie."""
+  first, second = (bad_rows.number_of(values[f"label_{k}"], f"label_{k}") for k in (0, 1))
+  return None if first == second else int(second > first)
+
+
+def _decode(values: Mapping[str, Any], column: str, image_size: int) -> np.ndarray:
+  if values[column] is None:
+    raise bad_rows.BadRow(f"{column} is null")
+  return images.decode(values[column], image_size)
+
+
+def to_singles(
+  source: Sequence[Mapping[str, Any]],
+  limit: int = 0,
+  *,
+  image_size: int = 0,
+  seed: int | None = None,
+  tally: Tally | None = None,
+) -> list[Row]:
+  """Reads each image of a data set of pairs once, and whether it ever was preferred.
+
+  What is desirable is an image that won a pair, whatever became of it in others; all others
+  are not, those that have only been in ties among them. Images are known by their content
+  and caption.
 
   Args:
-    pairs: preferred image and other.
-    share: of desirable images among the rows; of the kind of which there are too many a
-      random part is left out.
-    seed: of which.
+    source: rows with Pick-a-Pic's columns.
+    limit: number of images wanted, 0 for all.
+    image_size: height and width in pixels that images are brought to; 0 leaves them.
+    seed: of which images are used where `limit` is less than all; None takes the first.
+    tally: of the rows that cannot be used.
 
   Returns:
-    Rows in the order of the pairs.
+    Rows in order of their images' first appearance.
+
+  Raises:
+    UserError: there are images of one kind alone, or too many rows cannot be used.
   """
-  good, bad = [], []
-  for pair in pairs:
-    good.append(Row(pair.images[:1], pair.caption, True))
-    bad.append(Row(pair.images[1:], pair.caption, False))
-  # The most rows in which the share is as asked.
-  total = min(len(good) / share if share else np.inf, len(bad) / (1 - share or 1e-9))
-  numbers = (min(round(share * total), len(good)), min(round((1 - share) * total), len(bad)))
-  rng = np.random.default_rng(seed)
-  kept = [np.sort(rng.permutation(len(good))[:n]) for n in numbers]
-  chosen = [(i, good[i]) for i in kept[0]] + [(i, bad[i]) for i in kept[1]]
-  return [row for _, row in sorted(chosen, key=lambda item: item[0])]
+  tally = tally or Tally()
+  won: dict[tuple[bytes, str], bool] = {}
+  place: dict[tuple[bytes, str], tuple[int, str]] = {}
 
+  def label(i: int) -> None:
+    values = source[i]
+    caption, winner = bad_rows.caption_of(values["caption"]), _winner(values)
+    digests = [experts.digest_of(values[f"jpg_{k}"], f"jpg_{k}") for k in (0, 1)]
+    tally.ties += winner is None
+    for k, digest in enumerate(digests):
+      won[digest, caption] = won.get((digest, caption), False) or k == winner
+      place.setdefault((digest, caption), (i, f"jpg_{k}"))
 
-def from_rankings(source: Sequence[Mapping[str, Any]], limit: int = 0) -> list[Row]:
-  """Images from best to worst, of rows with `prompt`, `jpg_k` and `rank_k`.
+  where = bad_rows.named_by(source)
+  bad_rows.take(range(len(source)), label, tally, where=where)
+  unique = list(won)
 
-  The first `limit` such, 0 for all.
-  """
-  rows = []
-  for i in range(min(limit or len(source), len(source))):
-    row = source[i]
-    ranks = {int(v): name[5:] for name, v in row.items() if name.startswith("rank_")}
-    images = tuple(experts.decode(row[f"jpg_{ranks[place]}"]) for place in sorted(ranks))
-    rows.append(Row(images, experts.text_of(row["prompt"])))
+  def read(j: int) -> Row:
+    i, column = place[unique[j]]
+    image = _decode(source[i], column, image_size)
+    return Row((image,), unique[j][1], won[unique[j]])
+
+  rows = bad_rows.take(
+    bad_rows.sample(len(unique), limit, seed),
+    read,
+    tally,
+    where=lambda j: f"{where(place[unique[j]][0])}, {place[unique[j]][1]}",
+    limit=limit,
+  )
+  if rows and len({row.desirable for row in rows}) == 1:
+    which, other = ("liked", "disliked") if rows[0].desirable else ("disliked", "liked")
+    raise UserError(f"the {len(rows)} images of the data are all {which}, none {other}")
   return rows
+
+
+def from_rankings(
+  source: Sequence[Mapping[str, Any]],
+  limit: int = 0,
+  *,
+  image_size: int = 0,
+  tally: Tally | None = None,
+) -> list[Row]:
+  """Reads images from best to worst, of rows with `prompt`, `jpg_k` and `rank_k`.
+
+  The first `limit` of them, 0 for all.
+  """
+
+  def read(i: int) -> Row:
+    values = source[i]
+    caption = bad_rows.caption_of(values["prompt"], "prompt")
+    ranks = {int(v): name[5:] for name, v in values.items() if name.startswith("rank_")}
+    columns = [f"jpg_{ranks[rank]}" for rank in sorted(ranks)]
+    return Row(tuple(_decode(values, c, image_size) for c in columns), caption)
+
+  where = bad_rows.named_by(source)
+  return bad_rows.take(range(len(source)), read, tally or Tally(), where=where, limit=limit)
 
 
 def fingerprint(rows: Iterable[Row]) -> str:
@@ -212,7 +341,3 @@ def fingerprint(rows: Iterable[Row]) -> str:
     if not row.desirable:
       digest.update(b"\1")
   return digest.hexdigest()[:16]
-
-
-def _fit(image: np.ndarray, size: int) -> np.ndarray:
-  return folder.fit(Image.fromarray(image), size)

@@ -1,0 +1,147 @@
+"""Image files to pixels: one decoder for every source."""
+
+import io
+import stat
+import warnings
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from jaxpref.data.bad_rows import BadRow
+from jaxpref.errors import first_line
+
+# Pillow would run Ghostscript on EPS, and knows the others by no more than their name.
+_NOT_READ = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
+MAX_PIXELS = 1 << 26  # decoded at once: 8,192 x 8,192; a JPEG is shrunk while it is decoded
+_MAX_BYTES = 1 << 30  # of a file
+
+
+def suffixes() -> set[str]:
+  """Suffixes of what is read, in lower case."""
+  kinds = Image.registered_extensions()
+  return {s for s, kind in kinds.items() if kind in set(Image.OPEN) - _NOT_READ}
+
+
+def decode(file: bytes | Path, image_size: int = 0) -> np.ndarray:
+  """Decodes an image file, upright, of any mode.
+
+  Args:
+    file: its content, or where it is.
+    image_size: height and width in pixels that it is brought to, see `fit`; 0 leaves it.
+
+  Returns:
+    uint8 [H, W, 3]: transparent parts on white, deep greys scaled to 8 bits.
+
+  Raises:
+    BadRow: it is not an image, damaged, truncated, too large or not a regular file.
+  """
+  with io.BytesIO(file) if isinstance(file, bytes) else open_regular(file) as stream:
+    try:
+      return _decode(stream, image_size)
+    except UnidentifiedImageError as error:
+      raise BadRow("not an image") from error
+    except Image.DecompressionBombError as error:
+      raise BadRow(
+        "too many pixels", f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0)}"
+      ) from error
+    except BadRow:
+      raise
+    except Exception as error:  # of a damaged image Pillow may raise anything
+      raise BadRow("damaged image", first_line(error)) from error
+
+
+def open_regular(path: Path, max_bytes: int = _MAX_BYTES) -> BinaryIO:
+  """Opens a file for reading, unless it is a pipe or a device, or too large.
+
+  Raises:
+    BadRow: it is, or cannot be read.
+  """
+  try:
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+      raise BadRow("not a regular file")
+    if found.st_size > max_bytes:
+      raise BadRow(f"more than {max_bytes} bytes", f"{found.st_size} bytes")
+    return path.open("rb")
+  except FileNotFoundError as error:
+    raise BadRow("no such file", path.name) from error
+  except (OSError, ValueError) as error:
+    raise BadRow("cannot be read", first_line(error)) from error
+
+
+def _decode(stream: BinaryIO, image_size: int) -> np.ndarray:
+  with _open(stream) as image:
+    if image.format == "PNG":
+      # While it decodes, Pillow passes over the checksums of the pixels.
+      image.verify()
+      stream.seek(0)
+  with _open(stream) as image:
+    if image_size:
+      # JPEG can be decoded at a half, a quarter, ... of its size, much faster.
+      image.draft(None, (2 * image_size, 2 * image_size))
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+      raise BadRow("too many pixels", f"{width} x {height}, more than {MAX_PIXELS}")
+    white = _white_of(image)
+    upright = _to_rgb(ImageOps.exif_transpose(image), white)
+    return fit(upright, image_size) if image_size else np.asarray(upright)
+
+
+def _open(stream: BinaryIO) -> Image.Image:
+  with warnings.catch_warnings():
+    # Large is fine; at twice this warning's limit it is an error.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    image = Image.open(stream)
+  if image.format in _NOT_READ:
+    raise BadRow(f"{image.format} is not read")
+  return image
+
+
+def fit(image: Image.Image, image_size: int) -> np.ndarray:
+  """Shrinks or enlarges the shorter side to `image_size` and crops to the centre.
+
+  Returns:
+    uint8 [image_size, image_size, 3].
+  """
+  side = min(image.size)
+  left, top = ((length - side) / 2 for length in image.size)
+  box = (left, top, left + side, top + side)
+  square = (image_size, image_size)
+  resized = image.resize(square, Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+  return np.asarray(resized)
+
+
+def _white_of(image: Image.Image) -> float | None:
+  """The value that is white in a grey image of more than 8 bits; None: the file has none."""
+  if image.format == "TIFF":
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(258, (1,))[0]
+    return 2.0**bits - 1 if image.mode.startswith("I;16") else None
+  if image.mode.startswith("I;16"):
+    return 65535.0
+  # Of these Pillow gives 16 bits as integers of 32.
+  return 65535.0 if image.mode == "I" and image.format in ("PNG", "PPM") else None
+
+
+def _to_rgb(image: Image.Image, white: float | None) -> Image.Image:
+  if image.mode.startswith("I") or image.mode == "F":
+    return Image.fromarray(_to_8_bits(np.asarray(image, np.float64), white)).convert("RGB")
+  if image.has_transparency_data:
+    layer = image.convert("RGBA")
+    paper = Image.new("RGBA", layer.size, "white")
+    return Image.alpha_composite(paper, layer).convert("RGB")
+  return image.convert("RGB")
+
+
+def _to_8_bits(grey: np.ndarray, white: float | None) -> np.ndarray:
+  """Grey [H, W] as uint8.
+
+  Floats and integers of 32 bits state no white: they are in [0, 1], [0, 255] or [0, 65535],
+  whichever holds them all.
+  """
+  if not np.isfinite(grey).all():
+    raise BadRow("it holds numbers that are not finite")
+  top = white or next((t for t in (1.0, 255.0) if grey.max() <= t), 65535.0)
+  return np.clip(np.rint(grey * (255 / top)), 0, 255).astype(np.uint8)
