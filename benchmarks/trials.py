@@ -20,7 +20,7 @@ from jaxpref import checkpoint
 from jaxpref.models import pipeline
 
 ROOT = Path(__file__).parent.parent
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+QUICK = "--xla_backend_optimization_level=0"
 SAVING = "*.orbax-checkpoint-tmp"
 STARTS = 8  # of a trial, until it counts as failed
 FIELDS = {
