@@ -58,7 +58,7 @@ def base(name: str, preset: str) -> ConfigDict:
   c.rollout.solver = "dpm_solver"  # 'dpm_solver' (++, multistep), 'ddim' or 'ddpm'
   c.rollout.order = 2  # of the DPM-Solver, 1 to 3
   c.rollout.num_steps = 10  # from noise to image
-  c.rollout.guidance = 1.0  # classifier-free guidance scale; 1 is none
+  c.rollout.guidance = 1.0  # classifier-free guidance scale; at most 1: none
   c.rollout.refresh_every = 1  # updates after which the sampling copy of the policy is renewed
   c.rollout.states = 1  # of each trajectory to train on, evenly spaced
   c.rollout.batch_size = 8  # rows drawn at once, each lot as far as it is needed; 0: all
@@ -102,7 +102,7 @@ def base(name: str, preset: str) -> ConfigDict:
   c.evaluate.images_per_prompt = 2  # each with noise of its own, the same for both models
   c.evaluate.scorers = ("shapes.correct", "shapes.quality")  # modules of jaxpref/scorers
   c.evaluate.num_steps = 20  # of DPM-Solver++ (2M)
-  c.evaluate.guidance = 2.0  # classifier-free guidance scale
+  c.evaluate.guidance = 2.0  # classifier-free guidance scale; at most 1: none
   c.evaluate.batch_size = 50  # images at once
   c.evaluate.seed = 3000  # of the noise and of the choice of prompts
   c.evaluate.num_examples = 24  # pairs shown in the report
@@ -167,7 +167,7 @@ def iterate(c: ConfigDict, *, winners: str) -> None:
   c.iterate.num_pairs = 500  # drawn in each
   c.iterate.winners = winners  # the 'data' images, or the losers 'improved'
   c.iterate.improver = ""  # that improves them: a run of configs/improver.py, or a pipeline
-  c.iterate.guidance = c.evaluate.guidance  # with which losers are drawn
+  c.iterate.guidance = c.evaluate.guidance  # of the losers; at most 1: none
   c.iterate.num_steps = c.evaluate.num_steps  # of DPM-Solver++ (2M)
   c.iterate.batch_size = c.evaluate.batch_size  # images at once
   c.iterate.shard_size = 250  # pairs in a file; an interrupted one is drawn anew

@@ -68,7 +68,7 @@ def of_update(checked: Checked, forward: float) -> dict[str, float]:
   if needs.reference and not config.data.noise_draws:
     cost["reference"] = rows * states * len(checked.arms) * forward
   if needs.rollout:
-    guided = 1 if config.rollout.guidance == 1.0 else 2
+    guided = 2 if config.rollout.guidance > 1 else 1
     lot = rollouts.rows_at_once(rows, config.rollout.batch_size, devices=checked.mesh.size)
     cost["rollout"] = (
       rows

@@ -49,11 +49,16 @@ def _parser() -> argparse.ArgumentParser:
   add("--out", required=True, type=Path, help="directory for <prompt or image>-<number>.png")
   add("--images-per-prompt", type=_count, default=1, metavar="N")
   add("--seed", type=int, default=0, help="of the first picture; each next one's is one more")
-  add("--negative", default="", help="a prompt to be guided away from")
+  add(
+    "--negative", default="", help="a prompt to be guided away from; needs --guidance above 1"
+  )
   add(
     "--guidance",
     type=float,
-    help="scale towards the prompt; of a run as it was evaluated with, else 7.5, improvers 3.5",
+    help="classifier-free guidance scale; at most 1: none, only the prompt's prediction, "
+    "as Turbo models want it (0 and 1 give the same); default: the scale that a run was "
+    "evaluated with, else 7.5, improvers 3.5; of an improver the prompt's weight in its "
+    "formula, where 0 leaves the prompt out",
   )
   add("--image-guidance", type=float, help="of an improver, to its picture; its run's, or 3")
   add("--steps", type=_count, default=30, help="of the solver")

@@ -178,7 +178,7 @@ def _placed(shapes: Any, shardings: Any) -> Any:
 def has_own_targets(checked: Checked) -> bool:
   """Whether what the policy drew are its own predictions still: no error, no gradient."""
   rollout = checked.config.rollout
-  fresh = rollout.refresh_every == 1 and rollout.guidance == 1.0 and not rollout.replay
+  fresh = rollout.refresh_every == 1 and rollout.guidance <= 1 and not rollout.replay
   return bool(checked.loss.NEEDS.rollout) and fresh
 
 

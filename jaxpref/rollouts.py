@@ -69,7 +69,7 @@ def make_rollout(
     num_steps: solver steps from noise to image.
     solver: 'dpm_solver', 'ddim' or 'ddpm'.
     order: of the DPM-Solver.
-    guidance: classifier-free guidance scale; 1 for none, as published.
+    guidance: classifier-free guidance scale; at most 1: none, as published.
     prompt_dropout: as in the train step, which drops the same rows' prompts.
     states_per_trajectory: how many are kept, 1 to `num_steps`.
     batch_size: rows drawn at once, see `rows_at_once`; 0: all, which is the published loop.

@@ -276,6 +276,15 @@ def test_a_setting_changes_the_picture(tiny_pipeline, tmp_path):
   assert all((plain != picture).any() for picture in shown.values())
 
 
+def test_no_guidance_is_the_prompts_own_prediction(tiny_pipeline, tmp_path):
+  """At any scale of at most 1, as diffusers; a negative prompt then has no influence."""
+  none, below = (
+    draw(tmp_path / flags[0], "--prompts=a ring", *flags, model=tiny_pipeline)
+    for flags in (("--guidance=0",), ("--guidance=0.5", "--negative=a cross"))
+  )
+  assert (none["00000-00.png"] == below["00000-00.png"]).all()
+
+
 @pytest.mark.parametrize("decode", ["sliced", "tiled"])
 def test_ways_to_decode_agree(tiny_pipeline, tmp_path, decode):
   flags = ("--prompts=a ring", "--images-per-prompt=3", "--size=12")  # of one tile

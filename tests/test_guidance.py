@@ -23,20 +23,20 @@ def test_guidance_is_one_doubled_call():
   guided = guidance.classifier_free(conditional, cond, uncond, 7.5)(x_t, t)
   assert guided.dtype == jnp.float32
   np.testing.assert_allclose(guided, without + 7.5 * (with_cond - without), rtol=1e-6)
-  scale = np.array([1.0, 2.0, 0.0], np.float32)
+  scale = np.array([1.0, 2.0, 0.0], np.float32)  # a scale for each sample; at most 1: none
   guided = guidance.classifier_free(conditional, cond, uncond, scale)(x_t, t)
-  np.testing.assert_allclose(
-    guided, without + scale[:, None] * (with_cond - without), rtol=1e-6
-  )
+  pushed = np.array([1.0, 2.0, 1.0])[:, None]
+  np.testing.assert_allclose(guided, without + pushed * (with_cond - without), rtol=1e-6)
   one_row = {"c": jnp.asarray(u[:1])}
   guided = guidance.classifier_free(conditional, cond, one_row, 3.0)(x_t, t)
   first = without[0] + 3.0 * (with_cond[0] - without[0])
   np.testing.assert_allclose(guided[0], first, rtol=1e-6)
   assert batches == [6, 6, 6]
 
-  plain = guidance.classifier_free(conditional, cond, uncond, 1.0)(x_t, t)
-  np.testing.assert_array_equal(np.float32(plain), with_cond)
-  assert batches[-1] == 3
+  for scale in (0, 0.0, 0.5, 1, 1.0):  # no guidance, as diffusers has it, in one plain call
+    plain = guidance.classifier_free(conditional, cond, uncond, scale)(x_t, t)
+    np.testing.assert_array_equal(np.float32(plain), with_cond)
+    assert batches[-1] == 3
 
 
 def test_two_guidances_are_one_tripled_call():

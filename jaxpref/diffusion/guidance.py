@@ -19,8 +19,9 @@ def classifier_free(
 ) -> Denoise:
   """A denoiser of (x_t, t) that is pushed from `uncond` towards `cond`.
 
-  `uncond + scale (cond - uncond)`, in float32, from one call of twice the batch. The
-  Python number 1 makes a plain conditional call of the batch itself.
+  `uncond + scale (cond - uncond)`, in float32, from one call of twice the batch. A scale of at
+  most 1 means no guidance, the plain conditional prediction, as in diffusers; a Python number
+  then makes one call of the batch itself, at half the cost.
 
   Args:
     denoise_with_cond: (x_t [B, ...], t [B], cond) -> prediction [B, ...].
@@ -28,7 +29,7 @@ def classifier_free(
     uncond: the same tree for the empty or negative prompt, [B, ...] or [1, ...].
     scale: guidance scale, a number or one for each sample, [B].
   """
-  if isinstance(scale, int | float) and scale == 1:
+  if isinstance(scale, int | float) and scale <= 1:
     return lambda x_t, t: denoise_with_cond(x_t, t, cond)
 
   def both(uncond_leaf, cond_leaf):
@@ -38,7 +39,8 @@ def classifier_free(
 
   def denoise(x_t: jax.Array, t: jax.Array) -> jax.Array:
     without, with_cond = _evaluate(denoise_with_cond, x_t, t, conds, 2)
-    return without + per_sample(jnp.asarray(scale), without) * (with_cond - without)
+    scales = per_sample(jnp.maximum(scale, 1.0), without)
+    return without + scales * (with_cond - without)
 
   return denoise
 
@@ -57,7 +59,8 @@ def by_text_and_image(
   `e(0, "") + s_I [e(x, "") - e(0, "")] + s_T [e(x, c) - e(x, "")]`, in float32, from one
   call of three times the batch; `s_I` says how closely to keep to the image. The Python
   numbers 1 and 1 make a plain call with both. The form is that of Brooks et al. 2023
-  (https://arxiv.org/abs/2211.09800).
+  (https://arxiv.org/abs/2211.09800). Other scales are the formula's weights, also below 1:
+  with `s_T = 0` the text has no influence, with `s_I = 0` the image alone has none.
 
   Args:
     denoise_with_cond: (x_t [B, ...], t [B], cond) -> prediction [B, ...].

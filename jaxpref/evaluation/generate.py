@@ -41,7 +41,7 @@ def make_generator(
     pipeline: everything but the UNet's parameters.
     mesh: the batch is spread over all its devices.
     num_steps: solver steps.
-    guidance: classifier-free guidance scale.
+    guidance: classifier-free guidance scale, at most 1: none; of an improver, to the text.
     batch_size: images at once; rounded up to fill the devices.
     solver: 'dpm_solver' (++, multistep), 'ddim' or 'ddpm', on the timesteps that the
       pipeline's scheduler configuration asks for.
