@@ -2,8 +2,8 @@
 
 Writes a directory that PyTorch's diffusers loads, or with --single-file one safetensors file
 that ComfyUI and A1111's web UI load. Of a LoRA run both have the additions merged into the
-weights; --lora writes the additions alone, which diffusers' `load_lora_weights` puts onto
-the base. Nothing that exists is overwritten.
+weights; --lora writes the additions alone, by kohya's names, which ComfyUI, A1111's web UI
+and diffusers' `load_lora_weights` put onto the base. Nothing that exists is overwritten.
 """
 
 import argparse
@@ -16,6 +16,12 @@ from jaxpref import cli
 from jaxpref.errors import UserError
 from jaxpref.paths import user_path
 
+# Only of SDXL do programs read it from the file, see `single_file.to_single_file`.
+_V_PREDICTION_NOTE = (
+  "note: the model predicts v. ComfyUI and A1111's web UI guess that of SD 2.x from its "
+  "weights and never of SD 1.x: there, choose it yourself (in ComfyUI with the node "
+  "ModelSamplingDiscrete, which also has zsnr; in A1111 with a .yaml beside the file)"
+)
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 
 
@@ -43,7 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     help="one file by the names that ComfyUI and A1111's web UI read",
   )
   form.add_argument(
-    "--lora", action="store_true", help="of a LoRA run, the additions alone, one file"
+    "--lora",
+    action="store_true",
+    help="of a LoRA run, the additions alone, one file for ComfyUI, A1111 and diffusers",
   )
   return parser
 
@@ -60,7 +68,7 @@ def _run(argv: list[str]) -> None:
     raise UserError(f"{option} writes a file: --out={out}.safetensors")
   # Late: errors on the command line should not wait for JAX.
   from jaxpref import tuned  # noqa: PLC0415
-  from jaxpref.models import lora, save  # noqa: PLC0415
+  from jaxpref.models import lora, save, single_file  # noqa: PLC0415
 
   pipeline = tuned.load(flags.workdir, ema=flags.ema, step=flags.step, merged=not flags.lora)
   dtype = DTYPES[flags.dtype]
@@ -68,11 +76,20 @@ def _run(argv: list[str]) -> None:
     unet = pipeline.params["unet"]
     if not isinstance(unet, lora.Adapted):
       raise UserError(f"{flags.workdir} is no LoRA run; leave out --lora")
-    save.save_tensors(out, lora.export_tensors(unet, dtype))
+    metadata = lora.export_metadata(unet, family=single_file.family_of(pipeline.modules))
+    save.save_tensors(out, lora.export_tensors(unet, dtype), metadata)
     print(f"the LoRA is {out}")
     return
   if flags.single_file:
-    save.save_single_file(out, pipeline.params, modules=pipeline.modules, dtype=dtype)
+    save.save_single_file(
+      out,
+      pipeline.params,
+      modules=pipeline.modules,
+      scheduler=pipeline.configs["scheduler"],
+      dtype=dtype,
+    )
+    if pipeline.schedule.prediction_type == "v_prediction" and not pipeline.is_xl:
+      print(_V_PREDICTION_NOTE)
   else:
     save.save_pipeline(
       out,

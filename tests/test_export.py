@@ -129,7 +129,13 @@ def test_pytorch_reads_the_single_file(family, tmp_path):
   model = families.write_pipeline(family, tmp_path)
   loaded = pipeline.load_pipeline(str(model))
   file = tmp_path / "one.safetensors"
-  save.save_single_file(file, loaded.params, modules=loaded.modules, dtype=np.float32)
+  save.save_single_file(
+    file,
+    loaded.params,
+    modules=loaded.modules,
+    scheduler=loaded.configs["scheduler"] | {"rescale_betas_zero_snr": True},
+    dtype=np.float32,
+  )
   kind = StableDiffusionXLPipeline if loaded.is_xl else StableDiffusionPipeline
   read = kind.from_single_file(str(file), config=str(model), local_files_only=True)
   whole = kind.from_pretrained(model)
@@ -137,6 +143,29 @@ def test_pytorch_reads_the_single_file(family, tmp_path):
     ours, theirs = getattr(read, part).state_dict(), getattr(whole, part).state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours), part
+
+
+@pytest.mark.parametrize(
+  ("stated", "markers"),
+  [
+    ({}, set()),
+    ({"prediction_type": "v_prediction"}, {"v_pred"}),
+    (
+      {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+      {"v_pred", "ztsnr"},
+    ),
+  ],
+)
+def test_a_single_file_says_what_the_unet_predicts(stated, markers, tuned_run, tmp_path):
+  """To ComfyUI and A1111's web UI, which look for two empty tensors beside SDXL's weights."""
+  model = shutil.copytree(tuned_run[0], tmp_path / "model")
+  file = model / "scheduler" / "scheduler_config.json"
+  file.write_text(json.dumps(json.loads(file.read_text()) | stated))
+  out = tmp_path / "one.safetensors"
+  assert export.main([f"--workdir={model}", f"--out={out}", "--single-file"]) == 0
+  tensors = load_file(out)
+  assert {"v_pred", "ztsnr"} & tensors.keys() == markers
+  assert all(tensors[name].shape == (0,) for name in markers)
 
 
 def test_export_refuses(tuned_run, tmp_path, capsys):

@@ -1,17 +1,23 @@
 """LoRA: additions that start at nothing, merge exactly, and that PyTorch loads."""
 
+import json
+import re
+
 import families
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT, live
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from jaxpref import export, generate, main, tuned
 from jaxpref.errors import UserError
-from jaxpref.models import lora, pipeline, save, unet
+from jaxpref.models import lora, pipeline, save, single_file, unet
 
+ATTENTION = r"attn[12]\.(to_q|to_k|to_v|to_out\.0)$"  # the default targets
 EVERYWHERE = r"attn[12]\.(to_q|to_k|to_v|to_out\.0)$|conv1|proj_in|downsamplers"
 
 
@@ -80,6 +86,28 @@ def test_targets_are_patterns(adapted):
     lora.init_lora(params.base, rank=1, targets="(", key=jax.random.key(0))
 
 
+@pytest.mark.parametrize(("family", "count"), [("sd15", 128), ("sdxl", 560)])
+def test_comfyui_and_a1111_find_every_layer(family, count):
+  """By their names of the default targets' layers, at full size; and where these layers are."""
+  names = json.loads((ROOT / "tests" / "golden" / "program_names.json").read_text())[family]
+  module = unet.build_unet(families.real_configs(family)["unet"])
+  layout = (ROOT / "tests" / "golden" / "layouts" / f"{family}.txt").read_text()
+  weights = re.findall(r"^unet (\S+)\.weight ", layout, re.MULTILINE)
+  layers = [name for name in weights if re.search(ATTENTION, name)]
+  one = {"down": np.ones((1, 2), np.float32), "up": np.ones((2, 1), np.float32)}
+  paths = [tuple(re.sub(r"\.(\d+)", r"_\1", name).split(".")) for name in layers]
+  additions = flax.traverse_util.unflatten_dict(
+    {(*path, way): array for path in paths for way, array in one.items()}
+  )
+  tensors = lora.export_tensors(lora.Adapted({}, additions, scale=0.5), np.float16)
+  parts = ("lora_down.weight", "lora_up.weight", "alpha")
+  assert tensors.keys() == {f"{name}.{part}" for name in names for part in parts}
+  assert len(names) == count and tensors[next(iter(names)) + ".alpha"] == 1.0
+  for name in layers:
+    written = single_file._unet_name(f"{name}.weight", module)
+    assert written == names["lora_unet_" + name.replace(".", "_")] + ".weight"
+
+
 @live
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_pytorch_loads_the_additions(family, tmp_path):
@@ -129,8 +157,12 @@ def test_a_lora_run(tiny_pipeline, tfds_dir, tmp_path, monkeypatch, capsys):
   jax.tree.map(np.testing.assert_array_equal, again, merged)
   assert export.main([*flags, "--lora", f"--out={tmp_path / 'x.safetensors'}"]) == 0
   tensors = load_file(tmp_path / "x.safetensors")
-  assert len(tensors) == 2 * len(lora._layers(adapted.lora))
-  assert all(n.startswith("unet.") and ".lora_" in n for n in tensors)
+  assert len(tensors) == 3 * len(lora._layers(adapted.lora))
+  assert all(n.startswith("lora_unet_") for n in tensors)
+  assert all(v == 8.0 for n, v in tensors.items() if n.endswith(".alpha"))
+  with safe_open(tmp_path / "x.safetensors", "np") as file:
+    assert file.metadata()["ss_base_model_version"] == "sd_v1"
+    assert file.metadata()["ss_network_dim"] == "2"
   out = tmp_path / "pictures"
   draw = [f"--model={workdir}", f"--out={out}", "--prompts=a red circle", "--steps=2"]
   assert generate.main(draw) == 0 and len(list(out.iterdir())) >= 1

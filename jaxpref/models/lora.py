@@ -103,24 +103,46 @@ def interceptor(scale: float):
 
 
 def export_tensors(params: Adapted, dtype: Any) -> dict[str, np.ndarray]:
-  """A UNet's additions by the names that diffusers' `load_lora_weights` reads.
+  """Names a UNet's additions as kohya's scripts do, for ComfyUI, A1111 and diffusers.
 
-  alpha / rank is multiplied into B: programs differ in how they learn of an alpha.
+  A is `lora_unet_<module>.lora_down.weight`, B `.lora_up.weight` and alpha, a scalar,
+  `.alpha`, with the module's PyTorch name written with underscores. All three programs
+  multiply B A by alpha / rank.
 
   Args:
     params: with the additions; their base is of no account.
-    dtype: of the tensors.
+    dtype: of A and B; alpha is float32.
 
   Raises:
     UserError: finite weights are too large for `dtype`.
   """
   tensors = {}
   for module, (down, up) in _layers(params.lora).items():
-    for letter, array in (("A", down), ("B", params.scale * up)):
+    stem = "lora_unet_" + _module_name(module).replace(".", "_")
+    for way, array in (("down", down), ("up", up)):
       host = to_torch_layout(("kernel",), np.asarray(jax.device_get(array)))
-      name = f"unet.{_module_name(module)}.lora_{letter}.weight"
+      name = f"{stem}.lora_{way}.weight"
       tensors[name] = cast(name, host, dtype)
+    tensors[f"{stem}.alpha"] = np.asarray(params.scale * down.shape[-1], np.float32)
   return tensors
+
+
+def export_metadata(params: Adapted, *, family: str) -> dict[str, str]:
+  """Describes the file of `export_tensors` in kohya's words, by which A1111 lists it.
+
+  Args:
+    params: with the additions.
+    family: the base's, see `single_file.family_of`.
+  """
+  rank = next(iter(_layers(params.lora).values()))[0].shape[-1]
+  versions = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
+  return {
+    "ss_base_model_version": versions[family],
+    "ss_v2": str(family == "sd2"),
+    "ss_network_module": "networks.lora",
+    "ss_network_dim": str(rank),
+    "ss_network_alpha": f"{params.scale * rank:g}",
+  }
 
 
 def _layers(lora: Any) -> dict[tuple[str, ...], tuple[Any, Any]]:

@@ -91,6 +91,7 @@ def save_single_file(
   params: Mapping[str, Any],
   *,
   modules: Mapping[str, Any],
+  scheduler: Mapping[str, Any],
   dtype: Any = np.float16,
 ) -> None:
   """Writes a pipeline's weights as one file, by the names of the original code.
@@ -99,17 +100,20 @@ def save_single_file(
     target: the file; whole or not at all.
     params: trees by part.
     modules: of the parts.
+    scheduler: the scheduler's configuration.
     dtype: of the weights on disk.
 
   Raises:
     UserError: a weight is too large for `dtype`.
   """
   tensors = {part: convert.export_tensors(tree, dtype) for part, tree in params.items()}
-  save_tensors(target, single_file.to_single_file(tensors, modules))
+  save_tensors(target, single_file.to_single_file(tensors, modules, scheduler))
 
 
-def save_tensors(target: Path, tensors: Mapping[str, np.ndarray]) -> None:
-  """Writes a safetensors file, whole or not at all.
+def save_tensors(
+  target: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
+  """Writes a safetensors file, whole or not at all, with `metadata` in its header.
 
   Raises:
     UserError: it cannot be written.
@@ -117,15 +121,17 @@ def save_tensors(target: Path, tensors: Mapping[str, np.ndarray]) -> None:
   workdir.make_writable(target.parent)
   work = target.with_name(f".{target.name}.tmp")
   try:
-    _save_file(tensors, work)
+    _save_file(tensors, work, metadata)
     work.replace(target)
   finally:
     work.unlink(missing_ok=True)
 
 
-def _save_file(tensors: Mapping[str, np.ndarray], file: Path) -> None:
+def _save_file(
+  tensors: Mapping[str, np.ndarray], file: Path, metadata: Mapping[str, str] | None = None
+) -> None:
   try:
-    save_file(dict(tensors), file, metadata={"format": "pt"})
+    save_file(dict(tensors), file, metadata={"format": "pt", **(metadata or {})})
   except SafetensorError as error:  # of the operating system's, which it wraps
     reason = str(error).removeprefix("Error while serializing: ").removeprefix("I/O error: ")
     raise UserError(f"cannot write to {file.parent}: {reason}") from error

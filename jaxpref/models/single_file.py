@@ -54,13 +54,27 @@ _OPEN_CLIP_ENDS = {
 }
 
 
-def to_single_file(parts: Mapping[str, Tensors], modules: Mapping[str, Any]) -> Tensors:
+def family_of(modules: Mapping[str, Any]) -> str:
+  """The family whose names a pipeline of these modules has: 'sd1', 'sd2' or 'sdxl'."""
+  if "text_encoder_2" in modules:
+    return "sdxl"
+  openclip = modules["text_encoder"].config.hidden_act == "gelu"
+  return "sd2" if openclip else "sd1"
+
+
+def to_single_file(
+  parts: Mapping[str, Tensors], modules: Mapping[str, Any], scheduler: Mapping[str, Any]
+) -> Tensors:
   """All parts' tensors under their original names.
+
+  A single file holds no configuration. That an SDXL predicts v, or ends in pure noise,
+  ComfyUI and A1111 learn from empty tensors: 'v_pred' and 'ztsnr'.
 
   Args:
     parts: PyTorch tensors by diffusers' names: 'unet', 'vae', 'text_encoder', for SDXL also
       'text_encoder_2'.
     modules: of the parts.
+    scheduler: the scheduler's configuration.
 
   Raises:
     UserError: the pipeline is of no family that has such names.
@@ -74,11 +88,16 @@ def to_single_file(parts: Mapping[str, Tensors], modules: Mapping[str, Any]) -> 
     new = _vae_name(name, levels)
     linear = re.search(r"attn_1\.(q|k|v|proj_out)\.weight$", new)
     out[f"first_stage_model.{new}"] = tensor[:, :, None, None] if linear else tensor
-  if "text_encoder_2" in parts:
+  if scheduler.get("prediction_type") == "v_prediction":
+    out["v_pred"] = np.zeros(0, np.float32)
+  if scheduler.get("rescale_betas_zero_snr"):
+    out["ztsnr"] = np.zeros(0, np.float32)
+  family = family_of(modules)
+  if family == "sdxl":
     out |= _prefixed("conditioner.embedders.0.transformer.", parts["text_encoder"])
     second = _open_clip(parts["text_encoder_2"])
     return out | _prefixed("conditioner.embedders.1.model.", second)
-  if modules["text_encoder"].config.hidden_act == "gelu":  # SD 2.x's, from OpenCLIP
+  if family == "sd2":
     second = _open_clip(parts["text_encoder"])
     return out | _prefixed("cond_stage_model.model.", second)
   return out | _prefixed("cond_stage_model.transformer.", parts["text_encoder"])
