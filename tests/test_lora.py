@@ -90,7 +90,7 @@ def test_targets_are_patterns(adapted):
 def test_comfyui_and_a1111_find_every_layer(family, count):
   """By their names of the default targets' layers, at full size; and where these layers are."""
   names = json.loads((ROOT / "tests" / "golden" / "program_names.json").read_text())[family]
-  module = unet.build_unet(families.real_configs(family)["unet"])
+  module = unet.build_unet(families.real_configs(family)["unet"], dtype=jnp.float32)
   layout = (ROOT / "tests" / "golden" / "layouts" / f"{family}.txt").read_text()
   weights = re.findall(r"^unet (\S+)\.weight ", layout, re.MULTILINE)
   layers = [name for name in weights if re.search(ATTENTION, name)]
