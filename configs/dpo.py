@@ -10,14 +10,14 @@ launchers (https://github.com/SalesforceAIResearch/DiffusionDPO): beta 5000, lea
 
 from ml_collections import ConfigDict
 
-from configs import common
+from jaxpref import base_config
 
-PRESETS = common.PRESETS
+PRESETS = base_config.PRESETS
 
 
 def get_config(preset: str = "shapes") -> ConfigDict:
   """The run's configuration."""
-  c = common.base("dpo", preset)
+  c = base_config.base("dpo", preset)
   c.loss.beta = 5000.0  # how much the policy is bound to the reference
   c.loss.variant = "sigmoid"  # or 'hinge' or 'ipo'
   return c

@@ -23,16 +23,16 @@ takes over the same numbers, its experts in the paper being MJHQ-30k's best 500 
 
 from ml_collections import ConfigDict
 
-from configs import common
+from jaxpref import base_config
 
-PRESETS = common.PRESETS
+PRESETS = base_config.PRESETS
 
 
 def get_config(preset: str = "shapes") -> ConfigDict:
   """The run's configuration."""
-  c = common.base("dro", preset)
+  c = base_config.base("dro", preset)
   c.loss.margin = 0.05  # m: how far experts must lead, in mean squared error
   if preset in ("sd15", "sdxl"):
     c.loss.margin = 1e-3
-    common.train_on_experts(c)
+    base_config.train_on_experts(c)
   return c

@@ -10,14 +10,14 @@ form; it is not taken over.)
 
 from ml_collections import ConfigDict
 
-from configs import common
+from jaxpref import base_config
 
-PRESETS = common.PRESETS
+PRESETS = base_config.PRESETS
 
 
 def get_config(preset: str = "shapes") -> ConfigDict:
   """The run's configuration."""
-  c = common.base("dspo", preset)
+  c = base_config.base("dspo", preset)
   c.loss.beta = 0.001  # weight of the step away from the reference
   if preset == "sdxl":
     c.optim.lr = 2.048e-6

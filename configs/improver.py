@@ -14,19 +14,19 @@ Rows need no prompt dropout: two of the tasks have no prompt.
 
 from ml_collections import ConfigDict
 
-from configs import common
+from jaxpref import base_config
 
-PRESETS = common.PRESETS
+PRESETS = base_config.PRESETS
 
 
 def get_config(preset: str = "shapes") -> ConfigDict:
   """The run's configuration."""
-  c = common.base("improver", preset)
+  c = base_config.base("improver", preset)
   c.loss.weight_winning = 0.5  # how often a row is: shown the loser, told the prompt
   c.loss.weight_reconstruction = 0.25  # shown the target itself, told nothing
   c.loss.weight_unconditional = 0.25  # shown and told nothing
   c.data.prompt_dropout = 0.0
-  common.improve(c)
+  base_config.improve(c)
   if preset == "shapes":
     c.optim.lr = 1e-3
     c.train.batch_size = 64

@@ -14,18 +14,18 @@ as the paper does with SPIN's third iterate; without it with the base.
 
 from ml_collections import ConfigDict
 
-from configs import common
+from jaxpref import base_config
 
-PRESETS = common.PRESETS
+PRESETS = base_config.PRESETS
 
 
 def get_config(preset: str = "shapes") -> ConfigDict:
   """The run's configuration."""
-  c = common.base("iterative_dpo", preset)
+  c = base_config.base("iterative_dpo", preset)
   c.loss.name = "dpo"
   c.loss.beta = 2000.0  # how much the policy is bound to the reference
   c.loss.variant = "sigmoid"  # or 'hinge' or 'ipo'
-  common.iterate(c, winners="improved")
+  base_config.iterate(c, winners="improved")
   c.iterate.improver = f"runs/improver-{preset}"  # where configs/improver.py puts it
   c.data.experts = "winners"  # of the data only the captions are used, here all of them
   c.data.num_experts = 0

@@ -11,14 +11,14 @@ images on each of four devices; the batch of 128 here is ours.
 
 from ml_collections import ConfigDict
 
-from configs import common
+from jaxpref import base_config
 
-PRESETS = common.PRESETS
+PRESETS = base_config.PRESETS
 
 
 def get_config(preset: str = "shapes") -> ConfigDict:
   """The run's configuration."""
-  c = common.base("kto", preset)
+  c = base_config.base("kto", preset)
   c.loss.beta = 5000.0  # scale of the implicit reward
   c.loss.utility = "kt"  # or 'loss_averse' or 'risk_seeking'
   c.loss.weight_desirable = 1.0  # of liked images

@@ -9,13 +9,13 @@ ranked lists yet: `data.source=pickapic` has pairs, and says so.
 
 from ml_collections import ConfigDict
 
-from configs import common
+from jaxpref import base_config
 
-PRESETS = common.PRESETS
+PRESETS = base_config.PRESETS
 
 
 def get_config(preset: str = "shapes") -> ConfigDict:
   """The run's configuration."""
-  c = common.base("listwise", preset)
+  c = base_config.base("listwise", preset)
   c.loss.beta = 5000.0  # how much the policy is bound to the reference
   return c

@@ -10,14 +10,14 @@ drop prompts. They tune SDXL alone, `sd15` takes over the same numbers.
 
 from ml_collections import ConfigDict
 
-from configs import common
+from jaxpref import base_config
 
-PRESETS = common.PRESETS
+PRESETS = base_config.PRESETS
 
 
 def get_config(preset: str = "shapes") -> ConfigDict:
   """The run's configuration."""
-  c = common.base("mapo", preset)
+  c = base_config.base("mapo", preset)
   c.loss.beta = 0.1  # weight of the bonus
   c.loss.snr = 0.5  # k, a constant in the place of the signal-to-noise ratio
   if preset in ("sd15", "sdxl"):

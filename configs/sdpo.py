@@ -10,14 +10,14 @@ beta 0.001 and mu 0.2.
 
 from ml_collections import ConfigDict
 
-from configs import common
+from jaxpref import base_config
 
-PRESETS = common.PRESETS
+PRESETS = base_config.PRESETS
 
 
 def get_config(preset: str = "shapes") -> ConfigDict:
   """The run's configuration."""
-  c = common.base("sdpo", preset)
+  c = base_config.base("sdpo", preset)
   c.loss.guarded = "dpo"  # or 'dspo'
   c.loss.beta = 5000.0  # as in the guarded loss
   c.loss.mu = 0.6 if preset == "sdxl" else 0.9  # share of the winners' descent that stays

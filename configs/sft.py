@@ -8,14 +8,14 @@ denoising error alone as the loss; also for `sd15` and `sdxl`.
 
 from ml_collections import ConfigDict
 
-from configs import common
+from jaxpref import base_config
 
-PRESETS = common.PRESETS
+PRESETS = base_config.PRESETS
 
 
 def get_config(preset: str = "shapes") -> ConfigDict:
   """The run's configuration."""
-  c = common.base("sft", preset)
+  c = base_config.base("sft", preset)
   if preset in ("sd15", "sdxl"):
-    common.train_on_experts(c)
+    base_config.train_on_experts(c)
   return c

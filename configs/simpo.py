@@ -8,14 +8,14 @@ optimizer and beta; the target margin is a guess to tune.
 
 from ml_collections import ConfigDict
 
-from configs import common
+from jaxpref import base_config
 
-PRESETS = common.PRESETS
+PRESETS = base_config.PRESETS
 
 
 def get_config(preset: str = "shapes") -> ConfigDict:
   """The run's configuration."""
-  c = common.base("simpo", preset)
+  c = base_config.base("simpo", preset)
   c.loss.beta = 5000.0  # scale of the difference of errors
   c.loss.target_margin = 0.5  # by which the scaled difference should lead
   return c

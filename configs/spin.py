@@ -13,16 +13,16 @@ and 50 steps of DPM-Solver++ are ours.
 
 from ml_collections import ConfigDict
 
-from configs import common
+from jaxpref import base_config
 
-PRESETS = common.PRESETS
+PRESETS = base_config.PRESETS
 
 
 def get_config(preset: str = "shapes") -> ConfigDict:
   """The run's configuration."""
-  c = common.base("spin", preset)
+  c = base_config.base("spin", preset)
   c.loss.beta = 2000.0  # how much the policy is bound to the previous iterate
-  common.iterate(c, winners="data")
+  base_config.iterate(c, winners="data")
   if preset == "shapes":  # the best of six settings, see docs/methods.md
     c.optim.lr = 1e-4
     c.loss.beta = 200.0

@@ -1,7 +1,8 @@
 """The command line: a config file, overrides of its fields, and a few flags.
 
 `--config=configs/dro.py` or `--config=configs/dro.py:tiny` calls the file's
-`get_config(preset)`; `--config.optim.lr=1e-4` overrides a field. Everything wrong with
+`get_config(preset)`; `--config=dro:tiny` finds the file that the package brings, from any
+directory; `--config.optim.lr=1e-4` overrides a field. Everything wrong with
 them is one line. No JAX here, so that `--help` and errors come at once.
 """
 
@@ -125,7 +126,7 @@ def parse_args(
   if wants_help and "config" not in given:
     _print_help(flags, None, None)
   if "config" not in given:
-    raise UserError("--config is missing, e.g. --config=configs/dro.py")
+    raise UserError("--config is missing, e.g. --config=dro")
   module, config = _load(given.pop("config"))
   if wants_help:
     _print_help(flags, module, config)
@@ -200,23 +201,48 @@ def _split(
   return given, overrides, wants_help
 
 
+def load_config(argument: str) -> ConfigDict:
+  """Loads a configuration, locked.
+
+  Args:
+    argument: as `--config` takes it: a file or a name, and a preset behind a colon.
+
+  Raises:
+    UserError: there is no such file, name or preset, or the file raises.
+  """
+  return _load(argument)[1]
+
+
+def find_config(name: str) -> Path:
+  """Finds a configuration file: a path, or the name of one that the package brings.
+
+  Raises:
+    UserError: there is no such file.
+  """
+  path = Path(name)
+  if path.is_file():
+    return path
+  # A wheel has them in the package; in a checkout they stand beside it.
+  own = Path(__file__).parent / "configs"
+  own = own if own.is_dir() else own.parent.parent / "configs"
+  ours = {file.stem: file for file in sorted(own.glob("[!_]*.py"))}
+  if name in ours:
+    return ours[name]
+  known = {stem: stem for stem in ours}
+  if path.name != name:
+    known |= {file.stem: str(file) for file in sorted(path.parent.glob("*.py"))}
+  near = difflib.get_close_matches(path.stem, known, n=1)
+  hint = f"did you mean '{known[near[0]]}'?" if near else f"there are {', '.join(ours)}"
+  raise UserError(f"no config file '{name}'; {hint}")
+
+
 def _load(argument: str) -> tuple[ModuleType, ConfigDict]:
   name, colon, preset = argument.partition(":")
-  path = Path(name)
-  if not path.is_file():
-    folder = path.parent if path.parent.is_dir() else Path("configs")
-    files = {p.name: p for p in sorted(folder.glob("*.py"))}
-    near = difflib.get_close_matches(f"{path.stem}.py", files, n=1)
-    hint = f"; did you mean '{files[near[0]]}'?" if near else ""
-    raise UserError(f"no config file '{name}'{hint}")
+  path = find_config(name)
   spec = importlib.util.spec_from_file_location(f"jaxpref_config_{path.stem}", path)
   if spec is None or spec.loader is None:
     raise UserError(f"'{name}' is not a Python file")
   module = importlib.util.module_from_spec(spec)
-  # Config files import each other as `configs.common`, from wherever the program is started.
-  home = str(path.resolve().parent.parent)
-  if home not in sys.path:
-    sys.path.append(home)
   # The file is the user's program: whatever it raises is theirs to see, in one line.
   try:
     spec.loader.exec_module(module)
@@ -336,7 +362,10 @@ def _print_help(
 ) -> NoReturn:
   print("usage: --config=FILE[:PRESET] [--config.FIELD=VALUE ...] [--FLAG=VALUE ...]")
   print("\nflags:")
-  lines = {"config": "a Python file with get_config(preset)", **flags}
+  lines = {
+    "config": "a Python file with get_config(preset), or the name of one in the package",
+    **flags,
+  }
   lines["help"] = "print this and exit"
   for name, meaning in lines.items():
     print(f"  --{name:<14} {meaning}")
@@ -356,13 +385,14 @@ def _print_help(
 def _comments(module: ModuleType) -> dict[str, str]:
   """Field to the comment at the end of the line that sets it first.
 
-  Also looks into the modules beside the config file that it imports.
+  Also looks into the modules that it imports from this package or from beside it.
   """
   main = Path(str(module.__file__)).resolve()
   homes = [sys.modules.get(_home(value)) for value in vars(module).values()]
   files = [Path(getattr(home, "__file__", None) or "").resolve() for home in homes]
+  places = (main.parent, Path(__file__).resolve().parent)
   found: dict[str, str] = {}
-  for file in [main, *(file for file in files if file.parent == main.parent)]:
+  for file in [main, *(file for file in files if file.parent in places)]:
     source = file.read_text(encoding="utf-8")
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     by_line = {

@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
   parser = cli.Parser("Draws pictures of a pipeline, or of what a run has made of one.")
   add = parser.add_argument
   add("--model", help="pipeline directory, hub id, 'shapes', or a run's workdir")
-  add("--improver", metavar="MODEL", help="the same, of configs/improver.py; needs --images")
+  add("--improver", metavar="MODEL", help="the same, of --config=improver; needs --images")
   add(
     "--images",
     metavar="DIR",

@@ -124,7 +124,7 @@ def prepare(config: ConfigDict) -> Prepared:
 def _check_improver(config: ConfigDict, base: pipeline_lib.Pipeline, mesh: Mesh) -> str:
   """Refuses what cannot improve the base's pictures; returns the digest of what can."""
   name = config.iterate.improver
-  make = "make one with: python -m jaxpref.main --config=configs/improver.py"
+  make = "make one with: python -m jaxpref.main --config=improver"
   if not name:
     raise UserError(f"iterate.improver names none; {make}")
   try:

@@ -123,7 +123,7 @@ def check(config: Any, *, mesh: Any = None) -> Checked:
     pipeline = pipeline_lib.widen(pipeline)
     check_steps(pipeline, "improve.num_steps", config.improve.num_steps)
   elif pipeline.is_improver:
-    raise UserError(f"{config.model.path} is an improver; configs/improver.py trains it on")
+    raise UserError(f"{config.model.path} is an improver; --config=improver trains it on")
   # More steps than the schedule has are refused here, not at the first picture.
   grid.offset_grid(pipeline.schedule, config.rollout.num_steps, jnp.zeros(1, jnp.int32))
   check_steps(pipeline, "evaluate.num_steps", config.evaluate.num_steps)

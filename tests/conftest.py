@@ -25,7 +25,7 @@ os.environ.setdefault("XLA_FLAGS", xla_flags(devices=1))
 # Compiled once for all workers, and the programs that tests start; `git clean` forgets it.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
-sys.path.insert(0, str(ROOT))  # configs/ is a folder of the repository, not a package of ours
+sys.path.insert(0, str(ROOT))  # this checkout, whichever is installed
 
 
 # For programs that tests start: no PyTorch there, as on most machines that run jaxpref, where

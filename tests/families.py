@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from configs import shapes_base
+from jaxpref import config as config_lib
 from jaxpref.data.shapes import prompts
 from jaxpref.models import pipeline, save, text
 from jaxpref.pretrain import run as pretrain
@@ -51,7 +51,7 @@ def write_configs(family: str, directory: Path, **reduced: Any) -> Path:
 
 def write_tiny(root: Path) -> None:
   """A pipeline as the shapes world's, of a few thousand random parameters, `root/pipeline`."""
-  config = shapes_base.get_config("tiny")
+  config = config_lib.load_config("shapes_base:tiny")
   captions = [prompts.caption(s) for s in prompts.all_prompts("train")["position"]]
   text.train_tokenizer(
     captions,

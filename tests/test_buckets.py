@@ -13,6 +13,7 @@ import runs
 from conftest import ROOT
 
 from jaxpref import buckets, checkpoint, main, tuned
+from jaxpref import config as config_lib
 from jaxpref.errors import TransientError, UserError
 
 SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -162,9 +163,7 @@ def test_no_answer_is_not_damage(emulator, error, monkeypatch):
 
 
 def runs_config():
-  from configs import dro
-
-  return dro.get_config("tiny")
+  return config_lib.load_config("dro:tiny")
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,12 @@ def test_config_files_that_are_wrong(path, tmp_path, monkeypatch):
   assert fails(str(tmp_path / "drq.py")) == (
     f"no config file '{tmp_path / 'drq.py'}'; did you mean '{path}'?"
   )
-  assert fails("nowhere/zzz.py") == "no config file 'nowhere/zzz.py'"
+  assert fails("nowhere/zzz.py").startswith(
+    "no config file 'nowhere/zzz.py'; there are csft, dpo, dro, "
+  )
+  monkeypatch.chdir(tmp_path)
+  assert fails("configs/dro.py") == "no config file 'configs/dro.py'; did you mean 'dro'?"
+  assert fails("ddro") == "no config file 'ddro'; did you mean 'dro'?"
   assert fails(f"{path}:sd51") == (
     f"{path} has no preset 'sd51'; did you mean 'sd15'? (presets: shapes, sd15, sdxl)"
   )

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from configs import common
+from jaxpref import base_config
 from jaxpref.data import bad_rows, folder
 from jaxpref.data import rows as rows_lib
 from jaxpref.errors import UserError
@@ -26,7 +26,7 @@ def _text(path, text):
 
 
 def _read(root, kind="experts", tally=None, seed=0, **fields):
-  data = common.base("x", "tiny").data
+  data = base_config.base("x", "tiny").data
   given = {"source": "folder", "path": str(root), "num_rows": 0, "num_experts": 0}
   data.update(given | fields)
   found = rows_lib.load_rows(kind, data, image_size=4, seed=seed, tally=tally)

@@ -1,6 +1,5 @@
 """Every method from its configuration: twenty updates on the embedded world, and presets."""
 
-import importlib
 import json
 
 import jax
@@ -9,9 +8,8 @@ import pytest
 from conftest import ROOT
 from orbax.checkpoint import v1 as ocp
 
-from configs import common
+from jaxpref import base_config, losses, main
 from jaxpref import config as config_lib
-from jaxpref import losses, main
 from jaxpref.data import rows as rows_lib
 from jaxpref.evaluation import glossary
 
@@ -91,9 +89,9 @@ def test_other_ways_to_compute(tiny_pipeline, tfds_dir, tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize("name", (*METHODS, *ITERATIVE))
-@pytest.mark.parametrize("preset", common.PRESETS)
+@pytest.mark.parametrize("preset", base_config.PRESETS)
 def test_presets_are_sound(name, preset):
-  config = importlib.import_module(f"configs.{name}").get_config(preset)
+  config = config_lib.load_config(f"{name}:{preset}")
   config_lib.validate(config)
   assert config.name == name
   assert config.loss.name == name.removeprefix("iterative_")
@@ -173,7 +171,7 @@ def test_help_explains_every_field(name, monkeypatch, capsys):
     for line in capsys.readouterr().out.splitlines()
     if line.startswith("  --config.")
   }
-  config = importlib.import_module(f"configs.{name}").get_config()
+  config = config_lib.load_config(name)
   for field, value in config_lib.leaves(config):
     meaning = lines[field].removeprefix(f"  --config.{field}={value}").strip()
     assert meaning, f"{field} is not explained"

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from configs import common
+from jaxpref import base_config
 from jaxpref.data import bad_rows, folder, images, pickapic, splits
 from jaxpref.data import rows as rows_lib
 from jaxpref.errors import UserError
@@ -41,7 +41,7 @@ def _rows(count=16):
 
 
 def _data(path, **fields):
-  data = common.base("x", "tiny").data
+  data = base_config.base("x", "tiny").data
   given = {"source": "pickapic", "path": str(path), "num_rows": 0, "num_experts": 0}
   data.update(given | fields)
   return data

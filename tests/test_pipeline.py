@@ -11,7 +11,7 @@ import pytest
 from conftest import live
 from safetensors.numpy import load_file, save_file
 
-from configs import shapes_base
+from jaxpref import config as config_lib
 from jaxpref.errors import UserError
 from jaxpref.models import convert, pipeline, save, text, unet, vae, weights
 from jaxpref.pretrain import denoiser
@@ -241,7 +241,7 @@ def test_configurations_of_another_kind(copy, file, fields, message):
 
 
 def test_parts_of_different_models(copy):
-  settings = shapes_base.get_config("tiny")
+  settings = config_lib.load_config("shapes_base:tiny")
   settings.text.width = 24
   config = denoiser.unet_config(settings)
   other = pipeline.abstract_params(unet.build_unet(config, dtype=jnp.float32))

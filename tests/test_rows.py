@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from configs import common
+from jaxpref import base_config
 from jaxpref.data import rows as rows_lib
 from jaxpref.data.shapes import annotator, builder, rankings
 from jaxpref.errors import UserError
@@ -41,7 +41,7 @@ def _shades(row):
 
 
 def _data(**fields):
-  data = common.base("x", "tiny").data
+  data = base_config.base("x", "tiny").data
   data.update({"num_rows": 0, "num_experts": 4} | fields)
   return data
 

@@ -19,7 +19,7 @@ def base(name: str, preset: str) -> ConfigDict:
   """Every field with its default and what it means."""
   c = ConfigDict()
   c.name = name  # of the run and its default workdir
-  c.preset = preset  # chosen with the file, as in configs/dro.py:tiny
+  c.preset = preset  # chosen with the file, as in --config=dro:tiny
   c.seed = 0  # of everything random; same seed, same numbers
   c.profile = 0  # updates to trace, from the third on, into <workdir>/profile
 
