@@ -34,6 +34,7 @@ setup(
     "etils[epath]>=1.5",
     "filelock",
     "flax>=0.10",
+    "ftfy>=6",
     "grain>=0.2.14",
     "huggingface_hub",
     "jax>=0.7",

@@ -1,6 +1,7 @@
 """Errors that are not a defect of the program, and how they are shown: in one line."""
 
 import errno
+from collections.abc import Sequence
 
 # A disk, or a file system's server, that does not answer now.
 _TRANSIENT = (
@@ -79,3 +80,9 @@ def storage_error(message: str, error: OSError) -> UserError:
   """What a failure to write is: for the user to mend, or one that may pass."""
   passes = error.errno in _TRANSIENT or isinstance(error, TimeoutError)
   return (TransientError if passes else UserError)(message)
+
+
+def listed(names: Sequence[str], limit: int = 3) -> str:
+  """Joins names with commas: the first few, and how many more there are."""
+  rest = len(names) - limit
+  return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

@@ -20,6 +20,7 @@ _TOKENIZER_FILES = (
   "merges.txt",
   "tokenizer.json",
   "tokenizer_config.json",
+  "added_tokens.json",
   "special_tokens_map.json",
 )
 

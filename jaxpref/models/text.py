@@ -1,4 +1,9 @@
-"""CLIP text encoders and their tokenizers."""
+"""CLIP text encoders and their tokenizers.
+
+Texts become the ids that diffusers' users get where ftfy is installed: those of transformers'
+`CLIPTokenizer`, which has ftfy mend a text (curly quotes, HTML entities, ligatures, full-width
+letters, mojibake), joins its whitespace and lower-cases it before byte-pair encoding.
+"""
 
 import contextlib
 import json
@@ -8,18 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import ftfy  # noqa: F401  # without it CLIPTokenizer would clean texts in another way
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, trainers
 from tokenizers import models as bpe_models
-from transformers import CLIPTextConfig, CLIPTokenizerFast
+from transformers import CLIPTextConfig, CLIPTokenizer, CLIPTokenizerFast
 from transformers.models.clip.modeling_flax_clip import (
   FlaxCLIPTextModelWithProjectionModule,
   FlaxCLIPTextModule,
 )
 
-from jaxpref.errors import UserError, first_line
+from jaxpref.errors import UserError, first_line, listed
+from jaxpref.models import config_files
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 # How CLIP cuts text before byte-pair encoding: contractions, words, single digits, the rest.
@@ -80,12 +87,18 @@ def _positions(ids: jax.Array) -> jax.Array:
   return jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
 
 
+# Of a text's characters. None of the tokens that are kept lies behind them, and a word without
+# end would be merged for minutes.
+_LONGEST = 20_000
+
+
 def tokenize(tokenizers: Sequence[Any], texts: Sequence[str]) -> list[np.ndarray]:
   """Token ids by tokenizer, int32 [B, L], cut and padded to its length."""
+  texts = [text[:_LONGEST] for text in texts]
   ids = []
   for tokenizer in tokenizers:
     length = tokenizer.model_max_length
-    fitted = tokenizer(list(texts), truncation=True, padding="max_length", max_length=length)
+    fitted = tokenizer(texts, truncation=True, padding="max_length", max_length=length)
     ids.append(np.asarray(fitted["input_ids"], np.int32))
   return ids
 
@@ -98,7 +111,7 @@ def warn_of_cut(tokenizers: Sequence[Any], texts: Sequence[str], what: str = "pr
     texts: any; `what` says in the message what they are.
     what: see there.
   """
-  unique = list(dict.fromkeys(texts))
+  unique = list(dict.fromkeys(text[:_LONGEST] for text in texts))
   cut = np.zeros(len(unique), bool)
   # The count is ours to tell, not a warning for each text.
   with _quiet("transformers.tokenization_utils_base"):
@@ -121,32 +134,77 @@ def _quiet(name: str):
     logger.setLevel(level)
 
 
-_BYTES = 514  # entries of a vocabulary without merges: bytes, twice, and the two marks
+def load_tokenizer(directory: Path, *, fast: bool = False) -> Any:
+  """Reads the CLIP tokenizer in `directory`.
 
-
-def load_tokenizer(directory: Path) -> Any:
-  """The CLIP tokenizer in `directory`.
+  Args:
+    directory: with `vocab.json` and `merges.txt`, or with `tokenizer.json`.
+    fast: whether diffusers, too, would take transformers' `CLIPTokenizerFast`, which does not
+      mend texts, as a pipeline's index says. Where `tokenizer.json` stands alone, only that
+      class reads it.
 
   Raises:
     UserError: it is missing, damaged, or not CLIP's.
   """
+  if directory.is_dir():
+    for file in sorted(directory.iterdir()):
+      if not file.is_dir():
+        config_files.check_regular(file)
+  fast = fast or ((directory / "tokenizer.json").exists() and not _has_vocabulary(directory))
   try:
-    # Either form: tokenizer.json alone, or vocabulary and merges. The library says of a
-    # damaged vocabulary only that it is no path.
-    if not (directory / "tokenizer.json").exists():
-      json.loads((directory / "vocab.json").read_text())
-    tokenizer = CLIPTokenizerFast.from_pretrained(str(directory), local_files_only=True)
+    if not fast:
+      # The library says of a damaged or missing vocabulary only that it is no path.
+      json.loads((directory / "vocab.json").read_text(encoding="utf-8"))
+      (directory / "merges.txt").read_text(encoding="utf-8")
+    kind = CLIPTokenizerFast if fast else CLIPTokenizer
+    tokenizer = kind.from_pretrained(str(directory), local_files_only=True)
   except Exception as error:  # the tokenizers library raises nothing more special
     raise UserError(f"{directory} holds no CLIP tokenizer: {first_line(error)}") from error
-  model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-  if not model["merges"] and len(model["vocab"]) > _BYTES:
-    raise UserError(f"{directory} has words but no merges: its merges.txt is empty")
+  _check_merges(tokenizer, directory)
   length = tokenizer.model_max_length
   if not isinstance(length, int) or not 2 < length < 10_000:  # beyond: "not stated"
     raise UserError(f"{directory}/tokenizer_config.json states no model_max_length of use")
   if tokenizer.pad_token is None:
     raise UserError(f"{directory}/tokenizer_config.json states no pad_token")
   return tokenizer
+
+
+def _has_vocabulary(directory: Path) -> bool:
+  return (directory / "vocab.json").exists() and (directory / "merges.txt").exists()
+
+
+def _check_merges(tokenizer: Any, directory: Path) -> None:
+  """Refuses merges that are not those of the vocabulary: other ids would come out, silently.
+
+  Every token is a byte, with or without a word's end, or a special token, or what one of the
+  merges makes.
+  """
+  if isinstance(tokenizer, CLIPTokenizer):
+    vocabulary, merges = tokenizer.encoder, list(tokenizer.bpe_ranks)
+  else:
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    vocabulary, merges = model["vocab"], [_pair_of(merge) for merge in model["merges"]]
+  if odd := [" ".join(m) for m in merges if len(m) != 2 or "".join(m) not in vocabulary]:
+    raise UserError(
+      f"{directory} holds no CLIP tokenizer: the vocabulary lacks what {len(odd)} of "
+      f"{len(merges)} merges make: {listed([config_files.brief(m) for m in odd])}"
+    )
+  alphabet = pre_tokenizers.ByteLevel.alphabet()
+  known = {*alphabet, *(a + "</w>" for a in alphabet), *map("".join, merges)}
+  if not merges and len(vocabulary) > len(known) + 2:
+    raise UserError(f"{directory} has words but no merges: its merges.txt is empty")
+  known |= {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab(), START, END}
+  if unmade := [t for t in vocabulary if t not in known]:
+    raise UserError(
+      f"{directory}: no merge makes {len(unmade)} of {len(vocabulary)} tokens "
+      f"({listed([config_files.brief(t) for t in unmade])}): vocabulary and merges do not "
+      "belong together, or merges.txt is cut"
+    )
+
+
+def _pair_of(merge: Any) -> tuple[str, ...]:
+  """A merge of `tokenizer.json`, which older versions of the library wrote as one text."""
+  return tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge)
 
 
 def train_tokenizer(
@@ -195,4 +253,4 @@ def train_tokenizer(
     "do_lower_case": True,
     "errors": "replace",
   }
-  (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+  (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), "utf-8")
