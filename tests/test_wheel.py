@@ -12,8 +12,6 @@ from conftest import ROOT, WITHOUT_TORCH
 
 SHIPPED = ("jaxpref", "configs", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 BUILD = "import sys, setuptools.build_meta as b; getattr(b, sys.argv[1])(sys.argv[2])"
-  "import sys, setuptools.build_meta as b; getattr(b, 'build_' + sys.argv[1])(sys.argv[2])"
-)
 
 
 def build(kind, source, out):
