@@ -100,9 +100,10 @@ def update_ema(ema: Any, params: Any, update: jax.Array, *, decay: float) -> Any
   Args:
     ema: averages, float32, as `params`.
     params: after the update.
-    update: how many updates were done before this one, int32 scalar.
-    decay: its limit; early on (1 + n) / (10 + n) is smaller and used instead, n from 1.
+    update: n, how many updates were done before this one, int32 scalar.
+    decay: its limit; early on (1 + n) / (10 + n) is smaller and used instead. The first
+      update, n = 0, sets the average to the parameters, as in diffusers' EMAModel.
   """
-  n = update.astype(jnp.float32) + 1.0
-  kept = jnp.minimum(decay, (1.0 + n) / (10.0 + n))
+  n = update.astype(jnp.float32)
+  kept = jnp.where(n > 0, jnp.minimum(decay, (1.0 + n) / (10.0 + n)), 0.0)
   return jax.tree.map(lambda e, p: e + (1.0 - kept) * (p - e), ema, params)

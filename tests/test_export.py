@@ -30,7 +30,7 @@ def fails(program, arguments, capsys) -> str:
 
 
 def tune(model: Path, root: Path) -> Path:
-  """A run of one update on four pictures; returns its workdir."""
+  """A run of two updates on four pictures; returns its workdir."""
   rng = np.random.default_rng(0)
   for i in range(4):
     (root / "pictures").mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def tune(model: Path, root: Path) -> Path:
     "data.path": root / "pictures",
     "data.num_experts": 0,
     "train.batch_size": 4,
-    "train.num_updates": 1,
+    "train.num_updates": 2,
     "train.updates_per_iteration": 1,
     "optim.lr": 1e-3,
     "evaluate.num_prompts": 1,
@@ -67,20 +67,22 @@ def test_an_export_is_what_was_tuned(tuned_run, tmp_path):
   flags = [f"--workdir={workdir}", "--dtype=float32"]
   assert export.main([*flags, f"--out={tmp_path / 'ema'}"]) == 0
   assert export.main([*flags, f"--out={tmp_path / 'last'}", "--no-ema"]) == 0
+  assert export.main([*flags, f"--out={tmp_path / 'first'}", "--no-ema", "--step=1"]) == 0
   unets = {
     name: load_file(path / "unet" / "diffusion_pytorch_model.safetensors")
     for name, path in {
       "base": model,
       "ema": tmp_path / "ema",
       "last": tmp_path / "last",
+      "first": tmp_path / "first",
     }.items()
   }
-  for name in ("ema", "last"):
+  for name in ("ema", "last", "first"):
     assert unets[name].keys() == unets["base"].keys()
     assert any((unets[name][k] != unets["base"][k]).any() for k in unets["base"])
-  # After one update the average has gone 1 - (1 + 1) / (10 + 1) of the way.
+  # The first update sets the average to the parameters; the second keeps 2 / 11 of it.
   key = "conv_in.bias"
-  gone = (unets["ema"][key] - unets["base"][key]) / (unets["last"][key] - unets["base"][key])
+  gone = (unets["ema"][key] - unets["first"][key]) / (unets["last"][key] - unets["first"][key])
   np.testing.assert_allclose(gone, 9 / 11, rtol=1e-2)
   read = pipeline.load_pipeline(str(tmp_path / "ema"))
   run = tuned.load(str(workdir))
