@@ -136,7 +136,8 @@ def measure(model: Path, options: argparse.Namespace) -> dict:
 
 def _dro(pipeline, mesh, options, seconds) -> None:
   loss = losses.load_loss("dro")
-  tx = optim.make_optimizer(lambda _: 1e-5, weight_decay=0.01, clip_norm=1.0)
+  learning_rate = optim.make_schedule("constant", lr=1e-5, warmup_updates=0, num_updates=1)
+  tx = optim.make_optimizer(learning_rate, weight_decay=0.01, clip_norm=1.0)
   ref = begin = pipeline.params["unet"]
   adapt = lambda trained, base: trained  # noqa: E731
   if options.lora_rank:
@@ -157,6 +158,7 @@ def _dro(pipeline, mesh, options, seconds) -> None:
     state_sharding=placement,
     arms=("e", "p"),
     hyper={"margin": 1e-3},
+    learning_rate=learning_rate,
     ema_decay=0.9999,
     prompt_dropout=0.2,
     own_targets=True,

@@ -5,10 +5,11 @@
 After Yuan et al. 2024 (https://arxiv.org/abs/2402.10210): each iteration draws an image for
 the caption of each of the data's, trains with DPO's loss to prefer the data's, with the model
 before it as reference, and begins the next from the averaged result. `sd15` and `sdxl`:
-learning rate 2e-5, batch 2048, 200 updates of warm-up and 500 updates an iteration are those
-of the published models' cards; beta is 2000 in the first iteration there and 5000 in later
-ones, here 2000 throughout. How the authors sampled the opponents is not said: guidance 7.5
-and 50 steps of DPM-Solver++ are ours.
+learning rate 2e-5, batch 2048 and 500 updates an iteration, each with a linear schedule of its
+own after 200 updates of warm-up, are those of the published models' cards. They give no beta:
+2000 throughout is ours (2000 in the first iteration and 5000 in later ones could not be
+confirmed). So are guidance 7.5 and 50 steps of DPM-Solver++ for the opponents, the number of
+pairs, and `data.min_change`.
 """
 
 from ml_collections import ConfigDict
@@ -31,6 +32,7 @@ def get_config(preset: str = "shapes") -> ConfigDict:
     c.data.experts = "winners"
     c.data.num_experts = 0  # all that memory holds: set it, see docs/losses.md
     c.optim.lr = 2e-5
+    c.optim.schedule = "linear"  # in each iteration anew
     c.optim.warmup_updates = 200
     c.train.num_updates = 500
     c.iterate.num_pairs = 100_000

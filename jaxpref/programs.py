@@ -51,7 +51,8 @@ def make_programs(checked: Checked, trained: Any, rows: Any, uncond: Any) -> Pro
   """
   config, pipeline, mesh = checked.config, checked.pipeline, checked.mesh
   needs = checked.loss.NEEDS
-  tx, adapt = _make_optimizer(config), _make_adapt(config)
+  learning_rate, adapt = _make_learning_rate(config), _make_adapt(config)
+  tx = _make_optimizer(config, learning_rate)
   lagging = steps.needs_copy(needs, config.rollout.refresh_every)
   buffer = _replay_shapes(checked, rows, uncond)
 
@@ -79,6 +80,7 @@ def make_programs(checked: Checked, trained: Any, rows: Any, uncond: Any) -> Pro
     state_sharding=placement,
     arms=checked.arms,
     hyper=checked.hyper,
+    learning_rate=learning_rate,
     ema_decay=config.optim.ema_decay,
     accumulate=config.train.accumulate,
     refresh_every=config.rollout.refresh_every,
@@ -189,16 +191,19 @@ def _make_adapt(config: Any) -> Callable[[Any, Any], Any]:
   return lambda trained, base: lora_lib.Adapted(base, trained, scale)
 
 
-def _make_optimizer(config: Any) -> optax.GradientTransformation:
-  optimizer = config.optim
-  schedule = optim.make_schedule(
-    optimizer.schedule,
-    lr=optimizer.lr,
-    warmup_updates=optimizer.warmup_updates,
+def _make_learning_rate(config: Any) -> optax.Schedule:
+  return optim.make_schedule(
+    config.optim.schedule,
+    lr=config.optim.lr,
+    warmup_updates=config.optim.warmup_updates,
     num_updates=config.train.num_updates,
   )
+
+
+def _make_optimizer(config: Any, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+  optimizer = config.optim
   return optim.make_optimizer(
-    schedule,
+    learning_rate,
     b1=optimizer.b1,
     b2=optimizer.b2,
     eps=optimizer.eps,

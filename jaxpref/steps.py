@@ -88,6 +88,7 @@ def make_train_step(
   state_sharding: Any,
   arms: Sequence[str],
   hyper: Mapping[str, Any],
+  learning_rate: optax.Schedule,
   ema_decay: float,
   prompt_dropout: float,
   accumulate: int = 1,
@@ -107,6 +108,7 @@ def make_train_step(
       compile to the program of an uninterrupted one.
     arms: suffixes of a row's images and, last, of what the policy draws.
     hyper: the loss's hyper-parameters.
+    learning_rate: the schedule in `tx`, for the metric 'optim/lr'.
     ema_decay: limit of the moving average's decay.
     prompt_dropout: share of rows trained without their prompt.
     accumulate: micro-batches; gradients cross the mesh's `data` axis once, after the last.
@@ -212,7 +214,12 @@ def make_train_step(
       *(state, grads, replay),
     )
     new = dataclasses.replace(new, update=state.update + 1)
-    return new, {**metrics, "optim/grad_norm": norm, "optim/skipped": new.skipped}
+    optimizer = {
+      "optim/lr": learning_rate(state.update - state.skipped),  # skipped ones do not count
+      "optim/grad_norm": norm,
+      "optim/skipped": new.skipped,
+    }
+    return new, {**metrics, **optimizer}
 
   def advance(state: TrainState, grads: Any) -> TrainState:
     updates, opt_state = tx.update(grads, state.opt_state, state.params)

@@ -82,9 +82,8 @@ def train(
   params, rows, empty = initial(needs.rows)
   arms = rows_lib.arms_of(needs.rows, 3) + (("p",) if needs.rollout else ())
   schedule = make_schedule()
-  tx = optim.make_optimizer(
-    optim.make_schedule("constant", lr=1e-2, warmup_updates=0, num_updates=9)
-  )
+  learning_rate = optim.make_schedule("constant", lr=1e-2, warmup_updates=0, num_updates=9)
+  tx = optim.make_optimizer(learning_rate)
   lagging = steps.needs_copy(needs, refresh_every)
   shared = {"prompt_dropout": 0.2}
 
@@ -112,6 +111,7 @@ def train(
     state_sharding=split,
     arms=arms,
     hyper=HYPER[name] | hyper,
+    learning_rate=learning_rate,
     ema_decay=0.99,
     accumulate=accumulate,
     refresh_every=refresh_every,

@@ -292,6 +292,7 @@ def test_spin(tiny_pipeline, tmp_path, capsys):
   workdir = tmp_path / "run"
   fields = {"model.dtype": "bfloat16", "model.frozen_dtype": "bfloat16", "lora.rank": 2}
   fields["train.num_updates"] = 10  # twenty in two iterations
+  fields["optim.schedule"] = "linear"
   given = arguments(
     tiny_pipeline, None, workdir, "spin", **fields, **{"optim.lr": 0.01, "optim.eps": 1e-8}
   )
@@ -299,6 +300,9 @@ def test_spin(tiny_pipeline, tmp_path, capsys):
   for k in (1, 2):
     distances = [apart(line) for line in lines_of(workdir, k)]
     assert distances[0] < 1e-6 < min(distances[1:])
+    # The schedule begins again with each iteration.
+    rates = [line["optim/lr"] for line in lines_of(workdir, k)]
+    np.testing.assert_allclose(rates, 0.01 * (1 - np.arange(10) / 10), rtol=1e-4)
     # Equal but for bfloat16's rounding, which programs for other processors do elsewhere.
     assert lines_of(workdir, k)[0]["loss"] == pytest.approx(np.log(2), abs=0.01)
   rows = list(online.open_pairs(workdir / "pairs" / "1"))

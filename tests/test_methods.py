@@ -19,7 +19,11 @@ METHODS = (
 )
 ITERATIVE = ("iterative_dpo", "spin")  # see test_iterate
 # What further options there are, run by one method each.
-OPTIONS = {"kto": {"data.noise_draws": 2}, "dro": {"rollout.states": 2}}
+OPTIONS = {
+  "kto": {"data.noise_draws": 2},
+  "dro": {"rollout.states": 2},
+  "sft": {"optim.schedule": "linear"},
+}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -57,6 +61,10 @@ def test_twenty_updates(name, tiny_pipeline, tfds_dir, tmp_path, monkeypatch, ca
       assert errors[0] == pytest.approx(lines[0][f"err/reference_{arm}"], rel=1e-5)
       assert errors[-1] != lines[-1][f"err/reference_{arm}"]
   assert sum(line["optim/grad_norm"] > 0 for line in lines) >= 15
+  falls = name == "sft"  # its schedule is linear, others' constant
+  rates = [1e-4 * (1 - falls * done / 20) for done in range(20)]
+  np.testing.assert_allclose([line["optim/lr"] for line in lines], rates, rtol=1e-4)
+  assert "optim/lr" in (workdir / "report.html").read_text()
   assert (workdir / "report.html").exists()
 
 

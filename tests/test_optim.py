@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import live
 
 from jaxpref import optim
 
@@ -82,8 +83,47 @@ def _leaves_with_mu(state):
 
 def test_ema_ramp():
   ema, params = {"w": jnp.array(0.0)}, {"w": jnp.array(1.0)}
-  # Before the first update n = 1: decay (1 + 1) / (10 + 1), so 9 / 11 of the way.
-  got = optim.update_ema(ema, params, jnp.int32(0), decay=0.9999)
-  np.testing.assert_allclose(got["w"], 9 / 11, rtol=1e-6)
-  late = optim.update_ema(ema, params, jnp.int32(10**7), decay=0.9)
-  np.testing.assert_allclose(late["w"], 0.1, rtol=1e-5)
+  # The first update replaces the average; the second keeps (1 + 1) / (10 + 1) of it.
+  for update, decay, want in ((0, 0.9999, 1.0), (1, 0.9999, 9 / 11), (10**7, 0.9, 0.1)):
+    got = optim.update_ema(ema, params, jnp.int32(update), decay=decay)
+    np.testing.assert_allclose(got["w"], want, rtol=1e-5)
+
+
+@live
+@pytest.mark.parametrize(("decay", "first"), [(0.9999, 0), (0.7, 0), (0.9999, 90_000)])
+def test_ema_is_that_of_diffusers(decay, first):
+  """Fifty updates of the same parameters: the ramp, and its limit from there on."""
+  import torch
+  from diffusers.training_utils import EMAModel
+
+  series = np.random.default_rng(0).normal(size=(51, 3)).astype(np.float32)
+  weights = torch.nn.Parameter(torch.tensor(series[0]))
+  theirs = EMAModel([weights], decay=decay)
+  theirs.optimization_step = first
+  ema = jnp.asarray(series[0])
+  for i, params in enumerate(series[1:]):
+    weights.data = torch.tensor(params)
+    theirs.step([weights])
+    ema = optim.update_ema(ema, jnp.asarray(params), jnp.int32(first + i), decay=decay)
+    np.testing.assert_allclose(ema, theirs.shadow_params[0].numpy(), rtol=1e-5, atol=1e-6)
+  assert (theirs.cur_decay_value == decay) == (first > 0 or decay < 0.8)
+
+
+@live
+def test_linear_schedule_is_that_of_diffusers():
+  """The whole warm-up is one update ahead of theirs, whose first update has a rate of 0."""
+  import torch
+  from diffusers.optimization import get_scheduler
+
+  weights = torch.nn.Parameter(torch.zeros(1))
+  optimizer = torch.optim.SGD([weights], lr=2e-5)
+  scheduler = get_scheduler("linear", optimizer, num_warmup_steps=200, num_training_steps=500)
+  theirs = []
+  for _ in range(500):
+    theirs.append(optimizer.param_groups[0]["lr"])
+    optimizer.step()
+    scheduler.step()
+  ours = optim.make_schedule("linear", lr=2e-5, warmup_updates=200, num_updates=500)
+  ours = np.asarray(jax.vmap(ours)(jnp.arange(500)))
+  np.testing.assert_allclose(ours[:200], theirs[1:201], rtol=1e-4)
+  np.testing.assert_allclose(ours[200:], theirs[200:], rtol=1e-4)

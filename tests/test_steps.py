@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxpref import losses, noising, randomness, rollouts, sharding, steps
+from jaxpref import losses, noising, optim, randomness, rollouts, sharding, steps
 from jaxpref.diffusion import sample as sample_lib
 from jaxpref.diffusion import schedule as schedule_lib
 from jaxpref.errors import UserError
@@ -358,9 +358,12 @@ def test_a_missing_row_of_the_mesh_is_refused():
     sharding.check_batch(9, mesh, accumulate=2)
 
 
-def sft_step(mesh, params, accumulate=1):
+CONSTANT = optax.constant_schedule(1e-2)
+
+
+def sft_step(mesh, params, accumulate=1, learning_rate=CONSTANT):
   """The train step of SFT, and a new state for it."""
-  tx = optax.sgd(1e-2)
+  tx = optax.sgd(learning_rate)
   make_state = lambda p: steps.init_state(p, tx, seed=0, lagging_copy=False)  # noqa: E731
   split = sharding.params_sharding(mesh, jax.eval_shape(make_state, params))
   step = steps.make_train_step(
@@ -372,6 +375,7 @@ def sft_step(mesh, params, accumulate=1):
     state_sharding=split,
     arms=("e",),
     hyper={},
+    learning_rate=learning_rate,
     ema_decay=0.9,
     prompt_dropout=0.0,
     accumulate=accumulate,
@@ -391,6 +395,21 @@ def test_the_step_is_compiled_once_and_its_state_donated():
   for _ in range(3):
     state, _ = step(state, None, empty, batch, None)
   assert step._cache_size() == 1
+
+
+def test_a_schedule_that_ends_early_shows_in_the_metrics():
+  """And updates that were skipped do not advance it."""
+  params, rows, empty = devices_main.initial()
+  schedule = optim.make_schedule("linear", lr=1.0, warmup_updates=0, num_updates=2)
+  step, state = sft_step(sharding.make_mesh(), params, learning_rate=schedule)
+  broken = rows | {"latents": np.full_like(rows["latents"], np.nan)}
+  seen = []
+  for batch in (rows, broken, rows, rows):
+    before = np.asarray(state.params["in"])
+    state, metrics = step(state, None, empty, batch, None)
+    moved = (np.asarray(state.params["in"]) != before).any()
+    seen.append((float(metrics["optim/lr"]), bool(moved)))
+  assert seen == [(1.0, True), (0.5, False), (0.5, True), (0.0, False)]
 
 
 def test_the_update_is_made_in_place():
