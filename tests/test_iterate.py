@@ -411,7 +411,13 @@ def test_half_written_data_sets_are_none(tmp_path):
   assert online.changes(directory).tolist() == [1.0, 0.5]
   assert [r["caption"] for r in online.open_pairs(directory)] == [b"a", b"a"]
   shard = next(directory.glob("*00001-of-00002"))
-  shard.write_bytes(shard.read_bytes()[:-10])
+  whole = shard.read_bytes()
+  where = 64 + 40 + 30  # in the row, after the headers of the file's block and chunk
+  where = next(i for i in range(where, len(whole)) if whole[i])
+  shard.write_bytes(whole[:where] + bytes([whole[where] ^ 1]) + whole[where + 1 :])
+  with pytest.raises(UserError, match=f"{shard.name} is damaged: .*; delete the directory"):
+    list(online.open_pairs(directory))
+  shard.write_bytes(whole[:-10])
   with pytest.raises(UserError, match=f"are damaged: {shard.name}"):
     online.open_pairs(directory)
 

@@ -11,7 +11,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from jaxpref.data.shapes import annotator, builder, flaws, prompts
+from jaxpref.data import records
+from jaxpref.data.shapes import annotator, builder, flaws, prompts, store
 from jaxpref.errors import UserError
 
 PICK_A_PIC = {
@@ -305,6 +306,29 @@ def test_errors_of_the_user(tmp_path, monkeypatch):
     builder.load_preferences("train")
   with pytest.raises(ValueError, match="validation"):
     _load("validation", tmp_path)
+
+
+def test_damaged_files_are_one_line_that_names_them(tmp_path):
+  _load("train", tmp_path)
+  directory = _version_dir(tmp_path)
+  file = next(directory.glob("*-train.array_record*"))
+  whole = file.read_bytes()
+  where = whole.index(b"PNG") + 200  # in the pixels of some row
+  file.write_bytes(whole[:where] + bytes([whole[where] ^ 1]) + whole[where + 1 :])
+  source = _load("train", tmp_path)
+  with pytest.raises(UserError) as error:
+    [source[i] for i in range(len(source))]
+  text = str(error.value)
+  assert text.startswith(f"{file} is damaged: ") and "\n" not in text
+  assert text.endswith(f"; delete {directory}, and its rows are drawn anew")
+  assert source.where(3) == f"{file.name} row 3"
+  # What describes it: of another shape it is drawn anew, and cut it is named.
+  for shape in ("[]", "{}", '{"sizes": 3}', "[" * 100_000):
+    (directory / "complete.json").write_text(shape)
+    assert not store._is_complete(directory, builder.ShapesPreferences)
+  (directory / "features.json").write_text("{")
+  with pytest.raises(UserError, match=rf"{directory} is damaged: .*drawn anew"):
+    records.Records(directory, "train", advice="it is drawn anew")
 
 
 def test_import_is_cheap_and_tensorflow_is_not_used(tmp_path):

@@ -16,9 +16,12 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from jaxpref import workdir
+from jaxpref.data import records
 from jaxpref.errors import UserError, storage_error
+from jaxpref.paths import user_path
 
 _NAME, _SPLIT = "online_pairs", "train"
+_ADVICE = "delete the directory, and the run that has drawn these pairs draws them anew"
 _COMPLETE = "complete.json"  # the sizes of all files, and what is in them
 
 
@@ -122,7 +125,7 @@ def finish(directory: Path, lengths: Sequence[int], *, description: str) -> None
     description=description,
     check_data=False,  # it would take TensorFlow
   )
-  source = tfds.builder_from_directory(directory).as_data_source(_SPLIT)
+  source = records.Records(directory, _SPLIT, advice=_ADVICE)
   # One at a time: they may be more than memory holds.
   changes = [float(source[i]["change"]) for i in range(len(source))]
   workdir.write_json(directory / _COMPLETE, {"changes": changes, "sizes": _sizes(directory)})
@@ -141,8 +144,8 @@ def changes(directory: Path) -> np.ndarray:
   """
   try:
     found = json.loads((directory / _COMPLETE).read_text(encoding="utf-8"))
-    changed, expected = np.array(found["changes"]), dict(found["sizes"])
-  except (OSError, ValueError, KeyError, TypeError) as error:
+    changed, expected = np.array(found["changes"], float), dict(found["sizes"])
+  except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
     raise UserError(
       f"there are no generated pairs in {directory}: no {_COMPLETE}; those of an iteration "
       "are in pairs/1, pairs/2, ... of its run"
@@ -165,9 +168,9 @@ def open_pairs(directory: str | os.PathLike) -> Sequence[Mapping[str, Any]]:
   Raises:
     UserError: as `changes`.
   """
-  path = Path(directory).expanduser()
+  path = user_path(directory)
   changes(path)
-  return tfds.builder_from_directory(path).as_data_source(_SPLIT)
+  return records.Records(path, _SPLIT, advice=_ADVICE)
 
 
 def _sizes(directory: Path) -> dict[str, int]:

@@ -23,6 +23,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from jaxpref.data import records
 from jaxpref.data.shapes import annotator, flaws, palette, prompts, render
 from jaxpref.errors import UserError
 
@@ -64,7 +65,7 @@ def load(
   split: str,
   *,
   data_dir: str | os.PathLike | None,
-) -> Any:
+) -> records.Records:
   """The rows of a split; drawn and written first if they are not there yet.
 
   Safe to call from several processes at once: one writes, the others wait.
@@ -79,7 +80,7 @@ def load(
     A random-access source of rows (`len`, `[i]`), columns to values, text as bytes.
 
   Raises:
-    UserError: the directory cannot be written, or is not on this machine.
+    UserError: the directory cannot be written, is damaged or not on this machine.
     ValueError: there is no such split.
   """
   if split not in SPLITS:
@@ -91,7 +92,8 @@ def load(
       _build(kind, directory, root, config)
     except OSError as error:
       raise UserError(f"cannot write the shapes world's data: {error}") from error
-  return tfds.builder_from_directory(directory).as_data_source(split)
+  advice = f"delete {directory}, and its rows are drawn anew"
+  return records.Records(directory, split, advice=advice)
 
 
 def rng_of(seed: int, stream: int, split: str, i: int) -> np.random.Generator:
@@ -142,8 +144,8 @@ def _is_complete(directory: Path, kind: type[ShapesBuilder]) -> bool:
   try:
     record = json.loads((directory / _MARKER).read_text())
     sizes = {name: (directory / name).stat().st_size for name in record["sizes"]}
-  except (OSError, ValueError):
-    return False
+  except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    return False  # JSON of another shape among them
   return record == {"code": _fingerprint(kind), "sizes": sizes}
 
 
