@@ -3,7 +3,8 @@
 Of any pipeline in diffusers' layout, of a hub id, or of a run's workdir. With
 `--improver=DIR --images=DIR` it draws the better versions of a folder of pictures. A picture
 depends on its prompt, its seed and the settings alone, not on the batch or the devices; each
-is a PNG that carries them. Started again, the same command draws what is missing.
+is a PNG that carries them. Started again, the same command draws what is missing. An image
+whose pixels are not finite is not written, and the exit status says so.
 """
 
 import argparse
@@ -12,14 +13,14 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-from jaxpref import cli
-from jaxpref.errors import UserError
+from jaxpref import cli, wording
+from jaxpref.errors import DivergedError, UserError
 from jaxpref.paths import user_path
 
 SOLVERS = {"dpm_solver": "DPM++ 2M", "ddim": "DDIM", "ddpm": "DDPM"}
@@ -64,7 +65,13 @@ def _parser() -> argparse.ArgumentParser:
   add("--steps", type=_count, default=30, help="of the solver")
   add("--solver", choices=tuple(SOLVERS), default="dpm_solver")
   add("--order", type=int, choices=(1, 2, 3), default=2, help="of the DPM-Solver")
-  add("--size", type=_size, metavar="HxW", help="in pixels; what the model was trained for")
+  add(
+    "--size",
+    type=_size,
+    metavar="WxH",
+    help="width x height in pixels, as the PNG's text states it, or one number for both; "
+    "default: what the model was trained for",
+  )
   add("--batch-size", type=_count, default=4, help="pictures at once")
   add("--decode", choices=("whole", "sliced", "tiled"), default="whole", help="saves memory")
   add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
@@ -80,10 +87,11 @@ def _count(text: str) -> int:
 
 
 def _size(text: str) -> tuple[int, int]:
+  """Height and width of a text that states the width first."""
   match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
   if match is None:
     raise argparse.ArgumentTypeError(f"must be like 512 or 512x768, got {text}")
-  return int(match[1]), int(match[2] or match[1])
+  return int(match[2] or match[1]), int(match[1])
 
 
 class Picture(NamedTuple):
@@ -144,7 +152,7 @@ def _run(argv: list[str]) -> None:
   of_images = _left_out(flags, len(wanted) // flags.images_per_prompt)
   missing = [picture for picture in wanted if not is_drawn(picture.file, picture.settings)]
   if not missing:
-    print(f"{len(wanted)} pictures in {out}, 0 of them new{of_images}")
+    print(f"{wording.count(len(wanted), 'picture')} in {out}, 0 of them new{of_images}")
     return
   text.warn_of_cut(pipeline.tokenizers, [p.settings["prompt"] for p in wanted])
   generator = generate.make_generator(
@@ -163,6 +171,7 @@ def _run(argv: list[str]) -> None:
   workdir.make_writable(out)  # before anything is drawn
   size = tuple(missing[0].settings["size"])
   step = sharding.round_up(min(flags.batch_size, len(wanted)), mesh)
+  left_out: list[Picture] = []
   with progress.progress_bar(
     total=len(wanted), initial=len(wanted) - len(missing), desc="pictures", unit="image"
   ) as bar:
@@ -174,11 +183,26 @@ def _run(argv: list[str]) -> None:
         shown = [picture.image for picture in part]
         cond = {**cond, "image": encode.encode_images(pipeline, mesh, shown)}
       seeds = [picture.settings["seed"] for picture in part]
-      images = generator(pipeline.params["unet"], cond, seeds)
-      for image, picture in zip(images, part, strict=True):
-        workdir.write_bytes(picture.file, to_png(image, picture.settings))
+      finite: Sequence[bool] = [True] * len(part)
+      try:
+        images = generator(pipeline.params["unet"], cond, seeds)
+      except generate.NonFiniteError as error:
+        images, finite = error.images, error.finite.tolist()
+      for image, good, picture in zip(images, finite, part, strict=True):
+        if good:
+          workdir.write_bytes(picture.file, to_png(image, picture.settings))
+        else:
+          left_out.append(picture)
       bar.update(len(part))
-  print(f"{len(wanted)} pictures in {out}, {len(missing)} of them new{of_images}")
+  written, new = len(wanted) - len(left_out), len(missing) - len(left_out)
+  print(f"{wording.count(written, 'picture')} in {out}, {new} of them new{of_images}")
+  if left_out:
+    first = left_out[0]
+    raise DivergedError(
+      f"not written, for pixels that are not finite: {wording.count(len(left_out), 'picture')} "
+      f"of {len(missing)}, the first is {first.file.name} of {first.settings['prompt']!r}: the "
+      "network overflows; a smaller --guidance or --dtype=float32 may help"
+    )
 
 
 def _check(flags: argparse.Namespace) -> None:
@@ -259,7 +283,9 @@ def _pictures(
   count = flags.images_per_prompt
   total = len(subjects) * count
   if not 0 <= flags.seed < 2**32 - total:
-    raise UserError(f"--seed must be at least 0 and below 2^32 less {total} pictures")
+    raise UserError(
+      f"--seed must be at least 0 and below 2^32 less {wording.count(total, 'picture')}"
+    )
   names = [stem for stem, *_ in subjects]
   if twice := sorted({name for name in names if names.count(name) > 1}):
     raise UserError(f"several pictures in --images would become {twice[0]}: rename them")

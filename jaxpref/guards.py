@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from jaxpref import distributed, workdir
+from jaxpref import distributed, wording, workdir
 from jaxpref.errors import DivergedError
 from jaxpref.prepare import Prepared
 
@@ -74,10 +74,11 @@ class Finite:
       lambda: _keep_rows(self._directory, self._prepared, self._rows, done, index, values)
     )
     skipped = int(values["optim/skipped"])
+    were = "was" if skipped == 1 else "were"
     raise DivergedError(
-      f"the run has diverged, which a lower optim.lr may prevent: {skipped} updates were not "
-      f"finite and were skipped. The rows of the last, update {done}, are in "
-      f"{self._directory}; checkpoints before are intact"
+      "the run has diverged, which a lower optim.lr may prevent: "
+      f"{wording.count(skipped, 'update')} {were} not finite and {were} skipped. The rows of "
+      f"the last, update {done}, are in {self._directory}; checkpoints before are intact"
     )
 
 

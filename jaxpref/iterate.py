@@ -325,14 +325,14 @@ def _draw_pairs(prepared: Prepared, directory: Path, model: str, k: int) -> None
       captions = [row.caption for row in rows]
       with clock("generate"):
         cond = encode.encode_prompts(policy, mesh, captions)
-        losers = draw(policy.params["unet"], cond, seeds[index, 1])
+        losers = draw(policy.params["unet"], cond, seeds[index, 1], names=captions)
       if not (improver and improve):
         winners = np.stack([row.images[0] for row in rows])
       else:
         with clock("improve"):
           told = dict(encode.encode_prompts(improver, mesh, captions))
           told["image"] = encode.encode_images(improver, mesh, list(losers))
-          winners = improve(improver.params["unet"], told, seeds[index, 0])
+          winners = improve(improver.params["unet"], told, seeds[index, 0], names=captions)
       with clock("write"):
         worse, better = (
           encode.encode_images(policy, mesh, list(images)) for images in (losers, winners)

@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxpref import wording
 from jaxpref.errors import UserError
 
 BATCH_AXES = ("data", "fsdp")
@@ -178,7 +179,8 @@ def check_batch(
   if batch_size % (accumulate * mesh.size):
     micro = f"{accumulate} micro-batches ({section}.accumulate) x " if accumulate > 1 else ""
     raise UserError(
-      f"{section}.batch_size = {batch_size} does not divide by {micro}{mesh.size} devices"
+      f"{section}.batch_size = {batch_size} does not divide by "
+      f"{micro}{wording.count(mesh.size, 'device')}"
     )
 
 

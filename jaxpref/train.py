@@ -28,6 +28,7 @@ from jaxpref import (
   sharding,
   speed,
   watch,
+  wording,
 )
 from jaxpref import workdir as workdir_lib
 from jaxpref.data import encode, loader
@@ -405,7 +406,9 @@ def _check_continues(
       raise UserError(f"the {thing} are not those that this workdir's run began with")
   wanted, before = identity["num_updates"], stored["num_updates"]
   if start > wanted:
-    raise UserError(f"this workdir's run has done {start} updates, more than {wanted}")
+    raise UserError(
+      f"this workdir's run has done {wording.count(start, 'update')}, more than {wanted}"
+    )
   if wanted != before and config.optim.schedule != "constant":
     raise UserError(
       f"train.num_updates was {before}, now {wanted}: that would bend the "

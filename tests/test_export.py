@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from jaxpref import export, generate, main, tuned
+from jaxpref.evaluation import generate as evaluation
 from jaxpref.models import pipeline, save
 
 PROMPT = "Three small stars, painted!"
@@ -283,7 +284,7 @@ def test_it_goes_on_where_it_stopped(tiny_pipeline, prompts, tmp_path, capsys):
 
 
 def test_settings_travel_with_the_picture(tiny_pipeline, tmp_path):
-  flags = ("--prompts=ein größerer Ring", "--negative=a cross", "--size=32x64", "--seed=3")
+  flags = ("--prompts=ein größerer Ring", "--negative=a cross", "--size=64x32", "--seed=3")
   shown = draw(tmp_path, *flags, "--solver=ddim", model=tiny_pipeline)
   assert shown["00000-00.png"].shape == (32, 64, 3)
   info = Image.open(tmp_path / "00000-00.png").info
@@ -314,6 +315,40 @@ def test_no_guidance_is_the_prompts_own_prediction(tiny_pipeline, tmp_path):
     for flags in (("--guidance=0",), ("--guidance=0.5", "--negative=a cross"))
   )
   assert (none["00000-00.png"] == below["00000-00.png"]).all()
+
+
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_pixels_that_are_not_finite_are_not_written(part, tiny_pipeline, tmp_path, capsys):
+  """Though every weight is: said in one line with the prompt, and tried again."""
+  model = shutil.copytree(tiny_pipeline, tmp_path / "model")
+  file = model / part / "diffusion_pytorch_model.safetensors"
+  tensors = load_file(file)
+  name = "conv_out.weight" if part == "unet" else "decoder.conv_out.weight"
+  tensors[name] = np.full_like(tensors[name], 3e38)
+  save.save_file(tensors, file)
+  flags = [f"--model={model}", f"--out={tmp_path / 'out'}", "--prompts=a ring", "--steps=2"]
+  for _ in range(2 if part == "vae" else 1):
+    assert generate.main([*flags, "--images-per-prompt=2"]) == 3
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "not finite: 2 pictures of 2, the first is 00000-00.png of 'a ring'" in message
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_pictures_beside_one_that_is_not_finite_are_written(
+  tiny_pipeline, prompts, tmp_path, capsys, monkeypatch
+):
+  def broken(params, cond, seeds):
+    images, finite = np.zeros((len(seeds), 16, 16, 3), np.uint8), np.asarray(seeds) != 1
+    raise evaluation.NonFiniteError(images, finite, ["x"] * len(seeds))
+
+  monkeypatch.setattr(evaluation, "make_generator", lambda *_, **__: broken)
+  out = tmp_path / "out"
+  assert (
+    generate.main([f"--model={tiny_pipeline}", f"--out={out}", f"--prompts={prompts}"]) == 3
+  )
+  said = capsys.readouterr()
+  assert "2 pictures in" in said.out and "1 picture of 3, the first is 00001-00.png" in said.err
+  assert sorted(p.name for p in out.iterdir()) == ["00000-00.png", "00002-00.png"]
 
 
 @pytest.mark.parametrize("decode", ["sliced", "tiled"])

@@ -109,7 +109,7 @@ def test_caption_files(tmp_path, caplog):
   _text(tmp_path / "b.caption", "not this")
   _text(tmp_path / "b.txt", "of b")
   assert _read(tmp_path) == [("of a", 1), ("of b", 2)]
-  assert "1 captions from .caption files" in caplog.text
+  assert "1 caption from .caption files" in caplog.text
 
 
 def test_long_captions_are_not_read(tmp_path):
@@ -176,7 +176,7 @@ def test_pairs_of_no_use_are_named(tmp_path, caplog):
   _image(tmp_path / "l" / "5.png")
   tally = bad_rows.Tally(0.5)
   assert [c for c, *_ in _read(tmp_path, "pairs", tally=tally)] == ["0", "1", "2", "3"]
-  assert tally.left_out == {"0 winners and 1 losers of a name": 1, "not an image": 1}
+  assert tally.left_out == {"0 winners and 1 loser of a name": 1, "not an image": 1}
   assert "2 files cannot be used" in caplog.text and "w/4.png (not an image)" in caplog.text
 
 

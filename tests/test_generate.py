@@ -1,5 +1,6 @@
 """Pictures of a model, the choice of prompts, and pretraining's own promises."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -30,6 +31,11 @@ def test_a_picture_depends_on_its_prompt_and_seed_alone(tiny_pipeline):
   assert np.abs(images[2].astype(int) - images[5].astype(int)).max() <= 1
   assert (images[5][0] != images[5][4]).any()  # same prompt, other seed
   assert (images[5][1] != images[5][4]).any()  # same seed, other prompt
+  broken = jax.tree.map(lambda x: x * np.float32(3e37), loaded.params["unet"])
+  with pytest.raises(
+    generate.NonFiniteError, match="5 of 5 images .* the first is of 'a ring'"
+  ):
+    run(broken, cond, seeds, names=prompts)
 
 
 def test_the_bundled_pipeline_draws_what_it_is_asked_for():

@@ -130,7 +130,7 @@ def test_a_folder_of_pictures_is_improved(improving, folder, tmp_path, capsys):
   assert "0 of them new" in draw(capsys, *flags, f"--out={out}", "--prompts=two stars")
   # The caption beside a picture is its prompt, and pictures without are named.
   said = draw(capsys, *flags, f"--out={tmp_path / 'told'}")
-  assert "1 pictures in" in said and f"1 of 2 in {folder} left out" in said
+  assert "1 picture in" in said and f"1 of 2 in {folder} left out" in said
   assert [p.name for p in (tmp_path / "told").iterdir()] == ["a-00.png"]
   told = json.loads(Image.open(tmp_path / "told" / "a-00.png").info["jaxpref"])
   assert told["prompt"] == "a red circle" and told["seed"] == settings["seed"]

@@ -50,8 +50,8 @@ def test_shift_and_scale_are_undone(loaded, images):
     latents, (vae.encode(plain, params, images) - 0.75) * 0.5, atol=1e-6
   )
   np.testing.assert_array_equal(
-    vae.decode(shifted, params, latents),
-    vae.decode(plain, params, latents / 0.5 + 0.75),
+    vae.decode(shifted, params, latents).pixels,
+    vae.decode(plain, params, latents / 0.5 + 0.75).pixels,
   )
 
 
@@ -59,9 +59,9 @@ def test_shift_and_scale_are_undone(loaded, images):
 def test_slices_are_the_whole(loaded, at_once):
   module, params = loaded.modules["vae"], loaded.params["vae"]
   latents = np.random.default_rng(1).standard_normal((4, *loaded.latent_shape), np.float32)
-  whole = np.asarray(vae.decode(module, params, latents), int)
+  whole = np.asarray(vae.decode(module, params, latents).pixels, int)
   sliced = jax.jit(lambda p, z: vae.decode_sliced(module, p, z, at_once=at_once))
-  assert np.abs(np.asarray(sliced(params, latents), int) - whole).max() <= 1
+  assert np.abs(np.asarray(sliced(params, latents).pixels, int) - whole).max() <= 1
   assert np.abs(np.diff(whole, axis=0)).max() > 1  # else their order would not be seen
 
 
@@ -69,8 +69,9 @@ def test_one_tile_is_the_whole(loaded):
   module, params = loaded.modules["vae"], loaded.params["vae"]
   for side in (6, 8):  # 8 is a tile
     latents = np.random.default_rng(2).standard_normal((1, 4, side, side), np.float32)
-    whole = vae.decode(module, params, latents)
-    np.testing.assert_array_equal(vae.decode_tiled(module, params, latents), whole)
+    whole = vae.decode(module, params, latents).pixels
+    tiled = vae.decode_tiled(module, params, latents).pixels
+    np.testing.assert_array_equal(tiled, whole)
 
 
 @live
@@ -85,7 +86,7 @@ def test_tiles_are_pytorchs(tiny_pipeline, loaded, shape):
   with torch.no_grad():
     theirs = model.decode(torch.tensor(latents)).sample
   module = dataclasses.replace(loaded.modules["vae"], scaling_factor=1.0)
-  ours = vae.decode_tiled(module, loaded.params["vae"], latents)
+  ours = vae.decode_tiled(module, loaded.params["vae"], latents).pixels
   want = np.asarray(vae.to_bytes(jnp.asarray(theirs.numpy())), int)
   factor = 2 ** (len(model.config.block_out_channels) - 1)
   assert ours.shape == (2, factor * shape[0], factor * shape[1], 3)

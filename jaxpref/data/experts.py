@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxpref import wording
 from jaxpref.data import bad_rows, images
 from jaxpref.data.bad_rows import BadRow, Tally
 from jaxpref.errors import UserError
@@ -71,7 +72,9 @@ def top_k(
     place=lambda rank: (unique[rank].row, unique[rank].column),
   )
   if not best or len(best) < k:
-    raise UserError(f"the data has {len(best)} images to pick experts from, not {k}")
+    raise UserError(
+      f"the data has {wording.count(len(best), 'image')} to pick experts from, not {k}"
+    )
   return [example for _, example in sorted(best, key=lambda found: found[0])]
 
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxpref import wording
 from jaxpref.data import bad_rows, images, parquet, splits
 from jaxpref.data.bad_rows import BadRow, Tally
 from jaxpref.data.experts import Example
@@ -329,11 +330,11 @@ def _scan(root: Path, split: str, follow_links: bool) -> _Found:
   beside, alone = _captions_beside(root, rest, free)
   entries += beside
   by_caption = sum(isinstance(e.caption, Path) and e.caption.suffix != ".txt" for e in beside)
-  notes += [f"{n} captions from {name}" for name, n in sorted(listed.items())]
+  notes += [f"{wording.count(n, 'caption')} from {name}" for name, n in sorted(listed.items())]
   if by_caption:
-    notes.append(f"{by_caption} captions from .caption files")
+    notes.append(f"{wording.count(by_caption, 'caption')} from .caption files")
   if pairs:
-    notes.append(f"{len(pairs)} pairs, of which winners alone can be experts")
+    notes.append(f"{wording.count(len(pairs), 'pair')}, of which winners alone can be experts")
   return _Found(sorted(entries), sorted(pairs), skipped, alone, odd, notes)
 
 
@@ -385,7 +386,8 @@ def _find_pairs(
   for stem, (winners, losers) in sorted(sides.items()):
     name = (winners or losers)[0].relative_to(root).as_posix()
     if len(winners) != 1 or len(losers) != 1:
-      odd.append((name, BadRow(f"{len(winners)} winners and {len(losers)} losers of a name")))
+      sizes = wording.count(len(winners), "winner"), wording.count(len(losers), "loser")
+      odd.append((name, BadRow(f"{sizes[0]} and {sizes[1]} of a name")))
       continue
     own = [told.get(p) or captions.get(p.with_suffix("")) for p in (winners[0], losers[0])]
     if all(own) and own[0] != own[1] and _text_or_none(own[0]) != _text_or_none(own[1]):

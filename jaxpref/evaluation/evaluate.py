@@ -174,6 +174,7 @@ def _draw(
   repeats = settings.images_per_prompt
   text.warn_of_cut(pipeline.tokenizers, [prefix + p for p in prompts], "prompts to evaluate on")
   conds = dict.fromkeys(models, encode_prompts(pipeline, mesh, prompts))
+  texts = np.repeat(prompts, repeats).tolist()
   if prefix:
     conds["tuned"] = encode_prompts(pipeline, mesh, [prefix + p for p in prompts])
   images: dict[str, np.ndarray] = {}
@@ -192,7 +193,7 @@ def _draw(
         bar.update(done - bar.n)
         watch.beat_or_stop()
 
-      images[model] = generators[model](params, cond, noise, on_batch)
+      images[model] = generators[model](params, cond, noise, on_batch, names=texts)
   return images
 
 

@@ -13,10 +13,29 @@ from jaxpref.data import encode
 from jaxpref.diffusion import grid as grid_lib
 from jaxpref.diffusion import guidance as guidance_lib
 from jaxpref.diffusion import sample as sample_lib
-from jaxpref.errors import UserError
+from jaxpref.errors import DivergedError, UserError
 from jaxpref.models import unet as unet_lib
 from jaxpref.models import vae as vae_lib
 from jaxpref.models.pipeline import Pipeline
+
+
+class NonFiniteError(DivergedError):
+  """Images of which some have pixels that are not finite.
+
+  Attributes:
+    images: uint8 [N, H, W, 3], all of them.
+    finite: bool [N].
+  """
+
+  def __init__(self, images: np.ndarray, finite: np.ndarray, named: Sequence[str]):
+    first = int(np.argmin(finite))
+    super().__init__(
+      f"{np.sum(~finite)} of {len(finite)} images have pixels that are not finite, the first "
+      f"is of {named[first]!r}: the network overflows; lower the guidance scale or compute in "
+      "float32"
+    )
+    self.images, self.finite = images, finite
+
 
 DECODES = ("whole", "sliced", "tiled")
 
@@ -54,9 +73,11 @@ def make_generator(
       `guidance.by_text_and_image`; None if it is shown none, as other pipelines.
 
   Returns:
-    `generate(unet_params, cond, seeds, on_batch=None) -> uint8 [N, H, W, 3]` with the
-    prompts' conditioning, [N, ...], and in it, where pictures are improved, their latents
-    as 'image'; `on_batch(n)` is told how many pictures are done.
+    `generate(unet_params, cond, seeds, on_batch=None, *, names=None) -> uint8 [N, H, W, 3]`
+    with the prompts' conditioning, [N, ...], and in it, where pictures are improved, their
+    latents as 'image'; `on_batch(n)` is told how many pictures are done. It raises a
+    `NonFiniteError` that quotes the image's name, by default its seed, where pixels are not
+    finite.
 
   Raises:
     UserError: the number of steps, the size or the way to decode cannot be.
@@ -118,21 +139,28 @@ def make_generator(
     cond: Any,
     seeds: Sequence[int],
     on_batch: Callable[[int], Any] | None = None,
+    *,
+    names: Sequence[str] | None = None,
   ) -> np.ndarray:
     numbers = np.asarray(seeds, np.uint32)
-    done = []
+    done, finite = [], []
     for start in range(0, len(numbers), rows):
       index = np.arange(start, start + rows).clip(max=len(numbers) - 1)
       placed_cond, placed_seeds = sharding.place_batch((cond, numbers), mesh, index)
-      images = program(params, vae_params, placed_cond, uncond, placed_seeds)
+      decoded = program(params, vae_params, placed_cond, uncond, placed_seeds)
       real = min(rows, len(numbers) - start)
       if decode == "tiled":
-        tiled = [vae_lib.decode_tiled(vae, vae_params, images[i : i + 1]) for i in range(real)]
-        images = np.concatenate(tiled)
-      done.append(sharding.to_host(images)[:real])
+        one = lambda z: vae_lib.decode_tiled(vae, vae_params, z)  # noqa: E731
+        tiled = [one(decoded[i : i + 1]) for i in range(real)]
+        decoded = jax.tree.map(lambda *parts: np.concatenate(parts), *tiled)
+      done.append(sharding.to_host(decoded.pixels)[:real])
+      finite.append(sharding.to_host(decoded.finite)[:real])
       if on_batch:
         on_batch(start + real)
-    return np.concatenate(done)
+    images, whole = np.concatenate(done), np.concatenate(finite)
+    if not whole.all():
+      raise NonFiniteError(images, whole, names or [f"seed {n}" for n in numbers])
+    return images
 
   return generate
 
@@ -147,7 +175,7 @@ def latent_shape_of(pipeline: Pipeline, size: tuple[int, int] | None) -> tuple[i
     return pipeline.latent_shape
   unit = pipeline.vae_factor * 2 ** (len(pipeline.modules["unet"].block_out_channels) - 1)
   if any(n < unit or n % unit for n in size):
-    raise UserError(f"height and width must be multiples of {unit}, got {size[0]} x {size[1]}")
+    raise UserError(f"width and height must be multiples of {unit}, got {size[1]} x {size[0]}")
   height, width = (n // pipeline.vae_factor for n in size)
   return pipeline.latent_shape[0], height, width
 

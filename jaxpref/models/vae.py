@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -54,6 +54,22 @@ def to_bytes(images: jax.Array) -> jax.Array:
   return jnp.round(scaled).astype(jnp.uint8)
 
 
+class Decoded(NamedTuple):
+  """Images as they leave the decoder.
+
+  Attributes:
+    pixels: uint8 [B, H, W, 3].
+    finite: bool [B], whether all of an image's numbers were; else its pixels mean nothing.
+  """
+
+  pixels: jax.Array
+  finite: jax.Array
+
+
+def _finish(images: jax.Array) -> Decoded:
+  return Decoded(to_bytes(images), jnp.isfinite(images).all(axis=(1, 2, 3)))
+
+
 def encode_moments(vae: nn.Module, params: Any, images: jax.Array):
   """Mean and log-variance of the posterior.
 
@@ -94,22 +110,23 @@ def encode(
   return (z - vae.shift_factor) * vae.scaling_factor
 
 
-def decode(vae: nn.Module, params: Any, latents: jax.Array) -> jax.Array:
-  """Images of scaled latents: [B, C, h, w] to uint8 [B, H, W, 3]."""
-  return to_bytes(_decode_unit(vae, params, latents))
+def decode(vae: nn.Module, params: Any, latents: jax.Array) -> Decoded:
+  """Decodes scaled latents [B, C, h, w]."""
+  return _finish(_decode_unit(vae, params, latents))
 
 
 def decode_sliced(
   vae: nn.Module, params: Any, latents: jax.Array, *, at_once: int = 1
-) -> jax.Array:
+) -> Decoded:
   """Like `decode`, `at_once` images at a time: the decoder's memory is theirs alone.
 
   Images are dealt like cards, so that with a batch split over as many devices each decodes
   its own. `at_once` divides the batch.
   """
   hands = latents.reshape(at_once, -1, *latents.shape[1:]).swapaxes(0, 1)
-  images = jax.lax.map(lambda z: decode(vae, params, z), hands).swapaxes(0, 1)
-  return images.reshape(latents.shape[0], *images.shape[2:])
+  decoded = jax.lax.map(lambda z: decode(vae, params, z), hands)
+  undealt = lambda x: x.swapaxes(0, 1).reshape(latents.shape[0], *x.shape[2:])  # noqa: E731
+  return jax.tree.map(undealt, decoded)
 
 
 @functools.partial(jax.jit, static_argnums=0)  # else each tile would be a program of its own
@@ -127,7 +144,7 @@ def decode_tiled(
   *,
   tile: int | None = None,
   overlap: float = 0.25,
-) -> jax.Array:
+) -> Decoded:
   """Like `decode`, tile by tile: for images whose decoder would not fit in memory.
 
   Neighbours overlap and are blended linearly, as diffusers' tiled VAE does. What a tile
@@ -141,7 +158,7 @@ def decode_tiled(
     overlap: share of a tile that its neighbour decodes too, from 0 to a half.
 
   Returns:
-    uint8 [B, 8 h, 8 w, 3], with a VAE that halves three times.
+    Images of 8 h x 8 w pixels, with a VAE that halves three times.
   """
   factor = 2 ** (len(vae.block_out_channels) - 1)
   tile = tile or vae.sample_size // factor
@@ -162,7 +179,7 @@ def decode_tiled(
         row[j] = _blend(row[j - 1], row[j], blend, axis=3)
     shown = [part[:, :, : step * factor, : step * factor] for part in row]
     bands.append(jnp.concatenate(shown, axis=3))
-  return to_bytes(jnp.concatenate(bands, axis=2))
+  return _finish(jnp.concatenate(bands, axis=2))
 
 
 def _blend(before: jax.Array, after: jax.Array, extent: int, *, axis: int) -> jax.Array:
