@@ -107,7 +107,7 @@ def read_record(campaign: Campaign, name: str, arguments: Sequence[str]) -> dict
   file = campaign.records / f"{name}.json"
   if not file.exists():
     return None
-  record = json.loads(file.read_text())
+  record = json.loads(file.read_text(encoding="utf-8"))
   asked = {"arguments": list(arguments), "base": campaign.base}
   return record if {key: record[key] for key in asked} == asked else None
 
@@ -140,7 +140,7 @@ def record_run(
     sys.exit(1)
   minutes = (time.perf_counter() - began) / 60
   scores = pd.read_parquet(newest_evaluation(workdir) / "scores.parquet")
-  lines = (tuned.trained_in(workdir) / "metrics.jsonl").read_text().splitlines()
+  lines = (tuned.trained_in(workdir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
   logged = pd.DataFrame(map(json.loads, lines)).drop(columns=["step", "time"])
   record = {
     "arguments": list(arguments),
@@ -185,7 +185,9 @@ def choose(
 
 def grid_scores(campaign: Campaign, name: str) -> dict[str, float]:
   """What `choose` has chosen from: scores by setting."""
-  return json.loads((campaign.records / "grid" / f"{name}.json").read_text())["scores"]
+  return json.loads((campaign.records / "grid" / f"{name}.json").read_text(encoding="utf-8"))[
+    "scores"
+  ]
 
 
 def _validate(
@@ -194,7 +196,7 @@ def _validate(
   """A setting's score on validation prompts; -1 where it diverges."""
   record, key = campaign.records / "grid" / f"{name}.json", " ".join(setting)
   asked = {"arguments": list(arguments), "base": campaign.base}
-  stored = json.loads(record.read_text()) if record.exists() else {}
+  stored = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
   if {k: stored.get(k) for k in asked} != asked:
     stored = {**asked, "scores": {}}
   if key in stored["scores"] or campaign.report_only:
@@ -211,7 +213,7 @@ def _validate(
     scores = pd.read_parquet(newest_evaluation(workdir) / "scores.parquet")
     score = float(scores[scores.model == "tuned"].groupby("scorer").score.mean().sum())
   # Others may have been added meanwhile by a process that tries other settings.
-  newest = json.loads(record.read_text()) if record.exists() else stored
+  newest = json.loads(record.read_text(encoding="utf-8")) if record.exists() else stored
   if {k: newest.get(k) for k in asked} == asked:
     stored = newest
   stored["scores"][key] = score
@@ -254,7 +256,7 @@ def means_of(scores: pd.DataFrame) -> dict[str, float]:
 def record_base(campaign: Campaign, model: str) -> None:
   """The diversity of what every run begins with; its scores are in every run's record."""
   file = campaign.records / BASE
-  stored = json.loads(file.read_text()) if file.exists() else {}
+  stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
   if stored.get("base") != campaign.base and not campaign.report_only:
     found = {"base": campaign.base, "vendi": diversity_of(model)}
     workdir_lib.write_json(file, found)
@@ -262,7 +264,7 @@ def record_base(campaign: Campaign, model: str) -> None:
 
 def base_diversity(campaign: Campaign) -> float:
   """As `record_base` has found it."""
-  return json.loads((campaign.records / BASE).read_text())["vendi"]
+  return json.loads((campaign.records / BASE).read_text(encoding="utf-8"))["vendi"]
 
 
 def diversity_of(model: str) -> float:

@@ -317,7 +317,7 @@ def main(argv: list[str]) -> None:
   options.out.mkdir(parents=True, exist_ok=True)
   options.model = (options.model or trials.make_model(options.runs)).resolve()
   records = options.out / "trials.jsonl"
-  lines = records.read_text().splitlines() if records.exists() else []
+  lines = records.read_text(encoding="utf-8").splitlines() if records.exists() else []
   found = [json.loads(line) for line in lines]
   done = {(r["fault"], r["number"]) for r in found}
   references: dict[str, tuple[str, float]] = {}

@@ -69,7 +69,9 @@ def main(argv: list[str]) -> None:
 def write_random(configs_dir: Path, target: Path) -> None:
   """A pipeline of these configurations with random weights and a tokenizer to match."""
   files = {p: configs_dir / f"{p}.json" for p in PARTS}
-  configs = {p: json.loads(f.read_text()) for p, f in files.items() if f.exists()}
+  configs = {
+    p: json.loads(f.read_text(encoding="utf-8")) for p, f in files.items() if f.exists()
+  }
   for part in [p for p in configs if p.startswith("text_encoder")]:
     directory = (
       target.parent / f"{target.name}-tokenizers" / part.replace("text_encoder", "tokenizer")
@@ -94,10 +96,12 @@ def write_random(configs_dir: Path, target: Path) -> None:
 
 def fill_vocabulary(file: Path, size: int) -> None:
   """Words that no text has, before the two marks, up to `size`."""
-  words = list(json.loads(file.read_text()))
+  words = list(json.loads(file.read_text(encoding="utf-8")))
   fill = [f"filler{i}" for i in range(size - len(words))]
   words = [*words[:-2], *fill, *words[-2:]]
-  file.write_text(json.dumps({word: i for i, word in enumerate(words)}, ensure_ascii=False))
+  file.write_text(
+    json.dumps({word: i for i, word in enumerate(words)}, ensure_ascii=False), encoding="utf-8"
+  )
 
 
 def measure(model: Path, options: argparse.Namespace) -> dict:

@@ -233,7 +233,7 @@ def _text(numbers: dict, options: argparse.Namespace) -> str:
     f"{base['vendi'][0]:.2f} | | |",
   ]
   file = options.out / "times.json"
-  times = json.loads(file.read_text()) if file.exists() else {}
+  times = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
   ratios = times.get("time / SFT's", {})
   for name in names:
     n = numbers[name]

@@ -226,7 +226,7 @@ def _scores_of_pairs(directory: Path) -> dict[str, dict[str, float]]:
 
 def _measure_improver(runs: campaign.Campaign, name: str, workdir: Path) -> dict[str, Any]:
   """What scales do on validation prompts, and scores on training prompts."""
-  model = json.loads((workdir / "config.json").read_text())["model"]["path"]
+  model = json.loads((workdir / "config.json").read_text(encoding="utf-8"))["model"]["path"]
   prompts = list(itertools.islice(itertools.cycle(campaign.validation_prompts()), PICTURES))
   seeds = np.arange(len(prompts)) + 6000
   _, shown = _draw(model, prompts, seeds)

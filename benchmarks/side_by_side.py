@@ -94,7 +94,7 @@ def lay_out(options: argparse.Namespace, directory: Path) -> Path:
   """
   files = {f.stem: f for f in options.model.glob("*.json")}
   files |= {f.parent.name: f for f in options.model.glob("*/*config.json")}
-  configs = {name: json.loads(f.read_text()) for name, f in files.items()}
+  configs = {name: json.loads(f.read_text(encoding="utf-8")) for name, f in files.items()}
   unet = configs["unet"]
   if options.latents:
     unet["sample_size"] = options.latents
@@ -210,7 +210,7 @@ def time_contenders(
       out = Path(directory, "seconds.json")
       command = [sys.executable, *sys.argv, f"--only={name}", f"--out={out}"]
       if subprocess.run(command, check=False).returncode == 0:
-        took[name] = json.loads(out.read_text())
+        took[name] = json.loads(out.read_text(encoding="utf-8"))
       else:
         print(f"{name}: failed, and is left out")
   if "ours" not in took:

@@ -103,7 +103,7 @@ class Trial:
 
   def log(self) -> str:
     """What process 0 has said so far."""
-    return (self.directory / "log0").read_text()
+    return (self.directory / "log0").read_text(encoding="utf-8")
 
   def checkpoints(self) -> list[Path]:
     """Of the run that is under way, also where it is an iteration's."""

@@ -94,7 +94,7 @@ def _unreachable(path: epath.Path, error: Exception) -> TransientError:
 def write(path: epath.Path, text: str) -> None:
   """Writes a file, whole or not at all."""
   if is_bucket(path):
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
   else:
     write_text(Path(path), text)
 
@@ -128,7 +128,9 @@ def files(path: epath.Path) -> list[str]:
 
 def size(file: epath.Path) -> int:
   """In bytes."""
-  return file.stat().length
+  if is_bucket(file):
+    return file.stat().length
+  return Path(file).stat().st_size  # epath's fails for a user whom the system does not know
 
 
 def checksum(file: epath.Path) -> Any:

@@ -407,7 +407,7 @@ def _write_checksums(path: epath.Path) -> None:
 def _verify(path: epath.Path) -> str | None:
   """What is wrong with the files of a checkpoint; nothing if it has no checksums."""
   try:
-    checksums = json.loads((path / CHECKSUMS).read_text())
+    checksums = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))
   except FileNotFoundError:
     return None
   except ValueError:

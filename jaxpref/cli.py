@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from jaxpref import runtime
+from jaxpref import output, runtime
 from jaxpref.errors import TransientError, UserError, one_line
 
 # What the machine refuses: no permission, no space, no such name.
@@ -64,6 +64,7 @@ FLAGS = {"workdir": "directory of the run; runs/<name>-<preset> by default"}
 
 def run(main: Callable[[list[str]], int]) -> NoReturn:
   """A program's process, from its arguments to its exit status."""
+  output.secure_output()
   try:
     sys.exit(main(sys.argv[1:]))
   except BaseException as error:
@@ -77,6 +78,9 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
       sys.stderr.flush()
       os._exit(TransientError.status)
     raise
+  finally:
+    sys.stdout.flush()
+    sys.stderr.flush()
 
 
 def exit_status(

@@ -85,7 +85,7 @@ def _summary(config: ConfigDict, workdir: Path, k: int) -> dict[str, str]:
   """An iteration's row in the report's table."""
   evaluation = workdir / tuned.ITERATIONS / str(k) / "evaluation"
   results = json.loads(
-    (evaluation / str(config.train.num_updates) / evaluate.RESULTS).read_text()
+    (evaluation / str(config.train.num_updates) / evaluate.RESULTS).read_text(encoding="utf-8")
   )
   changes = online.changes(workdir / tuned.PAIRS / str(k))
   row = {

@@ -10,9 +10,9 @@ def user_path(text: str | os.PathLike) -> Path:
   """The path, `~` expanded.
 
   Raises:
-    UserError: there is no such user.
+    UserError: there is no such user, or no home directory.
   """
   try:
     return Path(text).expanduser()
   except RuntimeError as error:
-    raise UserError(f"{text}: no such user's home") from error
+    raise UserError(f"{text}: the user has no home directory") from error

@@ -37,16 +37,28 @@ def cache_programs() -> None:
   """Keeps compiled programs for the next run: a resumed one starts at once.
 
   In `~/.cache/jaxpref/jax` (or XDG_CACHE_HOME), unless JAX_COMPILATION_CACHE_DIR says
-  where.
+  where; nowhere if that place cannot be written, as for a container's user without a home.
   """
   import jax  # noqa: PLC0415  # `use_all_cores` comes before it
 
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    jax.config.update("jax_compilation_cache_dir", str(cache / "jaxpref" / "jax"))
+    if (cache := _own_cache()) is None:
+      return
+    jax.config.update("jax_compilation_cache_dir", str(cache / "jax"))
   if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
     # A run has dozens of small programs, which JAX would leave out.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _own_cache() -> Path | None:
+  """This package's cache directory; None where there is no place for one."""
+  home = os.environ.get("XDG_CACHE_HOME")
+  try:
+    cache = (Path(home) if home else Path.home() / ".cache") / "jaxpref"
+    cache.mkdir(parents=True, exist_ok=True)
+  except (OSError, RuntimeError):  # RuntimeError: neither HOME nor a user with a home
+    return None
+  return cache if os.access(cache, os.W_OK) else None
 
 
 def facts() -> dict[str, str]:
@@ -94,7 +106,7 @@ def _cores() -> int:
     return os.cpu_count() or 1
   cores = len(os.sched_getaffinity(0))
   try:
-    quota, period = _QUOTA.read_text().split()
+    quota, period = _QUOTA.read_text(encoding="utf-8").split()
   except (OSError, ValueError):
     return cores
   return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))

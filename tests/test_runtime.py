@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -66,3 +67,17 @@ def test_the_package_itself_imports_nothing_heavy():
     [sys.executable, "-c", program], capture_output=True, text=True, check=True
   )
   assert not {"jax", "flax", "diffusers", "torch", "numpy"} & set(done.stdout.split())
+
+
+def test_no_place_for_a_cache_is_no_failure(monkeypatch, tmp_path):
+  monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+  def homeless():
+    raise RuntimeError("Could not determine home directory.")
+
+  monkeypatch.setattr(Path, "home", homeless)
+  assert runtime._own_cache() is None
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # enough without a home
+  assert runtime._own_cache() == tmp_path / "jaxpref"
+  monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+  assert runtime._own_cache() is None

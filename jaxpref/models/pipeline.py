@@ -353,7 +353,7 @@ def _abstract_weights(module: nn.Module) -> Any:
 
 def _read_json(path: Path) -> dict[str, Any]:
   try:
-    value = json.loads(path.read_text())
+    value = json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError as error:
     raise UserError(f"no {path}: not a complete pipeline in diffusers' layout") from error
   except (OSError, ValueError) as error:

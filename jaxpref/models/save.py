@@ -149,4 +149,4 @@ def replace_directory(new: Path, target: Path) -> None:
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-  path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+  path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

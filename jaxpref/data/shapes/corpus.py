@@ -42,9 +42,9 @@ def build_corpus(
     images.flush()
     partial.replace(pixels)
     temporary = texts.with_suffix(".tmp")
-    temporary.write_text(json.dumps(captions))
+    temporary.write_text(json.dumps(captions), encoding="utf-8")
     temporary.replace(texts)
-  return np.load(pixels, mmap_mode="r"), json.loads(texts.read_text())
+  return np.load(pixels, mmap_mode="r"), json.loads(texts.read_text(encoding="utf-8"))
 
 
 def _fingerprint() -> str:

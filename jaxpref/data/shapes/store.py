@@ -26,6 +26,7 @@ from PIL import Image
 from jaxpref.data import records
 from jaxpref.data.shapes import annotator, flaws, palette, prompts, render
 from jaxpref.errors import UserError
+from jaxpref.paths import user_path
 
 SPLITS = ("train", "test")
 _MARKER = "complete.json"  # written last: without it, a directory is built anew
@@ -115,7 +116,10 @@ def _data_dir(data_dir: str | os.PathLike | None) -> Path:
       f"the shapes world's data need a local TFDS directory, not {place}: "
       "set TFDS_DATA_DIR to one"
     )
-  return Path(place).expanduser()
+  try:
+    return user_path(place)
+  except UserError as error:
+    raise UserError(f"{error}: set TFDS_DATA_DIR to where data sets may be stored") from error
 
 
 def _build(
@@ -142,7 +146,7 @@ def _build(
 def _is_complete(directory: Path, kind: type[ShapesBuilder]) -> bool:
   """Whether all files are there, whole, and drawn by the code as it is now."""
   try:
-    record = json.loads((directory / _MARKER).read_text())
+    record = json.loads((directory / _MARKER).read_text(encoding="utf-8"))
     sizes = {name: (directory / name).stat().st_size for name in record["sizes"]}
   except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
     return False  # JSON of another shape among them
