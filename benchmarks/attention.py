@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
     print(text, "  ".join(f"{name} {ms:.3f}" for name, ms in medians.items()), flush=True)
   if options.out:
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(numbers, indent=1) + "\n")
+    options.out.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
 
 
 def ours(name: str, shape: tuple[int, ...], dtype: str):

@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
   }
   print(json.dumps(found, indent=2))
   if options.out:
-    options.out.write_text(json.dumps(found, indent=2) + "\n")
+    options.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 def measure(options: argparse.Namespace, directory: Path) -> dict[str, float]:

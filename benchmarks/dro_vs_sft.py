@@ -92,7 +92,9 @@ def report(runs: campaign.Campaign, options: argparse.Namespace) -> None:
     "tuned": {f"{m}/{s}": values for (m, s), values in tuned.items()},
     "dro_against_sft": direct,
   }
-  (options.out / "results.json").write_text(json.dumps(numbers, indent=2) + "\n")
+  (options.out / "results.json").write_text(
+    json.dumps(numbers, indent=2) + "\n", encoding="utf-8"
+  )
   print("\n".join(text))
 
 

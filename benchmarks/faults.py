@@ -232,7 +232,7 @@ def a_second_run(trial: trials.Trial, duration: float) -> str:
     env=trial.env,
     check=False,
     capture_output=True,
-    text=True,
+    encoding="utf-8",
   )
   if processes[0].poll() is not None:
     raise trials.TooLateError
@@ -246,7 +246,7 @@ def a_second_run(trial: trials.Trial, duration: float) -> str:
 def jump_in_time(trial: trials.Trial, duration: float) -> str:
   """The wall clock jumps back and forth; Orbax may then think that a save took too long."""
   clock = trial.directory / "clock"
-  clock.write_text("+0")
+  clock.write_text("+0", encoding="utf-8")
   before = dict(trial.env)
   trial.env |= {
     "LD_PRELOAD": FAKETIME,
@@ -257,7 +257,9 @@ def jump_in_time(trial: trials.Trial, duration: float) -> str:
   processes = trial.start()
   for _ in range(6):
     time.sleep(duration / 8)
-    clock.write_text(trial.random.choice(["+400d", "-400d", "+3h", "-3h", "-20s", "+0"]))
+    clock.write_text(
+      trial.random.choice(["+400d", "-400d", "+3h", "-3h", "-20s", "+0"]), encoding="utf-8"
+    )
   if set(trials.end(processes)) - {0, 75}:
     raise RuntimeError(f"it did not end with a clear error: {trial.log()[-500:]}")
   trial.env = before
@@ -341,7 +343,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"{fault} {number}: always too late")
       record = {"fault": fault, "number": number, **result}
       print(json.dumps(record), flush=True)
-      with records.open("a") as file:
+      with records.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
       found.append(record)
   write_report(found, options)

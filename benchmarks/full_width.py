@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
   numbers = measure(model, options)
   print(json.dumps(numbers, indent=2))
   if options.out:
-    options.out.write_text(json.dumps(numbers, indent=2) + "\n")
+    options.out.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
 
 
 def write_random(configs_dir: Path, target: Path) -> None:

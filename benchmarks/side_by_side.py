@@ -109,7 +109,7 @@ def lay_out(options: argparse.Namespace, directory: Path) -> Path:
   for name, config in configs.items():
     target = directory / places.get(name, f"{name}/config.json")
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(config))
+    target.write_text(json.dumps(config), encoding="utf-8")
   return directory
 
 
@@ -200,7 +200,7 @@ def time_contenders(
   if options.only:
     name = options.only
     took = take_turns({name: makers[name]()}, options.turns)
-    options.out.write_text(json.dumps(took[name]))
+    options.out.write_text(json.dumps(took[name]), encoding="utf-8")
     sys.exit()
   if not options.apart:
     return take_turns({name: make() for name, make in makers.items()}, options.turns)
@@ -314,7 +314,7 @@ def report(
     print(f"| {contender} | {units / median:.2f} | {ratio:.2f} | {100 * share:.1f} % |")
   if options.out:
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(numbers, indent=1) + "\n")
+    options.out.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
 
 
 def rival_makers(

@@ -95,7 +95,7 @@ class Trial:
       if self.setting.processes > 1:
         command += [f"--coordinator=127.0.0.1:{port}", f"--process_id={i}"]
         command += [f"--num_processes={self.setting.processes}"]
-      log = (self.directory / f"log{i}").open("a")
+      log = (self.directory / f"log{i}").open("ab")
       processes.append(
         subprocess.Popen(command, cwd=ROOT, env=self.env, stdout=log, stderr=log)
       )

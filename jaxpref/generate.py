@@ -323,9 +323,13 @@ def read_prompts(text: str) -> list[str]:
     path = Path(text).expanduser()
     is_file = path.is_file()
   except (OSError, RuntimeError):  # longer than a name can be, or a ~ that is no home
-    return [text]
+    is_file, path = False, Path()
   if not is_file and path.suffix != ".txt":
-    return [text]
+    try:
+      # Where the locale is C, Python keeps other characters of an argument as bytes.
+      return [text.encode(errors="surrogateescape").decode()]
+    except UnicodeDecodeError as error:
+      raise UserError(f"--prompts is not UTF-8: {text!r}") from error
   try:
     lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
   except (OSError, UnicodeDecodeError) as error:

@@ -89,7 +89,8 @@ def _git_state() -> str:
         ["git", "-C", str(here), *command],
         check=False,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         timeout=10,
       )
     except (OSError, subprocess.TimeoutExpired):

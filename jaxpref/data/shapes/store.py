@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -56,7 +57,9 @@ class ShapesBuilder(tfds.core.GeneratorBasedBuilder):
     directory = Path(self.data_dir)
     sizes = {p.name: p.stat().st_size for p in sorted(directory.iterdir())}
     temporary = directory / f"{_MARKER}.tmp"
-    temporary.write_text(json.dumps({"code": _fingerprint(type(self)), "sizes": sizes}))
+    temporary.write_text(
+      json.dumps({"code": _fingerprint(type(self)), "sizes": sizes}), encoding="utf-8"
+    )
     temporary.replace(directory / _MARKER)
 
 
@@ -75,7 +78,8 @@ def load(
     kind: the data set.
     config: which of it.
     split: 'train' or 'test', the split of the prompts.
-    data_dir: the TFDS directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
+    data_dir: the TFDS directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets,
+      or a temporary one for users without a home.
 
   Returns:
     A random-access source of rows (`len`, `[i]`), columns to values, text as bytes.
@@ -110,7 +114,7 @@ def png(image: np.ndarray) -> bytes:
 
 
 def _data_dir(data_dir: str | os.PathLike | None) -> Path:
-  place = os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+  place = os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR") or _default_data_dir())
   if "://" in place:
     raise UserError(
       f"the shapes world's data need a local TFDS directory, not {place}: "
@@ -120,6 +124,19 @@ def _data_dir(data_dir: str | os.PathLike | None) -> Path:
     return user_path(place)
   except UserError as error:
     raise UserError(f"{error}: set TFDS_DATA_DIR to where data sets may be stored") from error
+
+
+def _default_data_dir() -> Path:
+  """TFDS's own default; for users without a home that they may write, a temporary directory."""
+  default = Path("~/tensorflow_datasets")
+  try:
+    default = default.expanduser()
+  except RuntimeError:  # no HOME, and a user without an entry
+    default = Path()
+  above = next((p for p in (default, *default.parents) if p.exists()), default)
+  if default.is_absolute() and os.access(above, os.W_OK | os.X_OK):
+    return default
+  return Path(tempfile.gettempdir()) / f"tensorflow_datasets-{os.getuid()}"
 
 
 def _build(
