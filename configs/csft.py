@@ -5,7 +5,8 @@
 A baseline of the KTO papers; the evaluation and `jaxpref.generate` then draw with the good
 prefix, which other programs must be told with an exported model. On the shapes
 world, whose tokenizer has no words for it, the prefixes are single signs. `sd15` and `sdxl`
-take over Diffusion-DPO's optimizer.
+take over Diffusion-DPO's optimizer. An image is good if it ever won a pair; half of
+those sampled are (`data.desirable_share`).
 """
 
 from ml_collections import ConfigDict

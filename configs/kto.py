@@ -5,8 +5,10 @@
 After Li et al. 2024 (https://arxiv.org/abs/2404.04465): 80 % desirable images, learning rate
 1e-7 with 200 updates of warm-up and 20,000 updates are those of the authors' example
 (https://github.com/jacklishufan/diffusion-kto); beta is 5000 in the paper, 1000 by default
-in the code. `loss.utility` is 'kt', 'loss_averse' or 'risk_seeking'. Their example trains two
-images on each of four devices; the batch of 128 here is ours.
+in the code. An image is liked if it ever won a pair, and images are sampled with replacement so
+that four of five are liked (`data.desirable_share`). `loss.utility` is 'kt', 'loss_averse' or
+'risk_seeking'. Their example trains two images on each of four devices; the batch of 128 here
+is ours.
 """
 
 from ml_collections import ConfigDict

@@ -47,16 +47,18 @@ from jaxpref.models import pipeline as pipeline_lib
 _ALWAYS_SAFE = (
   *("profile", "train.log_every", "train.keep", "train.max_skipped", "train.hang_minutes"),
 )
+# Not the base: the iterations' own configurations name it, too.
+_MOVABLE = tuple(name for name in workdir_lib.BY_CONTENT if name != "model.path")
 # What leaves out pairs that are drawn; it may change until some were trained on.
 _FILTERS = ("data.min_change", "data.num_rows")
 # Other updates or evaluations would make iterations that do not compare.
 RESUME_SAFE = (
   *(*_ALWAYS_SAFE, *_FILTERS, "iterate.num_iterations"),
   # They may have moved: `_check_inputs` knows them by their contents.
-  *("iterate.improver", "model.start", "data.path"),
+  *("iterate.improver", *_MOVABLE),
 )
 # What an iteration's training may find changed when it goes on: the workdir may have moved.
-_RESUME_SAFE = (*_ALWAYS_SAFE, "data.path", "model.start", "evaluate.prompts")
+_RESUME_SAFE = (*_ALWAYS_SAFE, *_MOVABLE, "evaluate.prompts")
 _log = logging.getLogger(__name__)
 _INPUTS = "inputs.json"  # digests of what the run was begun with
 

@@ -294,10 +294,8 @@ def _open_checkpointer(workdir: Path, config: Any) -> checkpoint.Checkpointer:
   directory = checkpoint.directory_of(workdir, config)
   if not config.train.checkpoints:
     return checkpoint.open_checkpointer(directory, keep=config.train.keep)
-  # What has moved is told from something else by its contents (`_check_continues`).
-  safe = (*workdir_lib.RESUME_SAFE, "data.path", "model.start", "evaluate.prompts")
   return checkpoint.open_checkpointer(
-    directory, keep=config.train.keep, owner=config, resume_safe=safe
+    directory, keep=config.train.keep, owner=config, resume_safe=workdir_lib.RESUME_SAFE
   )
 
 
@@ -396,6 +394,7 @@ def _log_update(
 def _check_continues(
   stored: dict[str, Any], identity: dict[str, Any], start: int, config: Any
 ) -> None:
+  named = {"data": config.data.path, "pipeline": config.model.path, "start": config.model.start}
   things = {
     "data": "training images",
     "pipeline": "base pipeline's weights",
@@ -403,7 +402,11 @@ def _check_continues(
   }
   for name, thing in things.items():
     if stored.get(name) != identity.get(name):
-      raise UserError(f"the {thing} are not those that this workdir's run began with")
+      where = f" ({named[name]})" if named[name] else ""
+      raise UserError(
+        f"the {thing}{where} are not those that this workdir's run began with; name those, or "
+        "choose another --workdir"
+      )
   wanted, before = identity["num_updates"], stored["num_updates"]
   if start > wanted:
     raise UserError(

@@ -26,8 +26,14 @@ from jaxpref.paths import user_path
 
 CONFIG, STARTS = "config.json", "starts.json"
 LOCK = ".lock"
+# What a run reads and how: it may have moved, as training compares the contents' digests.
+BY_CONTENT = (
+  *("data.path", "data.split", "data.follow_links", "data.max_bad_share"),
+  *("model.path", "model.start"),
+)
 # What may change between the start of a run and its resumption.
 RESUME_SAFE = (
+  *BY_CONTENT,
   *("evaluate", "improve", "profile"),
   *("train.log_every", "train.num_updates", "train.keep"),
   *("train.max_skipped", "train.hang_minutes"),

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
+from jaxpref import train
 from jaxpref import workdir as workdir_lib
 from jaxpref.errors import UserError
 
@@ -82,6 +83,42 @@ def test_another_run_is_refused_and_nothing_is_written(tmp_path):
   assert (tmp_path / "config.json").read_bytes() == before
   # The lock was given back by the refusals.
   assert workdir_lib.open_workdir(tmp_path, make_config()).resumed
+
+
+def test_inputs_may_be_named_by_another_path(tmp_path):
+  # Their contents decide: training compares digests.
+  names = ("data.path", "model.path", "model.start")
+  fields = {"data": {"path": "a"}, "model": {"path": "b", "start": ""}}
+  config, moved = make_config(), make_config()
+  for of, places in (
+    (config, fields),
+    (moved, {"data": {"path": "x"}, "model": {"path": "y"}}),
+  ):
+    with of.unlocked():
+      of.update(places)
+  with moved.unlocked():
+    moved.model.start = "z"
+    moved.data.split = "train"  # a field that an older version did not have
+  workdir_lib.release(workdir_lib.open_workdir(tmp_path, config))
+  assert workdir_lib.open_workdir(tmp_path, moved).resumed
+  assert set(names) < set(workdir_lib.RESUME_SAFE)
+
+
+@pytest.mark.parametrize(
+  ("name", "message"),
+  [
+    ("data", r"training images \(in/x\)"),
+    ("pipeline", r"base pipeline's weights \(base/y\)"),
+    ("start", r"weights in model.start \(other/z\)"),
+  ],
+)
+def test_other_contents_are_refused_by_name(name, message):
+  same = {"data": "1", "pipeline": "2", "start": "3", "num_updates": 4}
+  places = {"data": {"path": "in/x"}, "model": {"path": "base/y", "start": "other/z"}}
+  config = ConfigDict({**places, "optim": {"schedule": "constant"}})
+  train._check_continues(same, same, 2, config)
+  with pytest.raises(UserError, match=f"the {message} are not those that this workdir's run"):
+    train._check_continues(same, same | {name: "other"}, 2, config)
 
 
 def test_foreign_directories_are_refused(tmp_path):

@@ -17,7 +17,9 @@ from PIL import Image
 
 from jaxpref import distributed, metrics, progress, scorers, watch
 from jaxpref import workdir as workdir_lib
+from jaxpref.data.bad_rows import BadRow
 from jaxpref.data.encode import encode_images, encode_prompts
+from jaxpref.data.images import decode
 from jaxpref.data.shapes import prompts as shapes_prompts
 from jaxpref.errors import UserError
 from jaxpref.evaluation import compare, generate, grid, report
@@ -130,7 +132,7 @@ def evaluate(
 def read_pictures(
   directory: Path, model: str, num_prompts: int, settings: Any
 ) -> np.ndarray | None:
-  """A model's pictures of an evaluation that has been made; None if any is gone.
+  """A model's pictures of an evaluation that has been made; None if any is gone or damaged.
 
   Args:
     directory: of the evaluation, with these prompts and settings.
@@ -140,10 +142,8 @@ def read_pictures(
   """
   seeds = generate.seeds_of(num_prompts, settings.images_per_prompt, seed=settings.seed)
   try:
-    return np.stack(
-      [np.asarray(Image.open(_picture(directory / "images" / model, seed))) for seed in seeds]
-    )
-  except OSError:
+    return np.stack([decode(_picture(directory / "images" / model, seed)) for seed in seeds])
+  except BadRow:
     return None
 
 
