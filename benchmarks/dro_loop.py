@@ -1,7 +1,7 @@
 r"""Updates of Diffusion-DRO, with the drawing of negatives: as published, and in lots.
 
   python benchmarks/dro_loop.py --against=torch
-  python benchmarks/dro_loop.py --against=torch --model=tests/golden/model_configs/sd15 \
+  python benchmarks/dro_loop.py --against=torch --model=jaxpref/pipelines/sd15 \
     --rows=32 --lots=8 --dtype=bfloat16 --set rollout.num_steps=20
 
 Weights are random; the bundled model is what a CPU is up to. PyTorch's part is in `rivals.py`.

@@ -1,13 +1,13 @@
 """A real model at full width with random weights: load, take DRO steps, draw; time and memory.
 
-  python benchmarks/full_width.py --configs=tests/golden/model_configs/sdxl --out=sdxl.json
+  python benchmarks/full_width.py --configs=jaxpref/pipelines/sdxl --out=sdxl.json
 
 Writes the pipeline once (float16) under --work, then measures in one process and prints a
 JSON object: seconds of loading, of compiling and of each phase of an update, the devices'
 peak memory. Random weights cost what trained ones do. Where an accelerator is lacking,
 --lora-rank and --size make it fit:
 
-  python benchmarks/full_width.py --configs=tests/golden/model_configs/sd15 \
+  python benchmarks/full_width.py --configs=jaxpref/pipelines/sd15 \
     --dtype=float32 --lora-rank=8 --size=256 --updates=1
 """
 
@@ -32,8 +32,6 @@ from jaxpref.evaluation import generate
 from jaxpref.models import lora, save, text
 from jaxpref.models import pipeline as pipeline_lib
 from jaxpref.models import unet as unet_lib
-
-PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler", "model_index")
 
 
 def main(argv: list[str]) -> None:
@@ -68,10 +66,9 @@ def main(argv: list[str]) -> None:
 
 def write_random(configs_dir: Path, target: Path) -> None:
   """A pipeline of these configurations with random weights and a tokenizer to match."""
-  files = {p: configs_dir / f"{p}.json" for p in PARTS}
-  configs = {
-    p: json.loads(f.read_text(encoding="utf-8")) for p, f in files.items() if f.exists()
-  }
+  files = {f.parent.name: f for f in configs_dir.glob("*/*config.json")}
+  files["model_index"] = configs_dir / "model_index.json"
+  configs = {part: json.loads(f.read_text(encoding="utf-8")) for part, f in files.items()}
   for part in [p for p in configs if p.startswith("text_encoder")]:
     directory = (
       target.parent / f"{target.name}-tokenizers" / part.replace("text_encoder", "tokenizer")

@@ -10,7 +10,7 @@ shift
 mkdir -p "$out"
 export XLA_PYTHON_CLIENT_PREALLOCATE=false TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 export PYTHONPATH=${PYTHONPATH:-}:$PWD
-configs=tests/golden/model_configs
+configs=jaxpref/pipelines
 sd15=(--model="$configs/sd15" --dtype=bfloat16)
 sdxl=(--model="$configs/sdxl" --dtype=bfloat16)
 

@@ -1,7 +1,7 @@
 r"""Latents from noise: DPM-Solver++ (2M) with classifier-free guidance.
 
   python benchmarks/sampler.py --against=torch
-  python benchmarks/sampler.py --against=torch --model=tests/golden/model_configs/sd15 \
+  python benchmarks/sampler.py --against=torch --model=jaxpref/pipelines/sd15 \
     --rows=16 --dtype=bfloat16 --rivals P1 P2
 
 Weights are random; the bundled model is what a CPU is up to. PyTorch's part is in `rivals.py`.

@@ -1,7 +1,7 @@
 r"""An update of supervised fine-tuning: forward, backward, AdamW, moving average.
 
   python benchmarks/train_step.py --against=torch
-  python benchmarks/train_step.py --against=torch --model=tests/golden/model_configs/sd15 \
+  python benchmarks/train_step.py --against=torch --model=jaxpref/pipelines/sd15 \
     --rows=32 --dtype=bfloat16 --rivals P1 P2
 
 Weights are random; the bundled model is what a CPU is up to. PyTorch's part is in `rivals.py`.

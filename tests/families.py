@@ -1,6 +1,6 @@
 """Stable Diffusion 1.5, 2.1 and XL at a width that a test can afford.
 
-The real configurations (`golden/model_configs`, as their public repositories state them)
+The real configurations (`jaxpref/pipelines`, as their public repositories state them)
 with every switch kept - heads by block, linear projections, layers by block, text_time
 conditioning, activations, schedules - and fewer channels, layers and words.
 """
@@ -18,7 +18,7 @@ from jaxpref.data.shapes import prompts
 from jaxpref.models import pipeline, save, text
 from jaxpref.pretrain import run as pretrain
 
-CONFIGS = Path(__file__).parent / "golden" / "model_configs"
+CONFIGS = Path(pipeline.__file__).parent.parent / "pipelines"
 FAMILIES = ("sd15", "sd21", "sdxl")
 PROMPTS = ["a red circle left of two blue squares", "Three small stars, painted!"]
 WIDTHS = (32, 48)  # of the text encoders
@@ -26,11 +26,9 @@ WIDTHS = (32, 48)  # of the text encoders
 
 def real_configs(family: str) -> dict[str, dict[str, Any]]:
   """The configuration files of a family, by part."""
-  files = {p.stem: json.loads(p.read_text()) for p in (CONFIGS / family).glob("*.json")}
-  if "model_index" not in files:  # that of the older model, but for the scheduler
-    files["model_index"] = real_configs("sd15")["model_index"]
-    files["model_index"]["scheduler"] = ["diffusers", files["scheduler"]["_class_name"]]
-  return files
+  files = {"model_index": CONFIGS / family / "model_index.json"}
+  files |= {p.parent.name: p for p in (CONFIGS / family).glob("*/*config.json")}
+  return {name: json.loads(file.read_text()) for name, file in files.items()}
 
 
 def describe(family: str, directory: Path, *, dtype: Any = np.float32) -> pipeline.Pipeline:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import WITHOUT_TORCH
 
+from jaxpref import config as config_lib
 from jaxpref.errors import UserError
 from jaxpref.models import hub, pipeline
 
@@ -121,3 +122,16 @@ def test_what_is_no_hub_id_is_a_directory(tmp_path):
   (tmp_path / "pipeline" / "model_index.json").write_text("{}")
   with pytest.raises(UserError, match="is a pretraining run: its pipeline is .*/pipeline"):
     pipeline.load_pipeline(str(tmp_path))
+
+
+@pytest.mark.parametrize("preset", ["sd15", "sdxl"])
+def test_planning_a_published_model_needs_no_network(preset, monkeypatch):
+  def offline(*_, **__):
+    raise AssertionError("the hub was asked")
+
+  monkeypatch.setattr(hub.huggingface_hub, "HfApi", offline)
+  monkeypatch.setattr(hub.huggingface_hub, "snapshot_download", offline)
+  name = config_lib.load_config(f"dro:{preset}").model.path
+  found = hub.find_pipeline(name, configs_only=True)
+  assert json.loads((found / "unet/config.json").read_text())["sample_size"] >= 64
+  assert (found / "scheduler/scheduler_config.json").is_file()

@@ -269,7 +269,7 @@ def equations(jaxpr):
 def test_stock_norms_are_found_by_name():
   """Should flax's or diffusers' modules change, the interceptors would miss them."""
   assert {"__call__"} <= set(dir(nn.GroupNorm))
-  config = json.loads((ROOT / "tests/golden/model_configs/sd15/unet.json").read_text())
+  config = json.loads((ROOT / "jaxpref/pipelines/sd15/unet/config.json").read_text())
   config |= {
     "block_out_channels": [32, 32, 32, 32],
     "cross_attention_dim": 32,

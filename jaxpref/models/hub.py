@@ -12,6 +12,13 @@ from jaxpref.models import weights
 from jaxpref.paths import user_path
 
 BUNDLED = {"shapes": Path(__file__).parent.parent / "pipelines" / "shapes"}
+# Of these repositories the package has the configuration files, so that planning needs no
+# network.
+_DESCRIBED = {
+  "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
+  "stabilityai/stable-diffusion-2-1": "sd21",
+  "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+}
 INDEX = "model_index.json"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _WEIGHTED = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -32,7 +39,8 @@ def find_pipeline(name: str, *, variant: str = "", configs_only: bool = False) -
     name: 'shapes' for the bundled pipeline, a directory in diffusers' layout, or the id of
       a repository on the Hugging Face hub, of which the files needed are downloaded once.
     variant: of the weights, see `weights.open_part`.
-    configs_only: download no more than the configuration files.
+    configs_only: download no more than the configuration files, which the package itself
+      has of the best-known repositories.
 
   Raises:
     UserError: it is a file, or there is neither such a directory nor such a repository, or
@@ -47,6 +55,8 @@ def find_pipeline(name: str, *, variant: str = "", configs_only: bool = False) -
     if not (path / INDEX).exists():
       _refuse_directory(path)
     return path
+  if configs_only and name in _DESCRIBED:
+    return BUNDLED["shapes"].parent / _DESCRIBED[name]
   if not _HUB_ID.fullmatch(name):
     raise UserError(f"there is no directory {path}, and it is no id of the Hugging Face hub")
   return _download(name, variant, configs_only=configs_only)

@@ -2,7 +2,7 @@
 
   python tests/golden/make_layouts.py
 
-Full width, from `model_configs`, on PyTorch's meta device: nothing is allocated. A line a
+Full width, from `jaxpref/pipelines`, on PyTorch's meta device: nothing is allocated. A line a
 tensor: part, name, shape.
 """
 

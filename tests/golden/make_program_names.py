@@ -15,6 +15,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 HERE = Path(__file__).parent
+PIPELINES = HERE.parent.parent / "jaxpref" / "pipelines"
 LAYERS = re.compile(r"attn[12]\.(to_q|to_k|to_v|to_out\.0)$")
 
 
@@ -31,7 +32,7 @@ def place(name: str) -> str:
 
 table = {}
 for family in ("sd15", "sdxl"):
-  config = json.loads((HERE / "model_configs" / family / "unet.json").read_text())
+  config = json.loads((PIPELINES / family / "unet" / "config.json").read_text())
   with torch.device("meta"):
     unet = UNet2DConditionModel.from_config(config)
   layers = [name for name, _ in unet.named_modules() if LAYERS.search(name)]
