@@ -148,7 +148,7 @@ def _check_attention(kernel: str) -> None:
 def check_steps(pipeline: pipeline_lib.Pipeline, field: str, num_steps: int) -> None:
   """Refuses more solver steps than the pipeline's schedule has."""
   try:
-    grid.uniform_grid(pipeline.schedule, num_steps, 1, **pipeline.spacing)
+    grid.uniform_grid(pipeline.schedule, num_steps, 1, **pipeline.spacing())
   except UserError as error:
     raise UserError(f"{field}: {error}") from error
 

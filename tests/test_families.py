@@ -84,7 +84,7 @@ def ours(directory):
 
   @jax.jit
   def latents(weights, noise, cond, uncond):
-    levels = grid.uniform_grid(loaded.schedule, STEPS, len(noise), **loaded.spacing)
+    levels = grid.uniform_grid(loaded.schedule, STEPS, len(noise), **loaded.spacing())
     guided = guidance.classifier_free(
       lambda x, t, c: denoise(weights, x, t, c), cond, uncond, GUIDANCE
     )

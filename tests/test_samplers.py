@@ -1,6 +1,8 @@
 """Samplers against PyTorch diffusers, closed forms and their own promises."""
 
 import functools
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +14,12 @@ from scipy import integrate
 
 from jaxpref.diffusion import ddim, ddpm, dpm_solver, grid
 from jaxpref.diffusion import sample as samplers
-from jaxpref.diffusion.schedule import make_schedule
+from jaxpref.diffusion.schedule import make_schedule, schedule_from_config
 from jaxpref.errors import UserError
+from jaxpref.models import corrections, pipeline
 
 ROWS = golden.SHAPE[1:]
+CONFIGS = Path(__file__).parent / "golden" / "model_configs"
 
 
 def _denoise(x_t, t):
@@ -80,6 +84,89 @@ def test_trajectory_matches_golden_numbers(name):
 @pytest.mark.parametrize("name", golden.CASES)
 def test_trajectory_matches_diffusers_live(name):
   _assert_same_trajectory(name, *golden.run_diffusers(name))
+
+
+SD15 = json.loads((CONFIGS / "sd15" / "scheduler.json").read_text())
+FILES = {  # SD 1.5's own scheduler file, and old or odd ones
+  "own": SD15,
+  "leading, no offset": {**SD15, "timestep_spacing": "leading", "steps_offset": 0},
+  "leading, offset unsaid": {
+    **{k: v for k, v in SD15.items() if k != "steps_offset"},
+    "timestep_spacing": "leading",
+  },
+  "DDIM of its class's defaults": {
+    **SD15,
+    **{"_class_name": "DDIMScheduler", "clip_sample": True, "steps_offset": 0},
+  },
+  "DDIM, offset and more unsaid": {
+    **{k: SD15[k] for k in ("beta_start", "beta_end", "beta_schedule")},
+    "_class_name": "DDIMScheduler",
+    "timestep_spacing": "leading",
+  },
+  "trailing": {**SD15, "timestep_spacing": "trailing"},
+}
+
+
+@live
+@pytest.mark.parametrize("xl", [False, True])
+@pytest.mark.parametrize("solver", ["dpm_solver", "ddim", "ddpm"])
+@pytest.mark.parametrize("file", FILES)
+def test_a_pipelines_file_means_what_its_diffusers_pipeline_makes_of_it(file, solver, xl):
+  """Timesteps of each solver, and latents where it adds no noise, after 20 steps."""
+  import diffusers
+  import torch
+
+  stated = dict(FILES[file])
+  if xl:
+    stated["clip_sample"] = False  # which SDXL's pipeline does not correct, so it is refused
+  kind = getattr(diffusers, stated["_class_name"])
+  pipe = diffusers.StableDiffusionXLPipeline if xl else diffusers.StableDiffusionPipeline
+  nothing = dict.fromkeys(("vae", "text_encoder", "tokenizer", "unet"))
+  nothing |= (
+    dict.fromkeys(("text_encoder_2", "tokenizer_2"))
+    if xl
+    else {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+  )
+  theirs = pipe(**nothing, scheduler=kind.from_config(stated)).scheduler
+  name = {"dpm_solver": "DPMSolverMultistep", "ddim": "DDIM", "ddpm": "DDPM"}[solver]
+  if f"{name}Scheduler" != stated["_class_name"]:
+    theirs = getattr(diffusers, f"{name}Scheduler").from_config(theirs.config)
+  theirs.set_timesteps(20)
+
+  index = {"_class_name": f"StableDiffusion{'XL' if xl else ''}Pipeline"}
+  configs = corrections.correct_configs(
+    {"model_index": index, "scheduler": stated, "unet": {}}, where="x"
+  )
+  schedule = schedule_from_config(configs["scheduler"])
+  ours = pipeline.Pipeline(Path(), configs, {}, {}, (), schedule, "")
+  levels = grid.uniform_grid(schedule, 20, 1, **ours.spacing(solver))
+  np.testing.assert_array_equal(levels.timesteps[:, 0], theirs.timesteps)
+  if solver == "ddpm":
+    return
+  start = np.random.default_rng(0).standard_normal((1, 4, 8, 8)).astype(np.float32)
+  denoise = lambda x, t: 0.3 * x  # noqa: E731
+  found = jax.jit(lambda x: samplers.sample(denoise, x, levels, schedule, solver=solver))(start)
+  x = torch.tensor(start)
+  for t in theirs.timesteps:
+    x = theirs.step(denoise(x, t), t, x).prev_sample
+  np.testing.assert_allclose(found, x.numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_what_diffusers_corrects_in_old_files(caplog):
+  old = {
+    "model_index": {"_class_name": "StableDiffusionPipeline"},
+    "scheduler": {"_class_name": "DDIMScheduler", "steps_offset": 0, "clip_sample": True},
+    "unet": {"_diffusers_version": "0.6.0", "sample_size": 32},
+  }
+  new = corrections.correct_configs(old, where="model")
+  assert new["scheduler"] == {**old["scheduler"], "steps_offset": 1, "clip_sample": False}
+  assert new["unet"]["sample_size"] == 64 and old["unet"]["sample_size"] == 32
+  said = "model/scheduler/scheduler_config.json: steps_offset is 0, taken as 1"
+  assert said in caplog.text and caplog.text.count("taken as") == 3
+  later = {"_diffusers_version": "0.9.0.dev0", "sample_size": 32}
+  assert corrections.correct_configs({**old, "unet": later}, where="x")["unet"] == later
+  xl = {**old, "model_index": {"_class_name": "StableDiffusionXLPipeline"}}
+  assert corrections.correct_configs(xl, where="x") == xl
 
 
 def test_offset_grid_is_the_papers():

@@ -63,7 +63,7 @@ def make_generator(
     guidance: classifier-free guidance scale, at most 1: none; of an improver, to the text.
     batch_size: images at once; rounded up to fill the devices.
     solver: 'dpm_solver' (++, multistep), 'ddim' or 'ddpm', on the timesteps that the
-      pipeline's scheduler configuration asks for.
+      pipeline's scheduler configuration asks for, or else the solver's usual ones.
     order: of the DPM-Solver.
     size: height and width in pixels; by default those the UNet was trained for.
     negative: a prompt to be guided away from.
@@ -89,14 +89,7 @@ def make_generator(
   schedule = pipeline.schedule
   latent_shape = latent_shape_of(pipeline, size)
   rows = sharding.round_up(batch_size, mesh)
-  spacing = dict(pipeline.spacing)
-  if solver != "dpm_solver":
-    one = solver != "ddim" or pipeline.configs["scheduler"].get("set_alpha_to_one", True)
-    spacing |= {
-      "visit_lowest": True,
-      "karras": False,
-      "final": "zero" if one else "sigma_min",
-    }
+  spacing = pipeline.spacing(solver)
   grid_lib.uniform_grid(schedule, num_steps, 1, **spacing)  # refuses before anything runs
 
   @jax.jit

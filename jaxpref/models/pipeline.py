@@ -22,7 +22,7 @@ from jaxpref import sharding
 from jaxpref.diffusion import grid
 from jaxpref.diffusion import schedule as schedule_lib
 from jaxpref.errors import UserError
-from jaxpref.models import convert, hub, text, weights
+from jaxpref.models import convert, corrections, hub, text, weights
 from jaxpref.models import unet as unet_lib
 from jaxpref.models import vae as vae_lib
 
@@ -81,22 +81,37 @@ class Pipeline:
     """Whether no prompt means zeros, as SDXL was trained, rather than the empty prompt."""
     return self.is_xl and self.configs["model_index"].get("force_zeros_for_empty_prompt", True)
 
-  @property
-  def spacing(self) -> dict[str, Any]:
+  def spacing(self, solver: str = "dpm_solver") -> dict[str, Any]:
     """How the scheduler's configuration wants timesteps spaced, for `grid.uniform_grid`.
 
-    What it leaves open is filled as diffusers' DPM-Solver does, whichever scheduler wrote
-    the file.
+    What it leaves open is filled as diffusers' scheduler of that solver does, whichever
+    scheduler wrote the file. An offset that is left open is 0 there, and 1 where the file is
+    that scheduler's own: its pipeline then keeps and corrects it.
+
+    Args:
+      solver: 'dpm_solver', 'ddim' or 'ddpm'.
     """
     config = self.configs["scheduler"]
+    multistep = solver == "dpm_solver"
+    ends_clean = solver != "ddim" or config.get("set_alpha_to_one", True)
+    own_final = "zero" if ends_clean else "sigma_min"
+    kept = config.get("_class_name") == _SCHEDULERS[solver]
+    unsaid = int(kept and corrections.are_made(self.configs.get("model_index", {})))
+    offset = config.get("steps_offset")
     return {
-      "spacing": config.get("timestep_spacing") or "linspace",
-      "steps_offset": config.get("steps_offset") or 0,
-      "karras": bool(config.get("use_karras_sigmas")),
-      "final": config.get("final_sigmas_type") or "zero",
+      "spacing": config.get("timestep_spacing") or ("linspace" if multistep else "leading"),
+      "steps_offset": unsaid if offset is None else offset,
+      "visit_lowest": not multistep,
+      "karras": multistep and bool(config.get("use_karras_sigmas")),
+      "final": config.get("final_sigmas_type") or "zero" if multistep else own_final,
     }
 
 
+_SCHEDULERS = {
+  "dpm_solver": "DPMSolverMultistepScheduler",
+  "ddim": "DDIMScheduler",
+  "ddpm": "DDPMScheduler",
+}
 # Ways to space timesteps that the samplers lack; and the choices among those they have.
 _OTHER_SPACINGS = ("use_beta_sigmas", "use_exponential_sigmas", "use_lu_lambdas")
 _SPACING = {"timestep_spacing": grid.SPACINGS, "final_sigmas_type": grid.FINALS}
@@ -237,7 +252,8 @@ def _read_configs(path: Path) -> dict[str, dict[str, Any]]:
     raise UserError(f"{path}/model_index.json lacks {', '.join(sorted(missing))}")
   configs = {part: _read_json(path / part / "config.json") for part in parts}
   scheduler = _read_json(path / "scheduler" / "scheduler_config.json")
-  return {"model_index": index, "scheduler": scheduler, **configs}
+  found = {"model_index": index, "scheduler": scheduler, **configs}
+  return corrections.correct_configs(found, where=str(path))
 
 
 def _schedule(file: Path, config: Mapping[str, Any]) -> schedule_lib.NoiseSchedule:

@@ -1,0 +1,53 @@
+"""Corrections that diffusers' StableDiffusionPipeline makes to old configuration files."""
+
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_log = logging.getLogger(__name__)
+
+
+def are_made(index: Mapping[str, Any]) -> bool:
+  """Whether the pipeline of this `model_index.json` makes them: SDXL's does not."""
+  return not str(index.get("_class_name")).startswith("StableDiffusionXL")
+
+
+def correct_configs(
+  configs: Mapping[str, Mapping[str, Any]], *, where: str
+) -> dict[str, dict[str, Any]]:
+  """Returns configurations as diffusers' pipeline has them once it is built.
+
+  A stated offset of leading spacing is 1, predicted images are not clipped, and a UNet that was
+  saved before diffusers 0.9 was trained on latents of at least 64 x 64. Each is logged.
+
+  Args:
+    configs: 'model_index', 'scheduler' and 'unet' among others.
+    where: the pipeline's directory, for the log.
+  """
+  corrected = {name: dict(config) for name, config in configs.items()}
+  if not are_made(configs["model_index"]):
+    return corrected
+  scheduler, unet = corrected["scheduler"], corrected["unet"]
+  wanted: list[tuple[dict[str, Any], str, Any]] = []
+  offset = scheduler.get("steps_offset", 1)
+  if offset is None or type(offset) is int and offset != 1:  # another type is refused later
+    wanted.append((scheduler, "steps_offset", 1))
+  if scheduler.get("clip_sample") is True:
+    wanted.append((scheduler, "clip_sample", False))
+  size = unet.get("sample_size")
+  if _is_before_0_9(unet.get("_diffusers_version")) and type(size) is int and size < 64:
+    wanted.append((unet, "sample_size", 64))
+  for config, field, value in wanted:
+    file = "unet/config.json" if config is unet else "scheduler/scheduler_config.json"
+    _log.warning(
+      "%s/%s: %s is %s, taken as %s, as diffusers' pipeline does",
+      *(where, file, field, config[field], value),
+    )
+    config[field] = value
+  return corrected
+
+
+def _is_before_0_9(version: Any) -> bool:
+  match = re.match(r"(\d+)\.(\d+)", str(version))
+  return match is not None and (int(match[1]), int(match[2])) < (0, 9)
