@@ -29,10 +29,13 @@ from jaxpref.data.shapes import prompts as shapes_prompts
 from jaxpref.errors import DivergedError
 from jaxpref.evaluation import generate, vendi
 from jaxpref.models import pipeline
+from jaxpref.scorers import load_scorers
 
 ALIKE, PROMPTS = 16, 10  # pictures of a prompt whose diversity is scored, and prompts
 TEST_PROMPTS, TEST_SEED = 150, 3000  # as the configurations evaluate with
 VALIDATION_PROMPTS = 75  # settings are chosen by
+SCORERS = ("shapes.correct", "shapes.quality")  # as the configurations evaluate with
+FIRST_SCORERS = dict.fromkeys(SCORERS, "1")  # of records that state no versions
 BASE = "base.json"  # of the base's own diversity, among the records
 _BEGIN, _END = "<!-- measured: -->", "<!-- until here. -->"
 DIVERSITY = (
@@ -50,12 +53,14 @@ class Campaign:
     runs: directory of workdirs, which may be thrown away once there are records.
     base: digest of the weights that every run begins with.
     report_only: run nothing.
+    scorers: versions by name; records of others are not this campaign's.
   """
 
   records: Path
   runs: Path
   base: str
   report_only: bool
+  scorers: dict[str, str]
 
 
 def make_parser(description: str, name: str) -> argparse.ArgumentParser:
@@ -80,7 +85,22 @@ def model_of(arguments: Sequence[str]) -> str:
 def open_campaign(options: argparse.Namespace, arguments: Sequence[str]) -> Campaign:
   """A campaign whose runs tune the same base as one with these arguments."""
   base = pipeline.load_pipeline(model_of(arguments)).digest
-  return Campaign(options.out / "records", options.runs, base, options.report)
+  records = options.out / "records"
+  scorers = _recorded_scorers(records) if options.report else {}
+  return Campaign(records, options.runs, base, options.report, scorers or _current_scorers())
+
+
+def _current_scorers() -> dict[str, str]:
+  return {name: version for name, (version, _) in load_scorers(SCORERS).items()}
+
+
+def _recorded_scorers(records: Path) -> dict[str, str]:
+  """Versions that all records were scored with, empty without records."""
+  found = [json.loads(f.read_text(encoding="utf-8")) for f in sorted(records.glob("*.json"))]
+  versions = [r.get("scorers", FIRST_SCORERS) for r in found if "means" in r]
+  if any(v != versions[0] for v in versions):
+    sys.exit(f"{records} has records of several versions of the scorers, not to be compared")
+  return versions[0] if versions else {}
 
 
 def run(workdir: Path, arguments: Sequence[str]) -> bool:
@@ -108,8 +128,18 @@ def read_record(campaign: Campaign, name: str, arguments: Sequence[str]) -> dict
   if not file.exists():
     return None
   record = json.loads(file.read_text(encoding="utf-8"))
-  asked = {"arguments": list(arguments), "base": campaign.base}
+  asked = _asked(campaign, arguments)
+  record.setdefault("scorers", FIRST_SCORERS)
   return record if {key: record[key] for key in asked} == asked else None
+
+
+def _asked(campaign: Campaign, arguments: Sequence[str]) -> dict[str, Any]:
+  """What records must agree in."""
+  return {
+    "arguments": list(arguments),
+    "base": campaign.base,
+    "scorers": campaign.scorers,
+  }
 
 
 def record_run(
@@ -127,10 +157,10 @@ def record_run(
     measure: from the workdir of a run that has just been made, further entries.
 
   Returns:
-    'arguments', 'base', 'minutes' (with the evaluation; of a resumed run the last part),
-    'means' (of '<model>/<scorer>'), 'metrics' (means over what was logged) and what `measure`
-    gives; the scores by picture stand beside it, see `scores_of`. None if there is none and
-    nothing may be run. A run that fails ends the program.
+    'arguments', 'base', 'scorers' (versions by name), 'minutes' (with the evaluation; of a
+    resumed run the last part), 'means' (of '<model>/<scorer>'), 'metrics' (means over what was
+    logged) and what `measure` gives; the scores by picture stand beside it, see `scores_of`.
+    None if there is none and nothing may be run. A run that fails ends the program.
   """
   if (found := read_record(campaign, name, arguments)) or campaign.report_only:
     return found
@@ -143,8 +173,7 @@ def record_run(
   lines = (tuned.trained_in(workdir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
   logged = pd.DataFrame(map(json.loads, lines)).drop(columns=["step", "time"])
   record = {
-    "arguments": list(arguments),
-    "base": campaign.base,
+    **_asked(campaign, arguments),
     "minutes": round(minutes, 2),
     "means": means_of(scores),
     "metrics": logged.mean().to_dict(),
@@ -195,8 +224,9 @@ def _validate(
 ) -> float | None:
   """A setting's score on validation prompts; -1 where it diverges."""
   record, key = campaign.records / "grid" / f"{name}.json", " ".join(setting)
-  asked = {"arguments": list(arguments), "base": campaign.base}
+  asked = _asked(campaign, arguments)
   stored = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+  stored.setdefault("scorers", FIRST_SCORERS)
   if {k: stored.get(k) for k in asked} != asked:
     stored = {**asked, "scores": {}}
   if key in stored["scores"] or campaign.report_only:
@@ -310,10 +340,13 @@ def spread(values: Sequence[float], form: str = "{:.3f}") -> str:
   return f"{form} +- {form}".format(np.mean(values), np.std(values, ddof=1))
 
 
-def provenance(command: str, seeds: Sequence[int], changed: Sequence[str]) -> str:
-  """Machine, date, versions, seeds, and fields set in all runs, as one or two sentences."""
+def provenance(
+  command: str, campaign: Campaign, seeds: Sequence[int], changed: Sequence[str]
+) -> str:
+  """Machine, date, versions, seeds, scorers, and fields set in all runs, as sentences."""
   changes = f" Changed: {', '.join(changed)}." if changed else ""
-  return f"{made_by(command)}; seeds {', '.join(map(str, seeds))}.{changes}"
+  scorers = ", ".join(f"{name}-{version}" for name, version in campaign.scorers.items())
+  return f"{made_by(command)}; seeds {', '.join(map(str, seeds))}. Scorers: {scorers}.{changes}"
 
 
 def made_by(command: str) -> str:

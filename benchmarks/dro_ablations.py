@@ -123,7 +123,7 @@ def main(argv: list[str]) -> None:
     for name in options.only
     for variant, fields in ABLATIONS[name].variants.items()
   }
-  report(records, options)
+  report(records, runs, options)
 
 
 def _arguments(options: argparse.Namespace, *fields: str) -> list[str]:
@@ -138,11 +138,13 @@ def _name(name: str, variant: str, seed: int) -> str:
 
 
 def report(
-  records: Mapping[tuple[str, str, int], dict | None], options: argparse.Namespace
+  records: Mapping[tuple[str, str, int], dict | None],
+  runs: campaign.Campaign,
+  options: argparse.Namespace,
 ) -> None:
   """Writes a table for each ablation, of those seeds of which all its runs are finished."""
   text = [
-    campaign.provenance("python benchmarks/dro_ablations.py", options.seeds, options.set),
+    campaign.provenance("python benchmarks/dro_ablations.py", runs, options.seeds, options.set),
     "",
     "Each run is `configs/dro.py` with one thing changed. Correctness and quality of the "
     "tuned model's pictures on held-out prompts, mean +- standard deviation over seeds; "

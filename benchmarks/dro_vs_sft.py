@@ -61,7 +61,7 @@ def report(runs: campaign.Campaign, options: argparse.Namespace) -> None:
   text = [
     "# DRO against SFT on the embedded world",
     "",
-    campaign.provenance("python benchmarks/dro_vs_sft.py", options.seeds, options.set)
+    campaign.provenance("python benchmarks/dro_vs_sft.py", runs, options.seeds, options.set)
     + " Each run tunes the bundled pipeline on the same experts with the same number of "
     "updates, and is scored on the same held-out prompts and noise. Mean +- standard "
     "deviation over seeds.",

@@ -146,13 +146,13 @@ def _diversity_and_pictures(
   evaluation = campaign.newest_evaluation(workdir)
   for model, file in (("base", "base.png"), ("tuned", f"{name}.png")):
     paths = sorted((evaluation / "images" / model).glob("*.png"))
-    shown = [np.asarray(Image.open(paths[i])) for i in _shown(len(paths))]
+    shown = [np.asarray(Image.open(paths[i])) for i in shown_of(len(paths))]
     runs.records.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.concatenate(shown, axis=1)).save(runs.records / file)
   return {"vendi": campaign.diversity_of(str(workdir))}
 
 
-def _shown(count: int) -> np.ndarray:
+def shown_of(count: int) -> np.ndarray:
   """Which of so many pictures, in the order of their seeds, the grid shows."""
   return np.linspace(0, count - 1, SHOWN).astype(int)
 
@@ -170,7 +170,7 @@ def report(
     "vendi": [campaign.base_diversity(runs)],
   }
   workdir_lib.write_json(options.out / "results.json", numbers)
-  text = _text(numbers, options)
+  text = _text(numbers, runs, options)
   campaign.write_into(campaign.document_of(options.out), text)
   prompts = list(base.drop_duplicates("seed").sort_values("seed").prompt)
   _save_grid(list(finished), prompts, runs, options)
@@ -206,7 +206,7 @@ def _by_category(rows: pd.DataFrame) -> dict[str, float]:
   return {str(k): float(v) for k, v in correct.groupby("category").score.mean().items()}
 
 
-def _text(numbers: dict, options: argparse.Namespace) -> str:
+def _text(numbers: dict, runs: campaign.Campaign, options: argparse.Namespace) -> str:
   base = numbers["base"]
   names = sorted(
     (n for n in numbers if n != "base"), key=lambda n: -np.mean(numbers[n]["shapes.correct"])
@@ -214,7 +214,8 @@ def _text(numbers: dict, options: argparse.Namespace) -> str:
   spread = campaign.spread
   lines = [
     campaign.provenance(
-      f"python benchmarks/methods.py --updates={options.updates}", options.seeds, options.set
+      f"python benchmarks/methods.py --updates={options.updates}",
+      *(runs, options.seeds, options.set),
     ),
     "",
     f"Each run tunes the bundled pipeline with {IMAGES} training images at each update - rows "
@@ -269,7 +270,7 @@ def _save_grid(
   shown = [np.split(np.asarray(Image.open(runs.records / s)), SHOWN, axis=1) for s in strips]
   grid.image_grid(
     list(zip(*shown, strict=True)),
-    captions=[prompts[i] for i in _shown(len(prompts))],
+    captions=[prompts[i] for i in shown_of(len(prompts))],
     headers=["base", *names],
     columns=1,
     scale=max(96 // shown[0][0].shape[0], 1),

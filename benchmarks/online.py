@@ -47,7 +47,6 @@ UPDATES, ITERATIONS = 50, 3  # of an iteration; offline DPO makes all of them in
 RATES, BETAS = (3e-5, 1e-4, 3e-4), (200.0, 2000.0)
 GRID = [(f"optim.lr={rate}", f"loss.beta={beta}") for beta in BETAS for rate in RATES]
 PICTURES = 150  # of a comparison by scales, or on training prompts
-SCORERS = ("shapes.correct", "shapes.quality")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,7 +288,7 @@ def _draw(
 
 
 def _scores(images: np.ndarray, prompts: list[str]) -> dict[str, float]:
-  functions = scorers.load_scorers(SCORERS)
+  functions = scorers.load_scorers(campaign.SCORERS)
   return {name: float(np.mean(f(images, prompts))) for name, (_, f) in functions.items()}
 
 
@@ -318,7 +317,7 @@ def report(
     name: _over_seeds([record["scales"] for record in of(name)]) for name in IMPROVERS
   }
   workdir_lib.write_json(options.out / "results.json", results)
-  text = _text(results, options)
+  text = _text(results, runs, options)
   campaign.write_into(campaign.document_of(options.out), text)
   _save_grid(runs.records / f"improver-{first}.png", options.out / "improver.png")
   print(text)
@@ -332,9 +331,9 @@ def _scores_of(name: str, runs: campaign.Campaign, seeds: Sequence[int]) -> pd.D
 
 def _summary(scores: pd.DataFrame, found: list[dict]) -> dict[str, Any]:
   return {
-    "base": {s: found[0]["means"][f"base/{s}"] for s in SCORERS},
-    **{s: [record["means"][f"tuned/{s}"] for record in found] for s in SCORERS},
-    "train": {s: [record["train prompts"][s] for record in found] for s in SCORERS},
+    "base": {s: found[0]["means"][f"base/{s}"] for s in campaign.SCORERS},
+    **{s: [record["means"][f"tuned/{s}"] for record in found] for s in campaign.SCORERS},
+    "train": {s: [record["train prompts"][s] for record in found] for s in campaign.SCORERS},
     "base, train": found[0].get("base, train prompts", {}),
     "vendi": [record["vendi"] for record in found if "vendi" in record],
     "pairs": _mean_pairs([pairs for record in found for pairs in record.get("pairs", [])]),
@@ -346,7 +345,7 @@ def _summary(scores: pd.DataFrame, found: list[dict]) -> dict[str, Any]:
 def _mean_pairs(pairs: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
   """Over iterations and seeds, by side and scorer; empty where no pairs were drawn."""
   return {
-    side: {s: float(np.mean([of[side][s] for of in pairs])) for s in SCORERS}
+    side: {s: float(np.mean([of[side][s] for of in pairs])) for s in campaign.SCORERS}
     for side in (pairs[0] if pairs else ())
   }
 
@@ -388,13 +387,13 @@ def _over_seeds(found: list[dict[str, dict[str, float]]]) -> dict[str, dict[str,
   }
 
 
-def _text(results: dict, options: argparse.Namespace) -> str:
-  correct, quality = SCORERS
+def _text(results: dict, runs: campaign.Campaign, options: argparse.Namespace) -> str:
+  correct, quality = campaign.SCORERS
   base, on_train = (results["improver"][name] for name in ("base", "base, train"))
   diversity = results["base's diversity"]
   setting = max(results["tuned over"], key=results["tuned over"].__getitem__)
   lines = [
-    campaign.provenance("python benchmarks/online.py", options.seeds, options.set),
+    campaign.provenance("python benchmarks/online.py", runs, options.seeds, options.set),
     "",
     f"Improvers make {options.improver_updates} updates of 64 rows; all others "
     f"{UPDATES * ITERATIONS} of 32 pairs, {UPDATES} in each of {ITERATIONS} iterations where "
@@ -486,14 +485,14 @@ _HEAD = (
 
 def _line(name: str, r: dict[str, Any]) -> str:
   spread = campaign.spread
-  numbers = [spread(part[s]) for part in (r, r["train"]) for s in SCORERS]
+  numbers = [spread(part[s]) for part in (r, r["train"]) for s in campaign.SCORERS]
   diversity = spread(r["vendi"], "{:.2f}") if r["vendi"] else ""
   compared = f"{_rate(r['compared'])} | {_p_values(r['compared'])}"
   return f"| {name} | {' | '.join(numbers)} | {compared} | {diversity} |"
 
 
 def _duels_table(duels: list[dict[str, Any]]) -> list[str]:
-  correct, quality = SCORERS
+  correct, quality = campaign.SCORERS
   lines = [
     "| | against | correct, difference | quality, difference | win rate | p |",
     "|---|---|---|---|---|---|",
@@ -513,18 +512,19 @@ def _pairs_table(by_kind: dict[str, dict[str, Any]]) -> list[str]:
   ]
   for name, pairs in by_kind.items():
     if pairs:
-      numbers = [f"{pairs[side][s]:.3f}" for side in ("winners", "losers") for s in SCORERS]
+      sides = ("winners", "losers")
+      numbers = [f"{pairs[side][s]:.3f}" for side in sides for s in campaign.SCORERS]
       lines.append(f"| {name} | {' | '.join(numbers)} |")
   return lines
 
 
 def _rate(compared: dict[str, Any]) -> str:
-  rate, low, high = compared[SCORERS[1]]["win rate"]
+  rate, low, high = compared[campaign.SCORERS[1]]["win rate"]
   return f"{rate:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _p_values(compared: dict[str, Any]) -> str:
-  return ", ".join(compare.p_text(compared[name]["p"]) for name in SCORERS)
+  return ", ".join(compare.p_text(compared[name]["p"]) for name in campaign.SCORERS)
 
 
 def _save_grid(strip: Path, path: Path) -> None:

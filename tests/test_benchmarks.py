@@ -14,10 +14,12 @@ from conftest import ROOT
 
 from jaxpref import config as config_lib
 from jaxpref.models import pipeline
+from jaxpref.scorers import load_scorers
 
 sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts there share campaign.py
 
 import campaign  # noqa: E402
+import quality_versions  # noqa: E402
 
 
 def _program(name):
@@ -64,7 +66,7 @@ def test_dro_against_sft(surroundings, tmp_path, runs_are_copies):
   assert configs == [f"--config=configs/{name}.py:tiny" for name in ("dro", "sft")]
   results = json.loads((tmp_path / "out" / "results.json").read_text())
   assert len(results["tuned"]["dro/shapes.quality"]) == 1
-  assert results["dro_against_sft"]["shapes.quality-1"]["tie"] == 1.0  # against itself
+  assert results["dro_against_sft"]["shapes.quality-2"]["tie"] == 1.0  # against itself
   table = (tmp_path / "out" / "dro_vs_sft.md").read_text()
   assert "seeds 0." in table and "| shapes.quality |" in table
   # What is finished is not run again, not even without its workdir ...
@@ -281,3 +283,45 @@ def test_saves_are_timed(tmp_path):
   )
   numbers = json.loads(out.read_text())
   assert numbers["stall synchronous"] > 0 and numbers["ratio"] > 0
+
+
+def test_records_of_other_versions_of_the_scorers_are_not_used(tmp_path, monkeypatch):
+  monkeypatch.setattr(
+    campaign.pipeline, "load_pipeline", lambda _: types.SimpleNamespace(digest="base")
+  )
+  options = campaign.make_parser("One.", "one").parse_args([f"--out={tmp_path}", "--report"])
+  current = {name: v for name, (v, _) in load_scorers(campaign.SCORERS).items()}
+  runs = campaign.Campaign(tmp_path / "records", tmp_path, "base", True, current)
+
+  def write(name, **entries):
+    record = {"arguments": ["a"], "base": "base", "means": {}, **entries}
+    runs.records.mkdir(exist_ok=True)
+    (runs.records / f"{name}.json").write_text(json.dumps(record))
+
+  write("old")  # from before records stated versions
+  assert current != campaign.FIRST_SCORERS and not campaign.read_record(runs, "old", ["a"])
+  # Old records alone are reported as what they are; together with new ones they are not.
+  arguments = ["--config=configs/sft.py:tiny"]
+  assert campaign.open_campaign(options, arguments).scorers == campaign.FIRST_SCORERS
+  write("new", scorers=current)
+  assert campaign.read_record(runs, "new", ["a"])
+  with pytest.raises(SystemExit, match="several versions of the scorers"):
+    campaign.open_campaign(options, arguments)
+
+
+def test_clean_images_of_sft_are_above_the_blotchy_ones_of_mapo_and_simpo(
+  tmp_path, monkeypatch
+):
+  document, records = tmp_path / "shapes.md", ROOT / quality_versions.RECORDS
+  for file in records.glob("*"):
+    if file.stem.partition("-")[0] in ("base", "sft", "mapo", "simpo"):
+      shutil.copy(file, tmp_path)
+  monkeypatch.setattr(quality_versions, "DOCUMENT", document)
+  monkeypatch.setattr(quality_versions, "RECORDS", tmp_path)
+  quality_versions.main()
+  lines = [line for line in document.read_text().splitlines() if re.match(r"\|.*\+-", line)]
+  rows = {name.strip(): row for _, name, *row in (line.split("|") for line in lines)}
+  new = {name: float(row[2].split("+-")[0]) for name, row in rows.items()}
+  assert new["sft"] - new["mapo"] > 0.1 and new["sft"] - new["simpo"] > 0.1
+  old = {name: float(row[1]) for name, row in rows.items()}
+  assert abs(old["sft"] - old["mapo"]) < 0.01  # as version 1 had it

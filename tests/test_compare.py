@@ -7,7 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
+from ml_collections import ConfigDict
 
+from jaxpref.evaluation import best
 from jaxpref.evaluation import compare as c
 
 
@@ -252,3 +254,14 @@ def test_files(tmp_path):
     c.write_results(path, {"a": float("nan")})
   assert json.loads(path.read_text()) == {"a": None, "b": 1}
   assert sorted(p.name for p in tmp_path.iterdir()) == ["deep", "results.json"]
+
+
+def test_evaluations_by_other_versions_of_a_scorer_are_not_compared(tmp_path):
+  config = ConfigDict({"evaluate": {"seed": 1, "num_steps": 2, "every": 1}})
+  settings = best.settings_of(config, ["a star"], ["shapes.quality"])
+  before = {**settings, "scorers": ["shapes.quality"]}  # as it was written without versions
+  for update, made, key in ((1, settings, "shapes.quality-2"), (2, before, "shapes.quality-1")):
+    directory = tmp_path / "evaluation" / str(update)
+    c.write_results(directory / "results.json", {key: {"tuned": {"mean": 0.1 * update}}})
+    best.write_settings(directory, made)
+  assert best.find(tmp_path, settings, [1, 2]) == best.Best(1, "shapes.quality-2", 0.1)

@@ -95,7 +95,7 @@ def test_what_an_iterative_run_leaves(finished):
   for k in (1, 2):
     assert len(lines_of(finished, k)) == 4
     results = finished / "iterations" / str(k) / "evaluation" / "4" / evaluate.RESULTS
-    assert json.loads(results.read_text())["shapes.quality-1"]["tuned"]["n"] == 3
+    assert json.loads(results.read_text())["shapes.quality-2"]["tuned"]["n"] == 3
   # The reference is the base throughout: the second iteration begins away from it.
   assert apart(lines_of(finished, 1)[0]) < 1e-6 < apart(lines_of(finished, 2)[0])
   html = (finished / "report.html").read_text()

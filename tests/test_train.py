@@ -235,13 +235,13 @@ def test_the_best_checkpoint_stays(tiny_pipeline, tmp_path, capsys):
   means = {}
   for update in (2, 4, 6):
     text = (workdir / "evaluation" / str(update) / "results.json").read_text()
-    means[update] = json.loads(text)["shapes.quality-1"]["tuned"]["mean"]
+    means[update] = json.loads(text)["shapes.quality-2"]["tuned"]["mean"]
   best = max(means, key=lambda update: (means[update], -update))
-  noted = {"update": best, "scorer": "shapes.quality-1", "mean": means[best]}
+  noted = {"update": best, "scorer": "shapes.quality-2", "mean": means[best]}
   assert json.loads((workdir / "best.json").read_text()) == noted
   kept = max((2, 4), key=lambda update: (means[update], -update))  # when the last was saved
   assert checkpoint.steps(workdir / "checkpoints") == [kept, 6]
-  assert f"update {best} by shapes.quality-1" in (workdir / "report.html").read_text()
+  assert f"update {best} by shapes.quality-2" in (workdir / "report.html").read_text()
   digest = tuned.load(str(workdir), step="best").digest
   assert digest == tuned.load(str(workdir), step=best).digest
   # Started again without one of them, it makes that evaluation before it goes on.

@@ -14,7 +14,7 @@ from PIL import Image
 from scipy import ndimage
 
 from jaxpref import scorers
-from jaxpref.data.shapes import flaws, palette, prompts, quality, render, verifier
+from jaxpref.data.shapes import annotator, flaws, palette, prompts, quality, render, verifier
 from jaxpref.errors import UserError
 
 WRONG = ("missing_object", "wrong_count", "swapped_color", "swapped_relation", "cropped")
@@ -291,6 +291,59 @@ def test_quality_falls_as_a_flaw_grows():
       assert rates[0] - rates[-1] > 0.3
 
 
+@pytest.mark.parametrize("sigma", [0.5, 1.0, 2.0, 4.0, 8.0])
+def test_no_blotch_of_any_scale_or_color_raises_quality(sigma):
+  rng = np.random.default_rng(9)
+  y, x = np.mgrid[:64, :64] + 0.5
+  for spec in sample(1, rng)[::2]:
+    clean = render.draw(render.layout(spec, rng), rng)
+    best = verifier.visual_quality(clean)
+    places = rng.uniform(4, 60, (6, 2))
+    spots = [np.exp(-((x - a) ** 2 + (y - b) ** 2) / (2 * sigma**2)) for a, b in places]
+    sign = 1 if np.median(clean) < 128 else -1  # away from where light is cut off
+    spots = sign * np.max(spots, axis=0)[..., None]
+    for color in ((1, 1, 1), (1.2, -1.2, 0), (0.7, 0.7, -1.4), (1.7, 0, 0)):
+      rates = [
+        verifier.visual_quality(_to_bytes(clean + amplitude * spots * color))
+        for amplitude in (8, 16, 32, 64, 96)
+      ]
+      assert max(rates) <= best and rates[-1] < best - (0.05 if sigma > 0.5 else 0.01)
+      # Strong coloured ones look like objects, and are then judged as such.
+      gentle = len(rates) if color == (1, 1, 1) else 2
+      assert rates[:gentle] == sorted(rates[:gentle], reverse=True)
+
+
+def test_specks_stains_and_shades_lower_quality():
+  red, blue = (disk(20, 20, 12), "red"), (box(40, 40, 16, 16), "blue")
+  clean = verifier.visual_quality(picture(red, blue))
+  assert clean == pytest.approx(1, abs=1e-6)
+  speck = (box(50, 10, 5, 5), "green")  # too small to be an object
+  stain = (disk(20, 20, 3), "purple")  # within the disk
+  for spoiled in (picture(red, blue, speck), picture(red, blue, stain)):
+    assert verifier.visual_quality(spoiled) < 0.9
+  shade = picture(red, blue).astype(float)
+  shade[40:56, 40:56] += np.linspace(-25, 25, 16)[:, None]
+  assert verifier.visual_quality(_to_bytes(shade)) < 0.8
+  # An even slope of light is the background's own, also where it ends in white.
+  for light in (np.full(64, -30.0), np.linspace(-16, 0, 64), np.linspace(0, 30, 64)):
+    sloped = picture(red, blue).astype(float)
+    ground = (sloped == 244).all(axis=-1)
+    sloped += np.where(ground, light[:, None], 0)[..., None]
+    assert verifier.visual_quality(_to_bytes(sloped)) > 0.95
+
+
+def test_quality_follows_the_annotator():
+  rng = np.random.default_rng(12)
+  specs = sample(10, rng)
+  found = [flaws.corpus_image(spec, rng) for spec in specs]
+  rates = [verifier.visual_quality(image) for image, _ in found]
+  penalties = [sum(annotator.PENALTIES.get(f, 0.0) for f in of) for _, of in found]
+  assert np.corrcoef(rates, penalties)[0, 1] < -0.855
+  halves = [np.asarray(Image.fromarray(image).reduce(2)) for image, _ in found]
+  rates = [verifier.visual_quality(image) for image in halves]
+  assert np.corrcoef(rates, penalties)[0, 1] < -0.82
+
+
 def test_it_shares_nothing_with_the_renderer():
   folder = Path(verifier.__file__).parent
   for name in ("verifier", "segmentation", "silhouettes", "quality"):
@@ -324,7 +377,7 @@ def test_scorers_are_found_by_name():
   loaded = scorers.load_scorers(["shapes.quality", "shapes.correct"])
   assert list(loaded) == ["shapes.quality", "shapes.correct"]
   (version, rate), (_, check) = loaded.values()
-  assert version == "1"
+  assert version == "2"
   np.testing.assert_array_equal(check(images, texts), [1.0, 0.0, 0.0])
   rates = rate(images, texts)
   assert rates.dtype == np.float64

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from jaxpref import workdir as workdir_lib
 from jaxpref.errors import UserError
 from jaxpref.evaluation import evaluate
+from jaxpref.scorers import load_scorers
 
 FILE, _SETTINGS = "best.json", "settings.json"
 _COMPARED = ("images_per_prompt", "num_steps", "guidance", "seed")  # of the section evaluate
@@ -28,10 +29,11 @@ def is_due(config: Any, update: int) -> bool:
 
 
 def settings_of(config: Any, prompts: Sequence[str], scorers: Sequence[str]) -> dict[str, Any]:
-  """What evaluations must have in common to be compared."""
+  """What evaluations must have in common to be compared, with the scorers' versions."""
   own = {name: value for name, value in config.evaluate.items() if name in _COMPARED}
   own["improve"] = config.improve.to_dict() if "improve" in config else {}
-  found = {**own, "prompts": list(prompts), "scorers": list(scorers)}
+  versions = {name: version for name, (version, _) in load_scorers(scorers).items()}
+  found = {**own, "prompts": list(prompts), "scorers": list(versions.items())}
   return json.loads(json.dumps(found))
 
 
@@ -67,7 +69,7 @@ def find(workdir: Path, settings: dict[str, Any], saved: Collection[int]) -> Bes
       continue
     results = json.loads((directory / evaluate.RESULTS).read_text(encoding="utf-8"))
     for scorer, entry in results.items():
-      if scorer.rpartition("-")[0] in settings["scorers"][:1]:
+      if scorer.rpartition("-")[::2] in map(tuple, settings["scorers"][:1]):
         found.append(Best(int(update), scorer, entry["tuned"]["mean"]))
   # The earliest of equals: it has left the base least.
   return max(found, key=lambda b: (b.mean, -b.update), default=None)

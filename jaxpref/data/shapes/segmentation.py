@@ -75,6 +75,9 @@ def background_of(canvas: np.ndarray) -> str | None:
   return min(_LEVELS, key=lambda name: abs(_LEVELS[name] - level))
 
 
+NEIGHBORS = ndimage.generate_binary_structure(2, 1)  # made once: it takes as long as its use
+_Y, _X = np.mgrid[-1 : 1 : SIDE * 1j, -1 : 1 : SIDE * 1j]
+SLOPES = np.stack([np.ones_like(_X), _X, _Y], axis=-1)  # of an even light, to be combined
 _PALETTE = chroma(np.asarray([palette.OBJECTS[c] for c in _COLORS], float))
 _CHROMA = np.linalg.norm(_PALETTE, axis=1)
 _HUES = (_PALETTE / _CHROMA[:, None]).astype(np.float32)
@@ -89,7 +92,7 @@ def find_regions(canvas: np.ndarray) -> list[Region]:
   plane = chroma(canvas)
   plane -= np.median(plane.reshape(-1, 2), axis=0)  # a cast of colour over everything
   plane = ndimage.gaussian_filter(plane, (0.5, 0.5, 0))
-  length = np.linalg.norm(plane, axis=-1)
+  length = np.sqrt(plane[..., 0] ** 2 + plane[..., 1] ** 2)
   labels = _split_by_hue(_label(length), plane, length)
   if not labels.any():
     return []
@@ -104,14 +107,14 @@ def find_regions(canvas: np.ndarray) -> list[Region]:
     if mask.sum() < SPECK:
       continue
     hue = int(np.argmax(_HUES @ direction))
-    y, x = ndimage.center_of_mass(mask)
+    rows, columns = np.nonzero(mask)
     frame = mask[0].sum() + mask[-1].sum() + mask[:, 0].sum() + mask[:, -1].sum()
     regions.append(
       Region(
         color=_COLORS[hue],
-        x=x + 0.5,
-        y=y + 0.5,
-        area=float(ndimage.binary_fill_holes(mask).sum()),
+        x=columns.mean() + 0.5,
+        y=rows.mean() + 0.5,
+        area=float(ndimage.binary_fill_holes(mask[box_of(mask, 1)], NEIGHBORS).sum()),
         contact=float(frame),
         strength=float(reach / _CHROMA[hue]),
         mask=mask,
@@ -126,14 +129,13 @@ def _light(canvas: np.ndarray, objects: np.ndarray) -> np.ndarray:
 
   The grainier the background, the less a difference of light means.
   """
-  light = ndimage.gaussian_filter(canvas.sum(axis=-1) / np.sqrt(3), 0.5)
-  outside = ~ndimage.binary_dilation(objects, iterations=3)
+  light = (canvas[..., 0] + canvas[..., 1] + canvas[..., 2]) / np.sqrt(3)
+  light = ndimage.gaussian_filter(light, 0.5)
+  outside = ~ndimage.binary_dilation(objects, NEIGHBORS, iterations=3)
   if not outside.any():
     return np.zeros_like(light)
-  y, x = np.mgrid[-1 : 1 : SIDE * 1j, -1 : 1 : SIDE * 1j]
-  terms = np.stack([np.ones_like(x), x, y], axis=-1)
-  slope = np.linalg.lstsq(terms[outside], light[outside], rcond=None)[0]
-  light = light - terms @ slope
+  slope = np.linalg.lstsq(SLOPES[outside], light[outside], rcond=None)[0]
+  light = light - SLOPES @ slope
   spread = float(np.median(np.abs(light[outside]))) / 0.6745
   return light * min(1.0, _CHROMA_NOISE / max(spread, 1e-6))
 
@@ -150,24 +152,38 @@ def _coverage(pixels: np.ndarray, core: np.ndarray, domain: np.ndarray) -> np.nd
   return np.clip(np.where(domain, pixels @ direction / reach, 0), 0, 1.6)
 
 
+def box_of(mask: np.ndarray, margin: int = 0) -> tuple[slice, slice]:
+  """The smallest box around a mask with a margin, as far as the image goes."""
+  rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+  if not rows.size:
+    return slice(0), slice(0)
+  return (
+    slice(max(rows[0] - margin, 0), rows[-1] + 1 + margin),
+    slice(max(columns[0] - margin, 0), columns[-1] + 1 + margin),
+  )
+
+
 def _largest(mask: np.ndarray) -> np.ndarray:
-  labels, count = ndimage.label(mask)
+  box = box_of(mask)
+  labels, count = ndimage.label(mask[box], NEIGHBORS)
   if count < 2:
     return mask
-  return labels == 1 + np.argmax(np.bincount(labels.ravel())[1:])
+  largest = np.zeros_like(mask)
+  largest[box] = labels == 1 + np.argmax(np.bincount(labels.ravel())[1:])
+  return largest
 
 
 def _label(length: np.ndarray) -> np.ndarray:
   """Components above half of their own height, so that blur moves no edge."""
   # Most pixels are background, so the median tells how blotchy it is.
   floor = max(_FAINTEST, 0.25 * float(length.max()), 4 * float(np.median(length)))
-  rough = _drop_specks(ndimage.label(length > floor)[0])
+  rough = _drop_specks(ndimage.label(length > floor, NEIGHBORS)[0])
   mask = np.zeros(length.shape, bool)
   for i, box in enumerate(ndimage.find_objects(rough), start=1):
     inside = rough[box] == i
     height = np.percentile(length[box][inside], 90)
     mask[box] |= inside & (length[box] > 0.5 * height)
-  return _drop_specks(ndimage.label(mask)[0])
+  return _drop_specks(ndimage.label(mask, NEIGHBORS)[0])
 
 
 def _drop_specks(labels: np.ndarray) -> np.ndarray:
@@ -194,7 +210,7 @@ def _split_by_hue(labels: np.ndarray, plane: np.ndarray, length: np.ndarray) -> 
       continue
     nearest = np.argmax(plane[box] @ _HUES[present].T, axis=-1)
     for j in range(len(present)):
-      part = ndimage.label(inside & (nearest == j))[0]
+      part = ndimage.label(inside & (nearest == j), NEIGHBORS)[0]
       pieces[box][part > 0] = pieces.max() + part[part > 0]
   return _drop_specks(pieces)
 

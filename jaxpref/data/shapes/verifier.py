@@ -85,7 +85,7 @@ def explain(image: np.ndarray, prompt: str) -> str:
 def visual_quality(image: np.ndarray) -> float:
   """How clean the image of uint8 [H, W, 3] looks, from 0 to 1, whatever it should show.
 
-  The product of four shares: sharp edges, no grain, full contrast, nothing cut by the
+  The product of four shares: sharp edges, even colours, full contrast, nothing cut by the
   frame; 0 where nothing is seen. Clean images have more than `quality.GOOD`.
   """
   canvas = segmentation.to_canvas(image)
