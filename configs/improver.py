@@ -9,7 +9,8 @@ then is what `jaxpref.generate --improver` and `configs/iterative_dpo.py` take.
 
 `sd15` and `sdxl`: AdamW at 1e-4, batch 2048, up to 200,000 updates, guidance 3.5 and 3.0 are
 the paper's; it gives no weights of the tasks, and half of the rows to the first is ours.
-Rows need no prompt dropout: two of the tasks have no prompt.
+The shown latents are scaled like all others; InstructPix2Pix leaves its own unscaled, 5.5 times
+larger for SD 1.5. Rows need no prompt dropout: two of the tasks have no prompt.
 """
 
 from ml_collections import ConfigDict
@@ -26,6 +27,7 @@ def get_config(preset: str = "shapes") -> ConfigDict:
   c.loss.weight_reconstruction = 0.25  # shown the target itself, told nothing
   c.loss.weight_unconditional = 0.25  # shown and told nothing
   c.data.prompt_dropout = 0.0
+  c.data.dropped_prompt = "unconditional"  # what it is sampled with, for SDXL zeros
   base_config.improve(c)
   if preset == "shapes":
     c.optim.lr = 1e-3

@@ -9,7 +9,8 @@ pairs; the reference stays the base. `--config.model.start=W` begins with anothe
 as the paper does with SPIN's third iterate; without it with the base.
 
 `sd15` and `sdxl`: three iterations of 38,400 pairs and 5000 updates, batch 2048, learning rate
-1e-4, beta 2000, s_T = 3.5 and s_I = 3.0 are the paper's.
+1e-4, beta 2000, s_T = 3.5 and s_I = 3.0 are the paper's. `data.min_change` and the guidance
+with which losers are sampled are ours.
 """
 
 from ml_collections import ConfigDict
@@ -24,6 +25,7 @@ def get_config(preset: str = "shapes") -> ConfigDict:
   c = base_config.base("iterative_dpo", preset)
   c.loss.name = "dpo"
   c.loss.beta = 2000.0  # how much the policy is bound to the reference
+  c.loss.reference = "base"  # not the iterate before
   c.loss.variant = "sigmoid"  # or 'hinge' or 'ipo'
   base_config.iterate(c, winners="improved")
   c.iterate.improver = f"runs/improver-{preset}"  # where configs/improver.py puts it

@@ -1,13 +1,16 @@
 """What the preference methods' configurations share; each file says what it changes.
 
 `shapes` runs on the bundled pipeline and the embedded world, in minutes, without an
-accelerator. `sd15` and `sdxl` are recipes as published for Stable Diffusion 1.5 and SDXL, on
-Pick-a-Pic from local files (`--config.data.path=DIR`). Learning rate, batch, warm-up, updates
-and prompt dropout that a file does not give a source for are those of Diffusion-DPO's launchers
-(https://github.com/SalesforceAIResearch/DiffusionDPO), which later methods took over; they also
-flip images at random, which here is `--config.data.flip=true`: off but for DRO and SFT, as it
-takes twice the memory. The evaluation, on captions of the training images with a seed of its
-own, is ours. `tiny` is `shapes` cut down to seconds, for tests.
+accelerator. `sd15` and `sdxl` are for Stable Diffusion 1.5 and SDXL, on Pick-a-Pic from local
+files (`--config.data.path=DIR`): the published recipe where a method has one, and otherwise
+settings of ours; each file says which. Learning rate, batch, warm-up, updates and prompt
+dropout that a file does not give a source for are those of Diffusion-DPO's launchers
+(https://github.com/SalesforceAIResearch/DiffusionDPO), which later methods took over. As there,
+latents are sampled from the VAE's posterior at each update and dropped prompts are "" encoded.
+They use Adafactor for SDXL where AdamW is ours, and flip images at random, which here is
+`--config.data.flip=true`: off but for DRO and SFT, as it takes twice the memory. The
+evaluation, on captions of the training images with a seed of its own, is ours. `tiny` is
+`shapes` cut down to seconds, for tests.
 """
 
 from ml_collections import ConfigDict
@@ -49,10 +52,13 @@ def base(name: str, preset: str) -> ConfigDict:
   c.data.list_size = 4  # images of a ranked list
   c.data.noise_draws = 0  # fixed draws a row, whose reference errors are computed once; 0: new
   c.data.prompt_dropout = 0.2  # share of rows trained with an empty prompt
+  c.data.dropped_prompt = "empty"  # is "" encoded; 'unconditional': as guidance has it
+  c.data.latents = "mode"  # of the VAE's posterior, or a 'sample' of it at each update
   c.data.flip = False  # add each image's mirror image; not where left and right matter
 
   c.loss = ConfigDict()
   c.loss.name = name  # a file of jaxpref/losses, a registered name, or a module
+  c.loss.reference = "start"  # where it has one: what training begins with, or 'base'
 
   c.rollout = ConfigDict()  # how the policy draws its own samples, where the loss asks
   c.rollout.solver = "dpm_solver"  # 'dpm_solver' (++, multistep), 'ddim' or 'ddpm'
@@ -115,6 +121,7 @@ def base(name: str, preset: str) -> ConfigDict:
     c.model.dtype = c.model.frozen_dtype = "bfloat16"
     c.model.remat = "blocks"  # a fifth more work, a thirtieth of the memory
     c.data.source = "pickapic"
+    c.data.latents = "sample"
     c.rollout.num_steps = 20
     c.rollout.batch_size = 64  # a quarter of Diffusion-DRO's rows
     c.optim.lr = 2.048e-5  # 1e-8 a row of the batch
@@ -161,7 +168,7 @@ def improve(c: ConfigDict) -> None:
 def iterate(c: ConfigDict, *, winners: str) -> None:
   """How the pairs of each iteration are drawn; updates and learning rate are of one of them."""
   c.data.num_rows = 0  # of an iteration's pairs at most so many are trained on
-  c.data.min_change = 0.05
+  c.data.min_change = 0.05  # ours
   c.iterate = ConfigDict()
   c.iterate.num_iterations = 3  # each draws pairs with the model before it and trains on them
   c.iterate.num_pairs = 500  # drawn in each

@@ -54,6 +54,9 @@ RULES: Rules = {
   "data.max_bad_share": (lambda value: 0 <= value <= 1, "between 0 and 1"),
   "data.list_size": _at_least(2),
   "data.experts": _one_of("top", "winners"),
+  "data.latents": _one_of("mode", "sample"),
+  "data.dropped_prompt": _one_of("empty", "unconditional"),
+  "loss.reference": _one_of("start", "base"),
   **dict.fromkeys(
     ("data.num_rows", "data.noise_draws", "rollout.batch_size", "rollout.replay", "profile"),
     _at_least(0),

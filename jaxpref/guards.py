@@ -91,6 +91,8 @@ def _keep_rows(
   values: Mapping[str, jax.Array],
 ) -> None:
   arrays = {"row": np.asarray(index), "latents": rows["latents"][index]}
+  if "std" in rows:
+    arrays["std"] = rows["std"][index]
   arrays |= {f"cond.{name}": of[index] for name, of in rows["cond"].items()}
   workdir.write_bytes(directory / "batch.safetensors", safetensors.numpy.save(arrays))
   described = {

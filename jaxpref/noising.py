@@ -57,8 +57,8 @@ def make_arms(
     schedule: noise schedule.
     needs: of the loss.
     batch: 'latents' [B, A, C, h, w], 'cond' (a tree of [B, ...]) and 'labels' (a dict of
-      [B]); where draws are fixed also 'row' and 'draw' (int32 [B]), which number them, and
-      perhaps 'ref' (a dict of [B]).
+      [B]); where latents are to be sampled also 'std' [B, A, C, h, w]; where draws are fixed
+      also 'row' and 'draw' (int32 [B]), which number them, and perhaps 'ref' (a dict of [B]).
     rollout: one more arm, or None.
     uncond: the empty prompt, [1, ...].
     seed: of the run.
@@ -66,11 +66,14 @@ def make_arms(
     prompt_dropout: share of rows that lose their prompt.
     arrange: the loss's, with its hyper-parameters.
   """
-  x0, cond, labels = batch["latents"], batch["cond"], batch.get("labels", {})
+  x0, cond, labels = _clean(batch, seed, update), batch["cond"], batch.get("labels", {})
   image = None
   if arrange:
     key = randomness.key_of(seed, "arrange", update)
-    x0, cond, image, more = arrange(x0, cond, uncond, key)
+    if "std" in batch:  # what is shown is not sampled, as InstructPix2Pix has it
+      image = arrange(batch["latents"], cond, uncond, key).image
+    x0, cond, shown, more = arrange(x0, cond, uncond, key)
+    image = shown if image is None else image
     labels = {**labels, **more}
   noise_shape = (1 if needs.shared_noise else x0.shape[1], *x0.shape[2:])
   if "draw" in batch:
@@ -101,6 +104,24 @@ def make_arms(
     x_t = jnp.concatenate([x_t, own], axis=1)
     target = jnp.concatenate([target, answers.astype(target.dtype)], axis=1)
   return Arms(x_t, target, t, cond, labels, batch.get("ref", {}))
+
+
+def _clean(batch: Any, seed: int | jax.Array, update: int | jax.Array) -> jax.Array:
+  """Returns the clean latents [B, A, C, h, w], sampled from posteriors that have a 'std'.
+
+  Each update samples anew; where draws are fixed, each draw of a row has its own sample.
+  """
+  mode = batch["latents"]
+  if "std" not in batch:
+    return mode
+  if "draw" in batch:
+    root = randomness.key_of(seed, "posterior draws", 0)
+    key_of = lambda row, draw: jax.random.fold_in(jax.random.fold_in(root, row), draw)  # noqa: E731
+    keys = jax.vmap(key_of)(batch["row"], batch["draw"])
+    eps = jax.vmap(lambda key: jax.random.normal(key, mode.shape[1:]))(keys)
+  else:
+    eps = jax.random.normal(randomness.key_of(seed, "posterior", update), mode.shape)
+  return mode + batch["std"] * eps
 
 
 def _fixed_draws(schedule, row, draw, noise_shape, *, seed, rate):

@@ -236,8 +236,9 @@ def _for_accelerator(config: Any, *, traced_only: bool = True) -> Any:
     elif config.model.attention == "auto":
       config.model.attention = "splash"
     config.model.norm = "stock" if config.model.norm == "stock" else "lean"
-    config.model.start = ""
     if "iterate" in config:
+      # All iterations but the first begin with the one before.
+      config.model.start = config.model.start or "the iteration before"
       del config.iterate
   return config
 

@@ -31,6 +31,7 @@ class Checked:
     arms: of a row, see `steps.make_train_step`.
     pipeline: the base; `programs` need only its modules and schedule.
     start: of a `model.start`, its 'params' and 'digest'.
+    reference: see `reference_of`.
   """
 
   config: Any
@@ -40,6 +41,7 @@ class Checked:
   arms: tuple[str, ...]
   pipeline: pipeline_lib.Pipeline
   start: dict[str, Any]
+  reference: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +134,20 @@ def check(config: Any, *, mesh: Any = None) -> Checked:
     start = _load_start(config, pipeline, mesh)
   if config.lora.rank:  # a pattern without a match is refused here, too
     abstract_trained(config, pipeline)
-  return Checked(config, mesh, loss, hyper, arms, pipeline, start)
+  reference = reference_of(loss, config)
+  return Checked(config, mesh, loss, hyper, arms, pipeline, start, reference)
+
+
+def reference_of(loss: ModuleType, config: Any) -> str | None:
+  """Tells whose errors a loss is given besides the policy's.
+
+  Returns:
+    'start' for the model that training begins with, 'base' for that of `model.path`, None
+    where the loss has no reference. Without a `model.start` both are the same, 'base'.
+  """
+  if not loss.NEEDS.reference:
+    return None
+  return config.loss.reference if config.model.start else "base"
 
 
 def _check_attention(kernel: str) -> None:
@@ -192,13 +207,13 @@ def _load_start(config: Any, pipeline: pipeline_lib.Pipeline, mesh: Mesh) -> dic
 def _check_needs(loss: ModuleType, config: Any) -> None:
   """Refuses settings that this loss makes nothing of, rather than ignoring them."""
   needs = loss.NEEDS
+  if config.loss.reference == "base" and not needs.reference:
+    raise UserError(f"loss.reference = 'base', but {config.loss.name} has no reference")
   rollout, draws = config.rollout, config.data.noise_draws
   if draws and needs.rollout:
     raise UserError("data.noise_draws fixes timesteps and noise, which rollouts draw anew")
   if needs.condition and config.lora.rank:
     raise UserError("lora.rank leaves out the input's new weights, which this loss must train")
-  if draws and needs.reference == "start":
-    raise UserError("data.noise_draws knows the base's errors, not those of the start")
   if draws and hasattr(loss, "arrange"):
     raise UserError("data.noise_draws is for losses that take images as the rows have them")
   if needs.rollout and hasattr(loss, "arrange"):

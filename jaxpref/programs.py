@@ -109,11 +109,11 @@ def make_programs(checked: Checked, trained: Any, rows: Any, uncond: Any) -> Pro
 
 
 def rollout_arguments(
-  program: Programs, state: Any, base: Any, cond: Any, uncond: Any
+  program: Programs, state: Any, base: Any, cond: Any, uncond: Any, guide: Any = None
 ) -> tuple:
   """What `program.rollout` is called with; arrays or shapes."""
   policy = state.policy_copy if program.lagging else state.params
-  return program.adapt(policy, base), state.seed, state.update, cond, uncond
+  return program.adapt(policy, base), state.seed, state.update, cond, uncond, guide
 
 
 class Arguments(NamedTuple):
@@ -131,8 +131,10 @@ def abstract_rows(checked: Checked, count: int) -> dict[str, Any]:
   """Shapes of so many encoded rows, as `encode.encode_rows` makes them."""
   pipeline, needs = checked.pipeline, checked.loss.NEEDS
   images = len(rows_lib.arms_of(needs.rows, checked.config.data.list_size))
+  latents = jax.ShapeDtypeStruct((count, images, *pipeline.latent_shape), jnp.float32)
   return {
-    "latents": jax.ShapeDtypeStruct((count, images, *pipeline.latent_shape), jnp.float32),
+    "latents": latents,
+    **({"std": latents} if checked.config.data.latents == "sample" else {}),
     "cond": unet_lib.abstract_cond(pipeline.modules, count),
     "labels": {"desirable": jax.ShapeDtypeStruct((count,), bool)},
   }
@@ -157,9 +159,9 @@ def abstract_programs(checked: Checked) -> tuple[Programs, Arguments]:
   drawn = start = None
   if program.rollout:
     drawn = _abstract_states(checked)
-  if needs.reference == "start":
+  if checked.reference == "start":
     start = trained if config.lora.rank else jax.eval_shape(freeze, trained)
-  kept = base if config.lora.rank or needs.reference == "base" else None
+  kept = base if config.lora.rank or checked.reference == "base" else None
   whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
   return program, Arguments(
     state=_placed(state, program.placement),

@@ -75,12 +75,13 @@ def make_rollout(
     batch_size: rows drawn at once, see `rows_at_once`; 0: all, which is the published loop.
 
   Returns:
-    `rollout(params, seed, update, cond, uncond)`, the last two trees of [B, ...] and
-    [1, ...].
+    `rollout(params, seed, update, cond, uncond, guide=None)`, trees of [B, ...], [1, ...] and
+    [1, ...]: `uncond` is the dropped prompt, `guide` what guidance leads away from, by default
+    the same.
   """
 
   @jax.jit
-  def rollout(params: Any, seed, update, cond, uncond) -> States:
+  def rollout(params: Any, seed, update, cond, uncond, guide=None) -> States:
     rows = jax.tree.leaves(cond)[0].shape[0]
     key = randomness.key_of(seed, "rollout", update)
     dropped = randomness.dropped_rows(seed, update, rows, rate=prompt_dropout)
@@ -95,7 +96,8 @@ def make_rollout(
     def draw(lot) -> States:
       cond, offsets, noise_keys, picks = lot
       guided = guidance_lib.classifier_free(
-        lambda x_t, t, c: denoise(params, x_t, t, c), cond, uncond, guidance
+        *(lambda x_t, t, c: denoise(params, x_t, t, c), cond),
+        *(uncond if guide is None else guide, guidance),
       )
       seen = sample_lib.sample_until(
         guided,

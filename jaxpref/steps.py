@@ -122,7 +122,7 @@ def make_train_step(
     `step(state, base, uncond, batch, rollout, start=None) -> (state, metrics)`; `base` is the
     base's parameters, or None where neither `adapt` nor the reference needs them, `batch` as
     `noising.make_arms` takes it, `rollout` a `States` or None, `start` what was trained at
-    the start where that is the reference, metrics are scalars. Where the loss or the
+    the start where that is the reference, else None, metrics are scalars. Where the loss or the
     gradient is not finite the state stays as it was, but for its counts.
   """
   needs = loss.NEEDS
@@ -136,7 +136,7 @@ def make_train_step(
       seen[arms[-1]] = jnp.zeros_like(seen[arms[0]])
     seen_ref, known = {}, dict(rows.ref)
     if needs.reference and not known:
-      reference = base if needs.reference == "base" else adapt(start, base)
+      reference = base if start is None else adapt(start, base)
       seen_ref = jax.lax.stop_gradient(_residuals(denoise, reference, rows, arms))
     err = to_errors(seen)
     err_ref = known or to_errors(seen_ref)

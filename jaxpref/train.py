@@ -65,8 +65,10 @@ def run(
   ckptr = _open_checkpointer(workdir, config)
 
   # Data: encoded once, then only indices are dealt.
-  rows = encode.encode_rows(pipeline, mesh, prepared.rows, flip=config.data.flip)
-  uncond = sharding.replicate(encode.encode_no_prompt(pipeline, mesh), mesh)
+  rows = encode.encode_rows(
+    *(pipeline, mesh, prepared.rows), flip=config.data.flip, latents=config.data.latents
+  )
+  uncond, guide = _encode_no_prompts(prepared)
   chances = None
   if needs.rows == "singles":
     share = config.data.desirable_share
@@ -85,9 +87,9 @@ def run(
   identity = _identify(prepared)
   state, start = _first_state(program, begin, ckptr, deal, identity, config)
   base = unet_lib.freeze(base, config.model.frozen_dtype)
-  frozen = base if config.lora.rank or needs.reference == "base" else None
+  frozen = base if config.lora.rank or prepared.reference == "base" else None
   reference = None
-  if needs.reference == "start":
+  if prepared.reference == "start":
     # Additions are few, and rounded only where they meet the base's weights.
     reference = begin if config.lora.rank else unet_lib.freeze(begin, config.model.frozen_dtype)
   del begin  # the state has a copy of it
@@ -98,7 +100,8 @@ def run(
 
   # The loop. The host runs ahead of the devices, except at updates that are logged: each of
   # their phases is waited for, so that it can be timed.
-  make_batch = _batch_maker(prepared, program, base, uncond, rows)
+  whose = base if reference is None else program.adapt(reference, base)
+  make_batch = _batch_maker(prepared, program, whose, uncond, rows)
   writer = _open_writer(workdir, train.num_updates, start)
   meter = _speedometer(prepared)
   clock = metrics.Stopwatch()
@@ -132,7 +135,7 @@ def run(
       if program.rollout:
         with clock("rollout"):
           drawn = program.rollout(
-            *programs.rollout_arguments(program, state, frozen, batch["cond"], uncond)
+            *programs.rollout_arguments(program, state, frozen, batch["cond"], uncond, guide)
           )
           wait(drawn)
       with clock("update"):
@@ -226,8 +229,10 @@ def _keep_best(prepared: Prepared, workdir: Path, ckptr: Any) -> None:
 
 def _report(prepared: Prepared, workdir: Path, wall_time: str) -> None:
   config = prepared.config
+  whose = {"start": config.model.start, "base": config.model.path}
   facts = {
     "updates": config.train.num_updates,
+    **({"reference": whose[prepared.reference]} if prepared.reference else {}),
     "training rows": f"{len(prepared.rows)} {prepared.loss.NEEDS.rows}",
     **prepared.data.words(),
     "seed": config.seed,
@@ -246,6 +251,16 @@ def _report(prepared: Prepared, workdir: Path, wall_time: str) -> None:
     held_out=not {r.caption for r in prepared.rows} & set(prepared.prompts),
     improves=prepared.pipeline.is_improver,
   )
+
+
+def _encode_no_prompts(prepared: Prepared) -> tuple[Any, Any]:
+  """The dropped prompt, and what a rollout's guidance leads away from, or None."""
+  config, pipeline, mesh = prepared.config, prepared.pipeline, prepared.mesh
+  dropped = encode.encode_dropped_prompt(pipeline, mesh, config.data.dropped_prompt)
+  guide = None
+  if prepared.loss.NEEDS.rollout and config.rollout.guidance > 1:
+    guide = sharding.replicate(encode.encode_no_prompt(pipeline, mesh), mesh)
+  return sharding.replicate(dropped, mesh), guide
 
 
 def _begin(prepared: Prepared, base: Any) -> Any:
@@ -304,8 +319,8 @@ def _write_start(
 ) -> None:
   workdir_lib.write_config(workdir, prepared.config)
   rows = {"used": len(prepared.rows), **prepared.data.facts()}
-  facts = {"after_update": start, **identity, "rows": rows, **runtime.facts()}
-  workdir_lib.add_start(workdir, facts)
+  facts = {"after_update": start, **identity, "reference": prepared.reference, "rows": rows}
+  workdir_lib.add_start(workdir, facts | runtime.facts())
 
 
 def _open_writer(workdir: Path, updates: int, start: int) -> metrics.MetricWriter | None:
@@ -320,14 +335,14 @@ def _open_writer(workdir: Path, updates: int, start: int) -> metrics.MetricWrite
 
 
 def _batch_maker(
-  prepared: Prepared, program: programs.Programs, base: Any, uncond: Any, rows: Any
+  prepared: Prepared, program: programs.Programs, reference: Any, uncond: Any, rows: Any
 ) -> Callable[[np.ndarray, int], Any]:
   """(indices of rows, number of the update) -> a batch on the devices."""
   config, mesh = prepared.config, prepared.mesh
   draws = config.data.noise_draws
   known: dict[str, np.ndarray] = {}
   if draws and prepared.loss.NEEDS.reference:
-    known = _known_errors(program.reference_errors, base, uncond, rows, config, mesh)
+    known = _known_errors(program.reference_errors, reference, uncond, rows, config, mesh)
 
   def make(index: np.ndarray, done: int) -> Any:
     batch = sharding.place_batch(rows, mesh, index)
@@ -343,7 +358,7 @@ def _batch_maker(
 
 
 def _known_errors(
-  reference_errors: Callable, base: Any, uncond: Any, rows: Any, config: Any, mesh: Mesh
+  reference_errors: Callable, reference: Any, uncond: Any, rows: Any, config: Any, mesh: Mesh
 ) -> dict[str, np.ndarray]:
   """The reference's errors by arm on every draw of every row, [N, draws]."""
   count, draws = len(rows["latents"]), config.data.noise_draws
@@ -353,7 +368,7 @@ def _known_errors(
     found.append(
       encode.in_batches(
         lambda params, batch: reference_errors(params, config.seed, uncond, batch),
-        *(base, rows | numbers, config.train.batch_size, mesh),
+        *(reference, rows | numbers, config.train.batch_size, mesh),
       )
     )
   return jax.tree.map(lambda *of: np.stack(of, axis=1), *found)

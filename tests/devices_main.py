@@ -71,6 +71,7 @@ def train(
   replay=0,
   lots=0,
   fixed=False,
+  posterior=False,
   seed=0,
   collectives=None,
   **hyper,
@@ -139,6 +140,8 @@ def train(
     if fixed == "known":
       errors = steps.make_reference_errors(denoise, schedule, loss, arms=arms, **shared)
       rows |= {"ref": jax.tree.map(np.asarray, errors(params, seed, empty, rows))}
+  if posterior:
+    rows |= {"std": np.full_like(rows["latents"], 0.5)}
   batch = sharding.place_batch(rows, mesh)
   empty = jax.device_put(empty, sharding.replicated(mesh))
   history = []
@@ -152,7 +155,7 @@ def train(
     if needs.rollout:
       policy = state.policy_copy if lagging else state.params
       drawn = rollout(policy, state.seed, state.update, batch["cond"], empty)
-    start = params if needs.reference == "start" else None
+    start = params if name == "spin" else None
     state, metrics = step(state, params, empty, batch, drawn, start)
     history.append({k: float(v) for k, v in metrics.items()})
   pieces = {len({str(s.index) for s in x.addressable_shards}) for x in jax.tree.leaves(state)}

@@ -100,6 +100,11 @@ def test_no_prompt_is_what_the_family_was_trained_with(family, directory):
   none = encode.encode_no_prompt(loaded, mesh, size=(64, 32))
   empty = encode.encode_prompts(loaded, mesh, [""], size=(64, 32))
   assert none.keys() == empty.keys()
+  # Training drops prompts to "", or to what guidance leads away from.
+  dropped = encode.encode_dropped_prompt(loaded, mesh, "empty")
+  np.testing.assert_array_equal(dropped["text"], empty["text"])
+  dropped = encode.encode_dropped_prompt(loaded, mesh, "unconditional")
+  np.testing.assert_array_equal(dropped["text"], none["text"])
   if family == "sdxl":
     assert not none["text"].any() and not none["pooled"].any()
     assert empty["text"].any() and empty["pooled"].any()

@@ -31,6 +31,7 @@ CASES = [
   {"name": "spin", "data": 8},
   {"name": "listwise", "data": 2, "fsdp": 4, "accumulate": 2},
   {"name": "dspo", "data": 8},
+  {"name": "dro", "data": 4, "fsdp": 2, "accumulate": 2, "posterior": True},
 ]
 MESH = ("data", "fsdp", "look")
 

@@ -23,11 +23,24 @@ _PIXELS_AT_ONCE = 1 << 21  # for a device; the VAE's first level takes 512 bytes
 def encode_images(
   pipeline: Pipeline, mesh: Mesh, images: Sequence[np.ndarray], *, batch_size: int = 50
 ) -> np.ndarray:
-  """Scaled latents, float32 [N, C, h, w], of uint8 images [H, W, 3].
+  """Encodes uint8 images [H, W, 3] to their posteriors' modes: scaled latents [N, C, h, w].
 
   `batch_size` images at once, fewer where they are large.
   """
-  run = functools.partial(_encode, pipeline.modules["vae"])
+  return _encode_all(_encode, pipeline, mesh, images, batch_size)
+
+
+def encode_posteriors(
+  pipeline: Pipeline, mesh: Mesh, images: Sequence[np.ndarray], *, batch_size: int = 50
+) -> tuple[np.ndarray, np.ndarray]:
+  """Encodes images as `encode_images`, and the posteriors' standard deviations as well."""
+  return _encode_all(_encode_posterior, pipeline, mesh, images, batch_size)
+
+
+def _encode_all(
+  program: Any, pipeline: Pipeline, mesh: Mesh, images: Sequence[np.ndarray], batch_size: int
+) -> Any:
+  run = functools.partial(program, pipeline.modules["vae"])
   fits = mesh.size * _PIXELS_AT_ONCE // (images[0].shape[0] * images[0].shape[1])
   size = min(batch_size, max(fits, 1))
   return in_batches(run, pipeline.params["vae"], np.stack(images), size, mesh)
@@ -38,8 +51,13 @@ def _encode(vae, params, images):
   return vae_lib.encode(vae, params, images)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _encode_posterior(vae, params, images):
+  return vae_lib.encode_posterior(vae, params, images)
+
+
 def encode_rows(
-  pipeline: Pipeline, mesh: Mesh, rows: Sequence[Row], *, flip: bool
+  pipeline: Pipeline, mesh: Mesh, rows: Sequence[Row], *, flip: bool, latents: str = "mode"
 ) -> dict[str, Any]:
   """Rows as a training step takes them, on the host.
 
@@ -48,23 +66,32 @@ def encode_rows(
     mesh: to encode on.
     rows: of one kind; `flip` adds them all with their images mirrored.
     flip: see there.
+    latents: 'mode' of the VAE's posterior, or 'sample': its standard deviation is kept, too,
+      for an update to sample from it.
 
   Returns:
-    'latents' [N, A, C, h, w], 'cond' (a tree of [N, ...]) and 'labels' (a dict of [N]).
+    'latents' [N, A, C, h, w], the modes, 'std' alike where they are to be sampled, 'cond' (a
+    tree of [N, ...]) and 'labels' (a dict of [N]).
 
   Raises:
     UserError: something of a row is not finite, which no update could learn from.
   """
   if flip:
     rows = [*rows, *(r._replace(images=tuple(i[:, ::-1] for i in r.images)) for r in rows)]
-  latents = encode_images(pipeline, mesh, [i for r in rows for i in r.images])
+  images = [i for r in rows for i in r.images]
+  if latents == "sample":
+    found = dict(
+      zip(("latents", "std"), encode_posteriors(pipeline, mesh, images), strict=True)
+    )
+  else:
+    found = {"latents": encode_images(pipeline, mesh, images)}
+  found = {name: x.reshape((len(rows), -1, *x.shape[1:])) for name, x in found.items()}
   told = [r.prefix + r.caption for r in rows]
   text.warn_of_cut(pipeline.tokenizers, told, "captions of the data")
-  latents = latents.reshape((len(rows), -1, *latents.shape[1:]))
   cond = encode_prompts(pipeline, mesh, told)
-  _check_finite(rows, {"latents": latents, **cond})
+  _check_finite(rows, {**found, **cond})
   return {
-    "latents": latents,
+    **found,
     "cond": cond,
     "labels": {"desirable": np.array([r.desirable for r in rows])},
   }
@@ -74,7 +101,9 @@ def _check_finite(rows: Sequence[Row], arrays: Cond) -> None:
   for name, array in arrays.items():
     for i, of_row in enumerate(array):
       if not np.isfinite(of_row).all():
-        what, part = ("images", "VAE") if name == "latents" else ("caption", "text encoder")
+        what, part = (
+          ("images", "VAE") if name in ("latents", "std") else ("caption", "text encoder")
+        )
         raise UserError(
           f"row {i} of the data ({rows[i].caption!r}): what the {part} makes of its {what} is "
           "not finite; are its weights damaged?"
@@ -125,6 +154,20 @@ def encode_no_prompt(
   if pipeline.zeroes_uncond:
     cond |= {name: np.zeros_like(cond[name]) for name in ("text", "pooled")}
   return cond
+
+
+def encode_dropped_prompt(pipeline: Pipeline, mesh: Mesh, kind: str) -> Cond:
+  """Encodes what rows that lose their prompt are conditioned on, [1, ...].
+
+  Args:
+    pipeline: with the text encoders.
+    mesh: to encode on.
+    kind: 'empty' for the prompt "", 'unconditional' for `encode_no_prompt`; they differ for
+      SDXL alone, whose unconditional is zeros.
+  """
+  if kind == "unconditional":
+    return encode_no_prompt(pipeline, mesh)
+  return encode_prompts(pipeline, mesh, [""])
 
 
 def in_batches(run: Any, params: Any, rows: Any, size: int, mesh: Mesh) -> Any:

@@ -31,6 +31,7 @@ import jax.numpy as jnp
 from jaxpref.errors import UserError
 
 GROUP = "jaxpref.losses"
+_NOT_HYPER = ("name", "reference")  # fields of the section that are for the training step
 _HERE = "contract"
 
 
@@ -46,8 +47,8 @@ class Needs:
       'lists': `data.list_size` images from best to worst ('1', '2', ...).
     rollout: what the policy draws for each row besides, the arm 'p': 'states' of its way
       from noise to image, with its own predictions there as targets, or None.
-    reference: whose errors are needed besides the policy's: the 'base', the policy as it was
-      at the 'start' of the run (in iterative training: the previous iterate), or None.
+    reference: whether the errors of a frozen reference are needed besides the policy's; whose
+      they are, the configuration's `loss.reference` says.
     shared_noise: whether images of a row get the same noise; the timestep they always share.
     residuals: whether `objective` is given predictions minus targets, [B, C, h, w], in the
       place of their mean squares.
@@ -58,7 +59,7 @@ class Needs:
 
   rows: Literal["experts", "pairs", "singles", "lists"]
   rollout: Literal["states"] | None = None
-  reference: Literal["base", "start"] | None = None
+  reference: bool = False
   shared_noise: bool = True
   residuals: bool = False
   condition: Literal["image"] | None = None
@@ -136,7 +137,7 @@ def hyper_of(module: ModuleType, settings: Mapping[str, Any]) -> dict[str, Any]:
     takes |= _takes(module.arrange)
   if lacking := [f"'loss.{n}'" for n, must in takes.items() if must and n not in settings]:
     raise UserError(f"loss {settings['name']!r} needs {', '.join(lacking)} in its config file")
-  if foreign := [f"'loss.{n}'" for n in settings if n not in (*takes, "name")]:
+  if foreign := [f"'loss.{n}'" for n in settings if n not in (*takes, *_NOT_HYPER)]:
     raise UserError(f"loss {settings['name']!r} makes nothing of {', '.join(foreign)}")
   return {name: settings[name] for name in takes if name in settings}
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxpref.errors import UserError
 from jaxpref.losses.contract import Needs, Terms
 
-NEEDS = Needs(rows="pairs", reference="base")
+NEEDS = Needs(rows="pairs", reference=True)
 VARIANTS = ("sigmoid", "hinge", "ipo")
 
 

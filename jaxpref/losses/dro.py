@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxpref.losses.contract import Needs, Terms
 
-NEEDS = Needs(rows="experts", rollout="states", reference="base")
+NEEDS = Needs(rows="experts", rollout="states", reference=True)
 
 
 def dro_loss(

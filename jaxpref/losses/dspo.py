@@ -11,7 +11,7 @@ import jax
 from jaxpref.losses.contract import Needs, Terms, to_errors
 from jaxpref.losses.dpo import reward_metrics
 
-NEEDS = Needs(rows="pairs", reference="base", residuals=True)
+NEEDS = Needs(rows="pairs", reference=True, residuals=True)
 
 
 def dspo_loss(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxpref.errors import UserError
 from jaxpref.losses.contract import Needs, Terms
 
-NEEDS = Needs(rows="singles", reference="base")
+NEEDS = Needs(rows="singles", reference=True)
 UTILITIES = ("kt", "loss_averse", "risk_seeking")
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxpref.losses.contract import Needs, Terms
 
-NEEDS = Needs(rows="lists", reference="base")
+NEEDS = Needs(rows="lists", reference=True)
 
 
 def plackett_luce_loss(err: jax.Array, ref: jax.Array, *, beta: float) -> jax.Array:

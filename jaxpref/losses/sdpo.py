@@ -13,7 +13,7 @@ from jaxpref.losses.contract import Needs, Terms, to_errors
 from jaxpref.losses.dpo import dpo_loss, reward_metrics
 from jaxpref.losses.dspo import dspo_loss
 
-NEEDS = Needs(rows="pairs", reference="base", residuals=True)
+NEEDS = Needs(rows="pairs", reference=True, residuals=True)
 GUARDED = ("dpo", "dspo")
 
 

@@ -10,7 +10,7 @@ import jax
 from jaxpref.losses.contract import Needs, Terms
 from jaxpref.losses.dpo import dpo_loss, reward_metrics
 
-NEEDS = Needs(rows="pairs", reference="start")
+NEEDS = Needs(rows="pairs", reference=True)
 
 
 def spin_loss(

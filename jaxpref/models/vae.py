@@ -88,6 +88,22 @@ def encode_moments(vae: nn.Module, params: Any, images: jax.Array):
   return jnp.transpose(posterior.mean, to_nchw), jnp.transpose(posterior.logvar, to_nchw)
 
 
+def encode_posterior(vae: nn.Module, params: Any, images: jax.Array):
+  """Encodes images to the posterior of the latents a denoiser sees.
+
+  Args:
+    vae: from `build_vae`.
+    params: its parameters.
+    images: uint8 [B, H, W, 3].
+
+  Returns:
+    `(mode, std)`, each float [B, C, h, w]: shifted and scaled as `encode` does.
+  """
+  mean, logvar = encode_moments(vae, params, to_unit(images))
+  std = jnp.exp(0.5 * logvar) * vae.scaling_factor
+  return (mean - vae.shift_factor) * vae.scaling_factor, std
+
+
 def encode(
   vae: nn.Module, params: Any, images: jax.Array, keys: jax.Array | None = None
 ) -> jax.Array:
