@@ -6,6 +6,12 @@ tunes the bundled pipeline on the shapes world's pairs. `loss.variant` is 'sigmo
 et al. 2023), 'hinge' or 'ipo', see `jaxpref.losses.dpo`. `sd15` and `sdxl` are the authors'
 launchers (https://github.com/SalesforceAIResearch/DiffusionDPO): beta 5000, learning rate
 1e-8 a row, batch 2048, 2000 updates; AdamW here for both, where they use Adafactor for SDXL.
+'hinge' and 'ipo' have no published recipe for diffusion models: 5000 is not a recommendation
+for IPO, whose target for the margin is 1 / (2 beta).
+
+`--config.model.start=W` begins with another run's model, such as SFT's, which then is the
+reference, too, as with the authors' `--unet_init`; `--config.loss.reference=base` keeps
+the base.
 """
 
 from ml_collections import ConfigDict

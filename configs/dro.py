@@ -15,7 +15,9 @@ the number of updates are this small model's own, whose errors are larger: with 
 published margin the hinge soon closes for many of its pairs (`dro/active`).
 
 `sd15` is the paper's recipe: margin 1e-3, 500 experts, batch 256, 1600 updates at 1e-4
-without warm-up, horizontal flips, averaged weights. Their experts are Pick-a-Pic's best by
+without warm-up, horizontal flips, averaged weights. The public code's solver integrates
+all samples of a batch on the first one's noise levels, ours each on its own, so gate values
+differ (docs/dro.md). Their experts are Pick-a-Pic's best by
 HPSv2: `score_0` and `score_1` in your parquet files are whatever scorer you choose. `sdxl`
 takes over the same numbers, its experts in the paper being MJHQ-30k's best 500 by PickScore:
 `--config.data.source=folder`.
