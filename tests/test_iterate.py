@@ -310,8 +310,8 @@ def test_spin(tiny_pipeline, tmp_path, capsys):
   config = json.loads((workdir / "config.json").read_text())
   assert config["data"]["source"] == "shapes" and {row["seed_0"] for row in rows} == {-1}
   ready = iterate.prepare(_config(given))
-  images = {row.images[0].tobytes() for row in ready.rows}
-  assert data <= images
+  known = {row.images[0].tobytes() for row in ready.rows}
+  assert data <= known
   assert {row["model_0"] for row in rows} == {b"data"}
   assert {row["improve_steps"] for row in rows} == {0}
   assert not any("time/improve_seconds" in line for line in (workdir / "metrics.jsonl").open())
