@@ -47,11 +47,11 @@ setup(
     "orbax-checkpoint>=0.12,<0.13",  # its v1 interface still moves
     "pandas>=2.2.3",
     "pillow>=11",
-    "pyarrow>=18",
+    "pyarrow>=21",
     "safetensors>=0.5",
     "scikit-image>=0.25",
     "scipy>=1.14",
-    "tensorflow-datasets>=4.9.8",
+    "tensorflow-datasets>=4.9.10",
     "tokenizers>=0.22",
     "tqdm>=4.67",
   ],
