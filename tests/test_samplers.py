@@ -1,9 +1,9 @@
 """Samplers against PyTorch diffusers, closed forms and their own promises."""
 
 import functools
-import json
 from pathlib import Path
 
+import families
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +19,6 @@ from jaxpref.errors import UserError
 from jaxpref.models import corrections, pipeline
 
 ROWS = golden.SHAPE[1:]
-CONFIGS = Path(__file__).parent / "golden" / "model_configs"
 
 
 def _denoise(x_t, t):
@@ -86,7 +85,7 @@ def test_trajectory_matches_diffusers_live(name):
   _assert_same_trajectory(name, *golden.run_diffusers(name))
 
 
-SD15 = json.loads((CONFIGS / "sd15" / "scheduler.json").read_text())
+SD15 = families.real_configs("sd15")["scheduler"]
 FILES = {  # SD 1.5's own scheduler file, and old or odd ones
   "own": SD15,
   "leading, no offset": {**SD15, "timestep_spacing": "leading", "steps_offset": 0},
