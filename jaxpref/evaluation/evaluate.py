@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from jaxpref import distributed, metrics, progress, scorers, watch
+from jaxpref import prompts as prompts_lib
 from jaxpref import workdir as workdir_lib
 from jaxpref.data.bad_rows import BadRow
 from jaxpref.data.encode import encode_images, encode_prompts
@@ -57,12 +58,9 @@ def choose_prompts(
     found = list(dict.fromkeys(captions))
   else:
     try:
-      lines = Path(source).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-      raise UserError(f"evaluate.prompts: cannot read {source}: {error}") from error
-    found = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    if not found:
-      raise UserError(f"evaluate.prompts: {source} holds no prompt")
+      found = list(dict.fromkeys(prompts_lib.read_file(Path(source), shown=source)))
+    except UserError as error:
+      raise UserError(f"evaluate.prompts: {error}") from error
   order = np.random.default_rng(seed).permutation(len(found))
   return [found[i] for i in order[:num_prompts]]
 
