@@ -18,18 +18,19 @@ def test_lines_without_marks_and_empty_ones(tmp_path):
   assert sorted(evaluate.choose_prompts(str(file), 9, [], seed=0)) == sorted(expected)
 
 
-def _pipe(file):
-  os.mkfifo(file)
+def _huge(path):
+  with path.open("wb") as file:
+    file.truncate(1 << 40)
 
 
 @pytest.mark.parametrize(
   ("make", "message"),
   [
-    (_pipe, "not a regular file"),  # which would be waited for
+    (os.mkfifo, "not a regular file"),  # which would be waited for
     (lambda file: file.mkdir(), "not a regular file"),
     (lambda file: file.write_bytes(b"\xff"), "cannot read"),
     (lambda file: file.write_text("\n \n"), "holds no prompt"),
-    (lambda file: os.truncate(file.open("w").fileno(), 1 << 40), "1048576 MB"),
+    (_huge, "1048576 MB"),
   ],
 )
 def test_what_is_not_a_file_of_prompts(make, message, tmp_path):
