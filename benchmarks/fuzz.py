@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import resource
 import sys
 import tempfile
@@ -44,7 +45,7 @@ def main() -> int:
   add("--inputs", type=int, default=10_000, help="in all")
   add("--seed", type=int, default=0)
   add("--out", type=Path, required=True, help="a JSON file of the results")
-  add("--only", default="", help="part of the names of targets to run")
+  add("--only", default="", help="a pattern in the names of targets to run")
   add("--table", type=Path, help="a Markdown file whose table is rewritten")
   options = parser.parse_args()
   record: dict[str, Any] = {"seed": options.seed, "inputs": options.inputs, "targets": {}}
@@ -67,7 +68,7 @@ def main() -> int:
   with tempfile.TemporaryDirectory() as scratch:
     tiny = _in_a_process(_write_tiny, Path(scratch) / "tiny")
     for target in everything:
-      if target.name in record["targets"] or options.only not in target.name:
+      if target.name in record["targets"] or not re.search(options.only, target.name):
         continue
       count = -(-options.inputs * target.weight // weights)
       record["targets"][target.name] = _run(target, count, options.seed, Path(scratch), tiny)
@@ -147,6 +148,7 @@ def _work(target: Any, numbers: range, seed: int, scratch: Path, tiny: Path, pip
   null = os.open(os.devnull, os.O_WRONLY)
   prepared = fuzz_targets.Prepared(target, scratch / "work", tiny)
   prepared.run(seed, -1)  # what libraries load once is not an input's
+  said = os.dup(2)
   os.dup2(null, 1)
   os.dup2(null, 2)
   pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
@@ -155,9 +157,13 @@ def _work(target: Any, numbers: range, seed: int, scratch: Path, tiny: Path, pip
   # Forgets the highest memory so far.
   Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
   begin = _highest()
-  for number in numbers:
-    outcome = prepared.run(seed, number)
-    pipe.send((outcome.kind, outcome.text, _highest() - begin))
+  try:
+    for number in numbers:
+      outcome = prepared.run(seed, number)
+      pipe.send((outcome.kind, outcome.text, _highest() - begin))
+  except BaseException:  # a fault of the fuzzer
+    os.dup2(said, 2)
+    raise
 
 
 def _highest() -> int:

@@ -200,7 +200,7 @@ def edit_json(rng: random.Random, data: bytes) -> bytes:
   """Replaces, removes, renames or wraps a value anywhere in it."""
   try:
     tree = json.loads(data)
-  except ValueError:
+  except (ValueError, RecursionError):  # damaged already
     return flip(rng, data)
   places: list[tuple[Any, Any]] = []
 
