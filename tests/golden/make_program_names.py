@@ -16,7 +16,6 @@ from diffusers import UNet2DConditionModel
 
 HERE = Path(__file__).parent
 PIPELINES = HERE.parent.parent / "jaxpref" / "pipelines"
-PIPELINES = HERE.parent.parent / "jaxpref" / "pipelines"
 LAYERS = re.compile(r"attn[12]\.(to_q|to_k|to_v|to_out\.0)$")
 
 
