@@ -47,6 +47,7 @@ _AXIS = (lambda value: value >= 1 or value == -1, "at least 1, or -1 for the res
 
 RULES: Rules = {
   **dict.fromkeys(("model.dtype", "model.frozen_dtype"), _one_of("float32", "bfloat16")),
+  "model.clip_skip": _at_least(0),
   "model.attention": _one_of("auto", "stock", "xla", "cudnn", "splash"),
   "model.norm": _one_of("auto", "stock", "lean"),
   "model.remat": _one_of("none", "attention", "transformer", "blocks", "full"),

@@ -26,6 +26,7 @@ from jaxpref.paths import user_path
 
 SOLVERS = {"dpm_solver": "DPM++ 2M", "ddim": "DDIM", "ddpm": "DDPM"}
 _SETTINGS, _A1111 = "jaxpref", "parameters"  # the PNG's texts
+_LATER = {"clip_skip": 0}  # settings that older images do not state, and what they were
 
 
 def main(argv: list[str]) -> int:
@@ -77,6 +78,15 @@ def _parser() -> argparse.ArgumentParser:
   add("--decode", choices=("whole", "sliced", "tiled"), default="whole", help="saves memory")
   add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
   add("--variant", default="", help="of the pipeline's weights, such as fp16")
+  add("--unet", default="", metavar="DIR", help="another UNet: a directory or hub id")
+  add("--vae", default="", metavar="DIR", help="another VAE: a directory or hub id")
+  add(
+    "--clip-skip",
+    type=int,
+    default=0,
+    metavar="N",
+    help="last layers of the text encoder to leave out for prompts, as diffusers counts",
+  )
   parser.add_run_flags()
   return parser
 
@@ -132,6 +142,9 @@ def _run(argv: list[str]) -> None:
       dtype=jnp.dtype(flags.dtype),
       mesh=mesh,
       variant=flags.variant,
+      unet=flags.unet,
+      vae=flags.vae,
+      clip_skip=flags.clip_skip,
     )
   except UserError as error:
     raise UserError(f"{option}: {error}") from error
@@ -256,6 +269,7 @@ def _pictures(
     "size": [height, width],
     "decode": flags.decode,
     "dtype": flags.dtype,
+    "clip_skip": pipeline.clip_skip,
   }
   # (stem of the file's name, prompt, image to improve and what it changes of the settings)
   subjects: list[tuple[str, str, Any, dict[str, Any]]]
@@ -351,7 +365,7 @@ def is_drawn(file: Path, settings: Mapping[str, Any]) -> bool:
   except (OSError, ValueError, KeyError, TypeError, UnidentifiedImageError) as error:
     raise UserError(f"{file} is not a picture of this program; choose another --out") from error
   for name in settings.keys() - {"model"}:  # its weights tell, wherever it lies
-    if found.get(name) != settings[name]:
+    if found.get(name, _LATER.get(name)) != settings[name]:
       raise UserError(
         f"{file} is of other settings: {name} was {found.get(name)!r}, now {settings[name]!r}; "
         "choose another --out"

@@ -146,8 +146,8 @@ def _check_improver(config: ConfigDict, base: pipeline_lib.Pipeline, mesh: Mesh)
 
 def _load(config: ConfigDict, name: str, mesh: Mesh) -> pipeline_lib.Pipeline:
   dtype = jnp.dtype(config.model.dtype)
-  variant = config.model.variant if name == config.model.path else ""
-  return tuned.load(name, dtype=dtype, mesh=mesh, variant=variant)
+  source = pipeline_lib.source_of(config.model) if name == config.model.path else {}
+  return tuned.load(name, dtype=dtype, mesh=mesh, **source)
 
 
 def run(prepared: Prepared, workdir: Path) -> None:

@@ -112,7 +112,7 @@ def check(config: Any, *, mesh: Any = None) -> Checked:
   arms = (*(loss.NEEDS.arms or of_rows), *(("p",) if loss.NEEDS.rollout else ()))
   _check_needs(loss, config)
   losses.check_objective(loss, hyper, arms, images=len(of_rows))
-  model = {"dtype": jnp.dtype(config.model.dtype), "variant": config.model.variant}
+  model = {"dtype": jnp.dtype(config.model.dtype), **pipeline_lib.source_of(config.model)}
   if plans:
     pipeline = pipeline_lib.describe_pipeline(config.model.path, **model)
   else:

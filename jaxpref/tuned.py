@@ -30,6 +30,9 @@ def load(
   dtype: Any = jnp.float32,
   mesh: Mesh | None = None,
   variant: str = "",
+  unet: str = "",
+  vae: str = "",
+  clip_skip: int = 0,
   merged: bool = True,
 ) -> pipeline_lib.Pipeline:
   """A pipeline, or what a run has made of one.
@@ -42,7 +45,10 @@ def load(
       by default the newest good one.
     dtype: of the computation.
     mesh: to place parameters on; see `load_pipeline`.
-    variant: of a pipeline's weights; of a run's base its configuration says.
+    variant: of a pipeline's weights; of a run's base its configuration says, as what follows.
+    unet: another UNet of a pipeline.
+    vae: another VAE of a pipeline.
+    clip_skip: of a pipeline's text encoders.
     merged: whether LoRA's additions are added to the weights; else the UNet's parameters
       are a `lora.Adapted`.
 
@@ -53,10 +59,13 @@ def load(
   if not _is_workdir(name):
     if step is not None or not ema:
       raise UserError(f"--step and --no-ema are a run's, and {name} is none")
-    return pipeline_lib.load_pipeline(name, dtype=dtype, mesh=mesh, variant=variant)
+    return pipeline_lib.load_pipeline(
+      name, dtype=dtype, mesh=mesh, variant=variant, unet=unet, vae=vae, clip_skip=clip_skip
+    )
   workdir = trained_in(user_path(name))
-  if variant:
-    raise UserError(f"--variant is a pipeline's; the base of the run {workdir} has its own")
+  own = {"variant": variant, "unet": unet, "vae": vae, "clip-skip": clip_skip}
+  if given := [flag for flag, value in own.items() if value]:
+    raise UserError(f"--{given[0]} is a pipeline's; the base of the run {workdir} has its own")
   config = _read_config(workdir)
   wanted = best_lib.read(workdir).update if isinstance(step, str) else step
   directory = checkpoint.directory_of(workdir, config)
@@ -82,12 +91,12 @@ def load(
     lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, where
   )
   state = checkpoint.restore_subtree(directory, found.step, {field: target})
-  unet = state[field]
+  trained = state[field]
   if rank:
-    unet = lora.Adapted(pipeline.params["unet"], unet, config["lora"]["alpha"] / rank)
-  params = {**pipeline.params, "unet": lora.merge(unet) if merged else unet}
+    trained = lora.Adapted(pipeline.params["unet"], trained, config["lora"]["alpha"] / rank)
+  params = {**pipeline.params, "unet": lora.merge(trained) if merged else trained}
   # Of the weights, not of the files, which hold the same ones in other bytes each time.
-  scale = f" {unet.scale}" if rank else ""
+  scale = f" {trained.scale}" if rank else ""
   weights = pipeline_lib.fingerprint(state[field], of=pipeline.digest + scale)
   digest = f"{field}-{found.step}-{weights}"
   return dataclasses.replace(pipeline, params=params, digest=digest)
@@ -149,7 +158,7 @@ def _load_base(
       base,
       dtype=dtype,
       mesh=mesh,
-      variant=model.get("variant", ""),
+      **pipeline_lib.source_of(model),
       without=["unet"] if without_unet else [],
     )
   except UserError as error:

@@ -79,8 +79,14 @@ def test_needed_files_of_shards_and_variants():
     "text_encoder/config.json",
     "text_encoder/model.safetensors",
   ]
-  with pytest.raises(UserError, match="x has no weights of the variant fp16 for its text_enc"):
-    hub.needed_files(files, variant="fp16", where="x")
+  # A part without the variant is read from its plain files; one part must have it.
+  mixed = hub.needed_files(files, variant="fp16", where="x")
+  assert set(half) < set(mixed) and "text_encoder/model.safetensors" in mixed
+  with pytest.raises(UserError, match="x has no weights of the variant ema"):
+    plain = [f for f in files if "fp16" not in f]
+    hub.needed_files(
+      [*plain, "vae/diffusion_pytorch_model.safetensors"], variant="ema", where="x"
+    )
   halved = hub.needed_files(
     [*files, "text_encoder/model.fp16.safetensors"], variant="fp16", where="x"
   )

@@ -117,6 +117,7 @@ def encode_prompts(
   *,
   size: tuple[int, int] | None = None,
   batch_size: int = 100,
+  clip_skip: int | None = None,
 ) -> Cond:
   """What the UNet is told of each prompt, numpy [N, ...].
 
@@ -127,6 +128,7 @@ def encode_prompts(
     size: height and width of the pictures in pixels, which SDXL is told as their original
       and target sizes, uncropped; by default those it was trained for.
     batch_size: prompts at once.
+    clip_skip: by default the pipeline's, as for prompts in diffusers; 0 for negative ones.
   """
   parts = [part for part in pipeline.modules if part.startswith("text_encoder")]
   encoders = [pipeline.modules[part] for part in parts]
@@ -134,11 +136,13 @@ def encode_prompts(
   ids = text.tokenize(pipeline.tokenizers, prompts)
   height, width = size or (pipeline.image_size, pipeline.image_size)
 
+  skip = pipeline.clip_skip if clip_skip is None else clip_skip
+
   @jax.jit
   def run(params, ids):
     if not pipeline.is_xl:
-      return {"text": text.encode_text(encoders[0], params[0], ids[0])}
-    hidden, pooled = text.encode_text_xl(encoders, params, ids)
+      return {"text": text.encode_text(encoders[0], params[0], ids[0], clip_skip=skip)}
+    hidden, pooled = text.encode_text_xl(encoders, params, ids, clip_skip=skip)
     sizes = jnp.array([height, width, 0, 0, height, width], jnp.float32)
     time_ids = jnp.broadcast_to(sizes, (hidden.shape[0], 6))
     return {"text": hidden, "pooled": pooled, "time_ids": time_ids}
@@ -150,7 +154,7 @@ def encode_no_prompt(
   pipeline: Pipeline, mesh: Mesh, *, size: tuple[int, int] | None = None
 ) -> Cond:
   """What the UNet is told where there is no prompt, as its family was trained, [1, ...]."""
-  cond = dict(encode_prompts(pipeline, mesh, [""], size=size))
+  cond = dict(encode_prompts(pipeline, mesh, [""], size=size, clip_skip=0))
   if pipeline.zeroes_uncond:
     cond |= {name: np.zeros_like(cond[name]) for name in ("text", "pooled")}
   return cond

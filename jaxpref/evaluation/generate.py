@@ -121,7 +121,7 @@ def make_generator(
 
   vae_params = sharding.place_params(pipeline.params["vae"], mesh)
   uncond = (
-    encode.encode_prompts(pipeline, mesh, [negative], size=size)
+    encode.encode_prompts(pipeline, mesh, [negative], size=size, clip_skip=0)
     if negative
     else encode.encode_no_prompt(pipeline, mesh, size=size)
   )

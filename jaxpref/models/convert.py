@@ -8,14 +8,14 @@ calls `down_blocks_0/resnets_1/conv1/kernel` [kh, kw, in, out] is PyTorch's
 import hashlib
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import flax
 import jax
 import numpy as np
 
-from jaxpref.errors import UserError
+from jaxpref.errors import UserError, listed
 from jaxpref.models.weights import StoredTensor
 
 _log = logging.getLogger(__name__)
@@ -32,6 +32,13 @@ _VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Buffers that older files carry along.
 _IGNORED = ("text_model.embeddings.position_ids",)
+# What PyTorch's wrappers put between the names of modules: compiled, sharded, distributed.
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
+# Of a whole CLIP model, what its text encoder has no use for.
+_OTHER_THAN_TEXT = re.compile(
+  r"logit_scale|(vision_model|visual_projection|text_projection)\..+|.*\.position_ids"
+)
+_TEXT_LAYER = re.compile(r"text_model\.encoder\.layers\.(\d+)\..+")
 
 
 def torch_name(path: tuple[str, ...]) -> str:
@@ -44,7 +51,7 @@ def torch_name(path: tuple[str, ...]) -> str:
 
 def _current_name(name: str) -> str:
   """The name of a tensor today, whenever its file was written."""
-  parts = name.split(".")
+  parts = [p for p in name.split(".") if p not in _WRAPPERS]
   if "attentions" in parts:
     parts = [_VAE_ATTENTION.get(p, p) for p in parts]
   return ".".join(parts)
@@ -120,14 +127,11 @@ def import_tensors(
     The tree, and a digest that changes with any name or stored value.
 
   Raises:
-    UserError: tensors are missing, left over, or of another shape; names them all.
+    UserError: tensors are missing, left over, or of another shape; names the first few.
   """
   flat = flax.traverse_util.flatten_dict(abstract)
   names = {torch_name(path): path for path in flat}
-  found: dict[str, StoredTensor] = {}
-  for name, tensor in tensors.items():
-    if name not in _IGNORED and found.setdefault(_current_name(name), tensor) is not tensor:
-      raise UserError(f"{where} holds {_current_name(name)} twice, by its old and its new name")
+  found = _without_surplus(_by_current_names(tensors, names, where), names, where)
   if odd := [f"{n} ({a.dtype})" for n, a in found.items() if a.dtype not in _FLOATS]:
     raise UserError(f"{where} holds tensors of a kind that is not read: {', '.join(odd[:3])}")
   check_tensors({n: a.shape for n, a in found.items()}, abstract, where=where)
@@ -152,6 +156,62 @@ def import_tensors(
   return flax.traverse_util.unflatten_dict(params), digest.hexdigest()
 
 
+def _by_current_names(
+  tensors: Mapping[str, StoredTensor], wanted: Collection[str], where: str
+) -> dict[str, StoredTensor]:
+  """The tensors by today's names, without wrappers' and another common prefix."""
+  found: dict[str, StoredTensor] = {}
+  for name, tensor in tensors.items():
+    if found.setdefault(_current_name(name), tensor) is not tensor:
+      raise UserError(f"{where} holds {_current_name(name)} twice, by its old and its new name")
+  wrapped = sorted(n for n in tensors if any(part in _WRAPPERS for part in n.split(".")))
+  if wrapped:
+    _log.warning(
+      "%s: names without PyTorch's wrappers are read for %d tensors: %s",
+      *(where, len(wrapped), listed(wrapped)),
+    )
+  if prefix := _common_prefix(found, wanted):
+    _log.warning("%s: every name begins with %r, which is left out", where, prefix)
+    found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+  return found
+
+
+def _common_prefix(names: Collection[str], wanted: Collection[str]) -> str:
+  """What all names begin with, where without it they are those that are wanted; else ''."""
+  first = min(wanted)
+  for name in names:
+    prefix = name.removesuffix(first)
+    shared = prefix not in ("", name) and all(n.startswith(prefix) for n in names)
+    if shared and all(prefix + w in names for w in wanted):
+      return prefix
+  return ""
+
+
+def _without_surplus(
+  found: dict[str, StoredTensor], wanted: Collection[str], where: str
+) -> dict[str, StoredTensor]:
+  """Leaves out tensors without which the same image is drawn, as PyTorch does."""
+  layers = [int(m[1]) for name in wanted if (m := _TEXT_LAYER.fullmatch(name))]
+
+  def needless(name: str) -> bool:
+    if name in wanted:
+      return False
+    if found[name].shape in ((), (1,)):  # counters and scales that training left there
+      return True
+    layer = _TEXT_LAYER.fullmatch(name)
+    if layer is not None:  # the configuration skips the last layers
+      return bool(layers) and int(layer[1]) > max(layers)
+    return bool(layers) and _OTHER_THAN_TEXT.fullmatch(name) is not None
+
+  left_out = sorted(filter(needless, found))
+  if said := [name for name in left_out if name not in _IGNORED]:
+    _log.warning(
+      "%s: %d tensors that its configuration has no place for are not read: %s",
+      *(where, len(said), listed(said)),
+    )
+  return {name: found[name] for name in found.keys() - set(left_out)}
+
+
 def check_tensors(
   shapes: Mapping[str, tuple[int, ...]], abstract: Mapping[str, Any], *, where: str
 ) -> None:
@@ -163,21 +223,24 @@ def check_tensors(
     where: named in the error.
 
   Raises:
-    UserError: tensors are missing, left over, or of another shape; names them all.
+    UserError: tensors are missing, left over, or of another shape; names the first few.
   """
   wanted = {
     torch_name(path): torch_shape(path, leaf.shape)
     for path, leaf in flax.traverse_util.flatten_dict(abstract).items()
   }
-  problems = [f"missing {n} {wanted[n]}" for n in sorted(wanted - shapes.keys())]
-  problems += [f"surplus {n} {shapes[n]}" for n in sorted(shapes.keys() - wanted.keys())]
-  problems += [
+  missing = [f"{n} {wanted[n]}" for n in sorted(wanted - shapes.keys())]
+  surplus = [f"{n} {shapes[n]}" for n in sorted(shapes.keys() - wanted.keys())]
+  others = [
     f"{name} is {shapes[name]}, the configuration says {wanted[name]}"
     for name in sorted(wanted.keys() & shapes.keys())
     if _squeezed(shapes[name]) != _squeezed(wanted[name])
   ]
+  kinds = (("missing ", missing), ("surplus ", surplus), ("", others))
+  problems = [kind + listed(names) for kind, names in kinds if names]
   if problems:
-    raise UserError(f"{where} does not fit its configuration: " + "; ".join(problems))
+    count = f" ({len(shapes)} tensors, {len(wanted)} wanted)"
+    raise UserError(f"{where} does not fit its configuration{count}: " + "; ".join(problems))
 
 
 def torch_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """Pipelines by name: one that ships with the package, a directory, or a Hugging Face hub id."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 import huggingface_hub
@@ -20,7 +20,13 @@ _DESCRIBED = {
   "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
 }
 INDEX = "model_index.json"
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w.][\w./-]*))?")
+_URL = re.compile(r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)([\w.-]+/[\w.-]+)")
+# Files of accelerate and of the Trainer beside what is trained.
+_TRAINING_STATE = (
+  *("optimizer.bin", "optimizer.pt", "scheduler.bin", "scheduler.pt", "scaler.pt"),
+  *("random_states_0.pkl", "rng_state.pth", "trainer_state.json"),
+)
 _WEIGHTED = ("unet", "vae", "text_encoder", "text_encoder_2")
 _TOKENIZER_FILES = (
   "vocab.json",
@@ -32,49 +38,158 @@ _TOKENIZER_FILES = (
 )
 
 
-def find_pipeline(name: str, *, variant: str = "", configs_only: bool = False) -> Path:
+def find_pipeline(
+  name: str, *, variant: str = "", configs_only: bool = False, without: Collection[str] = ()
+) -> Path:
   """The directory that `name` stands for.
 
   Args:
-    name: 'shapes' for the bundled pipeline, a directory in diffusers' layout, or the id of
-      a repository on the Hugging Face hub, of which the files needed are downloaded once.
-    variant: of the weights, see `weights.open_part`.
+    name: 'shapes' for the bundled pipeline, a directory in diffusers' layout or of the hub's
+      cache, or the id of a repository on the Hugging Face hub, perhaps with `@revision`, of
+      which the files needed are downloaded once.
+    variant: of the weights, see `weights.choose`.
     configs_only: download no more than the configuration files, which the package itself
       has of the best-known repositories.
+    without: parts that are not needed.
 
   Raises:
-    UserError: it is a file, or there is neither such a directory nor such a repository, or
-      the hub cannot be reached.
+    UserError: it is something else, or there is neither such a directory nor such a
+      repository, or the hub cannot be reached.
   """
   if name in BUNDLED:
     return BUNDLED[name]
-  path = user_path(name)
-  if path.is_file():
-    raise weights.refuse_file(path)
-  if path.is_dir():
+  if (path := _local(name)) is not None:
     if not (path / INDEX).exists():
       _refuse_directory(path)
     return path
   if configs_only and name in _DESCRIBED:
     return BUNDLED["shapes"].parent / _DESCRIBED[name]
-  if not _HUB_ID.fullmatch(name):
-    raise UserError(f"there is no directory {path}, and it is no id of the Hugging Face hub")
-  return _download(name, variant, configs_only=configs_only)
+
+  def choose(files):
+    wanted = needed_files(files, variant=variant, where=name, without=without)
+    if configs_only:
+      return [file for file in wanted if file == INDEX or file.endswith("config.json")]
+    return wanted
+
+  return _download(name, choose, whole=not configs_only)
+
+
+def find_part(name: str, part: str, *, variant: str = "", configs_only: bool = False) -> Path:
+  """The directory of a part that is taken from elsewhere.
+
+  Args:
+    name: a directory with `config.json` and weights, or one that holds the part as a
+      subdirectory, or a repository of the hub that is either.
+    part: 'unet' or 'vae'.
+    variant: of the weights, see `weights.choose`.
+    configs_only: download no more than the configuration file.
+
+  Raises:
+    UserError: there is no such part.
+  """
+  field = f"model.{part}"
+  try:
+    path = BUNDLED.get(name) or _local(name)
+    if path is None:
+
+      def choose(files):
+        wanted = _part_files(set(files), part, variant=variant, where=name)
+        return wanted[:1] if configs_only else wanted
+
+      path = _download(name, choose, whole=not configs_only)
+    if (path / part / "config.json").exists():
+      return path / part
+    if not (path / "config.json").exists() or _is_run(path):
+      raise UserError(f"{path} is not a {part}: it has neither config.json nor {part}/")
+    return path
+  except UserError as error:
+    raise UserError(f"{field}: {error}") from error
+
+
+def _local(name: str) -> Path | None:
+  """The directory of this name, or of the snapshot in the hub's cache that it holds."""
+  path = user_path(name)
+  if path.exists() and not path.is_dir():
+    raise weights.refuse_file(path)
+  if not path.is_dir():
+    return None
+  cache = path.parent if path.name == "snapshots" else path
+  if (cache / "snapshots").is_dir() and cache.name.startswith("models--"):
+    try:
+      named = (cache / "refs" / "main").read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+      named = ""
+    snapshots = sorted(p for p in (cache / "snapshots").iterdir() if p.is_dir())
+    if named and (cache / "snapshots" / named) in snapshots:
+      return cache / "snapshots" / named
+    if len(snapshots) == 1:
+      return snapshots[0]
+    raise UserError(f"{path} is a cache of the hub with {len(snapshots)} snapshots: name one")
+  return path
+
+
+def _is_run(path: Path) -> bool:
+  """Whether a directory is the workdir of a run."""
+  return (path / "config.json").is_file() and (
+    (path / "checkpoints").is_dir() or (path / "starts.json").is_file()
+  )
 
 
 def _refuse_directory(path: Path) -> None:
   """Raises what a directory without an index may be instead."""
   if (path / "pipeline" / INDEX).exists():
     raise UserError(f"{path} is a pretraining run: its pipeline is {path / 'pipeline'}")
+  if _is_run(path):
+    raise UserError(
+      f"{path} is a run's workdir: training begins with it as model.start, and "
+      "`python -m jaxpref.export` makes a pipeline of it"
+    )
   for file in sorted(path.glob("*")):  # an adapter's directory, for example
-    if file.suffix in (".safetensors", *weights.PICKLES):
+    if file.suffix == ".safetensors" and not (path / "config.json").exists():
+      raise weights.refuse_file(file)
+  inside = [p for p in ("unet", "unet_ema", "vae") if (path / p / "config.json").exists()]
+  if any((path / name).exists() for name in _TRAINING_STATE):
+    way = f": its UNet is model.unet={path / inside[0]}" if inside else ""
+    raise UserError(
+      f"{path} is a training state, not a pipeline; name the pipeline it was trained on{way}"
+    )
+  if (path / "config.json").exists():
+    of = path.parent if (path.parent / INDEX).exists() else None
+    way = f"name {of}" if of else "name the whole pipeline"
+    part = path.name if path.name in _WEIGHTED else "unet"
+    field = f", and this as model.{part}" if part in ("unet", "vae") and not of else ""
+    raise UserError(f"{path} is one part of a pipeline: {way}{field}")
+  if inside:
+    raise UserError(
+      f"{path} holds {inside[0]} alone, not a complete pipeline: name its base as model.path, "
+      f"and this as model.{inside[0].removesuffix('_ema')}"
+    )
+  if any(path.glob("models--*")):
+    raise UserError(f"{path} is the hub's cache: name a model by its id, such as org/name")
+  for file in sorted(path.glob("*")):
+    if file.suffix in weights.PICKLES:
       raise weights.refuse_file(file)
   raise UserError(f"no {path / INDEX}: not a complete pipeline in diffusers' layout")
 
 
-def _download(repo: str, variant: str, *, configs_only: bool) -> Path:
+def _download(name: str, choose: Callable[[Iterable[str]], list[str]], *, whole: bool) -> Path:
+  """Downloads those files of a repository that are chosen; returns their directory.
+
+  Args:
+    name: the repository's id, perhaps with `@revision`.
+    choose: which of its files are wanted; raises a UserError of those that cannot be read.
+    whole: whether an earlier download must hold all that would be wanted of it.
+  """
+  path = user_path(name)
+  if url := _URL.match(name):
+    raise UserError(f"{name} is an address: name the id, {url[1]}, perhaps with @revision")
+  if not (match := _HUB_ID.fullmatch(name)):
+    raise UserError(f"there is no directory {path}, and it is no id of the Hugging Face hub")
+  repo, revision = match["repo"], match["revision"]
   try:
-    files = huggingface_hub.HfApi().list_repo_files(repo)
+    files = huggingface_hub.HfApi().list_repo_files(repo, revision=revision)
+  except hub_errors.RevisionNotFoundError as error:
+    raise UserError(f"{repo} has no revision {revision!r}") from error
   except hub_errors.RepositoryNotFoundError as error:
     raise UserError(
       f"{repo} is neither a directory nor a public repository of the Hugging Face hub; for a "
@@ -83,19 +198,19 @@ def _download(repo: str, variant: str, *, configs_only: bool) -> Path:
   except hub_errors.HFValidationError as error:
     raise UserError(f"{repo} is neither a directory nor an id of the hub: {error}") from error
   except (hub_errors.HfHubHTTPError, OSError) as error:
-    if (cached := _cached(repo, variant, configs_only=configs_only)) is not None:
+    if (cached := _cached(repo, revision, choose if whole else None)) is not None:
       return cached
     raise UserError(
-      f"{repo} is no directory, is not whole in the cache of the Hugging Face hub, and the "
+      f"{name} is no directory, is not whole in the cache of the Hugging Face hub, and the "
       f"hub cannot be asked: {_root(error)}"
     ) from error
-  wanted = needed_files(files, variant=variant, where=repo)
-  if configs_only:
-    wanted = [file for file in wanted if file == INDEX or file.endswith("config.json")]
+  wanted = choose(files)
   try:
-    return Path(huggingface_hub.snapshot_download(repo, allow_patterns=wanted))
+    return Path(
+      huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=wanted)
+    )
   except (hub_errors.HfHubHTTPError, OSError) as error:
-    raise UserError(f"the download of {repo} failed: {_root(error)}") from error
+    raise UserError(f"the download of {name} failed: {_root(error)}") from error
 
 
 def _root(error: BaseException) -> str:
@@ -105,66 +220,73 @@ def _root(error: BaseException) -> str:
   return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def _cached(repo: str, variant: str, *, configs_only: bool) -> Path | None:
+def _cached(
+  repo: str, revision: str | None, choose: Callable[[Iterable[str]], list[str]] | None
+) -> Path | None:
   """The snapshot that an earlier download has left, if it is whole."""
   try:
-    path = Path(huggingface_hub.snapshot_download(repo, local_files_only=True))
-    if configs_only:  # what is missing will be named when it is read
-      return path
-    files = [p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()]
-    needed_files(files, variant=variant, where=repo)
+    path = Path(
+      huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True)
+    )
+    if choose is not None:  # else what is missing will be named when it is read
+      choose([p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()])
   except (OSError, UserError):
     return None
   return path
 
 
-def needed_files(files: Iterable[str], *, variant: str = "", where: str) -> list[str]:
+def needed_files(
+  files: Iterable[str], *, variant: str = "", where: str, without: Collection[str] = ()
+) -> list[str]:
   """Those of a repository's files that `load_pipeline` reads.
 
   Args:
     files: all its paths.
-    variant: of the weights; with '' the full ones, of parts that have none fp16's.
+    variant: of the weights, for parts that have it; with '' the full ones, of parts that have
+      none fp16's.
     where: named in errors.
+    without: parts that are not needed.
 
   Raises:
-    UserError: they make no pipeline, or some of its weights are pickled or have no such
-      variant.
+    UserError: they make no pipeline, or some of its weights are pickled or of other formats,
+      or no part has such a variant.
   """
   there = set(files)
   if INDEX not in there:
     found = sorted(f for f in there if f.endswith((".safetensors", *weights.PICKLES)))
     rest = f": it holds {', '.join(found[:3])}" if found else ""
+    part = next((p for p in ("unet", "vae") if f"{p}/config.json" in there), "")
+    if part or "config.json" in there:
+      rest += f"; name its base as model.path, and this as model.{part or 'unet'}"
     raise UserError(f"{where} has no {INDEX}, so it is no pipeline in diffusers' layout{rest}")
-  wanted = [INDEX, "scheduler/scheduler_config.json"]
+  wanted, kinds = [INDEX, "scheduler/scheduler_config.json"], []
   for part in _WEIGHTED:
+    if part in without:
+      continue
     if f"{part}/config.json" not in there:
       if part != "text_encoder_2":
         raise UserError(f"{where} has no {part}/config.json: not a complete pipeline")
       continue
-    wanted.append(f"{part}/config.json")
-    kinds = (variant,) if variant else ("", "fp16")
-    stem = f"{part}/{weights.stem_of(part)}"
-    found = next((f for kind in kinds if (f := _weight_files(there, stem, kind))), [])
-    if not found:
-      pickles = [f for f in sorted(there) if f.startswith(part) and f.endswith(weights.PICKLES)]
-      if pickles:
-        raise weights.pickled(Path(where) / pickles[0])
-      kind = f" of the variant {variant}" if variant else ""
-      raise UserError(f"{where} has no weights{kind} for its {part}")
-    wanted += found
+    of_part = _part_files(there, part, variant=variant, where=where)
+    kinds += [f".{variant}" in file for file in of_part[1:2]]
+    wanted += of_part
+  if variant and not any(kinds):
+    raise UserError(f"{where} has no weights of the variant {variant}")
   for tokenizer in ("tokenizer", "tokenizer_2"):
     wanted += [f"{tokenizer}/{file}" for file in _TOKENIZER_FILES]
   return [file for file in wanted if file in there]
 
 
-def _weight_files(there: set[str], stem: str, variant: str) -> list[str]:
-  dot = f".{variant}" if variant else ""
-  if (single := f"{stem}{dot}.safetensors") in there:
-    return [single]
-  if (index := f"{stem}.safetensors.index{dot}.json") in there:
-    number, dot = r"-\d+-of-\d+", re.escape(dot)
-    # The variant stood behind the number until diffusers 0.29.
-    shard = re.compile(rf"{re.escape(stem)}(?:{dot}{number}|{number}{dot})\.safetensors")
-    shards = sorted(file for file in there if shard.fullmatch(file))
-    return [index, *shards] if shards else []
-  return []
+def _part_files(there: set[str], part: str, *, variant: str, where: str) -> list[str]:
+  """The configuration and weights of a part, in its subdirectory or without one."""
+  folder = f"{part}/" if f"{part}/config.json" in there else ""
+  if f"{folder}config.json" not in there:
+    raise UserError(f"{where} has no {part}/config.json, nor a config.json of its own")
+  names = [f.removeprefix(folder) for f in there if f.startswith(folder)]
+  names = [name for name in names if "/" not in name]
+  found = weights.choose(names, part, variant)
+  if found is None:
+    raise weights.no_weights(names, part, variant, f"{where}/{folder}".rstrip("/"))
+  if found[1][-1].endswith(".json"):
+    raise UserError(f"{where}: {folder}{found[1][0]} names shards that are not there")
+  return [f"{folder}{name}" for name in ("config.json", *found[1])]

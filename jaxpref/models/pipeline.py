@@ -7,7 +7,7 @@ takes the name of a bundled pipeline, a directory, or an id of the Hugging Face 
 import dataclasses
 import functools
 import hashlib
-import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from jaxpref import sharding
 from jaxpref.diffusion import grid
 from jaxpref.diffusion import schedule as schedule_lib
 from jaxpref.errors import UserError
-from jaxpref.models import convert, corrections, hub, text, weights
+from jaxpref.models import config_files, convert, corrections, hub, text, weights
 from jaxpref.models import unet as unet_lib
 from jaxpref.models import vae as vae_lib
 
@@ -40,6 +40,8 @@ class Pipeline:
     tokenizers: of transformers, one for each text encoder, in their order.
     schedule: the noise schedule it was trained with.
     digest: changes with any name or stored value of the weights.
+    clip_skip: how many of the text encoders' last layers are left out for prompts, see
+      `text.encode_text`.
   """
 
   path: Path
@@ -49,6 +51,7 @@ class Pipeline:
   tokenizers: tuple[Any, ...]
   schedule: schedule_lib.NoiseSchedule
   digest: str
+  clip_skip: int = 0
 
   @property
   def latent_shape(self) -> tuple[int, int, int]:
@@ -118,12 +121,23 @@ _SPACING = {"timestep_spacing": grid.SPACINGS, "final_sigmas_type": grid.FINALS}
 _CLASSES = ("StableDiffusionPipeline", "StableDiffusionImg2Img", "StableDiffusionXL")
 _OTHER_TASKS = ("Inpaint", "Upscale", "ControlNet", "Adapter", "InstructPix2Pix")
 # What the libraries raise of configurations that describe nothing.
-_LIBRARY_ERRORS = (AttributeError, TypeError, ValueError, LookupError, ArithmeticError)
+_LIBRARY_ERRORS = (
+  *(AttributeError, TypeError, ValueError, LookupError, ArithmeticError),
+  *(AssertionError, NotImplementedError, RecursionError, MemoryError),
+)
+_log = logging.getLogger(__name__)
 _BUILD: dict[str, Callable] = {
   "unet": unet_lib.build_unet,
   "vae": vae_lib.build_vae,
   "text_encoder": text.build_text_encoder,
   "text_encoder_2": text.build_text_encoder,
+}
+_FIELDS = {
+  "unet": unet_lib.FIELDS,
+  "vae": vae_lib.FIELDS,
+  "text_encoder": text.FIELDS,
+  "text_encoder_2": text.FIELDS,
+  "scheduler": config_files.SCHEDULER_FIELDS,
 }
 
 
@@ -154,28 +168,37 @@ def load_pipeline(
   dtype: Any = jnp.float32,
   mesh: Mesh | None = None,
   variant: str = "",
+  unet: str = "",
+  vae: str = "",
+  clip_skip: int = 0,
   without: Sequence[str] = (),
 ) -> Pipeline:
   """Reads a pipeline.
 
   Args:
     name: 'shapes' for the bundled one, a directory in diffusers' layout, or an id of the
-      Hugging Face hub.
+      Hugging Face hub, perhaps with `@revision`.
     dtype: of the UNet's and text encoders' computation; parameters are float32.
     mesh: each tensor goes to its devices as soon as it is read, placed as by
       `sharding.params_sharding`; without one parameters are numpy arrays.
-    variant: of the weights, such as 'fp16'; with '' the full ones if there are any.
+    variant: of the weights, such as 'fp16', for parts that have it; with '' the full ones if
+      there are any.
+    unet: another UNet than the pipeline's, see `hub.find_part`.
+    vae: another VAE.
+    clip_skip: see `Pipeline`.
     without: parts whose parameters are read for the digest alone and not kept.
 
   Raises:
     UserError: a file is missing or damaged, is not what it should be, or does not fit its
       configuration.
   """
-  described, shapes = _describe(hub.find_pipeline(name, variant=variant), dtype)
-  path, modules = described.path, described.modules
+  path, places = _find(name, variant, unet, vae)
+  _check_variant(places, variant)
+  described, shapes = _describe(path, places, dtype, clip_skip)
+  modules = described.modules
   encoders = [part for part in modules if part.startswith("text_encoder")]
   tokenizers = tuple(
-    _load_tokenizer(path, part.replace("text_encoder", "tokenizer"), modules[part])
+    _load_tokenizer(described, part.replace("text_encoder", "tokenizer"), modules[part])
     for part in encoders
   )
 
@@ -192,9 +215,9 @@ def load_pipeline(
   params, digests = {}, []
   for part in modules:
     params[part], digest = convert.import_tensors(
-      weights.open_part(path / part, variant=variant),
+      weights.open_part(places[part], part, variant=variant),
       shapes[part],
-      where=str(path / part),
+      where=str(places[part]),
       place=forget if part in without else place,
     )
     digests.append(digest)
@@ -204,27 +227,77 @@ def load_pipeline(
   return dataclasses.replace(described, params=params, tokenizers=tokenizers, digest=digest)
 
 
-def describe_pipeline(name: str, *, dtype: Any = jnp.float32, variant: str = "") -> Pipeline:
+def describe_pipeline(
+  name: str,
+  *,
+  dtype: Any = jnp.float32,
+  variant: str = "",
+  unet: str = "",
+  vae: str = "",
+  clip_skip: int = 0,
+) -> Pipeline:
   """A pipeline without its parameters and tokenizers, from its configuration files.
 
   Args:
     name: as `load_pipeline` takes it.
     dtype: of the UNet's and text encoders' computation.
     variant: of the weights, of which none are downloaded.
+    unet: as there.
+    vae: as there.
+    clip_skip: as there.
 
   Raises:
     UserError: a file is missing, or is not what it should be.
   """
-  return _describe(hub.find_pipeline(name, variant=variant, configs_only=True), dtype)[0]
+  path, places = _find(name, variant, unet, vae, configs_only=True)
+  return _describe(path, places, dtype, clip_skip)[0]
 
 
-def _describe(path: Path, dtype: Any) -> tuple[Pipeline, dict[str, Any]]:
+def source_of(model: Any) -> dict[str, Any]:
+  """What `load_pipeline` takes besides the name, from a configuration's section `model`."""
+  texts = {name: str(model.get(name) or "") for name in ("variant", "unet", "vae")}
+  return {**texts, "clip_skip": model.get("clip_skip") or 0}
+
+
+def _find(
+  name: str, variant: str, unet: str, vae: str, *, configs_only: bool = False
+) -> tuple[Path, dict[str, Path]]:
+  """The pipeline's directory, and those of its parts, some of which may lie elsewhere."""
+  others = {"unet": unet, "vae": vae}
+  found = {
+    part: hub.find_part(source, part, variant=variant, configs_only=configs_only)
+    for part, source in others.items()
+    if source
+  }
+  path = hub.find_pipeline(name, variant=variant, configs_only=configs_only, without=found)
+  return path, {part: found.get(part, path / part) for part in _BUILD}
+
+
+def _check_variant(places: Mapping[str, Path], variant: str) -> None:
+  """Refuses a variant that no part has, and says which parts are read without it."""
+  if not variant:
+    return
+  chosen = {
+    part: found[0]
+    for part, place in places.items()
+    if (found := weights.choose(weights.files_in(place), part, variant))
+  }
+  if variant not in chosen.values():
+    file = f"{weights.stem_of('unet')}.{variant}.safetensors"
+    raise UserError(f"no weights at {places['unet']}/{file}, and no other part has {variant}")
+  if plain := [part for part, kind in chosen.items() if not kind]:
+    _log.warning("variant %s: read without it, from plain files: %s", variant, ", ".join(plain))
+
+
+def _describe(
+  path: Path, places: Mapping[str, Path], dtype: Any, clip_skip: int
+) -> tuple[Pipeline, dict[str, Any]]:
   """The pipeline without parameters, and their shapes by part."""
-  configs = _read_configs(path)
+  configs = _read_configs(path, places)
   modules, shapes = {}, {}
   for part, make in _BUILD.items():
     if part in configs:
-      file = path / part / "config.json"
+      file = places[part] / "config.json"
       try:
         modules[part] = make(configs[part], dtype=_dtype_of(part, dtype))
         shapes[part] = abstract_params(modules[part])
@@ -234,12 +307,16 @@ def _describe(path: Path, dtype: Any) -> tuple[Pipeline, dict[str, Any]]:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{file} describes no {part} that can be built: {reason}") from error
   schedule = _schedule(path / "scheduler" / "scheduler_config.json", configs["scheduler"])
-  _check_fit(path, modules)
-  return Pipeline(path, configs, modules, {}, (), schedule, ""), shapes
+  _check_fit(places, modules)
+  encoders = [m for part, m in modules.items() if part.startswith("text_encoder")]
+  layers = min(e.config.num_hidden_layers for e in encoders)
+  if not 0 <= clip_skip < layers:
+    raise UserError(f"clip_skip is {clip_skip}, the text encoder has {layers} layers")
+  return Pipeline(path, configs, modules, {}, (), schedule, "", clip_skip), shapes
 
 
-def _read_configs(path: Path) -> dict[str, dict[str, Any]]:
-  index = _read_json(path / "model_index.json")
+def _read_configs(path: Path, places: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+  index = config_files.read_json(path / "model_index.json")
   name = index.get("_class_name", "StableDiffusionPipeline")
   if not str(name).startswith(_CLASSES) or any(part in str(name) for part in _OTHER_TASKS):
     raise UserError(f"{path}/model_index.json is of {name}, not of Stable Diffusion 1, 2 or XL")
@@ -250,10 +327,22 @@ def _read_configs(path: Path) -> dict[str, dict[str, Any]]:
   tokenizers = (part.replace("text_encoder", "tokenizer") for part in parts)
   if missing := {*parts, *tokenizers, "scheduler"} - there:
     raise UserError(f"{path}/model_index.json lacks {', '.join(sorted(missing))}")
-  configs = {part: _read_json(path / part / "config.json") for part in parts}
-  scheduler = _read_json(path / "scheduler" / "scheduler_config.json")
-  found = {"model_index": index, "scheduler": scheduler, **configs}
-  return corrections.correct_configs(found, where=str(path))
+  files = {part: places[part] / "config.json" for part in parts}
+  files["scheduler"] = path / "scheduler" / "scheduler_config.json"
+  configs = {"model_index": index}
+  for part, file in files.items():
+    config = config_files.read_json(file)
+    if part.startswith("text_encoder"):
+      config = text.text_config(config)
+      # As in diffusers the index says the class, whatever the file was saved of.
+      if part == "text_encoder_2":
+        config["architectures"] = ["CLIPTextModelWithProjection"]
+      elif "CLIPTextModel" in index["text_encoder"]:
+        config["architectures"] = ["CLIPTextModel"]
+    config_files.check_bounds(config, file)
+    config_files.warn_of_fields(part, config, _FIELDS[part], file)
+    configs[part] = config
+  return corrections.correct_configs(configs, where=str(path))
 
 
 def _schedule(file: Path, config: Mapping[str, Any]) -> schedule_lib.NoiseSchedule:
@@ -272,10 +361,12 @@ def _schedule(file: Path, config: Mapping[str, Any]) -> schedule_lib.NoiseSchedu
   return schedule
 
 
-def _load_tokenizer(path: Path, name: str, encoder: Any) -> Any:
-  tokenizer = text.load_tokenizer(path / name)
+def _load_tokenizer(pipeline: Pipeline, name: str, encoder: Any) -> Any:
+  path, named = pipeline.path, pipeline.configs["model_index"][name]
+  tokenizer = text.load_tokenizer(path / name, fast="CLIPTokenizerFast" in named)
   config = encoder.config
-  if len(tokenizer) != config.vocab_size:
+  # Further rows are never looked up: some programs round their number up.
+  if len(tokenizer) > config.vocab_size:
     raise UserError(
       f"{path}/{name} has {len(tokenizer)} tokens, its text encoder {config.vocab_size}: "
       "they do not belong together"
@@ -288,19 +379,19 @@ def _load_tokenizer(path: Path, name: str, encoder: Any) -> Any:
   return tokenizer
 
 
-def _check_fit(path: Path, modules: Mapping[str, Any]) -> None:
+def _check_fit(places: Mapping[str, Path], modules: Mapping[str, Any]) -> None:
   """Whether the parts belong to one model."""
   unet, vae = modules["unet"], modules["vae"]
   factor, shift = vae.scaling_factor, vae.shift_factor
   if not isinstance(factor, int | float) or not factor > 0:
-    raise UserError(f"{path}/vae/config.json: scaling_factor is {factor}, not positive")
+    raise UserError(f"{places['vae']}/config.json: scaling_factor is {factor}, not positive")
   if not isinstance(shift, int | float):
-    raise UserError(f"{path}/vae/config.json: shift_factor is {shift}, not a number")
+    raise UserError(f"{places['vae']}/config.json: shift_factor is {shift}, not a number")
   encoders = [m.config for part, m in modules.items() if part.startswith("text_encoder")]
   xl = unet.addition_embed_type == "text_time"
   if xl != (len(encoders) == 2):
     raise UserError(
-      f"{path}/unet takes {'two texts' if xl else 'one text'}, the pipeline has "
+      f"{places['unet']} takes {'two texts' if xl else 'one text'}, the pipeline has "
       f"{len(encoders)} text encoder(s): they do not belong together"
     )
   taken = unet.cross_attention_dim, unet.in_channels
@@ -308,15 +399,15 @@ def _check_fit(path: Path, modules: Mapping[str, Any]) -> None:
   # Twice as many where an improver is shown an image, too.
   if taken[0] != given[0] or taken[1] not in (given[1], 2 * given[1]):
     raise UserError(
-      f"{path}/unet takes texts of width {taken[0]} and latents of {taken[1]} channels, its "
-      f"text encoder and VAE make {given[0]} and {given[1]}: they do not belong together"
+      f"{places['unet']} takes texts of width {taken[0]} and latents of {taken[1]} channels, "
+      f"its text encoder and VAE make {given[0]} and {given[1]}: they do not belong together"
     )
   if xl:
     width = 6 * unet.addition_time_embed_dim + encoders[1].projection_dim
     if (wanted := unet.projection_class_embeddings_input_dim) != width:
       raise UserError(
-        f"{path}/unet takes {wanted} numbers beside the text, its second text encoder and six "
-        f"sizes make {width}: they do not belong together"
+        f"{places['unet']} takes {wanted} numbers beside the text, its second text encoder and "
+        f"six sizes make {width}: they do not belong together"
       )
 
 
@@ -365,15 +456,3 @@ def abstract_params(module: nn.Module) -> Any:
 def _abstract_weights(module: nn.Module) -> Any:
   """Those of diffusers' modules, which are traced in seconds and asked for again and again."""
   return jax.eval_shape(module.init_weights, jax.random.key(0))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except FileNotFoundError as error:
-    raise UserError(f"no {path}: not a complete pipeline in diffusers' layout") from error
-  except (OSError, ValueError) as error:
-    raise UserError(f"cannot read {path}: {error}") from error
-  if not isinstance(value, dict):
-    raise UserError(f"{path} holds no JSON object")
-  return value

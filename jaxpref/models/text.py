@@ -33,12 +33,31 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
+_PROJECTED = "CLIPTextModelWithProjection"
+# What a configuration may hold without a warning.
+FIELDS = frozenset(CLIPTextConfig().to_dict())
+FIELDS |= {"gradient_checkpointing", "torch_dtype", "use_cache"}
+
+
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+  """The fields of a text encoder, also where the file is that of the whole CLIP model."""
+  if (
+    isinstance(inner := config.get("text_config"), dict) and config.get("model_type") == "clip"
+  ):
+    return {**inner, "architectures": [_PROJECTED]} if _is_projected(config) else inner
+  return dict(config)
+
+
+def _is_projected(config: Mapping[str, Any]) -> bool:
+  return _PROJECTED in (config.get("architectures") or ())
+
+
 def build_text_encoder(config: Mapping[str, Any], *, dtype: Any) -> nn.Module:
   """The text encoder of a `text_encoder/config.json`, without parameters.
 
   With a projection of the pooled text where `architectures` says so, as in SDXL's second.
   """
-  projected = "CLIPTextModelWithProjection" in (config.get("architectures") or ())
+  projected = _is_projected(config)
   module = FlaxCLIPTextModelWithProjectionModule if projected else FlaxCLIPTextModule
   return module(CLIPTextConfig(**config), dtype=dtype)
 
@@ -49,16 +68,33 @@ def init_text_encoder(encoder: nn.Module, key: jax.Array) -> Any:
   return encoder.init(key, ids, jnp.ones_like(ids), _positions(ids))["params"]
 
 
-def encode_text(encoder: nn.Module, params: Any, ids: jax.Array) -> jax.Array:
+def encode_text(encoder: Any, params: Any, ids: jax.Array, *, clip_skip: int = 0) -> jax.Array:
   """The last hidden state [B, L, D] of token ids [B, L].
 
   As in Stable Diffusion there is no padding mask: padding is encoded like any token.
+
+  Args:
+    encoder: the text encoder.
+    params: its parameters.
+    ids: token ids.
+    clip_skip: how many of the last layers are left out, as diffusers counts; the final
+      normalization follows all the same.
   """
-  return _apply(encoder, params, ids).last_hidden_state
+  if not clip_skip:
+    return _apply(encoder, params, ids).last_hidden_state
+  hidden = _apply(encoder, params, ids, output_hidden_states=True).hidden_states
+  norm = nn.LayerNorm(epsilon=encoder.config.layer_norm_eps, dtype=encoder.dtype)
+  weights = params["text_model"]["final_layer_norm"]
+  normalized: Any = norm.apply({"params": weights}, hidden[-1 - clip_skip])
+  return normalized
 
 
 def encode_text_xl(
-  encoders: Sequence[nn.Module], params: Sequence[Any], ids: Sequence[jax.Array]
+  encoders: Sequence[nn.Module],
+  params: Sequence[Any],
+  ids: Sequence[jax.Array],
+  *,
+  clip_skip: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
   """What SDXL reads of a text, from its two encoders (arXiv 2307.01952).
 
@@ -66,6 +102,8 @@ def encode_text_xl(
     encoders: the second one with a projection.
     params: of either.
     ids: token ids [B, L] of either's tokenizer.
+    clip_skip: how many layers before the penultimate the hidden states are taken; the
+      projected text remains that of all layers, as in diffusers.
 
   Returns:
     The penultimate hidden states of both side by side, without the last normalisation,
@@ -75,7 +113,9 @@ def encode_text_xl(
     _apply(e, p, i, output_hidden_states=True)
     for e, p, i in zip(encoders, params, ids, strict=True)
   ]
-  return jnp.concatenate([o.hidden_states[-2] for o in out], axis=-1), out[1].text_embeds
+  return jnp.concatenate([o.hidden_states[-2 - clip_skip] for o in out], axis=-1), out[
+    1
+  ].text_embeds
 
 
 def _apply(encoder: nn.Module, params: Any, ids: jax.Array, **kwargs) -> Any:

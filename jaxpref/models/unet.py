@@ -1,7 +1,7 @@
 """diffusers' Flax UNet as a pure function, the one place that applies it."""
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from jaxpref import sharding
 from jaxpref.errors import UserError
-from jaxpref.models import interceptors, kernels, lora
+from jaxpref.models import config_files, interceptors, kernels, lora
 
 Params = Mapping[str, Any]
 # What a text says to a UNet, a row a prompt: 'text' [B, L, D], and for SDXL 'pooled' [B, P]
@@ -28,16 +28,19 @@ _SUPPORTED = {
   "attention_type": "default",
   "center_input_sample": False,
   "class_embed_type": None,
+  "class_embeddings_concat": False,
   "conv_in_kernel": 3,
   "conv_out_kernel": 3,
   "cross_attention_norm": None,
   "downsample_padding": 1,
   "dual_cross_attention": False,
   "encoder_hid_dim": None,
+  "encoder_hid_dim_type": None,
   "mid_block_only_cross_attention": None,
   "mid_block_scale_factor": 1,
   "norm_eps": 1e-5,
   "norm_num_groups": 32,
+  "num_attention_heads": None,
   "num_class_embeds": None,
   "resnet_out_scale_factor": 1.0,
   "resnet_skip_time_act": False,
@@ -55,6 +58,10 @@ _BLOCKS = {
   "mid_block_type": ("UNetMidBlock2DCrossAttn",),
   "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
 }
+# All fields of either library's class: what a configuration may hold without a warning.
+FIELDS = frozenset(FlaxUNet2DConditionModel.__dataclass_fields__) | set(_SUPPORTED)
+FIELDS |= {"upcast_attention"}  # attention's softmax is in float32 anyway
+_ONE_FOR_ALL = ("cross_attention_dim", "layers_per_block", "sample_size")
 
 
 def build_unet(config: Mapping[str, Any], *, dtype: Any) -> Any:
@@ -73,11 +80,46 @@ def build_unet(config: Mapping[str, Any], *, dtype: Any) -> Any:
     given = config.get(field) or blocks[0]
     for name in [given] if isinstance(given, str) else given:
       if name not in blocks:
-        raise UserError(f"{field}: {name!r} is not one of {', '.join(blocks)}")
-  known = FlaxUNet2DConditionModel.__dataclass_fields__
-  # JSON has lists where flax wants hashable fields.
-  fields = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
+        raise UserError(
+          f"{field}: {config_files.brief(name)} is not one of {', '.join(blocks)}"
+        )
+  fields = module_fields(FlaxUNet2DConditionModel, config, _ONE_FOR_ALL)
+  if fields.get("sample_size") is None:  # as diffusers' pipelines without it
+    fields["sample_size"] = 128 if config.get("addition_embed_type") == "text_time" else 64
   return FlaxUNet2DConditionModel(**{**fields, "dtype": dtype})
+
+
+def module_fields(
+  module: Any, config: Mapping[str, Any], one_for_all: Sequence[str] = ()
+) -> dict[str, Any]:
+  """The fields of a Flax module that a configuration states, as the module takes them.
+
+  Args:
+    module: its class.
+    config: of PyTorch's class.
+    one_for_all: fields that may be lists there, of a value for each block or axis; here all
+      values must be one.
+
+  Raises:
+    UserError: a whole number is something else; names the field.
+  """
+  known, fields = module.__dataclass_fields__, {}
+  for name in config.keys() & known.keys():
+    value = config[name]
+    if name in one_for_all and isinstance(value, list):
+      if len({repr(v) for v in value}) != 1:
+        raise UserError(
+          f"{name} is {config_files.brief(value)}: only equal values are supported"
+        )
+      value = value[0]
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if (
+      known[name].type in ("int", int) and not whole and (value, name) != (None, "sample_size")
+    ):
+      raise UserError(f"{name} is {config_files.brief(value)}, not a whole number")
+    # JSON has lists where flax wants hashable fields.
+    fields[name] = tuple(value) if isinstance(value, list) else value
+  return fields
 
 
 def refuse_unsupported(config: Mapping[str, Any], supported: Mapping[str, Any]) -> None:
@@ -88,7 +130,9 @@ def refuse_unsupported(config: Mapping[str, Any], supported: Mapping[str, Any]) 
     if k in config and config[k] != v and not (v in (None, False) and not config[k])
   }
   if others:
-    given = ", ".join(f"{k} = {v!r} (only {supported[k]!r})" for k, v in others.items())
+    given = ", ".join(
+      f"{k} = {config_files.brief(v)} (only {supported[k]!r})" for k, v in others.items()
+    )
     raise UserError(f"diffusers' Flax modules do not support {given}")
 
 

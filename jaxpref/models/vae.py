@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from diffusers import FlaxAutoencoderKL
 from diffusers.configuration_utils import flax_register_to_config
 
-from jaxpref.models.unet import refuse_unsupported
+from jaxpref.models.unet import module_fields, refuse_unsupported
 
 # Switches of PyTorch's class that the Flax module lacks, and the value it has built in.
 _SUPPORTED = {
@@ -30,6 +30,10 @@ class AutoencoderKL(FlaxAutoencoderKL):
   shift_factor: float = 0.0
 
 
+# What a configuration may hold without a warning; in float32 nothing needs to be upcast.
+FIELDS = frozenset(AutoencoderKL.__dataclass_fields__) | set(_SUPPORTED) | {"force_upcast"}
+
+
 def build_vae(config: Mapping[str, Any], *, dtype: Any) -> Any:
   """The VAE of a diffusers `vae/config.json`, without parameters.
 
@@ -37,8 +41,7 @@ def build_vae(config: Mapping[str, Any], *, dtype: Any) -> Any:
     UserError: the configuration asks for what the Flax module cannot do.
   """
   refuse_unsupported(config, _SUPPORTED)
-  known = AutoencoderKL.__dataclass_fields__
-  fields = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
+  fields = module_fields(AutoencoderKL, config, ("layers_per_block", "sample_size"))
   fields["shift_factor"] = config.get("shift_factor") or 0.0
   return AutoencoderKL(**{**fields, "dtype": dtype})
 

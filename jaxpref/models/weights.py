@@ -6,18 +6,20 @@ any program that its author put there.
 """
 
 import dataclasses
-import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jaxpref.errors import UserError
+from jaxpref.errors import UserError, listed
+from jaxpref.models import config_files
 
 _STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+_OTHER_FORMATS = {".msgpack": "Flax", ".onnx": "ONNX", ".h5": "TensorFlow", ".gguf": "GGUF"}
 # Parts of the names of a low-rank adapter's tensors, as several programs write them.
 _LORA = ("lora_A", "lora_B", "lora_down", "lora_up", "lora.down", "lora.up", "_lora.")
 _FILE_NAME = re.compile(r"[\w-][\w.-]*")
@@ -58,31 +60,82 @@ def stem_of(part: str) -> str:
   return _STEMS.get(part, "model")
 
 
-def open_part(directory: Path, *, variant: str = "") -> dict[str, StoredTensor]:
+def choose(files: Collection[str], part: str, variant: str) -> tuple[str, list[str]] | None:
+  """Chooses a part's weight files.
+
+  Args:
+    files: names of all files beside its configuration.
+    part: such as 'unet'.
+    variant: such as 'fp16', without which plain files do; with '' the plain files, without
+      which fp16's do.
+
+  Returns:
+    The variant chosen, '' for plain files, and one file, or an index and its shards; or None.
+  """
+  stem = stem_of(part)
+  for kind in (variant, "") if variant else ("", "fp16"):
+    dot = f".{kind}" if kind else ""
+    if (single := f"{stem}{dot}.safetensors") in files:
+      return kind, [single]
+    if (index := f"{stem}.safetensors.index{dot}.json") in files:
+      number, dot = r"-\d+-of-\d+", re.escape(dot)
+      # The variant stood behind the number until diffusers 0.29.
+      shard = re.compile(rf"{re.escape(stem)}(?:{dot}{number}|{number}{dot})\.safetensors")
+      return kind, [index, *sorted(file for file in files if shard.fullmatch(file))]
+  return None
+
+
+def no_weights(files: Collection[str], part: str, variant: str, where: str) -> UserError:
+  """Why a part without weights that could be read is refused, and what is there instead.
+
+  Args:
+    files: names of all files beside its configuration.
+    part: such as 'unet'.
+    variant: asked for.
+    where: of the part's directory.
+  """
+  stem = stem_of(part)
+  known = {m[1] for f in files if (m := re.fullmatch(rf"{stem}\.(\w+)\.safetensors", f))}
+  if known:
+    return UserError(
+      f"{where} has only the variants {', '.join(sorted(known))}: name one as the variant"
+    )
+  for file in sorted(files):
+    if Path(file).suffix in PICKLES:
+      return pickled(Path(where) / file)
+  for file in sorted(files):
+    if kind := _OTHER_FORMATS.get(Path(file).suffix):
+      return UserError(
+        f"{where} has only {kind} weights ({file}), which are not read: name a repository or "
+        "directory with safetensors"
+      )
+  dot = f".{variant}" if variant else ""
+  return UserError(f"no weights at {where}/{stem}{dot}.safetensors")
+
+
+def files_in(directory: Path) -> list[str]:
+  """Names in a directory, [] where there is none."""
+  return [p.name for p in directory.iterdir()] if directory.is_dir() else []
+
+
+def open_part(directory: Path, part: str = "", *, variant: str = "") -> dict[str, StoredTensor]:
   """The tensors of one part of a pipeline, by name, none of them read yet.
 
   Args:
     directory: such as `PIPELINE/unet`.
-    variant: such as 'fp16'; with '' the full weights if they are there, else fp16's.
+    part: which it is; by default the directory's name says.
+    variant: see `choose`.
 
   Raises:
     UserError: there are no weights, only pickled ones, a file is damaged or misses tensors
       that the index promises, or the index names a file elsewhere.
   """
-  stem = stem_of(directory.name)
-  for wanted in (variant,) if variant else ("", "fp16"):
-    dot = f".{wanted}" if wanted else ""
-    single = directory / f"{stem}{dot}.safetensors"
-    index = directory / f"{stem}.safetensors.index{dot}.json"
-    if single.exists():
-      return open_file(single)
-    if index.exists():
-      return _open_shards(index)
-  for path in sorted(directory.glob("*")) if directory.is_dir() else ():
-    if path.suffix in PICKLES:
-      raise pickled(path)
-  full = directory / f"{stem}{f'.{variant}' if variant else ''}.safetensors"
-  raise UserError(f"no weights at {full}")
+  part, files = part or directory.name, files_in(directory)
+  found = choose(files, part, variant)
+  if found is None:
+    raise no_weights(files, part, variant, str(directory))
+  first = directory / found[1][0]
+  return _open_shards(first) if first.suffix == ".json" else open_file(first)
 
 
 def pickled(path: Path) -> UserError:
@@ -102,6 +155,8 @@ def open_file(path: Path) -> dict[str, StoredTensor]:
   """
   if path.is_dir():
     raise UserError(f"{path} is a directory, not a file of weights")
+  if path.exists() and not path.is_file():
+    raise UserError(f"{path} is not a regular file")
   try:
     if path.stat().st_size < 1000 and path.read_bytes().startswith(b"version https://git-lfs"):
       raise UserError(f"{path} is only git-lfs's pointer to the weights; run `git lfs pull`")
@@ -124,9 +179,9 @@ def open_file(path: Path) -> dict[str, StoredTensor]:
 
 def _open_shards(index: Path) -> dict[str, StoredTensor]:
   try:
-    places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    places = config_files.read_json(index)["weight_map"]
     files = sorted(set(places.values()))
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+  except (UserError, KeyError, TypeError, AttributeError) as error:
     raise UserError(f"{index} is no index of weight files: {error!r}") from error
   shards = {}
   for name in files:
@@ -138,7 +193,7 @@ def _open_shards(index: Path) -> dict[str, StoredTensor]:
     shards[name] = open_file(index.with_name(name))
   tensors = {tensor: shards[file].get(tensor) for tensor, file in places.items()}
   if lacking := [f"{t} (in {places[t]})" for t, stored in tensors.items() if stored is None]:
-    raise UserError(f"{index} promises tensors that its files lack: {', '.join(lacking)}")
+    raise UserError(f"{index} promises tensors that its files lack: {listed(lacking)}")
   return {name: stored for name, stored in tensors.items() if stored is not None}
 
 
@@ -146,6 +201,8 @@ def refuse_file(path: Path) -> UserError:
   """Why a file where a pipeline's directory belongs is not read, and what to do."""
   if path.suffix in PICKLES:
     return pickled(path)
+  if path.suffix == ".json":
+    return UserError(f"{path} is a file, not a pipeline's directory: name {path.parent}")
   if path.suffix != ".safetensors":
     return UserError(f"{path} is a file, not a pipeline's directory")
   open_file(path)  # which has more to say of a damaged file or an adapter
