@@ -15,4 +15,6 @@ def user_path(text: str | os.PathLike) -> Path:
   try:
     return Path(text).expanduser()
   except RuntimeError as error:
-    raise UserError(f"{text}: the user has no home directory") from error
+    own = os.fspath(text).partition("/")[0] == "~"
+    reason = "there is no home directory" if own else "no such user's home"
+    raise UserError(f"{text}: {reason}") from error
