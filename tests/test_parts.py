@@ -78,7 +78,7 @@ def test_surplus_that_changes_no_image(copy, loaded, caplog):
   extra = {"num_updates": np.array(7), "decay": np.zeros(1, np.float32)}
   rename(copy / "unet" / UNET, str, **extra)
   text_extra = {
-    "logit_scale": np.float32(4.6).reshape(()),
+    "logit_scale": np.array(4.6, np.float32),
     "vision_model.x.weight": np.zeros((3, 3), np.float32),
     "text_projection.weight": np.zeros((16, 16), np.float32),
     "text_model.embeddings.position_ids": np.arange(16)[None],
@@ -362,9 +362,11 @@ def test_the_index_says_a_text_encoders_class(families_of_two, tmp_path):
   same(pipeline.load_pipeline(str(copy)).params, read.params)
 
 
-def test_generate_takes_parts_and_clip_skip(tiny_pipeline, other, tmp_path, capsys):
-  out = tmp_path / "out"
-  flags = [f"--model={tiny_pipeline}", "--prompts=a red circle", "--steps=2", f"--out={out}"]
+def test_generate_takes_parts_and_clip_skip(families_of_two, tmp_path, capsys):
+  out, model = tmp_path / "out", families_of_two["sd15"]
+  other = shutil.copytree(model / "vae", tmp_path / "other")
+  rename(other / UNET, str, **{"decoder.conv_out.bias": np.zeros(3, np.float32)})
+  flags = [f"--model={model}", "--prompts=a red circle", "--steps=2", f"--out={out}"]
   assert generate.main([*flags, f"--vae={other}", "--clip-skip=1"]) == 0
   settings = generate.Image.open(out / "00000-00.png").info
   assert json.loads(settings["jaxpref"])["clip_skip"] == 1
