@@ -426,8 +426,8 @@ def _make_tokenizer(directory: Path, tiny: Path) -> None:
   marks = {"bos_token": text.START, "eos_token": text.END}
   marks |= {"unk_token": text.END, "pad_token": text.END}
   file = directory / "tokenizer" / "special_tokens_map.json"
-  file.write_text(json.dumps(marks))
-  (directory / "tokenizer" / "added_tokens.json").write_text("{}")
+  file.write_text(json.dumps(marks), encoding="utf-8")
+  (directory / "tokenizer" / "added_tokens.json").write_text("{}", encoding="utf-8")
 
 
 def _make_fast_tokenizer(directory: Path, tiny: Path) -> None:
@@ -660,7 +660,7 @@ def _open_workdir(directory: Path) -> str:
 def _make_opened(directory: Path, tiny: Path) -> None:
   workdir_lib.write_config(directory, _tiny_config(tiny))
   workdir_lib.add_start(directory, {"after_update": 0})
-  (directory / "path").write_text(json.dumps(str(tiny)))
+  (directory / "path").write_text(json.dumps(str(tiny)), encoding="utf-8")
 
 
 def _read_metrics(directory: Path) -> str:
