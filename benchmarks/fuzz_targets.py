@@ -573,7 +573,7 @@ def _make_generated(directory: Path, tiny: Path) -> None:
 
 def _make_arguments(arguments: list[str], directory: Path, tiny: Path) -> None:
   del tiny
-  (directory / "arguments.json").write_text(json.dumps(arguments))
+  (directory / "arguments.json").write_text(json.dumps(arguments), encoding="utf-8")
 
 
 # Readers, whose results can be compared.
