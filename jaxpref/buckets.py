@@ -100,8 +100,8 @@ def write(path: epath.Path, text: str) -> None:
 
 
 def is_whole(path: epath.Path) -> bool:
-  """Whether the checkpoint is not one that a killed save has left."""
-  return not is_bucket(path) or (path / MARK).exists()
+  """Whether this is a checkpoint's directory, not what a killed save has left or a file."""
+  return (path / MARK).exists() if is_bucket(path) else path.is_dir()
 
 
 def move(path: epath.Path, target: epath.Path) -> None:
@@ -124,6 +124,22 @@ def files(path: epath.Path) -> list[str]:
     )
     found.extend(below)
   return sorted(found)
+
+
+def is_file(path: epath.Path) -> bool:
+  """Whether it can be read as a file; a pipe would wait for a writer."""
+  return path.is_file() if is_bucket(path) else Path(path).is_file()
+
+
+def clear(path: epath.Path) -> None:
+  """Removes a directory with all below, or a link or file of that name, if there is one."""
+  if is_bucket(path):
+    if path.exists():
+      path.rmtree()
+  elif Path(path).is_dir() and not Path(path).is_symlink():
+    path.rmtree()
+  else:
+    path.unlink(missing_ok=True)
 
 
 def size(file: epath.Path) -> int:

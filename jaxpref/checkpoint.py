@@ -30,9 +30,15 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxpref import buckets, distributed
 from jaxpref import config as config_lib
-from jaxpref.errors import TransientError, UserError, first_line, storage_error
-from jaxpref.paths import user_path
-from jaxpref.workdir import CONFIG, check_same, visible
+from jaxpref.errors import (
+  DamagedError,
+  TransientError,
+  UserError,
+  first_line,
+  storage_error,
+)
+from jaxpref.paths import number_of, user_path
+from jaxpref.workdir import CONFIG, check_same, read_json, visible
 
 CHECKSUMS = "checksums.json"
 _TEMPORARY = ".orbax-checkpoint-tmp"
@@ -117,6 +123,8 @@ def open_checkpointer(
     if owner is not None:
       _check_owner(root, owner, resume_safe)
     _remove_temporary(root)
+    if others := _other_names(root):
+      _log.warning("%s: passed over, not named after a step: %s", root, ", ".join(others))
 
   _first(root, make)
   return Checkpointer(root, keep, [], futures.ThreadPoolExecutor(1), [])
@@ -140,8 +148,18 @@ def steps(directory: str | os.PathLike) -> list[int]:
   with buckets.failures_of(root):
     if buckets.is_bucket(root) and not root.exists():
       return []  # a bucket has no empty directories
-    numbered = (p for p in root.iterdir() if p.name.isdecimal())
-    return sorted(int(p.name) for p in numbered if buckets.is_whole(p))
+    entries = ((number_of(p.name), p) for p in root.iterdir())
+    return sorted(n for n, p in entries if n is not None and buckets.is_whole(p))
+
+
+def _other_names(directory: epath.Path) -> list[str]:
+  """Names that neither a run nor Orbax gives, such as 007 and '5 (copy)'."""
+  if not directory.exists():  # a bucket has no empty directories
+    return []
+  names = (name for name in visible(directory) if number_of(name) is None)
+  return [
+    n for n in names if n != CONFIG and not n.endswith(".damaged") and _TEMPORARY not in n
+  ]
 
 
 def protect(ckptr: Checkpointer, step: int) -> None:
@@ -178,7 +196,7 @@ def save(
   """
   wait(ckptr)
   path = ckptr.directory / str(step)
-  record = {"data": data_state, "metadata": dict(metadata)}
+  record = {"step": step, "data": data_state, "metadata": dict(metadata)}
   if json.loads(json.dumps(record)) != record:
     raise ValueError(f"data_state and metadata must survive JSON, got {record}")
   needed = math.ceil(1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
@@ -266,6 +284,9 @@ def restore(ckptr: Checkpointer, abstract_state: Any) -> Restored:
         raise UserError(f"the checkpoint {path} does not fit: {error}") from error
       damaged[step] = str(error)
       continue
+    if problem := _wrong_record(record, step):
+      damaged[step] = problem
+      continue
     if not checked:
       _log.warning("checkpoint of step %d restored, though without checksums", step)
       _first(path, functools.partial(_write_checksums, path))
@@ -337,7 +358,10 @@ def find_good(directory: str | os.PathLike, *, step: int | None = None) -> Good:
       else:
         problem = _verify(path)
       if problem is None:
-        return Good(candidate, ocp.metadata(path).custom_metadata["metadata"])
+        record = ocp.metadata(path).custom_metadata
+        problem = _wrong_record(record, candidate)
+      if problem is None:
+        return Good(candidate, record["metadata"])
     problems.append(f"step {candidate}: {problem}")
     _log.warning("checkpoint of step %d is damaged (%s), not used", candidate, problem)
   raise UserError(f"no good checkpoint in {root} ({'; '.join(problems)})")
@@ -406,21 +430,48 @@ def _write_checksums(path: epath.Path) -> None:
 
 def _verify(path: epath.Path) -> str | None:
   """What is wrong with the files of a checkpoint; nothing if it has no checksums."""
-  try:
-    checksums = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))
-  except FileNotFoundError:
+  if not (path / CHECKSUMS).exists():
     return None
-  except ValueError:
+  try:
+    checksums = read_json(path / CHECKSUMS, _are_checksums)
+  except DamagedError:
     return f"{CHECKSUMS} is unreadable"
-  for name, (size, checksum) in checksums.items():
-    file = path / name
-    if not file.exists():
-      return f"{name} is missing"
-    if (found := buckets.size(file)) != size:
-      return f"{name} has {found} of {size} bytes"
-    if buckets.checksum(file) != checksum:
-      return f"{name} is altered"
-  return None
+  if unlisted := set(buckets.files(path)) - {CHECKSUMS, *checksums}:
+    return f"{min(unlisted)} has no checksum"
+  problems = (_verify_file(path, name, *about) for name, about in checksums.items())
+  return next((problem for problem in problems if problem), None)
+
+
+def _verify_file(path: epath.Path, name: str, size: int, checksum: Any) -> str | None:
+  file = path / name
+  if not buckets.is_file(file):
+    return f"{name} is missing"
+  if (found := buckets.size(file)) != size:
+    return f"{name} has {found} of {size} bytes"
+  return f"{name} is altered" if buckets.checksum(file) != checksum else None
+
+
+def _are_checksums(value: Any) -> bool:
+  """Whether these are sizes and checksums by names of files in the checkpoint."""
+  return isinstance(value, dict) and all(
+    isinstance(about, list)
+    and len(about) == 2
+    and isinstance(about[0], int)
+    and isinstance(about[1], int | str)
+    and not name.startswith("/")
+    and "\0" not in name
+    and ".." not in name.split("/")
+    for name, about in value.items()
+  )
+
+
+def _wrong_record(record: Any, step: int) -> str | None:
+  """What is wrong with a checkpoint's record, of which older versions lack the step."""
+  if not isinstance(record, dict) or not isinstance(record.get("metadata"), dict):
+    return "its record is damaged"
+  if (saved := record.get("step", step)) != step:
+    return f"it was saved as that of step {saved}"
+  return None if "data" in record else "its record is damaged"
 
 
 def _set_aside(ckptr: Checkpointer, damaged: Mapping[int, str], good: int) -> None:
@@ -434,8 +485,7 @@ def _set_aside(ckptr: Checkpointer, damaged: Mapping[int, str], good: int) -> No
   def rename() -> None:
     for step in damaged:
       target = ckptr.directory / f"{step}.damaged"
-      if target.exists():
-        target.rmtree()
+      buckets.clear(target)
       buckets.move(ckptr.directory / str(step), target)
 
   _first(ckptr.directory, rename)
@@ -453,7 +503,8 @@ def _remove(path: epath.Path) -> None:
 def _remove_temporary(directory: epath.Path) -> None:
   if buckets.is_bucket(directory):
     entries = directory.iterdir() if directory.exists() else ()
-    left = [p for p in entries if p.name.isdecimal() and not buckets.is_whole(p)]
+    numbered = (p for p in entries if number_of(p.name) is not None)
+    left = [p for p in numbered if not buckets.is_whole(p)]
   else:
     left = list(directory.glob(f"*{_TEMPORARY}"))
   for path in left:

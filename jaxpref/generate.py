@@ -23,6 +23,7 @@ from jaxpref import cli, wording
 from jaxpref import prompts as prompts_lib
 from jaxpref.errors import DivergedError, UserError
 from jaxpref.paths import user_path
+from jaxpref.workdir import parse_json
 
 SOLVERS = {"dpm_solver": "DPM++ 2M", "ddim": "DDIM", "ddpm": "DDPM"}
 _SETTINGS, _A1111 = "jaxpref", "parameters"  # the PNG's texts
@@ -359,11 +360,17 @@ def is_drawn(file: Path, settings: Mapping[str, Any]) -> bool:
   """
   if not file.exists():
     return False
+  foreign = f"{file} is not a picture of this program; choose another --out"
+  if not file.is_file():  # a pipe would wait for a writer
+    raise UserError(foreign)
   try:
     with Image.open(file) as image:
-      found = dict(json.loads(image.info[_SETTINGS]))
-  except (OSError, ValueError, KeyError, TypeError, UnidentifiedImageError) as error:
-    raise UserError(f"{file} is not a picture of this program; choose another --out") from error
+      found = dict(parse_json(image.info[_SETTINGS].encode()))
+  except (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError),
+    *(UnidentifiedImageError, Image.DecompressionBombError),
+  ) as error:
+    raise UserError(foreign) from error
   for name in settings.keys() - {"model"}:  # its weights tell, wherever it lies
     if found.get(name, _LATER.get(name)) != settings[name]:
       raise UserError(

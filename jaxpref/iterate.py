@@ -9,7 +9,6 @@ where it stopped. What is there, the first process finds out and tells the other
 
 import dataclasses
 import functools
-import json
 import logging
 import time
 from collections.abc import Mapping
@@ -161,9 +160,7 @@ def run(prepared: Prepared, workdir: Path) -> None:
   distributed.first(lambda: _begin(prepared, workdir))
   model = config.model.start or config.model.path
   for k in range(1, count + 1):
-    # Written last.
-    phases = workdir / tuned.ITERATIONS / str(k) / iterations.PHASES
-    if not distributed.first(phases.exists):
+    if not distributed.first(functools.partial(iterations.is_finished, workdir, config, k)):
       _iterate(prepared, workdir, model, k)
     model = str(workdir / tuned.ITERATIONS / str(k))
     distributed.first(functools.partial(_finish_iteration, prepared, workdir, k))
@@ -189,7 +186,7 @@ def _check_inputs(prepared: Prepared, workdir: Path) -> None:
   """A run goes on with the models and the data that it was begun with."""
   file = workdir / _INPUTS
   if file.exists():
-    found = json.loads(file.read_text(encoding="utf-8"))
+    found = workdir_lib.read_json(file, lambda value: isinstance(value, dict))
     if changed := [name for name, d in prepared.inputs.items() if found.get(name) != d]:
       raise UserError(
         f"{workdir} was begun with another {changed[0]}; choose another --workdir"
@@ -201,14 +198,21 @@ def _check_filters(config: ConfigDict, workdir: Path) -> None:
   """All iterations leave out the same pairs."""
   if not (workdir / tuned.ITERATIONS / "1" / workdir_lib.CONFIG).exists():
     return
-  stored = config_lib.from_json((workdir / workdir_lib.CONFIG).read_text(encoding="utf-8"))
-  before, now = (dict(config_lib.leaves(c)) for c in (stored, config))
+  stored = workdir_lib.read_json(workdir / workdir_lib.CONFIG, _has_filters)
+  now = dict(config_lib.leaves(config))
+  before = {name: stored["data"][name.removeprefix("data.")] for name in _FILTERS}
   for name in _FILTERS:
     if before[name] != now[name]:
       raise UserError(
         f"{name} was {before[name]}, now {now[name]}, and iteration 1 was trained with that; "
         "choose another --workdir"
       )
+
+
+def _has_filters(config: Any) -> bool:
+  data = config.get("data") if isinstance(config, dict) else None
+  names = {name.removeprefix("data.") for name in _FILTERS}
+  return isinstance(data, dict) and names <= data.keys()
 
 
 def _iterate(prepared: Prepared, workdir: Path, model: str, k: int) -> None:
@@ -363,7 +367,7 @@ def _draw_pairs(prepared: Prepared, directory: Path, model: str, k: int) -> None
 
 def _add_phases(file: Path, clock: metrics.Stopwatch) -> None:
   """Adds what was measured since the last shard, in this process or an earlier one."""
-  before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+  before = workdir_lib.read_or_set_aside(file, iterations.are_phases, missing={})
   elapsed = clock.elapsed()
   now = {name: share * elapsed for name, share in clock.shares().items()}
   workdir_lib.write_json(file, {name: before.get(name, 0.0) + now[name] for name in now})

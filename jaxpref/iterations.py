@@ -1,6 +1,7 @@
 """What iterations leave to be read: a line of metrics for each, and the report."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from ml_collections import ConfigDict
 from jaxpref import metrics, runtime, tuned
 from jaxpref import workdir as workdir_lib
 from jaxpref.data import online
+from jaxpref.errors import DamagedError
 from jaxpref.evaluation import compare, evaluate
 
 PHASES = "phases.json"  # seconds by phase, of an iteration's pairs and of its training
@@ -36,8 +38,28 @@ def _phases(workdir: Path, k: int) -> dict[str, float]:
   files = (workdir / tuned.PAIRS / str(k), workdir / tuned.ITERATIONS / str(k))
   found: dict[str, float] = {}
   for directory in files:
-    found |= json.loads((directory / PHASES).read_text(encoding="utf-8"))
+    found |= workdir_lib.read_or_set_aside(directory / PHASES, are_phases, missing={})
   return found
+
+
+def are_phases(value: Any) -> bool:
+  """Whether these are seconds by phase."""
+  return isinstance(value, dict) and all(
+    isinstance(seconds, int | float) and 0 <= seconds < math.inf for seconds in value.values()
+  )
+
+
+def is_finished(workdir: Path, config: ConfigDict, k: int) -> bool:
+  """Whether iteration `k` has been trained and evaluated; what is damaged is made again."""
+  trained = workdir / tuned.ITERATIONS / str(k)
+  # Written last.
+  if workdir_lib.read_or_set_aside(trained / PHASES, are_phases) is None:
+    return False
+  try:
+    evaluate.read_results(trained / "evaluation" / str(config.train.num_updates))
+  except DamagedError:
+    return False
+  return True
 
 
 def write_report(
@@ -84,9 +106,7 @@ def write_report(
 def _summary(config: ConfigDict, workdir: Path, k: int) -> dict[str, str]:
   """An iteration's row in the report's table."""
   evaluation = workdir / tuned.ITERATIONS / str(k) / "evaluation"
-  results = json.loads(
-    (evaluation / str(config.train.num_updates) / evaluate.RESULTS).read_text(encoding="utf-8")
-  )
+  results = evaluate.read_results(evaluation / str(config.train.num_updates))
   changes = online.changes(workdir / tuned.PAIRS / str(k))
   row = {
     "iteration": str(k),

@@ -5,6 +5,7 @@ Metric names are paths: `loss`, `rewards/margin`, `optim/grad_norm`, `time/rollo
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import logging
 import math
@@ -20,6 +21,7 @@ from jaxpref import workdir as workdir_lib
 from jaxpref.errors import UserError, storage_error
 
 FILE = "metrics.jsonl"
+_LONGEST_LINE = 1 << 20  # bytes
 
 _log = logging.getLogger(__name__)
 
@@ -172,7 +174,7 @@ def read_curves(workdir: str | os.PathLike) -> dict[str, list[tuple[int, float]]
   """Reads `metrics.jsonl` as curves, for plots.
 
   Returns:
-    Metric name to points (step, value) in the order written; nan for null.
+    Metric name to points (step, value), steps ascending; nan for null.
   """
   curves: dict[str, list[tuple[int, float]]] = {}
   for line in _read_lines(Path(workdir) / FILE):
@@ -184,20 +186,37 @@ def read_curves(workdir: str | os.PathLike) -> dict[str, list[tuple[int, float]]
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-  if not path.exists():
+  """The lines of a run, in the order of their steps."""
+  if not os.path.lexists(path):
     return []
+  if not path.is_file():
+    raise UserError(f"{path} is not a regular file; move it away")
   lines = []
-  for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(True), 1):
-    # A killed run may leave its last line unfinished; anything else was altered.
-    if not text.endswith("\n"):
-      break
-    try:
-      line = json.loads(text)
-      line["step"] + 0
-    except (ValueError, KeyError, TypeError) as error:
-      raise UserError(f"{path}: line {number} is not a line of metrics") from error
-    lines.append(line)
-  return lines
+  with path.open("rb") as file:
+    for number in itertools.count(1):
+      data = file.readline(_LONGEST_LINE)
+      # A killed run may leave its last line unfinished; anything else was altered.
+      if not data.endswith(b"\n") and len(data) < _LONGEST_LINE:
+        break
+      try:
+        line = workdir_lib.parse_json(data)
+      except ValueError:
+        line = None
+      if not _is_line(line):
+        raise UserError(
+          f"{path}: line {number} is not a line of metrics; move the file away, and the run "
+          "goes on without its earlier metrics"
+        )
+      lines.append(line)
+  return sorted(lines, key=lambda line: line["step"])
+
+
+def _is_line(line: Any) -> bool:
+  if not isinstance(line, dict) or type(line.get("step")) is not int:
+    return False
+  largest = sys.float_info.max
+  numbers = [value for value in line.values() if value is not None]
+  return all(isinstance(x, int | float) and abs(x) <= largest for x in numbers)
 
 
 def _open_tensorboard(directory: Path) -> Any:

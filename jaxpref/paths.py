@@ -1,6 +1,7 @@
 """Paths as users write them."""
 
 import os
+import re
 from pathlib import Path
 
 from jaxpref.errors import UserError
@@ -18,3 +19,13 @@ def user_path(text: str | os.PathLike) -> Path:
     own = os.fspath(text).partition("/")[0] == "~"
     reason = "there is no home directory" if own else "no such user's home"
     raise UserError(f"{text}: {reason}") from error
+
+
+def number_of(name: str) -> int | None:
+  """The number that a directory is named after, such as a checkpoint's step.
+
+  Returns:
+    None for every other way to write a number ('007', '+5', '5 (copy)', other scripts'
+    digits) and for all other names.
+  """
+  return int(name) if re.fullmatch("0|[1-9][0-9]{0,17}", name) else None

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,24 @@ from jaxpref.errors import UserError
 from jaxpref.evaluation import best as best_lib
 from jaxpref.models import hub, lora
 from jaxpref.models import pipeline as pipeline_lib
-from jaxpref.paths import user_path
-from jaxpref.workdir import CONFIG, STARTS
+from jaxpref.paths import number_of, user_path
+from jaxpref.workdir import CONFIG, STARTS, read_json
 
 # Of an iterative run: folders with the pairs of each iteration, and with a run for each.
 PAIRS, ITERATIONS = "pairs", "iterations"
+# Sections of a run's configuration that must be there, and types of the fields read here.
+_NEEDED = ("model", "train")
+_READ: dict[str, Any] = {
+  **dict.fromkeys(("model.path", "model.variant", "train.checkpoints"), str),
+  **dict.fromkeys(("lora.targets", "data.good_prefix"), str),
+  "lora.rank": int,
+}
+_NUMBERS = (
+  "lora.alpha",
+  "evaluate.guidance",
+  "improve.text_guidance",
+  "improve.image_guidance",
+)
 
 
 def load(
@@ -134,18 +147,38 @@ def trained_in(path: Path) -> Path:
   if not (path / CONFIG).is_file() or "iterate" not in _read_config(path):
     return path
   finished = [p.parent for p in (path / ITERATIONS).glob("*/report.html")]
-  if not (numbered := [p for p in finished if p.name.isdecimal()]):
+  numbers = [n for p in finished if (n := number_of(p.name)) is not None]
+  if not numbers:
     raise UserError(f"no iteration of the run {path} is finished yet")
-  return max(numbered, key=lambda p: int(p.name))
+  return path / ITERATIONS / str(max(numbers))
 
 
 def _read_config(workdir: Path) -> dict[str, Any]:
   try:
-    config = json.loads((workdir / CONFIG).read_text(encoding="utf-8"))
-    _ = config["model"]["path"]
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-    raise UserError(f"{workdir / CONFIG} is no run's configuration: {error!r}") from error
-  return config
+    return read_json(workdir / CONFIG, _is_config)
+  except UserError as error:
+    raise UserError(f"{workdir / CONFIG} is not a run's configuration: {error}") from error
+
+
+def _is_config(config: Any) -> bool:
+  """Whether what is read of a configuration here has the types that a run writes."""
+  if not (isinstance(config, dict) and all(isinstance(config.get(s), dict) for s in _NEEDED)):
+    return False
+  for path, kind in _READ.items():
+    section, name = path.split(".")
+    values = config.get(section, {})
+    if not isinstance(values, dict) or not isinstance(values.get(name, kind()), kind):
+      return False
+  for path in _NUMBERS:
+    section, name = path.split(".")
+    values = config.get(section, {})
+    number = values.get(name, 0.0) if isinstance(values, dict) else None
+    if not isinstance(number, int | float) or not math.isfinite(number):
+      return False
+  rank = config.get("lora", {}).get("rank", 0)
+  if not 0 <= rank < 2**31 or (rank and not {"alpha", "targets"} <= config["lora"].keys()):
+    return False
+  return "path" in config["model"]
 
 
 def _load_base(

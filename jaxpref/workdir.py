@@ -11,9 +11,11 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 import socket
+import stat
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from jaxpref import config as config_lib
-from jaxpref.errors import UserError, storage_error
+from jaxpref.errors import DamagedError, UserError, storage_error
 from jaxpref.paths import user_path
 
 CONFIG, STARTS = "config.json", "starts.json"
@@ -40,6 +42,9 @@ RESUME_SAFE = (
 )
 # Network and FUSE file systems answer with one of these when they have no locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+_LARGEST_JSON = 1 << 28  # bytes; changes of ten million pairs are less
+_DEEPEST_JSON = 50  # lists and objects within each other
 
 _log = logging.getLogger(__name__)
 
@@ -125,12 +130,98 @@ def write_config(path: str | os.PathLike, config: ConfigDict) -> None:
 def add_start(path: str | os.PathLike, facts: Mapping[str, Any]) -> None:
   """Adds to `starts.json` when the run was begun or continued, and with what."""
   file = Path(path) / STARTS
-  try:
-    starts = json.loads(file.read_text(encoding="utf-8"))
-  except (OSError, ValueError):
-    starts = []  # nothing depends on it
+  starts = read_or_set_aside(file, _is_list_of_objects, missing=[])
   now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
   write_json(file, [*starts, {"time": now, **facts}])
+
+
+def _is_list_of_objects(value: Any) -> bool:
+  return isinstance(value, list) and all(isinstance(one, dict) for one in value)
+
+
+def parse_json(data: bytes) -> Any:
+  """Parses JSON in UTF-8.
+
+  Raises:
+    ValueError: it is something else, or nested deeper than what a run writes.
+  """
+  try:
+    value = json.loads(data.decode())
+  except RecursionError:
+    raise ValueError("nested too deeply") from None
+  level = [value]
+  for _ in range(_DEEPEST_JSON):
+    inner = [v for v in level if isinstance(v, dict | list) and v]
+    level = [x for v in inner for x in (v.values() if isinstance(v, dict) else v)]
+    if not level:
+      return value
+  raise ValueError("nested too deeply")
+
+
+def read_json(path: Path | epath.Path, is_valid: Callable[[Any], bool]) -> Any:
+  """Reads a JSON file of a run.
+
+  Args:
+    path: the file.
+    is_valid: whether the value has the shape that the caller relies on.
+
+  Raises:
+    DamagedError: it is missing, not a regular file, too large, not UTF-8, not JSON, or of
+      another shape.
+    UserError: the storage refuses to read it.
+  """
+  if "://" not in os.fspath(path):
+    path = Path(path)  # `etils` takes whatever is not a directory for a file
+  try:
+    # Asked before it is opened: a pipe would wait for a writer.
+    if not path.is_file():
+      there = path.exists() or (isinstance(path, Path) and path.is_symlink())
+      raise DamagedError(f"{path} is {'not a regular file' if there else 'missing'}")
+    about: Any = path.stat()
+    size = about.st_size if isinstance(path, Path) else about.length  # as `etils` calls it
+    if size > _LARGEST_JSON:
+      raise DamagedError(f"{path} is damaged: it has {size:,} bytes")
+    value = parse_json(path.read_bytes())
+  except OSError as error:
+    raise storage_error(f"cannot read {path}: {error.strerror or error}", error) from error
+  except ValueError as error:
+    raise DamagedError(f"{path} is damaged: {error}") from error
+  if not is_valid(value):
+    raise DamagedError(f"{path} is damaged: it is not what a run writes there")
+  return value
+
+
+def read_or_set_aside(
+  path: Path, is_valid: Callable[[Any], bool], *, missing: Any = None
+) -> Any:
+  """Reads a JSON file as `read_json`; sets a damaged one aside.
+
+  Returns:
+    The value, or `missing` where there is no such file or it was damaged.
+  """
+  if not os.path.lexists(path):
+    return missing
+  try:
+    return read_json(path, is_valid)
+  except DamagedError as error:
+    set_aside(path, str(error))
+    return missing
+
+
+def set_aside(path: Path, reason: str) -> None:
+  """Renames what is damaged to `<name>.damaged`, instead of an earlier one; warns.
+
+  Raises:
+    UserError: it cannot be renamed.
+  """
+  target = path.with_name(f"{path.name}.damaged")
+  try:
+    if target.is_dir() and not target.is_symlink():
+      shutil.rmtree(target)
+    path.replace(target)
+  except OSError as error:
+    raise storage_error(f"cannot rename {path}: {error.strerror}", error) from error
+  _log.warning("%s; it is now %s", reason, target.name)
 
 
 def write_json(path: str | os.PathLike, obj: Any) -> None:
@@ -157,7 +248,8 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
   temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with temporary.open("wb") as file:
+    temporary.unlink(missing_ok=True)
+    with temporary.open("xb") as file:  # never through a link of that name
       file.write(data)
       file.flush()
       os.fsync(file.fileno())
@@ -191,10 +283,19 @@ def visible(path: Path | epath.Path) -> list[str]:
 
 
 def _lock(path: Path) -> int:
+  # The owner is written into it: through a link, that would be another file's end.
+  flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+  foreign = f"cannot lock {path}: {LOCK} is a link or not a regular file; remove it"
   try:
-    descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(path / LOCK, flags, 0o644)
   except OSError as error:
+    if error.errno in (errno.ELOOP, errno.ENXIO):
+      raise UserError(foreign) from error
     raise UserError(f"cannot lock {path}: {error.strerror}") from error
+  about = os.fstat(descriptor)
+  if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1:
+    os.close(descriptor)
+    raise UserError(foreign)
   try:
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError as error:
@@ -234,8 +335,8 @@ def check_same(
   """
   resume_safe = tuple(resume_safe)
   try:
-    old = _flat(json.loads((path / CONFIG).read_text(encoding="utf-8")))
-  except (ValueError, AttributeError, OSError) as error:
+    old = _flat(read_json(path / CONFIG, lambda value: isinstance(value, dict)))
+  except DamagedError as error:
     raise UserError(f"{path / CONFIG} cannot be read: {error}") from error
   new = _flat(json.loads(config_lib.to_json(config)))
   changed = [

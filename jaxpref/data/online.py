@@ -5,7 +5,6 @@ interruption is not drawn again; `complete.json` comes last. Columns are those o
 and how the pair was made. Image 0 is the winner, image 1 the loser.
 """
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -132,8 +131,19 @@ def finish(directory: Path, lengths: Sequence[int], *, description: str) -> None
 
 
 def is_finished(directory: Path) -> bool:
-  """Whether the data set is whole."""
-  return (directory / _COMPLETE).exists()
+  """Whether the data set is whole; a damaged record of it is set aside, to be made again."""
+  return workdir.read_or_set_aside(directory / _COMPLETE, _is_record) is not None
+
+
+def _is_record(value: Any) -> bool:
+  if not isinstance(value, dict) or value.keys() != {"changes", "sizes"}:
+    return False
+  changed, sizes = value["changes"], value["sizes"]
+  return (
+    isinstance(changed, list)
+    and all(isinstance(x, int | float) for x in changed)
+    and isinstance(sizes, dict)
+  )
 
 
 def changes(directory: Path) -> np.ndarray:
@@ -142,14 +152,13 @@ def changes(directory: Path) -> np.ndarray:
   Raises:
     UserError: there is none in the directory, or files of it are missing or cut short.
   """
-  try:
-    found = json.loads((directory / _COMPLETE).read_text(encoding="utf-8"))
-    changed, expected = np.array(found["changes"], float), dict(found["sizes"])
-  except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+  if not (directory / _COMPLETE).exists():
     raise UserError(
       f"there are no generated pairs in {directory}: no {_COMPLETE}; those of an iteration "
       "are in pairs/1, pairs/2, ... of its run"
-    ) from error
+    )
+  found = workdir.read_json(directory / _COMPLETE, _is_record)
+  changed, expected = np.array(found["changes"], float), found["sizes"]
   there = _sizes(directory)
   if damaged := [name for name, size in expected.items() if there.get(name) != size]:
     raise UserError(f"the pairs in {directory} are damaged: {', '.join(damaged)}")

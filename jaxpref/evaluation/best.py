@@ -1,13 +1,15 @@
 """Which of a run's checkpoints is best, by the evaluations made of them."""
 
 import json
+import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxpref import workdir as workdir_lib
-from jaxpref.errors import UserError
+from jaxpref.errors import DamagedError, UserError
 from jaxpref.evaluation import evaluate
+from jaxpref.paths import number_of
 from jaxpref.scorers import load_scorers
 
 FILE, _SETTINGS = "best.json", "settings.json"
@@ -45,10 +47,11 @@ def write_settings(directory: Path, settings: dict[str, Any]) -> None:
 def is_made(directory: Path, settings: dict[str, Any]) -> bool:
   """Whether the directory holds an evaluation of these settings."""
   try:
-    made = json.loads((directory / _SETTINGS).read_text(encoding="utf-8"))
-  except (OSError, ValueError):
-    return False
-  return made == settings and (directory / evaluate.RESULTS).exists()
+    workdir_lib.read_json(directory / _SETTINGS, lambda made: made == settings)
+    evaluate.read_results(directory)
+  except DamagedError:
+    return False  # it is made again
+  return True
 
 
 def find(workdir: Path, settings: dict[str, Any], saved: Collection[int]) -> Best | None:
@@ -62,15 +65,12 @@ def find(workdir: Path, settings: dict[str, Any], saved: Collection[int]) -> Bes
   """
   found = []
   for directory in (workdir / "evaluation").glob("*"):
-    update = directory.name
-    if not (update.isdecimal() and int(update) in saved):
+    update = number_of(directory.name)
+    if update is None or update not in saved or not is_made(directory, settings):
       continue
-    if not is_made(directory, settings):
-      continue
-    results = json.loads((directory / evaluate.RESULTS).read_text(encoding="utf-8"))
-    for scorer, entry in results.items():
+    for scorer, entry in evaluate.read_results(directory).items():
       if scorer.rpartition("-")[::2] in map(tuple, settings["scorers"][:1]):
-        found.append(Best(int(update), scorer, entry["tuned"]["mean"]))
+        found.append(Best(update, scorer, entry["tuned"]["mean"]))
   # The earliest of equals: it has left the base least.
   return max(found, key=lambda b: (b.mean, -b.update), default=None)
 
@@ -84,12 +84,19 @@ def read(workdir: Path) -> Best:
   """What was noted down.
 
   Raises:
-    UserError: nothing, for the run made no evaluation with scores.
+    UserError: nothing, for the run made no evaluation with scores, or it is damaged.
   """
-  try:
-    return Best(**json.loads((workdir / FILE).read_text(encoding="utf-8")))
-  except (OSError, ValueError, TypeError) as error:
+  if not (workdir / FILE).exists():
     raise UserError(
       f"{workdir} has no best checkpoint: none was evaluated on the way, with a scorer "
       "(evaluate.every)"
-    ) from error
+    )
+  return Best(**workdir_lib.read_json(workdir / FILE, _is_best))
+
+
+def _is_best(value: Any) -> bool:
+  if not isinstance(value, dict) or value.keys() != set(Best._fields):
+    return False
+  update, scorer, mean = (value[name] for name in Best._fields)
+  numbers = type(update) is int and isinstance(mean, int | float) and math.isfinite(mean)
+  return numbers and isinstance(scorer, str)

@@ -7,6 +7,7 @@ so the unit of every interval and test is the prompt, never the image.
 """
 
 import json
+import math
 import os
 from collections.abc import Collection
 from typing import Any
@@ -226,6 +227,33 @@ def write_rows(path: str | os.PathLike[str], rows: pd.DataFrame) -> None:
   """
   table = _checked(rows)[list(COLUMNS)]
   write_bytes(path, table.to_parquet(index=False, engine="pyarrow"))
+
+
+def are_results(value: Any) -> bool:
+  """Whether a value has the shape of what `compare` returns."""
+  return isinstance(value, dict) and all(_is_entry(entry) for entry in value.values())
+
+
+def _is_entry(entry: Any) -> bool:
+  def are_numbers(of: Any, *names: Any) -> bool:
+    return all(isinstance(of[n], int | float) and math.isfinite(of[n]) for n in names)
+
+  try:
+    base, tuned = (entry[model] for model in _MODELS)
+    intervals = (entry["interval"], entry["difference_interval"])
+    # None where a number does not exist: with one prompt, one image, or nothing but ties.
+    one_prompt = entry["p_value"] is None and all(i == [None, None] for i in intervals)
+    return (
+      all(are_numbers(side, "mean", "n") for side in (base, tuned))
+      and all(side["std"] is None or are_numbers(side, "std") for side in (base, tuned))
+      and are_numbers(entry, "win", "tie", "loss", "win_rate", "difference", "prompts")
+      and (entry["win_rate_decided"] is None or are_numbers(entry, "win_rate_decided"))
+      and (one_prompt or all(len(i) == 2 and are_numbers(i, 0, 1) for i in intervals))
+      and (entry["p_value"] is None or are_numbers(entry, "p_value"))
+      and all(isinstance(entry[n], bool) for n in ("binary", "selected_training_data"))
+    )
+  except (KeyError, TypeError, IndexError):
+    return False
 
 
 def write_results(path: str | os.PathLike[str], results: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 import functools
 import io
-import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ from jaxpref.data.bad_rows import BadRow
 from jaxpref.data.encode import encode_images, encode_prompts
 from jaxpref.data.images import decode
 from jaxpref.data.shapes import prompts as shapes_prompts
-from jaxpref.errors import UserError
+from jaxpref.errors import DamagedError, UserError, first_line
 from jaxpref.evaluation import compare, generate, grid, report
 from jaxpref.models import text
 from jaxpref.models.pipeline import Pipeline
@@ -139,9 +138,10 @@ def read_pictures(
     settings: the configuration's `evaluate` section.
   """
   seeds = generate.seeds_of(num_prompts, settings.images_per_prompt, seed=settings.seed)
+  files = [_picture(directory / "images" / model, seed) for seed in seeds]
   try:
-    return np.stack([decode(_picture(directory / "images" / model, seed)) for seed in seeds])
-  except BadRow:
+    return np.stack([decode(file) for file in files])
+  except (BadRow, ValueError):  # one is missing, damaged or of another size
     return None
 
 
@@ -254,6 +254,57 @@ def _judge(
   compare.write_results(directory / RESULTS, results)
 
 
+def read_results(directory: Path) -> dict[str, Any]:
+  """The results of an evaluation, see `compare.compare`.
+
+  Raises:
+    DamagedError: they are missing or damaged.
+  """
+  return workdir_lib.read_json(directory / RESULTS, compare.are_results)
+
+
+def _read_table(file: Path) -> list[dict[str, Any]]:
+  """The scores of an evaluation by category.
+
+  Raises:
+    DamagedError: they are missing or damaged.
+  """
+  if not file.is_file():
+    raise DamagedError(f"{file} is missing")
+  try:
+    return compare.by_category(pd.read_parquet(file))
+  except (OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
+    raise DamagedError(f"{file} is damaged: {first_line(error)}") from error
+
+
+def _are_examples(value: Any) -> bool:
+  return isinstance(value, list) and all(
+    isinstance(one, dict)
+    and type(one.get("seed")) is int
+    and isinstance(one.get("prompt"), str)
+    and isinstance(one.get("category"), str)
+    and isinstance(one.get("scores"), dict)
+    and all(
+      isinstance(of, dict) and {"base", "tuned"} <= of.keys() for of in one["scores"].values()
+    )
+    for one in value
+  )
+
+
+def _read_png(directory: Path, seed: int) -> bytes:
+  """An image of an evaluation as a file's bytes.
+
+  Raises:
+    DamagedError: it is missing or damaged.
+  """
+  file = _picture(directory, seed)
+  try:
+    decode(file)
+  except BadRow as error:
+    raise DamagedError(f"{file} is missing or damaged: {error}") from error
+  return file.read_bytes()
+
+
 def write_report(
   workdir: Path,
   directory: Path,
@@ -275,15 +326,12 @@ def write_report(
     curves: of the training; by default those in the workdir.
     more: further sections, see `report.write_report`.
   """
-  results = json.loads((directory / RESULTS).read_text(encoding="utf-8"))
-  table = []
-  if (scores := directory / _SCORES).exists():
-    table = compare.by_category(pd.read_parquet(scores))
-  examples = json.loads((directory / _EXAMPLES).read_text(encoding="utf-8"))
+  results = read_results(directory)
+  table = _read_table(directory / _SCORES) if results else []
+  examples = workdir_lib.read_json(directory / _EXAMPLES, _are_examples)
   for example in examples:
     for model in ("base", "tuned"):
-      file = directory / "images" / model / f"{example['seed']:08d}.png"
-      example[f"{model}_png"] = file.read_bytes()
+      example[f"{model}_png"] = _read_png(directory / "images" / model, example["seed"])
   path = workdir / "report.html"
   report.write_report(
     path,

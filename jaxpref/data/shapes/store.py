@@ -24,9 +24,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from jaxpref import workdir
 from jaxpref.data import records
 from jaxpref.data.shapes import annotator, flaws, palette, prompts, render
-from jaxpref.errors import UserError
+from jaxpref.errors import DamagedError, UserError
 from jaxpref.paths import user_path
 
 SPLITS = ("train", "test")
@@ -160,13 +161,17 @@ def _build(
       tfds.enable_progress_bar()
 
 
+def _is_record(value: Any) -> bool:
+  return isinstance(value, dict) and isinstance(value.get("sizes"), dict)
+
+
 def _is_complete(directory: Path, kind: type[ShapesBuilder]) -> bool:
   """Whether all files are there, whole, and drawn by the code as it is now."""
   try:
-    record = json.loads((directory / _MARKER).read_text(encoding="utf-8"))
+    record = workdir.read_json(directory / _MARKER, _is_record)
     sizes = {name: (directory / name).stat().st_size for name in record["sizes"]}
-  except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-    return False  # JSON of another shape among them
+  except (OSError, ValueError, DamagedError):
+    return False
   return record == {"code": _fingerprint(kind), "sizes": sizes}
 
 
