@@ -43,6 +43,11 @@ _POSITIVE = (lambda value: 0 < value < math.inf, "positive and finite")
 _FINITE = (lambda value: 0 <= value < math.inf, "at least 0 and finite")
 _DECAY = (lambda value: 0 <= value < 1, "at least 0 and below 1")
 _SEED = (lambda value: 0 <= value < 2**31, "at least 0 and below 2^31")
+_SHARE = (lambda value: 0 <= value <= 1, "between 0 and 1")
+_MINUTES = (
+  lambda value: value == 0 or 0.001 <= value < math.inf,
+  "0, or at least 0.001 and finite",
+)
 _AXIS = (lambda value: value >= 1 or value == -1, "at least 1, or -1 for the rest")
 
 RULES: Rules = {
@@ -52,7 +57,7 @@ RULES: Rules = {
   "model.norm": _one_of("auto", "stock", "lean"),
   "model.remat": _one_of("none", "attention", "transformer", "blocks", "full"),
   "data.desirable_share": (lambda value: 0 < value < 1, "above 0 and below 1"),
-  "data.max_bad_share": (lambda value: 0 <= value <= 1, "between 0 and 1"),
+  **dict.fromkeys(("data.max_bad_share", "data.prompt_dropout", "loss.mu"), _SHARE),
   "data.list_size": _at_least(2),
   "data.experts": _one_of("top", "winners"),
   "data.latents": _one_of("mode", "sample"),
@@ -83,7 +88,6 @@ RULES: Rules = {
   "iterate.winners": _one_of("data", "improved"),
   **dict.fromkeys(("improve.text_guidance", "improve.image_guidance"), _FINITE),
   "improve.num_steps": _at_least(1),
-  "data.prompt_dropout": (lambda value: 0 <= value <= 1, "between 0 and 1"),
   "rollout.solver": _one_of("dpm_solver", "ddim", "ddpm"),
   "optim.schedule": _one_of("constant", "linear", "cosine", "trapezoid"),
   "rollout.order": (lambda value: value in (1, 2, 3), "1, 2 or 3"),
@@ -93,11 +97,11 @@ RULES: Rules = {
   **dict.fromkeys(("mesh.data", "mesh.fsdp"), _AXIS),
   **dict.fromkeys(("seed", "evaluate.seed"), _SEED),
   **dict.fromkeys(("evaluate.num_examples", "evaluate.every"), _at_least(0)),
-  **dict.fromkeys(("rollout.guidance", "evaluate.guidance"), _at_least(0)),
-  **dict.fromkeys(("optim.warmup_updates", "optim.weight_decay"), _at_least(0)),
+  **dict.fromkeys(("rollout.guidance", "evaluate.guidance", "optim.weight_decay"), _FINITE),
+  "optim.warmup_updates": _at_least(0),
   "train.num_updates": _at_least(0),
   "train.max_skipped": _at_least(0),
-  "train.hang_minutes": _FINITE,
+  "train.hang_minutes": _MINUTES,
   **dict.fromkeys(
     ("rollout.num_steps", "rollout.refresh_every", "rollout.states"), _at_least(1)
   ),
@@ -107,6 +111,19 @@ RULES: Rules = {
   "evaluate.num_prompts": _at_least(1),
   "evaluate.batch_size": _at_least(1),
   "data.num_experts": _at_least(0),
+}
+
+# Of all numbers, and of those that would fill the memory, or fail after training, far below.
+_LARGEST = {int: 2**31 - 1, float: 1e9}
+LIMITS: Mapping[str, float] = {
+  **dict.fromkeys(("rollout.guidance", "evaluate.guidance", "iterate.guidance"), 1000),
+  **dict.fromkeys(("improve.text_guidance", "improve.image_guidance"), 1000),
+  **dict.fromkeys(("data.noise_draws", "rollout.replay"), 10_000),
+  **dict.fromkeys(("evaluate.images_per_prompt", "iterate.num_iterations"), 10_000),
+  "data.list_size": 100,
+  "iterate.num_pairs": 10_000_000,
+  "train.batch_size": 2**20,
+  "train.hang_minutes": 1_000_000,  # two years
 }
 
 
@@ -142,6 +159,9 @@ def parse_args(
 def validate(config: ConfigDict, rules: Rules = RULES) -> None:
   """Checks values; a field that the config lacks or that is None is not checked.
 
+  Every number has an upper limit, in `LIMITS` or by its type. Infinity is for fields whose
+  rule permits it.
+
   Args:
     config: of any method.
     rules: dotted path to (predicate, what the value must be).
@@ -154,6 +174,13 @@ def validate(config: ConfigDict, rules: Rules = RULES) -> None:
     value = fields.get(path)
     if value is not None and not holds(value):
       raise UserError(f"'{path}' must be {meaning}, got {value!r}")
+  for path, value in fields.items():
+    for number in value if isinstance(value, list | tuple) else [value]:
+      if type(number) not in _LARGEST or (math.isinf(number) and path in rules):
+        continue
+      largest = LIMITS.get(path, _LARGEST[type(number)])
+      if not abs(number) <= largest:  # nor NaN
+        raise UserError(f"'{path}' must be at most {largest:,.0f}, got {number!r}")
 
 
 def to_json(config: ConfigDict) -> str:

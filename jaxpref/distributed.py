@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 
 from jaxpref import workdir as workdir_lib
 from jaxpref.errors import TransientError, UserError, first_line, one_line
+from jaxpref.paths import number_of
 
 # Environments whose launcher has started this process as one of several, by the variable
 # with their number, and one that only a process of such a job has.
@@ -82,13 +83,13 @@ def _settings(flags: Mapping[str, str]) -> dict[str, Any] | None:
       for count, inside in _LAUNCHERS.items()
     )
     return {} if coordinator or several else None
-  if len(numbers) < 2 or not all(text.isdecimal() for text in numbers.values()):
+  count, index = (number_of(numbers.get(name, "")) for name in ("num_processes", "process_id"))
+  if count is None or index is None:
     raise UserError("--coordinator=HOST:PORT needs --num_processes=N and --process_id=I")
-  count, index = int(numbers["num_processes"]), int(numbers["process_id"])
   if not index < count:
     raise UserError(f"--process_id={index} is none of --num_processes={count}, from 0")
   host, _, port = coordinator.rpartition(":")
-  if not (host and port.isdecimal() and 0 < int(port) < 65536):
+  if not (host and 0 < (number_of(port) or 0) < 65536):
     raise UserError(f"--coordinator={coordinator} is not HOST:PORT")
   return {"coordinator_address": coordinator, "num_processes": count, "process_id": index}
 
@@ -212,8 +213,9 @@ def open_workdir(path: Any, config: Any, *, resume_safe: Any) -> Iterator[Path]:
 def _check_shared(directory: Path, token: str) -> None:
   deadline = time.monotonic() + _SHARED_SECONDS
   while True:
-    with contextlib.suppress(OSError):
-      if (directory / _TOKEN).read_text(encoding="utf-8") == token:
+    with contextlib.suppress(OSError, ValueError):
+      file = directory / _TOKEN
+      if file.is_file() and file.read_text(encoding="utf-8") == token:
         return
     if time.monotonic() > deadline:
       raise UserError(f"{directory} is not the same directory for all processes of the run")

@@ -117,6 +117,7 @@ def prepare(config: ConfigDict) -> Prepared:
   )
   # As they come back from a file with a prompt a line.
   prompts = list(dict.fromkeys(" ".join(prompt.split()) for prompt in prompts))
+  evaluate.check_count(len(prompts), config.evaluate.images_per_prompt)
   evaluate.usable_scorers(config.evaluate.scorers, prompts)
   inputs["data"] = rows_lib.fingerprint(rows)
   return Prepared(config, checked.mesh, rows, prompts, inputs, tally)
@@ -295,12 +296,13 @@ def _draw_pairs(prepared: Prepared, directory: Path, model: str, k: int) -> None
   config, mesh, settings = prepared.config, prepared.mesh, prepared.config.iterate
   policy = _load(config, model, mesh)
   improver = _load(config, settings.improver, mesh) if settings.winners == "improved" else None
+  at_once = min(settings.batch_size, settings.num_pairs, settings.shard_size)
   draw = generate.make_generator(
     policy,
     mesh,
     num_steps=settings.num_steps,
     guidance=settings.guidance,
-    batch_size=settings.batch_size,
+    batch_size=at_once,
   )
   improve = None
   if improver:
@@ -310,7 +312,7 @@ def _draw_pairs(prepared: Prepared, directory: Path, model: str, k: int) -> None
       num_steps=config.improve.num_steps,
       guidance=config.improve.text_guidance,
       image_guidance=config.improve.image_guidance,
-      batch_size=settings.batch_size,
+      batch_size=at_once,
     )
   shards = online.shards_of(settings.num_pairs, settings.shard_size)
   missing = distributed.first(lambda: online.missing(directory, len(shards)))

@@ -21,6 +21,7 @@ from jaxpref import cli
 from jaxpref import config as config_lib
 from jaxpref import workdir as workdir_lib
 from jaxpref.errors import UserError
+from jaxpref.paths import number_of
 from jaxpref.tpu_compiler import GIB, compile_programs, describe_compiled
 
 FLAGS = {
@@ -29,6 +30,7 @@ FLAGS = {
   "compile": "'yes': with the TPU's compiler (minutes to tens of minutes), else 'no'",
   "json": "a file for the numbers",
 }
+_MOST_DEVICES = 65_536
 _USABLE = 0.9  # of a device's memory: scratch space is not in the estimate
 _REMAT = ("none", "attention", "transformer", "blocks", "full")
 
@@ -107,9 +109,9 @@ def parse_topology(text: str) -> tuple[Chip, int]:
     raise UserError(f"--topology: {name!r} is not one of {', '.join(CHIPS)}")
   if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
     raise UserError(f"--topology: {text!r} has no number of devices, such as {name}:8")
-  count = 1
-  for side in shape.split("x"):
-    count *= int(side)
+  sides = [number_of(side) or _MOST_DEVICES + 1 for side in shape.split("x")]
+  if (count := math.prod(sides)) > _MOST_DEVICES:
+    raise UserError(f"--topology: {text!r} has more than {_MOST_DEVICES:,} devices")
   return CHIPS[name], count
 
 

@@ -79,6 +79,7 @@ def prepare(config: Any) -> Prepared:
     [r.caption for r in rows],
     seed=config.evaluate.seed,
   )
+  evaluate.check_count(len(prompts), config.evaluate.images_per_prompt)
   usable = evaluate.usable_scorers(config.evaluate.scorers, prompts)
   inputs = {"data": rows_lib.fingerprint(rows), "pipeline": checked.pipeline.digest}
   if checked.start:
@@ -132,7 +133,9 @@ def check(config: Any, *, mesh: Any = None) -> Checked:
   start = {}
   if config.model.start and not plans:
     start = _load_start(config, pipeline, mesh)
-  if config.lora.rank:  # a pattern without a match is refused here, too
+  if rank := config.lora.rank:  # a pattern without a match is refused here, too
+    unet = pipeline_lib.abstract_params(pipeline.modules["unet"])
+    lora_lib.check_rank(unet, rank=rank, targets=config.lora.targets)
     abstract_trained(config, pipeline)
   reference = reference_of(loss, config)
   return Checked(config, mesh, loss, hyper, arms, pipeline, start, reference)

@@ -7,6 +7,9 @@ from ml_collections import ConfigDict
 
 from jaxpref import config as config_lib
 from jaxpref.errors import UserError
+from jaxpref.pretrain import run as pretrain_run
+
+ROOT = Path(config_lib.__file__).parents[1]
 
 FLAGS = {"workdir": "where the run goes", "pipeline": "the model's directory"}
 
@@ -264,6 +267,56 @@ def test_the_edges_of_the_rules(field, inside, outside):
   holds, _ = config_lib.RULES[field]
   assert all(holds(value) for value in inside)
   assert not any(holds(value) for value in outside)
+
+
+CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.py"))}
+
+
+@pytest.mark.parametrize("name", [n for n in CONFIGS if n not in ("__init__", "common")])
+def test_absurd_numbers_are_refused_in_every_field(name):
+  """Before anything is read: in fields that only an evaluation or LoRA uses, too."""
+  rules = pretrain_run.RULES if name == "shapes_base" else config_lib.RULES
+  argument = str(CONFIGS[name])
+  config, _ = parse(argument)
+  config_lib.validate(config, rules)
+
+  def accepts(path, text):
+    try:
+      changed = config.copy_and_resolve_references()
+      config_lib._override(changed, path, text)
+      config_lib.validate(changed, rules)
+    except UserError as error:
+      assert path in str(error) and str(error).isprintable()
+      return False
+    return True
+
+  fields = [(path, value) for path, value in config_lib.leaves(config)]
+  numbers = [path for path, value in fields if type(value) in (int, float)]
+  assert len(numbers) > 20
+  for text in (str(10**30), "1e300", "nan", str(-(10**30)), "-inf"):
+    assert [path for path in numbers if accepts(path, text)] == []
+  infinite = [path for path in numbers if accepts(path, "inf")]
+  assert [path for path in infinite if not path.endswith("clip_norm")] == []
+  negative = [path for path in numbers if accepts(path, "-1")]
+  assert [path for path in negative if not path.startswith("mesh.")] == []
+  for path, value in fields:
+    if isinstance(value, tuple) and value and type(value[0]) is int:
+      assert not accepts(path, f"({10**30},)") and not accepts(path, "(-1,)")
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "message"),
+  [
+    ("evaluate.guidance", 1001.0, "'evaluate.guidance' must be at most 1,000, got 1001.0"),
+    ("train.keep", 2**31, "'train.keep' must be at most 2,147,483,647, got 2147483648"),
+    ("loss.anything", float("nan"), "'loss.anything' must be at most 1,000,000,000, got nan"),
+  ],
+)
+def test_limits(field, value, message):
+  section, name = field.split(".")
+  with pytest.raises(UserError) as caught:
+    config_lib.validate(ConfigDict({section: {name: value}}))
+  assert str(caught.value) == message
 
 
 def test_json_round_trip_is_stable(path):

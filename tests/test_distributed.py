@@ -89,6 +89,7 @@ def test_processes_must_have_the_same(other):
     ({"coordinator": "a:1"}, "needs --num_processes"),
     ({"coordinator": "a:1", "num_processes": "x", "process_id": "0"}, "needs --num_processes"),
     ({"coordinator": "a:1", "num_processes": "2", "process_id": "2"}, "none of"),
+    ({"coordinator": "a:1", "num_processes": "9" * 5000, "process_id": "0"}, "needs --num"),
     ({"coordinator": "a", "num_processes": "2", "process_id": "0"}, "not HOST:PORT"),
     ({"coordinator": ":1", "num_processes": "2", "process_id": "0"}, "not HOST:PORT"),
     ({"coordinator": "a:70000", "num_processes": "2", "process_id": "0"}, "not HOST:PORT"),

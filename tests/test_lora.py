@@ -86,6 +86,18 @@ def test_targets_are_patterns(adapted):
     lora.init_lora(params.base, rank=1, targets="(", key=jax.random.key(0))
 
 
+def test_a_rank_that_no_layer_has_is_refused(adapted):
+  _, params = adapted
+  sides = [
+    min(layer[0].shape[0], layer[1].shape[-1]) for layer in lora._layers(params.lora).values()
+  ]
+  settings = {"targets": ATTENTION}
+  lora.check_rank(params.base, rank=max(sides), **settings)
+  for rank in (max(sides) + 1, 2**31 - 1):
+    with pytest.raises(UserError, match=f"lora.rank = {rank} exceeds {max(sides)},"):
+      lora.check_rank(params.base, rank=rank, **settings)
+
+
 @pytest.mark.parametrize(("family", "count"), [("sd15", 128), ("sdxl", 560)])
 def test_comfyui_and_a1111_find_every_layer(family, count):
   """By their names of the default targets' layers, at full size; and where these layers are."""

@@ -116,6 +116,7 @@ REFUSALS = {
   "unknown device": (["--topology=tpu9:8"], "'tpu9' is not one of v4, v5e"),
   "no number": (["--topology=h100"], "has no number of devices, such as h100:8"),
   "other number": (["--topology=h100:4x"], "has no number of devices"),
+  "too many": (["--topology=h100:" + "9" * 5000], "more than 65,536 devices"),
   "mfu": (["--topology=h100:8", "--mfu=40"], "--mfu is a share"),
   "compile": (["--topology=h100:8", "--compile=maybe"], "'yes' or 'no'"),
   "a GPU": (["--topology=h100:8", "--compile=yes"], "only TPUs can be compiled for"),

@@ -29,6 +29,7 @@ from jaxpref.models.pipeline import Pipeline
 RESULTS = "results.json"
 _SCORES, _EXAMPLES = "scores.parquet", "examples.json"
 _GRID_PAIRS = 12
+_MOST_IMAGES = 1_000_000  # of each model; all are held in memory
 _OTHER = "prompts"  # the category of prompts that are not the shapes world's
 _log = logging.getLogger(__name__)
 
@@ -62,6 +63,19 @@ def choose_prompts(
       raise UserError(f"evaluate.prompts: {error}") from error
   order = np.random.default_rng(seed).permutation(len(found))
   return [found[i] for i in order[:num_prompts]]
+
+
+def check_count(num_prompts: int, images_per_prompt: int) -> None:
+  """Refuses more images than a run can hold in memory.
+
+  Raises:
+    UserError: there are more.
+  """
+  if (count := num_prompts * images_per_prompt) > _MOST_IMAGES:
+    raise UserError(
+      f"evaluate.images_per_prompt = {images_per_prompt} of {num_prompts} prompts makes "
+      f"{count:,} images; at most {_MOST_IMAGES:,} are possible"
+    )
 
 
 def usable_scorers(names: Sequence[str], prompts: Sequence[str]) -> tuple[str, ...]:
@@ -158,7 +172,7 @@ def _draw(
 ) -> dict[str, np.ndarray]:
   """Each model's pictures by its name; an improver is `shown` the base's."""
   make = functools.partial(
-    generate.make_generator, pipeline, mesh, batch_size=settings.batch_size
+    generate.make_generator, pipeline, mesh, batch_size=min(settings.batch_size, len(seeds))
   )
   generators = dict.fromkeys(
     models, make(num_steps=settings.num_steps, guidance=settings.guidance)

@@ -6,6 +6,7 @@ network's parameters do, so that nothing else needs to know; the base is there o
 its own reference.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -37,6 +38,35 @@ class Adapted:
   scale: float = flax.struct.field(pytree_node=False)
 
 
+def check_rank(params: Mapping[str, Any], *, rank: int, targets: str) -> None:
+  """Refuses a rank that none of the layers' own kernels has, see `init_lora`.
+
+  Raises:
+    UserError: it is one.
+  """
+  shapes = _kernels(params, targets).values()
+  largest = max(min(math.prod(shape[:-1]), shape[-1]) for shape in shapes)
+  if rank > largest:
+    raise UserError(
+      f"lora.rank = {rank} exceeds {largest}, the largest rank of the layers that lora.targets "
+      "matches"
+    )
+
+
+def _kernels(params: Mapping[str, Any], targets: str) -> dict[tuple[str, ...], tuple[int, ...]]:
+  """Shapes of the kernels of the layers that are meant, by the layers' paths, sorted."""
+  try:
+    wanted = re.compile(targets)
+  except re.error as error:
+    raise UserError(f"lora.targets {targets!r} is no regular expression: {error}") from error
+  flat = flax.traverse_util.flatten_dict(params)
+  kernels = {p[:-1]: leaf.shape for p, leaf in flat.items() if p[-1] == "kernel"}
+  chosen = [module for module in sorted(kernels) if wanted.search(_module_name(module))]
+  if not chosen:
+    raise UserError(f"lora.targets {targets!r} matches no layer of the network")
+  return {module: kernels[module] for module in chosen}
+
+
 def init_lora(params: Mapping[str, Any], *, rank: int, targets: str, key: jax.Array) -> Any:
   """Additions that are zero so far: A uniform as in PyTorch's linear layer, B zero.
 
@@ -50,18 +80,9 @@ def init_lora(params: Mapping[str, Any], *, rank: int, targets: str, key: jax.Ar
   Raises:
     UserError: no layer is meant, or the expression is none.
   """
-  try:
-    wanted = re.compile(targets)
-  except re.error as error:
-    raise UserError(f"lora.targets {targets!r} is no regular expression: {error}") from error
-  flat = flax.traverse_util.flatten_dict(params)
-  kernels = {p[:-1]: leaf.shape for p, leaf in flat.items() if p[-1] == "kernel"}
-  chosen = [module for module in sorted(kernels) if wanted.search(_module_name(module))]
-  if not chosen:
-    raise UserError(f"lora.targets {targets!r} matches no layer of the network")
   additions = {}
-  for i, module in enumerate(chosen):
-    *window, inputs, outputs = kernels[module]
+  for i, (module, kernel) in enumerate(_kernels(params, targets).items()):
+    *window, inputs, outputs = kernel
     bound = 1.0 / np.sqrt(inputs * np.prod(window, dtype=int))
     shape = (*window, inputs, rank)
     down = jax.random.uniform(jax.random.fold_in(key, i), shape, minval=-bound, maxval=bound)

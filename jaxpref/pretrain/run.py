@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,14 +29,34 @@ from jaxpref.pretrain import card, denoiser
 from jaxpref.pretrain import vae as vae_stage
 
 STAGES = ("vae", "denoiser")
-RULES = {
+_SHARES = ("vae.decay", "denoiser.decay", "denoiser.prompt_dropout", "denoiser.ema_decay")
+RULES: config_lib.Rules = {
   **dict.fromkeys(
     ("corpus.num_images", "log_every", "save_every", *(f"{s}.batch_size" for s in STAGES)),
     (lambda value: value >= 1, "at least 1"),
   ),
   **dict.fromkeys(
-    (f"{s}.num_updates" for s in STAGES), (lambda value: value >= 0, "at least 0")
+    (f"{s}.{name}" for s in STAGES for name in ("num_updates", "warmup_updates")),
+    (lambda value: value >= 0, "at least 0"),
   ),
+  **dict.fromkeys(
+    (
+      *("tokenizer.vocab_size", "tokenizer.max_length", "text.width", "text.layers"),
+      *("text.heads", "vae.latent_channels", "vae.norm_groups", "unet.layers_per_block"),
+    ),
+    (lambda value: 1 <= value <= 65_536, "between 1 and 65,536"),
+  ),
+  **dict.fromkeys(
+    ("vae.channels", "unet.channels", "unet.heads"),
+    (lambda values: all(1 <= n <= 65_536 for n in values), "between 1 and 65,536 each"),
+  ),
+  **dict.fromkeys(
+    ("vae.kl_weight", "vae.edge_weight", "vae.lr", "denoiser.lr", "denoiser.weight_decay"),
+    (lambda value: 0 <= value < math.inf, "at least 0 and finite"),
+  ),
+  **dict.fromkeys(_SHARES, (lambda value: 0 <= value <= 1, "between 0 and 1")),
+  "denoiser.clip_norm": (lambda value: value > 0, "positive"),
+  "seed": (lambda value: 0 <= value < 2**31, "at least 0 and below 2^31"),
   "corpus.image_size": (lambda value: value in (16, 32, 64), "16, 32 or 64"),
 }
 
