@@ -223,7 +223,7 @@ def test_what_a_run_began_with_must_stay(tiny_pipeline, tmp_path, capsys):
   tensors["conv_in.bias"] += 1e-3
   save_file(tensors, weights)
   assert main.main(arguments) == 2
-  assert "the base pipeline's weights are not those" in capsys.readouterr().err
+  assert f"the base pipeline's weights ({copy}) are not those" in capsys.readouterr().err
 
 
 def test_the_best_checkpoint_stays(tiny_pipeline, tmp_path, capsys):
