@@ -30,6 +30,14 @@ class Parser(argparse.ArgumentParser):
     """Raises what argparse would print with a page of usage."""
     raise UserError(f"{message}; --help lists the flags")
 
+  def parse_args(self, args=None, namespace=None):
+    """Parses; an option whose value is `--` has none, which argparse makes an empty list."""
+    found = super().parse_args(args, namespace)
+    for action in self._actions:
+      if action.nargs is None and getattr(found, action.dest, None) == []:
+        self.error(f"argument {action.option_strings[0]}: expected one argument")
+    return found
+
   def add_run_flags(self) -> None:
     """--ema and --step, which weights of a run are meant."""
     self.add_argument(

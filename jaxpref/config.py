@@ -176,11 +176,20 @@ def validate(config: ConfigDict, rules: Rules = RULES) -> None:
       raise UserError(f"'{path}' must be {meaning}, got {value!r}")
   for path, value in fields.items():
     for number in value if isinstance(value, list | tuple) else [value]:
-      if type(number) not in _LARGEST or (math.isinf(number) and path in rules):
+      infinite = isinstance(number, float) and math.isinf(number)
+      if type(number) not in _LARGEST or (infinite and path in rules):
         continue
       largest = LIMITS.get(path, _LARGEST[type(number)])
       if not abs(number) <= largest:  # nor NaN
-        raise UserError(f"'{path}' must be at most {largest:,.0f}, got {number!r}")
+        raise UserError(f"'{path}' must be at most {largest:,.0f}, got {_shown(number)}")
+
+
+def _shown(number: float) -> str:
+  """A number for a message; Python refuses to write integers of thousands of digits."""
+  try:
+    return repr(number)
+  except ValueError:
+    return "a number of thousands of digits"
 
 
 def to_json(config: ConfigDict) -> str:

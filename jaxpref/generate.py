@@ -338,13 +338,13 @@ def read_prompts(text: str) -> list[str]:
   try:
     path = Path(text).expanduser()
     is_file = path.is_file()
-  except (OSError, RuntimeError):  # longer than a name can be, or a ~ that is no home
+  except (OSError, RuntimeError, ValueError):  # no name that a file can have, or no home
     is_file, path = False, Path()
   if not is_file and path.suffix != ".txt":
     try:
       # Where the locale is C, Python keeps other characters of an argument as bytes.
       return [text.encode(errors="surrogateescape").decode()]
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:
       raise UserError(f"--prompts is not UTF-8: {text!r}") from error
   try:
     return prompts_lib.read_file(path, shown=repr(text))

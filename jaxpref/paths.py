@@ -11,10 +11,15 @@ def user_path(text: str | os.PathLike) -> Path:
   """The path, `~` expanded.
 
   Raises:
-    UserError: there is no such user, or no home directory.
+    UserError: there is no such user, or no home directory, or no file can have this name.
   """
   try:
-    return Path(text).expanduser()
+    path = Path(text).expanduser()
+    if b"\0" in os.fsencode(path):
+      raise UserError(f"{os.fspath(text)!r} is not a path")
+    return path
+  except UnicodeEncodeError as error:
+    raise UserError(f"{os.fspath(text)!r} is not a path") from error
   except RuntimeError as error:
     own = os.fspath(text).partition("/")[0] == "~"
     reason = "there is no home directory" if own else "no such user's home"

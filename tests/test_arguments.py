@@ -1,0 +1,29 @@
+"""Arguments that nothing can mean, for every program."""
+
+import pytest
+
+from jaxpref import export, generate, main
+
+
+@pytest.mark.parametrize(
+  ("program", "argv"),
+  [
+    (main, ["--config=dro:tiny", "--config.train.num_updates=" + "9" * 400]),
+    (main, ["--config=dro:tiny", "--config.train.num_updates=" + "9" * 5000]),
+    (main, ["--config=dro:tiny", "--config.optim.lr=1e999"]),
+    (generate, ["--model=shapes", "--prompts=\ud800", "--out=x"]),
+    (generate, ["--model=shapes", "--prompts=a", "--out=\ud800"]),
+    (generate, ["--model=shapes", "--prompts=a\0.txt", "--out=x"]),
+    (generate, ["--improver=\ud800", "--images=\ud800", "--out=x"]),
+    (export, ["--workdir=x", "--out", "--"]),
+    (export, ["--workdir=x", "--out=--"]),
+    (export, ["--workdir=\ud800", "--out=y"]),
+  ],
+)
+def test_arguments_that_nothing_can_mean_are_one_line(
+  program, argv, capsys, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  assert program.main(argv) == 2
+  err = capsys.readouterr().err
+  assert err.count("\n") == 1 and err.startswith("jaxpref: error: ")
