@@ -10,21 +10,11 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import fuzz_targets  # noqa: E402
 
 TARGETS = {target.name: target for target in fuzz_targets.targets()}
-NAMES = [
-  *(
-    "safetensors",
-    "safetensors of a pipeline",
-    "tokenizer, vocab and merges",
-    "tokenizer.json",
-  ),
-  *(name for name in TARGETS if name.startswith(("image", "metadata", "parquet", "command"))),
-  *("folder of images", "generated pairs, records", "checkpoint", "prompts file"),
-]
 _SLOW = 4  # of a pipeline, a checkpoint: tenths of a second each
 _INPUTS = 10
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TARGETS)
 def test_damaged_input_is_read_as_it_was_or_refused_in_a_line(
   name, tiny_pipeline, tmp_path, monkeypatch
 ):
