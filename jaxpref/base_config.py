@@ -31,9 +31,7 @@ def base(name: str, preset: str) -> ConfigDict:
   c.model.variant = ""  # of its weights, such as fp16; '': the full ones, where there are
   c.model.unet = ""  # another UNet than the pipeline's: a directory, or a hub id
   c.model.vae = ""  # another VAE
-  c.model.clip_skip = (
-    0  # last layers of the text encoders left out for prompts, as diffusers counts
-  )
+  c.model.clip_skip = 0  # last layers of text encoders left out for prompts, as in diffusers
   c.model.start = ""  # a run or pipeline whose UNet training begins with; '': the base's
   c.model.dtype = "float32"  # of the computation; parameters and moments are float32
   c.model.frozen_dtype = "float32"  # in which the base is held besides what is trained

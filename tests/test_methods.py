@@ -116,7 +116,7 @@ def test_presets_are_sound(name, preset):
     ("dro", ["--config.data.noise_draws=2"], "which rollouts draw anew"),
     ("dro", ["--config.rollout.states=5"], "rollout.num_steps = 2 states"),
     ("dspo", ["--config.data.noise_draws=2"], "this loss needs predictions"),
-    ("dpo", ["--config.data.source=folder"], "folder has no pairs"),
+    ("listwise", ["--config.data.source=folder"], "folder has no lists"),
     ("dpo", ["--config.data.good_prefix=+ "], "are for losses that learn singles"),
     ("sft", ["--config.data.num_rows=5"], "of experts there are data.num_experts"),
     (
