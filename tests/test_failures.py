@@ -125,7 +125,7 @@ def test_an_update_that_is_not_finite_changes_nothing(tiny_pipeline, tmp_path, c
 
 
 def test_what_diverges_is_not_saved(tiny_pipeline, tmp_path, capsys):
-  arguments = runs.arguments(tiny_pipeline, tmp_path / "run", "sft", **{"optim.lr": 1e30})
+  arguments = runs.arguments(tiny_pipeline, tmp_path / "run", "sft", **{"optim.lr": 1e9})
   assert main.main(arguments) == 3
   assert "the run has diverged" in capsys.readouterr().err
   assert checkpoint.steps(tmp_path / "run" / "checkpoints") == []
