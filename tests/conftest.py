@@ -52,9 +52,9 @@ live = pytest.mark.skipif(
 # The files that take longest. Begun first, they do not leave one worker behind at the end;
 # and the first two do not both wait for the shapes world's data to be drawn.
 _LONG = (
-  *("test_iterate", "test_export", "test_methods", "test_train", "test_pretrain"),
-  *("test_benchmarks", "test_families", "test_steps", "test_lora", "test_weights"),
-  *("test_failures", "test_buckets", "test_timings", "test_improver", "test_hub"),
+  *("test_iterate", "test_recipes", "test_export", "test_methods", "test_train"),
+  *("test_pretrain", "test_benchmarks", "test_families", "test_steps", "test_lora"),
+  *("test_weights", "test_failures", "test_buckets", "test_timings", "test_improver"),
 )
 
 
