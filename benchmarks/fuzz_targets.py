@@ -55,7 +55,7 @@ from jaxpref.evaluation import best, compare, evaluate
 from jaxpref.models import convert, hub, pipeline, text, weights
 from jaxpref.pretrain import run as pretrain
 
-LONGEST = 450  # characters of a refusal, without the program's name
+LONGEST = 750  # characters of a refusal, without the program's name
 SECONDS = 8.0  # an input
 _SIZE = 8  # pixels of images
 _TEXTS = ["a red circle", "it’s 2 small BLUE squares!", "&amp; ﬁ 東京"]

@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from jaxpref import workdir as workdir_lib
-from jaxpref.errors import TransientError, UserError, first_line, one_line
+from jaxpref.errors import TransientError, UserError, first_line
 from jaxpref.paths import number_of
 
 # Environments whose launcher has started this process as one of several, by the variable
@@ -233,10 +233,9 @@ def end_alone(error: BaseException) -> None:
     return
   lost = isinstance(error, jax.errors.JaxRuntimeError) and any(t in str(error) for t in _LOST)
   if lost:
-    # The reason may be long, and what to do comes after it.
-    reason = one_line(first_line(error), longest=200)
     print(
-      f"jaxpref: error: process {jax.process_index()} has lost another one ({reason}); "
+      f"jaxpref: error: process {jax.process_index()} has lost another one "
+      f"({first_line(error)}); "
       "started again, all of them continue this run",
       file=sys.stderr,
     )

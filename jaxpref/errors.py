@@ -10,7 +10,8 @@ _TRANSIENT = (
 )
 
 
-_LONGEST = 400  # characters of an error
+_LONGEST = 700  # characters of an error: two long paths, and what to do
+_LONGEST_REASON = 200  # characters of what a library said
 
 
 def one_line(value: object, *, longest: int = _LONGEST) -> str:
@@ -72,8 +73,9 @@ class StoppedError(UserError):
 
 
 def first_line(error: BaseException) -> str:
-  """What an error says first, or what it is called where it says nothing."""
-  return str(error).strip().partition("\n")[0] or type(error).__name__
+  """Returns what an error says first, cut if it is long, or its name if it says nothing."""
+  line = str(error).strip().partition("\n")[0] or type(error).__name__
+  return one_line(line, longest=_LONGEST_REASON)
 
 
 def storage_error(message: str, error: OSError) -> UserError:

@@ -37,7 +37,7 @@ def open_file(file: Path, kinds: Mapping[str, str]) -> pq.ParquetFile:
     schema = opened.schema_arrow
     columns = {name: schema.field(name).type for name in kinds if name in schema.names}
   except Exception as error:  # of a damaged file pyarrow may raise anything
-    raise UserError(f"{file} cannot be read as parquet: {_short(error)}") from error
+    raise UserError(f"{file} cannot be read as parquet: {first_line(error)}") from error
   for name, found in columns.items():
     if not _fits(kinds[name], found):
       raise UserError(
@@ -56,11 +56,7 @@ def read_group(opened: pq.ParquetFile, file: Path, group: int, columns: Iterable
     table = opened.read_row_group(group, columns=list(columns))
     return {name: _values(table.column(name)) for name in table.column_names}
   except Exception as error:  # of a damaged file pyarrow may raise anything
-    raise UserError(f"{file} is damaged: {_short(error)}") from error
-
-
-def _short(error: Exception) -> str:
-  return first_line(error)[:200]
+    raise UserError(f"{file} is damaged: {first_line(error)}") from error
 
 
 def _fits(kind: str, found: pa.DataType) -> bool:

@@ -35,7 +35,7 @@ class Records(Sequence[Mapping[str, Any]]):
       self._starts = list(itertools.accumulate(found.shard_lengths, initial=0))
       self._directory, self._length = Path(directory), len(self._source)
     except Exception as error:  # of damaged files it may raise anything
-      raise UserError(f"{directory} is damaged: {self._short(error)}; {advice}") from error
+      raise UserError(f"{directory} is damaged: {first_line(error)}; {advice}") from error
 
   def __len__(self) -> int:
     """All rows."""
@@ -53,7 +53,7 @@ class Records(Sequence[Mapping[str, Any]]):
       return self._source[index]
     except Exception as error:  # a RuntimeError of ArrayRecord's, or what the bytes bring about
       path = self._directory / self._files[self._shard(index)]
-      raise UserError(f"{path} is damaged: {self._short(error)}; {self._advice}") from error
+      raise UserError(f"{path} is damaged: {first_line(error)}; {self._advice}") from error
 
   def where(self, index: int) -> str:
     """File and number of a row, from 0 on."""
@@ -62,7 +62,3 @@ class Records(Sequence[Mapping[str, Any]]):
 
   def _shard(self, index: int) -> int:
     return bisect.bisect_right(self._starts, index) - 1
-
-  @staticmethod
-  def _short(error: Exception) -> str:
-    return first_line(error)[:120]
