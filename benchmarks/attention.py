@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import side_by_side
 
-from jaxpref import runtime, sharding
+from jaxpref import sharding
 from jaxpref.models import kernels
+from jaxpref.runtime import jax_setup
 
 KERNELS = ("plain", "xla", "cudnn", "splash")
 SHAPES = ["2x256x4x40", "2x64x4x64"]
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> None:
   add("--turns", type=int, default=15)
   add("--out", type=Path)
   options = parser.parse_args(argv)
-  runtime.use_all_cores()
+  jax_setup.use_all_cores()
   print(f"{jax.devices()[0].device_kind}, {options.dtype}; milliseconds, medians")
   numbers = {"device": jax.devices()[0].device_kind, "dtype": options.dtype, "shapes": {}}
   for text in options.shapes:

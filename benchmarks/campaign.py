@@ -22,14 +22,15 @@ import numpy as np
 import pandas as pd
 
 from jaxpref import config as config_lib
-from jaxpref import main, sharding, tuned
-from jaxpref import workdir as workdir_lib
+from jaxpref import main, sharding
 from jaxpref.data import encode
-from jaxpref.data.shapes import prompts as shapes_prompts
 from jaxpref.errors import DivergedError
-from jaxpref.evaluation import generate, vendi
+from jaxpref.evaluation import sampling, vendi
 from jaxpref.models import pipeline
+from jaxpref.runtime import workdir as workdir_lib
 from jaxpref.scorers import load_scorers
+from jaxpref.shapes import prompts as shapes_prompts
+from jaxpref.training import load_run
 
 ALIKE, PROMPTS = 16, 10  # pictures of a prompt whose diversity is scored, and prompts
 TEST_PROMPTS, TEST_SEED = 150, 3000  # as the configurations evaluate with
@@ -170,7 +171,9 @@ def record_run(
     sys.exit(1)
   minutes = (time.perf_counter() - began) / 60
   scores = pd.read_parquet(newest_evaluation(workdir) / "scores.parquet")
-  lines = (tuned.trained_in(workdir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+  lines = (
+    (load_run.trained_in(workdir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+  )
   logged = pd.DataFrame(map(json.loads, lines)).drop(columns=["step", "time"])
   record = {
     **_asked(campaign, arguments),
@@ -268,7 +271,7 @@ def _validation_file(campaign: Campaign) -> Path:
 
 def newest_evaluation(workdir: Path) -> Path:
   """The directory of a run's last evaluation."""
-  evaluations = tuned.trained_in(workdir) / "evaluation"
+  evaluations = load_run.trained_in(workdir) / "evaluation"
   return max(evaluations.iterdir(), key=lambda p: int(p.name))
 
 
@@ -304,9 +307,9 @@ def diversity_of(model: str) -> float:
     model: a run or a pipeline.
   """
   mesh = sharding.make_mesh()
-  pipe = tuned.load(model, mesh=mesh)
-  generator = generate.make_generator(pipe, mesh, num_steps=20, guidance=2.0, batch_size=40)
-  prefix = tuned.prompt_prefix(model)
+  pipe = load_run.load(model, mesh=mesh)
+  generator = sampling.make_generator(pipe, mesh, num_steps=20, guidance=2.0, batch_size=40)
+  prefix = load_run.prompt_prefix(model)
   prompts = [
     prefix + p for p in shapes_prompts.held_out(TEST_PROMPTS, seed=TEST_SEED)[:PROMPTS]
   ]

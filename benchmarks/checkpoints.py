@@ -2,9 +2,9 @@
 
   python benchmarks/checkpoints.py --out=docs/performance/cpu_checkpoints.json
 
-A state of the size given is updated by a jitted step and saved by `jaxpref.checkpoint`, in
-turn without waiting and waiting until the checkpoint is whole. `stall`: seconds for which the
-call of `save` (and `wait`) held up the loop. `lost beside`: seconds that the steps until an
+A state of the size given is updated by a jitted step and saved by `jaxpref.runtime.checkpoint`,
+in turn without waiting and waiting until the checkpoint is whole. `stall`: seconds for which
+the call of `save` (and `wait`) held up the loop. `lost beside`: seconds that the steps until an
 asynchronous checkpoint was whole took longer than others: where the devices are this CPU,
 writing takes their time.
 """
@@ -25,7 +25,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jaxpref import checkpoint
+from jaxpref.runtime import checkpoint
 
 
 def main(argv: list[str]) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 import campaign
 import numpy as np
 
-from jaxpref import workdir as workdir_lib
+from jaxpref.runtime import workdir as workdir_lib
 
 Scores = Mapping[str, float]  # by variant: the sum of correctness and quality, over seeds
 

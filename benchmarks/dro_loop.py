@@ -11,7 +11,8 @@ import sys
 
 import side_by_side
 
-from jaxpref import flops, rollouts
+from jaxpref.training import flops
+from jaxpref.training import rollout as rollout_lib
 
 
 def main(argv: list[str]) -> None:
@@ -22,7 +23,8 @@ def main(argv: list[str]) -> None:
   checked = side_by_side.checked_of(options, f"rollout.batch_size={options.lots}")
   published = side_by_side.checked_of(options, "rollout.batch_size=0")
   if (
-    rollouts.rows_at_once(options.rows, options.lots, devices=checked.mesh.size) == options.rows
+    rollout_lib.rows_at_once(options.rows, options.lots, devices=checked.mesh.size)
+    == options.rows
   ):
     parser.error("--lots leaves a single lot of all --rows")
   num_steps = checked.config.rollout.num_steps

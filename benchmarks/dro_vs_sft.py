@@ -14,7 +14,7 @@ import sys
 import campaign
 import pandas as pd
 
-from jaxpref.evaluation import compare
+from jaxpref.evaluation import statistics
 
 METHODS = ("dro", "sft")
 
@@ -57,7 +57,7 @@ def report(runs: campaign.Campaign, options: argparse.Namespace) -> None:
     )
     for (method, seed), rows in scores.items()
   )
-  direct = compare.compare(duel)
+  direct = statistics.compare(duel)
   text = [
     "# DRO against SFT on the embedded world",
     "",

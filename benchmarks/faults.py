@@ -28,7 +28,7 @@ import numpy as np
 import trials
 from safetensors.numpy import load_file, save_file
 
-from jaxpref import checkpoint
+from jaxpref.runtime import checkpoint
 
 FAKETIME = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1"
 

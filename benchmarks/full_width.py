@@ -26,12 +26,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpref import losses, optim, rollouts, runtime, sharding, steps
+from jaxpref import losses, sharding
 from jaxpref.data import encode
-from jaxpref.evaluation import generate
+from jaxpref.evaluation import sampling
 from jaxpref.models import lora, save, text
 from jaxpref.models import pipeline as pipeline_lib
 from jaxpref.models import unet as unet_lib
+from jaxpref.runtime import jax_setup
+from jaxpref.training import optimizer, train_step
+from jaxpref.training import rollout as rollout_lib
 
 
 def main(argv: list[str]) -> None:
@@ -48,7 +51,7 @@ def main(argv: list[str]) -> None:
   add("--lora-rank", type=int, default=0, help="train low-rank additions; 0: all parameters")
   add("--num-steps", type=int, default=20, help="of the solver, in rollouts and pictures")
   options = parser.parse_args(argv)
-  runtime.use_all_cores()
+  jax_setup.use_all_cores()
   model = options.work / options.configs.name
   if not model.exists():
     # In a process of its own, whose memory is not the loader's.
@@ -137,8 +140,8 @@ def measure(model: Path, options: argparse.Namespace) -> dict:
 
 def _dro(pipeline, mesh, options, seconds) -> None:
   loss = losses.load_loss("dro")
-  learning_rate = optim.make_schedule("constant", lr=1e-5, warmup_updates=0, num_updates=1)
-  tx = optim.make_optimizer(learning_rate, weight_decay=0.01, clip_norm=1.0)
+  learning_rate = optimizer.make_schedule("constant", lr=1e-5, warmup_updates=0, num_updates=1)
+  tx = optimizer.make_optimizer(learning_rate, weight_decay=0.01, clip_norm=1.0)
   ref = begin = pipeline.params["unet"]
   adapt = lambda trained, base: trained  # noqa: E731
   if options.lora_rank:
@@ -146,11 +149,11 @@ def _dro(pipeline, mesh, options, seconds) -> None:
     key = jax.random.key(0)
     begin = lora.init_lora(ref, rank=options.lora_rank, targets=targets, key=key)
     adapt = lambda trained, base: lora.Adapted(base, trained, 1.0)  # noqa: E731
-  make_state = lambda p: steps.init_state(p, tx, seed=0, lagging_copy=False)  # noqa: E731
+  make_state = lambda p: train_step.init_state(p, tx, seed=0, lagging_copy=False)  # noqa: E731
   placement = sharding.params_sharding(mesh, jax.eval_shape(make_state, begin))
   state = jax.jit(make_state, out_shardings=placement)(begin)
   denoise = unet_lib.make_denoise(pipeline.modules["unet"], mesh=mesh)
-  step = steps.make_train_step(
+  step = train_step.make_train_step(
     denoise,
     pipeline.schedule,
     loss,
@@ -165,11 +168,11 @@ def _dro(pipeline, mesh, options, seconds) -> None:
     own_targets=True,
     adapt=adapt,
   )
-  rollout = rollouts.make_rollout(
+  rollout = rollout_lib.make_rollout(
     denoise,
     pipeline.schedule,
     mesh=mesh,
-    latent_shape=generate.latent_shape_of(pipeline, (options.size, options.size)),
+    latent_shape=sampling.latent_shape_of(pipeline, (options.size, options.size)),
     num_steps=options.num_steps,
     solver="dpm_solver",
     order=2,
@@ -202,7 +205,7 @@ def _dro(pipeline, mesh, options, seconds) -> None:
 
 
 def _draw(pipeline, mesh, options, seconds) -> None:
-  generator = generate.make_generator(
+  generator = sampling.make_generator(
     pipeline,
     mesh,
     num_steps=options.num_steps,

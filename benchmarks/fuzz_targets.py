@@ -33,27 +33,19 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import CLIPTokenizerFast
 
-from jaxpref import (
-  checkpoint,
-  cli,
-  export,
-  generate,
-  iterate,
-  iterations,
-  main,
-  metrics,
-  plan,
-  tuned,
-)
 from jaxpref import config as config_lib
-from jaxpref import workdir as workdir_lib
-from jaxpref.data import images, online
+from jaxpref import export, generate, main
+from jaxpref.data import generated_pairs, images
 from jaxpref.data import rows as rows_lib
 from jaxpref.data.bad_rows import BadRow
 from jaxpref.errors import UserError, one_line
-from jaxpref.evaluation import best, compare, evaluate
+from jaxpref.evaluation import best_checkpoint, evaluate, statistics
 from jaxpref.models import convert, hub, pipeline, text, weights
+from jaxpref.plan import estimate
 from jaxpref.pretrain import run as pretrain
+from jaxpref.runtime import checkpoint, cli, metrics
+from jaxpref.runtime import workdir as workdir_lib
+from jaxpref.training import iterate, iterate_report, load_run
 
 LONGEST = 750  # characters of a refusal, without the program's name
 SECONDS = 8.0  # an input
@@ -498,8 +490,8 @@ def _make_online(directory: Path, tiny: Path) -> None:
       values |= {f"label_{k}": float(1 - k), f"model_{k}": "data", f"seed_{k}": -1}
     return values
 
-  online.write_shard(directory, 0, 1, [row(i) for i in range(3)])
-  online.finish(directory, [3], description="Three pairs.")
+  generated_pairs.write_shard(directory, 0, 1, [row(i) for i in range(3)])
+  generated_pairs.finish(directory, [3], description="Three pairs.")
 
 
 def _tiny_config(tiny: Path) -> Any:
@@ -527,19 +519,19 @@ def _make_workdir(directory: Path, tiny: Path) -> None:
       for i in range(4)
     ]
   )
-  frame = frame.reindex(columns=[*compare.COLUMNS])
-  compare.write_rows(made / "scores.parquet", frame)
-  compare.write_results(made / "results.json", compare.compare(frame))
+  frame = frame.reindex(columns=[*statistics.COLUMNS])
+  statistics.write_rows(made / "scores.parquet", frame)
+  statistics.write_results(made / "results.json", statistics.compare(frame))
   scores = {"s-1": {"base": 0.1, "tuned": 0.2}}
   example = {"prompt": "prompt 0", "category": "c", "seed": 0, "scores": scores}
   workdir_lib.write_json(made / "examples.json", [example])
   for model in ("base", "tuned"):
     workdir_lib.write_bytes(made / "images" / model / "00000000.png", _picture(rng, "PNG"))
-  best.write_settings(made, {"scorers": ["s"]})
-  best.write(directory, best.Best(2, "s-1", 0.5))
+  best_checkpoint.write_settings(made, {"scorers": ["s"]})
+  best_checkpoint.write(directory, best_checkpoint.Best(2, "s-1", 0.5))
   workdir_lib.write_json(directory / "inputs.json", {"base": "1", "start": "", "data": "2"})
   for name in ("pairs", "iterations"):
-    workdir_lib.write_json(directory / name / "1" / iterations.PHASES, {"generate": 1.0})
+    workdir_lib.write_json(directory / name / "1" / iterate_report.PHASES, {"generate": 1.0})
 
 
 def _make_checkpoint(directory: Path, tiny: Path) -> None:
@@ -649,8 +641,8 @@ def _read_rows(source: str, *kinds: str) -> Callable[[Path], str]:
 
 def _open_workdir(directory: Path) -> str:
   config = config_lib.load_config("dro:tiny")
-  said: list[Any] = [tuned.prompt_prefix(str(directory))]
-  said.append(tuned.setting(str(directory), "evaluate", "guidance", 1.0))
+  said: list[Any] = [load_run.prompt_prefix(str(directory))]
+  said.append(load_run.setting(str(directory), "evaluate", "guidance", 1.0))
   with config.unlocked():
     config.model.path = json.loads((directory / "path").read_text(encoding="utf-8"))
   workdir_lib.release(workdir_lib.open_workdir(directory, config))
@@ -673,10 +665,10 @@ def _read_metrics(directory: Path) -> str:
 def _read_records(directory: Path) -> str:
   """What a run that goes on reads of itself, but for its metrics and its configuration."""
   workdir_lib.add_start(directory, {"after_update": 2})
-  found = best.find(directory, {"scorers": ["s"]}, {2})
+  found = best_checkpoint.find(directory, {"scorers": ["s"]}, {2})
   prepared = types.SimpleNamespace(inputs={"base": "1", "start": "", "data": "2"})
   iterate._check_inputs(prepared, directory)
-  return _digest(found, best.read(directory), iterations._phases(directory, 1))
+  return _digest(found, best_checkpoint.read(directory), iterate_report._phases(directory, 1))
 
 
 def _read_evaluation(directory: Path) -> str:
@@ -689,7 +681,7 @@ def _read_evaluation(directory: Path) -> str:
 
 
 def _restore(directory: Path) -> str:
-  return tuned.load(str(directory)).digest
+  return load_run.load(str(directory)).digest
 
 
 def _read_prompts(directory: Path) -> str:
@@ -710,7 +702,7 @@ def _call(entry: Callable[[list[str]], int], directory: Path) -> str:
   with (
     mock.patch.object(hub, "find_pipeline", side_effect=refusal),
     mock.patch.object(pretrain, "prepare", side_effect=refusal),
-    mock.patch("jaxpref.distributed.initialize"),
+    mock.patch("jaxpref.runtime.distributed.initialize"),
     contextlib.redirect_stderr(said),
     contextlib.redirect_stdout(io.StringIO()),
   ):
@@ -747,7 +739,7 @@ _PROGRAMS: dict[str, tuple[Callable[[list[str]], int], list[str]]] = {
   ),
   "export": (export.main, ["--workdir=x", "--out=new", "--dtype=float32"]),
   "plan": (
-    plan.main,
+    estimate.main,
     [
       *("--config=dro:tiny", "--topology=v5e:2x2", "--mfu=0.3", "--compile=no"),
       *("--json=numbers.json", "--config.model.path=x", "--config.train.batch_size=8"),

@@ -14,7 +14,7 @@ import campaign
 import jax
 import side_by_side
 
-from jaxpref import workdir as workdir_lib
+from jaxpref.runtime import workdir as workdir_lib
 
 CONFIGURED = "as configured"
 LEVERS = {  # by method: what is changed, and with which fields

@@ -16,7 +16,7 @@ import jax
 import methods
 import side_by_side
 
-from jaxpref import workdir as workdir_lib
+from jaxpref.runtime import workdir as workdir_lib
 
 SAMPLERS = dro_ablations.ABLATIONS["sampler"].variants
 

@@ -23,8 +23,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from jaxpref import workdir as workdir_lib
-from jaxpref.evaluation import compare, grid
+from jaxpref.evaluation import image_grid, statistics
+from jaxpref.runtime import workdir as workdir_lib
 
 RATES = (1e-4, 3e-4, 1e-3)
 IMAGES = 64  # trained on at an update, over rows and images of a row
@@ -184,7 +184,7 @@ def _measure(
   tuned_rows = [s[s.model == "tuned"] for s in scores]
   # Each seed's pairs count for themselves.
   together = pd.concat(s.assign(seed=s.seed + i * 10**6) for i, s in enumerate(scores))
-  wins = compare.compare(together)
+  wins = statistics.compare(together)
   key = next(k for k in wins if k.startswith("shapes.quality"))
   setting = choose(name, runs, options)
   return {
@@ -268,7 +268,7 @@ def _save_grid(
   """A row a prompt, a column a model."""
   strips = ["base.png", *(f"{name}-{options.seeds[0]}.png" for name in names)]
   shown = [np.split(np.asarray(Image.open(runs.records / s)), SHOWN, axis=1) for s in strips]
-  grid.image_grid(
+  image_grid.image_grid(
     list(zip(*shown, strict=True)),
     captions=[prompts[i] for i in shown_of(len(prompts))],
     headers=["base", *names],

@@ -29,13 +29,14 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from jaxpref import scorers, sharding, tuned
-from jaxpref import workdir as workdir_lib
-from jaxpref.data import encode, experts
-from jaxpref.data import online as pairs_lib
-from jaxpref.data.shapes import builder
-from jaxpref.data.shapes import prompts as shapes_prompts
-from jaxpref.evaluation import compare, generate
+from jaxpref import scorers, sharding
+from jaxpref.data import encode, top_k
+from jaxpref.data import generated_pairs as pairs_lib
+from jaxpref.evaluation import sampling, statistics
+from jaxpref.runtime import workdir as workdir_lib
+from jaxpref.shapes import builder
+from jaxpref.shapes import prompts as shapes_prompts
+from jaxpref.training import load_run
 
 SCALES = {  # (s_T, s_I)
   "s_I": [(3.5, s) for s in (0.0, 1.0, 2.0, 3.0, 5.0)],
@@ -193,7 +194,7 @@ def _arguments(config: str, options: argparse.Namespace, *fields: str) -> list[s
 def train_prompts(count: int) -> list[str]:
   """Captions of the data that is trained on, its categories in turn as in the test prompts."""
   source = builder.load_preferences("train")
-  captions = dict.fromkeys(experts.text_of(source[i]["caption"]) for i in range(len(source)))
+  captions = dict.fromkeys(top_k.text_of(source[i]["caption"]) for i in range(len(source)))
   by_category: dict[str, list[str]] = {}
   for caption in captions:
     by_category.setdefault(shapes_prompts.parse(caption).category, []).append(caption)
@@ -215,7 +216,7 @@ def _scores_of_pairs(directory: Path) -> dict[str, dict[str, float]]:
   """Of the winners and the losers of an iteration."""
   pairs = pairs_lib.open_pairs(directory)
   rows = [pairs[i] for i in range(len(pairs))]
-  prompts = [experts.text_of(row["caption"]) for row in rows]
+  prompts = [top_k.text_of(row["caption"]) for row in rows]
   scores = {}
   for side, column in (("winners", "jpg_0"), ("losers", "jpg_1")):
     images = [np.asarray(Image.open(io.BytesIO(row[column]))) for row in rows]
@@ -270,8 +271,8 @@ def _draw(
 ) -> tuple[Any, np.ndarray]:
   """The pipeline, and a picture of each prompt; or with `shown` the better version of each."""
   mesh = sharding.make_mesh()
-  pipeline = tuned.load(model, mesh=mesh)
-  generator = generate.make_generator(
+  pipeline = load_run.load(model, mesh=mesh)
+  generator = sampling.make_generator(
     pipeline,
     mesh,
     num_steps=20,
@@ -375,7 +376,7 @@ def _compared(scores: pd.DataFrame) -> dict[str, Any]:
       "difference": entry["difference"],
       "p": entry["p_value"],
     }
-    for key, entry in compare.compare(scores).items()
+    for key, entry in statistics.compare(scores).items()
   }
 
 
@@ -524,7 +525,7 @@ def _rate(compared: dict[str, Any]) -> str:
 
 
 def _p_values(compared: dict[str, Any]) -> str:
-  return ", ".join(compare.p_text(compared[name]["p"]) for name in campaign.SCORERS)
+  return ", ".join(statistics.p_text(compared[name]["p"]) for name in campaign.SCORERS)
 
 
 def _save_grid(strip: Path, path: Path) -> None:

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import side_by_side
 
-from jaxpref import flops, prepare, programs
-from jaxpref.diffusion import grid, guidance, sample
+from jaxpref.diffusion import guidance, sampler, timesteps
 from jaxpref.models import unet as unet_lib
+from jaxpref.training import flops, programs, setup
 
 GUIDANCE = 5.0
 
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
   )
 
 
-def draw_of(checked: prepare.Checked, options: argparse.Namespace) -> Callable[[], None]:
+def draw_of(checked: setup.Checked, options: argparse.Namespace) -> Callable[[], None]:
   """Ours: a whole trajectory of a batch in one program."""
   pipeline = checked.pipeline
   _, inputs = side_by_side.realise_run(checked)
@@ -62,8 +62,8 @@ def draw_of(checked: prepare.Checked, options: argparse.Namespace) -> Callable[[
     guided = guidance.classifier_free(
       lambda x, t, c: denoise(params, x, t, c), cond, uncond, GUIDANCE
     )
-    levels = grid.uniform_grid(pipeline.schedule, options.steps, options.rows)
-    return sample.sample(guided, x_t, levels, pipeline.schedule)
+    levels = timesteps.uniform_grid(pipeline.schedule, options.steps, options.rows)
+    return sampler.sample(guided, x_t, levels, pipeline.schedule)
 
   return lambda: jax.block_until_ready(draw(params, x_t, cond, uncond))
 

@@ -25,7 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpref import config as config_lib
-from jaxpref import flops, prepare, programs, runtime, sharding, speed
+from jaxpref import sharding
+from jaxpref.runtime import jax_setup, throughput
+from jaxpref.training import flops, programs, setup
 
 BUNDLED = Path("jaxpref/pipelines/shapes")
 RIVALS = {
@@ -65,9 +67,9 @@ def make_parser(description: str, *, method: str, rows: int) -> argparse.Argumen
   return parser
 
 
-def checked_of(options: argparse.Namespace, *fields: str) -> prepare.Checked:
+def checked_of(options: argparse.Namespace, *fields: str) -> setup.Checked:
   """A run's configuration and models as the options want it, without weights."""
-  runtime.use_all_cores()
+  jax_setup.use_all_cores()
   with tempfile.TemporaryDirectory() as directory:
     model = lay_out(options, Path(directory))
     settings = (
@@ -84,7 +86,7 @@ def checked_of(options: argparse.Namespace, *fields: str) -> prepare.Checked:
     if "iterate" in config:  # an update of one iteration
       with config.unlocked():
         del config.iterate
-    return prepare.check(config, mesh=sharding.make_mesh())
+    return setup.check(config, mesh=sharding.make_mesh())
 
 
 def lay_out(options: argparse.Namespace, directory: Path) -> Path:
@@ -128,7 +130,7 @@ def realise(shapes: Any, *, seed: int = 0) -> Any:
   return jax.tree.map(one, shapes)
 
 
-def realise_run(checked: prepare.Checked) -> tuple[programs.Programs, programs.Arguments]:
+def realise_run(checked: setup.Checked) -> tuple[programs.Programs, programs.Arguments]:
   """A run's programs, and arguments of random numbers."""
   program, shapes = programs.abstract_programs(checked)
   params = realise(shapes.state.params)
@@ -136,7 +138,7 @@ def realise_run(checked: prepare.Checked) -> tuple[programs.Programs, programs.A
   return program, realise(shapes._replace(state=None))._replace(state=state)
 
 
-def update_of(checked: prepare.Checked) -> Callable[[], None]:
+def update_of(checked: setup.Checked) -> Callable[[], None]:
   """One update of a run with random numbers, and what it draws for it."""
   program, inputs = realise_run(checked)
   state = [inputs.state]
@@ -219,7 +221,7 @@ def time_contenders(
 
 
 def time_updates(
-  runs: Mapping[str, prepare.Checked], turns: int, base_of: Callable[[str], str]
+  runs: Mapping[str, setup.Checked], turns: int, base_of: Callable[[str], str]
 ) -> dict[str, dict[str, float]]:
   """Times an update of each run, in turns, and prints a table.
 
@@ -292,7 +294,7 @@ def report(
     "options": {k: str(v) for k, v in vars(options).items()},
     "flops of a call": works,
     "flops a second of a large product": rate,
-    "peak of the data sheet": speed.peak_of(device.device_kind),
+    "peak of the data sheet": throughput.peak_of(device.device_kind),
     "contenders": {},
   }
   print(f"\n{numbers['devices']}, {numbers['machine']}, {numbers['versions']}")
@@ -319,7 +321,7 @@ def report(
 
 def rival_makers(
   options: argparse.Namespace,
-  checked: prepare.Checked,
+  checked: setup.Checked,
   contender_of: Callable[[Any], Callable[[], None]],
 ) -> dict[str, Callable[[], Callable[[], None]]]:
   """What builds PyTorch's contenders, by kind, where they are asked for.
@@ -343,7 +345,7 @@ def rival_makers(
   return {kind: functools.partial(make, kind) for kind in kinds}
 
 
-def rows_placed(checked: prepare.Checked, tree: Any) -> Any:
+def rows_placed(checked: setup.Checked, tree: Any) -> Any:
   """Arrays of a batch on the devices."""
   return jax.device_put(tree, sharding.batch_sharding(checked.mesh))
 

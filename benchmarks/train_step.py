@@ -11,7 +11,7 @@ import sys
 
 import side_by_side
 
-from jaxpref import flops
+from jaxpref.training import flops
 
 
 def main(argv: list[str]) -> None:

@@ -16,8 +16,8 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from jaxpref import checkpoint
 from jaxpref.models import pipeline
+from jaxpref.runtime import checkpoint
 
 ROOT = Path(__file__).parent.parent
 QUICK = "--xla_backend_optimization_level=0"

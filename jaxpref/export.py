@@ -12,9 +12,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from jaxpref import cli
 from jaxpref.errors import UserError
 from jaxpref.paths import user_path
+from jaxpref.runtime import cli
 
 # Only of SDXL do programs read it from the file, see `single_file.to_single_file`.
 _V_PREDICTION_NOTE = (
@@ -67,10 +67,10 @@ def _run(argv: list[str]) -> None:
     option = "--lora" if flags.lora else "--single-file"
     raise UserError(f"{option} writes a file: --out={out}.safetensors")
   # Late: errors on the command line should not wait for JAX.
-  from jaxpref import tuned  # noqa: PLC0415
   from jaxpref.models import lora, save, single_file  # noqa: PLC0415
+  from jaxpref.training import load_run  # noqa: PLC0415
 
-  pipeline = tuned.load(flags.workdir, ema=flags.ema, step=flags.step, merged=not flags.lora)
+  pipeline = load_run.load(flags.workdir, ema=flags.ema, step=flags.step, merged=not flags.lora)
   dtype = DTYPES[flags.dtype]
   if flags.lora:
     unet = pipeline.params["unet"]

@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-from jaxpref import cli, wording
-from jaxpref import prompts as prompts_lib
+from jaxpref import wording
+from jaxpref.data import prompt_files as prompt_files_lib
 from jaxpref.errors import DivergedError, UserError
 from jaxpref.paths import user_path
-from jaxpref.workdir import parse_json
+from jaxpref.runtime import cli
+from jaxpref.runtime.workdir import parse_json
 
 SOLVERS = {"dpm_solver": "DPM++ 2M", "ddim": "DDIM", "ddpm": "DDPM"}
 _SETTINGS, _A1111 = "jaxpref", "parameters"  # the PNG's texts
@@ -127,16 +128,18 @@ def _run(argv: list[str]) -> None:
   # Late: errors on the command line should not wait for JAX.
   import jax.numpy as jnp  # noqa: PLC0415
 
-  from jaxpref import progress, runtime, sharding, tuned, workdir  # noqa: PLC0415
+  from jaxpref import sharding  # noqa: PLC0415
   from jaxpref.data import encode  # noqa: PLC0415
-  from jaxpref.evaluation import generate  # noqa: PLC0415
+  from jaxpref.evaluation import sampling  # noqa: PLC0415
   from jaxpref.models import hub, text  # noqa: PLC0415
+  from jaxpref.runtime import jax_setup, progress, workdir  # noqa: PLC0415
+  from jaxpref.training import load_run  # noqa: PLC0415
 
-  runtime.cache_programs()
+  jax_setup.cache_programs()
   mesh = sharding.make_mesh()
   option, name = ("--improver", flags.improver) if flags.improver else ("--model", flags.model)
   try:
-    pipeline = tuned.load(
+    pipeline = load_run.load(
       name,
       ema=flags.ema,
       step=flags.step,
@@ -156,13 +159,13 @@ def _run(argv: list[str]) -> None:
   if flags.guidance is None:
     usual = 2.0 if flags.model in hub.BUNDLED else 7.5
     flags.guidance = (
-      tuned.setting(name, "improve", "text_guidance", 3.5)
+      load_run.setting(name, "improve", "text_guidance", 3.5)
       if flags.improver
-      else tuned.setting(name, "evaluate", "guidance", usual)
+      else load_run.setting(name, "evaluate", "guidance", usual)
     )
   if flags.image_guidance is None:
-    flags.image_guidance = tuned.setting(name, "improve", "image_guidance", 3.0)
-  prefix = tuned.prompt_prefix(name)
+    flags.image_guidance = load_run.setting(name, "improve", "image_guidance", 3.0)
+  prefix = load_run.prompt_prefix(name)
   wanted = _pictures(flags, out, pipeline, prefix)
   of_images = _left_out(flags, len(wanted) // flags.images_per_prompt)
   missing = [picture for picture in wanted if not is_drawn(picture.file, picture.settings)]
@@ -170,7 +173,7 @@ def _run(argv: list[str]) -> None:
     print(f"{wording.count(len(wanted), 'picture')} in {out}, 0 of them new{of_images}")
     return
   text.warn_of_cut(pipeline.tokenizers, [p.settings["prompt"] for p in wanted])
-  generator = generate.make_generator(
+  generator = sampling.make_generator(
     pipeline,
     mesh,
     num_steps=flags.steps,
@@ -201,7 +204,7 @@ def _run(argv: list[str]) -> None:
       finite: Sequence[bool] = [True] * len(part)
       try:
         images = generator(pipeline.params["unet"], cond, seeds)
-      except generate.NonFiniteError as error:
+      except sampling.NonFiniteError as error:
         images, finite = error.images, error.finite.tolist()
       for image, good, picture in zip(images, finite, part, strict=True):
         if good:
@@ -347,7 +350,7 @@ def read_prompts(text: str) -> list[str]:
     except UnicodeError as error:
       raise UserError(f"--prompts is not UTF-8: {text!r}") from error
   try:
-    return prompts_lib.read_file(path, shown=repr(text))
+    return prompt_files_lib.read_file(path, shown=repr(text))
   except UserError as error:
     raise UserError(f"--prompts: {error}") from error
 

@@ -1,13 +1,13 @@
 """`python -m jaxpref.main --config=configs/dro.py [--workdir=W] [--config.FIELD=VALUE ...]`.
 
-On several machines the same command in each of them, see `jaxpref.distributed`.
+On several machines the same command in each of them, see `jaxpref.runtime.distributed`.
 """
 
 from typing import Any
 
-from jaxpref import cli
 from jaxpref import config as config_lib
-from jaxpref import workdir as workdir_lib
+from jaxpref.runtime import cli
+from jaxpref.runtime import workdir as workdir_lib
 
 FLAGS = {
   **cli.FLAGS,
@@ -27,7 +27,8 @@ def _run(argv: list[str]) -> None:
   config, flags = config_lib.parse_args(argv, flags=FLAGS)
   config_lib.validate(config)
   # Late: errors on the command line should not wait for JAX.
-  from jaxpref import distributed, iterate, prepare, train, watch  # noqa: PLC0415
+  from jaxpref.runtime import distributed, watchdog  # noqa: PLC0415
+  from jaxpref.training import iterate, setup, train  # noqa: PLC0415
 
   distributed.initialize(flags)
   fields = {name: repr(value) for name, value in config_lib.leaves(config)}
@@ -36,14 +37,14 @@ def _run(argv: list[str]) -> None:
   program: Any = iterate if iterative else train
   # Reads and checks all input before anything is written.
   prepared = distributed.together(
-    lambda: iterate.prepare(config) if iterative else prepare.prepare(config)
+    lambda: iterate.prepare(config) if iterative else setup.prepare(config)
   )
   distributed.check_same("inputs", prepared.inputs)
   path = flags.get("workdir") or workdir_lib.default_workdir(config)
   safe = iterate.RESUME_SAFE if iterative else workdir_lib.RESUME_SAFE
   with (
     distributed.open_workdir(path, config, resume_safe=safe) as workdir,
-    watch.watching(hang_minutes=config.train.hang_minutes),
+    watchdog.watching(hang_minutes=config.train.hang_minutes),
   ):
     program.run(prepared, workdir)
 

@@ -10,9 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpref import losses, noising, optim, rollouts, sharding, steps, tpu_compiler
+from jaxpref import losses, sharding
 from jaxpref.data import rows as rows_lib
 from jaxpref.diffusion.schedule import make_schedule
+from jaxpref.plan import tpu_compiler
+from jaxpref.training import batch as batch_lib
+from jaxpref.training import optimizer, train_step
+from jaxpref.training import rollout as rollout_lib
 
 CHANNELS, SIZE, TOKENS, WIDTH, ROWS = 4, 4, 3, 8, 16
 
@@ -83,27 +87,27 @@ def train(
   params, rows, empty = initial(needs.rows)
   arms = rows_lib.arms_of(needs.rows, 3) + (("p",) if needs.rollout else ())
   schedule = make_schedule()
-  learning_rate = optim.make_schedule("constant", lr=1e-2, warmup_updates=0, num_updates=9)
-  tx = optim.make_optimizer(learning_rate)
-  lagging = steps.needs_copy(needs, refresh_every)
+  learning_rate = optimizer.make_schedule("constant", lr=1e-2, warmup_updates=0, num_updates=9)
+  tx = optimizer.make_optimizer(learning_rate)
+  lagging = train_step.needs_copy(needs, refresh_every)
   shared = {"prompt_dropout": 0.2}
 
   def make_state(p):
     buffer = None
     if replay:
-      drawn = rollouts.States(
+      drawn = rollout_lib.States(
         *(jnp.zeros((ROWS, states, CHANNELS, SIZE, SIZE)) for _ in range(2)),
         jnp.zeros((ROWS, states), jnp.int32),
       )
-      example = noising.make_arms(
+      example = batch_lib.make_arms(
         schedule, needs, rows, drawn, empty, seed=0, update=0, **shared
       )
-      buffer = rollouts.init_replay(example, replay)
-    return steps.init_state(p, tx, seed=seed, lagging_copy=lagging, replay=buffer)
+      buffer = rollout_lib.init_replay(example, replay)
+    return train_step.init_state(p, tx, seed=seed, lagging_copy=lagging, replay=buffer)
 
   # Every tensor is split here that can be, however small.
   split = sharding.params_sharding(mesh, jax.eval_shape(make_state, params), min_bytes=0)
-  step = steps.make_train_step(
+  step = train_step.make_train_step(
     denoise,
     schedule,
     loss,
@@ -119,7 +123,7 @@ def train(
     own_targets=own,
     **shared,
   )
-  rollout = rollouts.make_rollout(
+  rollout = rollout_lib.make_rollout(
     denoise,
     schedule,
     mesh=mesh,
@@ -138,7 +142,7 @@ def train(
     numbers = {"row": np.arange(ROWS, dtype=np.int32), "draw": np.ones(ROWS, np.int32)}
     rows |= numbers
     if fixed == "known":
-      errors = steps.make_reference_errors(denoise, schedule, loss, arms=arms, **shared)
+      errors = train_step.make_reference_errors(denoise, schedule, loss, arms=arms, **shared)
       rows |= {"ref": jax.tree.map(np.asarray, errors(params, seed, empty, rows))}
   if posterior:
     rows |= {"std": np.full_like(rows["latents"], 0.5)}

@@ -14,9 +14,9 @@ import jax
 import numpy as np
 
 from jaxpref import config as config_lib
-from jaxpref.data.shapes import prompts
 from jaxpref.models import pipeline, save, text
 from jaxpref.pretrain import run as pretrain
+from jaxpref.shapes import prompts
 
 CONFIGS = Path(pipeline.__file__).parent.parent / "pipelines"
 FAMILIES = ("sd15", "sd21", "sdxl")

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from jaxpref import checkpoint
+from jaxpref.runtime import checkpoint
 
 
 def arguments(pipeline, workdir, method="dro", **fields):

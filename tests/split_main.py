@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpref import sharding, tpu_compiler
+from jaxpref import sharding
 from jaxpref.models import pipeline, unet
+from jaxpref.plan import tpu_compiler
 
 
 def main(path: str) -> None:

@@ -12,9 +12,11 @@ import pytest
 import runs
 from conftest import ROOT
 
-from jaxpref import buckets, checkpoint, main, tuned
 from jaxpref import config as config_lib
+from jaxpref import main
 from jaxpref.errors import TransientError, UserError
+from jaxpref.runtime import checkpoint, storage
+from jaxpref.training import load_run
 
 SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
@@ -86,7 +88,7 @@ def alter(path):
 def test_damaged_ones_are_set_aside(emulator, caplog):
   directory = f"{emulator}/damaged"
   ckptr = saved(directory, (1, 2, 3, 4), keep=4)
-  root = buckets.place(directory)
+  root = storage.place(directory)
   damages = {
     2: (alter, "is altered"),
     3: (lambda path: path.write_bytes(path.read_bytes()[:-1]), "bytes"),
@@ -94,13 +96,13 @@ def test_damaged_ones_are_set_aside(emulator, caplog):
   }
   for step, (damage, _) in damages.items():
     path = root / str(step)
-    damage(path / next(n for n in buckets.files(path) if n.startswith("state/d/")))
+    damage(path / next(n for n in storage.files(path) if n.startswith("state/d/")))
   assert restore(ckptr).step == 1
   for step, (_, said) in damages.items():
     warned = next(m for m in caplog.messages if f"of step {step} " in m)
     assert said in warned and "state/d/" in warned
     aside = root / f"{step}.damaged"
-    assert (aside / checkpoint.CHECKSUMS).exists() and not (aside / buckets.MARK).exists()
+    assert (aside / checkpoint.CHECKSUMS).exists() and not (aside / storage.MARK).exists()
   assert checkpoint.steps(directory) == [1]
   # Their steps can be saved again.
   checkpoint.save(ckptr, 2, make_state(2), {}, {})
@@ -111,8 +113,8 @@ def test_damaged_ones_are_set_aside(emulator, caplog):
 def test_what_a_killed_save_left_is_no_checkpoint(emulator):
   directory = f"{emulator}/killed"
   saved(directory, (1, 2))
-  root = buckets.place(directory)
-  (root / "2" / buckets.MARK).unlink()
+  root = storage.place(directory)
+  (root / "2" / storage.MARK).unlink()
   assert checkpoint.steps(directory) == [1]
   with pytest.raises(UserError, match="only of"):
     checkpoint.find_good(directory, step=2)
@@ -138,12 +140,12 @@ def test_a_bucket_that_does_not_answer_is_one_line(emulator, monkeypatch):
 def test_what_is_another_runs_stays(emulator):
   """A directory of directories of checkpoints, as an iterative run has them."""
   saved(f"{emulator}/others/1", (1,))
-  unmarked = buckets.place(f"{emulator}/others/2/notes.txt")
+  unmarked = storage.place(f"{emulator}/others/2/notes.txt")
   unmarked.write_text("mine")
-  before = buckets.files(buckets.place(f"{emulator}/others"))
+  before = storage.files(storage.place(f"{emulator}/others"))
   with pytest.raises(UserError, match="is not empty and no run's"):
     checkpoint.open_checkpointer(f"{emulator}/others", keep=1, owner=runs_config())
-  assert buckets.files(buckets.place(f"{emulator}/others")) == before
+  assert storage.files(storage.place(f"{emulator}/others")) == before
 
 
 @pytest.mark.parametrize("error", [ValueError("UNAVAILABLE: no answer"), RuntimeError("503")])
@@ -185,7 +187,7 @@ def test_other_places_are_refused(where, said, tiny_pipeline, tmp_path, capsys, 
 def test_without_gcsfs_it_says_what_to_install(monkeypatch):
   monkeypatch.setitem(sys.modules, "gcsfs", None)
   with pytest.raises(UserError, match=r"pip install 'jaxpref\[gcs\]'"):
-    buckets.place("gs://bucket/run")
+    storage.place("gs://bucket/run")
 
 
 def test_a_run_goes_on_from_a_bucket(
@@ -212,8 +214,8 @@ def test_a_run_goes_on_from_a_bucket(
   assert "holds another run: optim.lr was" in capsys.readouterr().err
   assert main.main(second[:-1]) == 0
   expected, found = (
-    tuned.load(str(directory)).digest for directory in (whole, tmp_path / "second")
+    load_run.load(str(directory)).digest for directory in (whole, tmp_path / "second")
   )
   assert expected == found
-  config = json.loads(buckets.place(f"{there}/config.json").read_text())
+  config = json.loads(storage.place(f"{there}/config.json").read_text())
   assert config["train"]["num_updates"] == 2  # as it began

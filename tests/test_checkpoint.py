@@ -13,10 +13,10 @@ import optax
 import pytest
 from conftest import xla_flags
 
-from jaxpref import checkpoint
 from jaxpref.errors import UserError
+from jaxpref.runtime import checkpoint
 
-ROOT = Path(checkpoint.__file__).parents[1]
+ROOT = Path(checkpoint.__file__).parents[2]
 SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
@@ -269,7 +269,7 @@ WRITE_ERROR = """
 import resource, signal, sys, types
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np
-from jaxpref import checkpoint
+from jaxpref.runtime import checkpoint
 from jaxpref.errors import UserError
 
 directory = Path(sys.argv[1])
@@ -326,7 +326,7 @@ KILLED = """
 import os, signal, sys, time
 from pathlib import Path
 import jax.numpy as jnp, numpy as np
-from jaxpref import checkpoint
+from jaxpref.runtime import checkpoint
 
 directory = Path(sys.argv[1])
 noise = np.random.default_rng(0).normal(size=1 << 24)
@@ -355,7 +355,7 @@ def test_kill_during_a_save_leaves_the_previous_checkpoint(tmp_path):
 EIGHT_DEVICES = """
 import json, sys
 import jax, jax.numpy as jnp
-from jaxpref import checkpoint
+from jaxpref.runtime import checkpoint
 
 auto = (jax.sharding.AxisType.Auto,) * 2
 mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=auto)

@@ -9,8 +9,8 @@ import pytest
 import scipy.stats
 from ml_collections import ConfigDict
 
-from jaxpref.evaluation import best
-from jaxpref.evaluation import compare as c
+from jaxpref.evaluation import best_checkpoint
+from jaxpref.evaluation import statistics as c
 
 
 def table(base, tuned, *, scorer="quality", categories=("counting",)):
@@ -258,7 +258,7 @@ def test_files(tmp_path):
 
 def test_evaluations_by_other_versions_of_a_scorer_are_not_compared(tmp_path):
   config = ConfigDict({"evaluate": {"seed": 1, "num_steps": 2, "every": 1}})
-  settings = best.settings_of(config, ["a star"], ["shapes.quality"])
+  settings = best_checkpoint.settings_of(config, ["a star"], ["shapes.quality"])
   before = {**settings, "scorers": ["shapes.quality"]}  # as it was written without versions
   (entry,) = c.compare(table(*noisy(prompts=5)), resamples=10).values()
   for update, made, key in ((1, settings, "shapes.quality-2"), (2, before, "shapes.quality-1")):
@@ -267,5 +267,7 @@ def test_evaluations_by_other_versions_of_a_scorer_are_not_compared(tmp_path):
       directory / "results.json",
       {key: entry | {"tuned": entry["tuned"] | {"mean": 0.1 * update}}},
     )
-    best.write_settings(directory, made)
-  assert best.find(tmp_path, settings, [1, 2]) == best.Best(1, "shapes.quality-2", 0.1)
+    best_checkpoint.write_settings(directory, made)
+  assert best_checkpoint.find(tmp_path, settings, [1, 2]) == best_checkpoint.Best(
+    1, "shapes.quality-2", 0.1
+  )

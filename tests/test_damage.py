@@ -13,11 +13,13 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from jaxpref import checkpoint, generate, iterations, metrics, tuned
-from jaxpref import workdir as workdir_lib
-from jaxpref.data import online
+from jaxpref import generate
+from jaxpref.data import generated_pairs
 from jaxpref.errors import DamagedError, UserError
-from jaxpref.evaluation import best, compare, evaluate
+from jaxpref.evaluation import best_checkpoint, evaluate, statistics
+from jaxpref.runtime import checkpoint, metrics
+from jaxpref.runtime import workdir as workdir_lib
+from jaxpref.training import iterate_report, load_run
 
 DAMAGES = {
   "empty": b"",
@@ -53,7 +55,7 @@ def test_a_configuration_is_refused(tmp_path, content):
   (tmp_path / "checkpoints").mkdir()
   refused(lambda: workdir_lib.open_workdir(tmp_path, CONFIG), tmp_path)
   assert file.read_bytes() == content
-  refused(lambda: tuned.load(str(tmp_path)), file)
+  refused(lambda: load_run.load(str(tmp_path)), file)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +76,7 @@ def test_a_configuration_with_other_types_is_refused(tmp_path, section, value):
   config = {"model": {"path": "shapes"}, "train": {}} | {section: value}
   (tmp_path / "config.json").write_text(json.dumps(config))
   (tmp_path / "starts.json").write_text("[]")
-  refused(lambda: tuned.load(str(tmp_path)), tmp_path / "config.json")
+  refused(lambda: load_run.load(str(tmp_path)), tmp_path / "config.json")
 
 
 @damaged
@@ -273,16 +275,18 @@ def test_an_evaluation_is_made_again(tmp_path, content):
   directory = tmp_path / "evaluation" / "2"
   directory.mkdir(parents=True)
   settings = {"scorers": [["s", "1"]], "num_steps": 2}
-  compare.write_results(directory / "results.json", compare.compare(scores(), resamples=10))
-  best.write_settings(directory, settings)
-  assert best.is_made(directory, settings)
-  assert best.find(tmp_path, settings, [2]) == best.Best(2, "s-1", 0.75)
+  statistics.write_results(
+    directory / "results.json", statistics.compare(scores(), resamples=10)
+  )
+  best_checkpoint.write_settings(directory, settings)
+  assert best_checkpoint.is_made(directory, settings)
+  assert best_checkpoint.find(tmp_path, settings, [2]) == best_checkpoint.Best(2, "s-1", 0.75)
   shutil.copytree(directory, directory.with_name("02"))
   for name in ("results.json", "settings.json"):
     before = (directory / name).read_bytes()
     (directory / name).write_bytes(content)
-    assert not best.is_made(directory, settings)
-    assert best.find(tmp_path, settings, [2]) is None
+    assert not best_checkpoint.is_made(directory, settings)
+    assert best_checkpoint.find(tmp_path, settings, [2]) is None
     (directory / name).write_bytes(before)
   (directory / "results.json").write_bytes(content)
   report = (tmp_path, directory, CONFIG, {})
@@ -291,25 +295,27 @@ def test_an_evaluation_is_made_again(tmp_path, content):
 
 @damaged
 def test_the_best_checkpoint_is_refused(tmp_path, content):
-  refused(lambda: best.read(tmp_path), "no best checkpoint")
+  refused(lambda: best_checkpoint.read(tmp_path), "no best checkpoint")
   (tmp_path / "best.json").write_bytes(content)
-  refused(lambda: best.read(tmp_path), tmp_path / "best.json")
+  refused(lambda: best_checkpoint.read(tmp_path), tmp_path / "best.json")
   (tmp_path / "best.json").write_text('{"update": 2, "scorer": "s-1", "mean": NaN}')
-  refused(lambda: best.read(tmp_path), tmp_path / "best.json")
-  best.write(tmp_path, best.Best(2, "s-1", 0.5))
-  assert best.read(tmp_path).update == 2
+  refused(lambda: best_checkpoint.read(tmp_path), tmp_path / "best.json")
+  best_checkpoint.write(tmp_path, best_checkpoint.Best(2, "s-1", 0.5))
+  assert best_checkpoint.read(tmp_path).update == 2
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1" * 20, b"x" * 1000])
 def test_damaged_scores_are_refused(tmp_path, content):
-  compare.write_results(tmp_path / "results.json", compare.compare(scores(), resamples=10))
+  statistics.write_results(
+    tmp_path / "results.json", statistics.compare(scores(), resamples=10)
+  )
   file = tmp_path / "scores.parquet"
   file.write_bytes(content)
   job = lambda: evaluate.write_report(tmp_path, tmp_path, CONFIG, {}, held_out=True)  # noqa: E731
   refused(job, file)
   scores().drop(columns="category").to_parquet(file)
   refused(job, file)
-  compare.write_rows(file, scores())
+  statistics.write_rows(file, scores())
   for content in DAMAGES.values():
     (tmp_path / "examples.json").write_bytes(content)
     refused(job, tmp_path / "examples.json")
@@ -320,7 +326,7 @@ def test_damaged_scores_are_refused(tmp_path, content):
 
 def test_damaged_images_are_drawn_again(tmp_path):
   settings = SimpleNamespace(images_per_prompt=1, seed=0)
-  seeds = evaluate.generate.seeds_of(2, 1, seed=0)
+  seeds = evaluate.sampling.seeds_of(2, 1, seed=0)
   directory = tmp_path / "images" / "base"
   directory.mkdir(parents=True)
   files = [directory / f"{seed:08d}.png" for seed in seeds]
@@ -344,17 +350,17 @@ def test_damaged_images_are_drawn_again(tmp_path):
 @damaged
 def test_records_of_pairs_and_iterations_are_set_aside(tmp_path, content):
   (tmp_path / "complete.json").write_bytes(content)
-  refused(lambda: online.changes(tmp_path), tmp_path / "complete.json")
-  assert not online.is_finished(tmp_path)
-  refused(lambda: online.changes(tmp_path), "no generated pairs")
-  trained = tmp_path / tuned.ITERATIONS / "1"
+  refused(lambda: generated_pairs.changes(tmp_path), tmp_path / "complete.json")
+  assert not generated_pairs.is_finished(tmp_path)
+  refused(lambda: generated_pairs.changes(tmp_path), "no generated pairs")
+  trained = tmp_path / load_run.ITERATIONS / "1"
   trained.mkdir(parents=True)
-  (trained / iterations.PHASES).write_bytes(content)
-  assert not iterations.is_finished(tmp_path, CONFIG, 1)
-  workdir_lib.write_json(trained / iterations.PHASES, {"train": 1.0})
-  assert not iterations.is_finished(tmp_path, CONFIG, 1)
+  (trained / iterate_report.PHASES).write_bytes(content)
+  assert not iterate_report.is_finished(tmp_path, CONFIG, 1)
+  workdir_lib.write_json(trained / iterate_report.PHASES, {"train": 1.0})
+  assert not iterate_report.is_finished(tmp_path, CONFIG, 1)
   workdir_lib.write_json(trained / "evaluation" / "4" / "results.json", {})
-  assert iterations.is_finished(tmp_path, CONFIG, 1)
+  assert iterate_report.is_finished(tmp_path, CONFIG, 1)
 
 
 @damaged
@@ -373,8 +379,8 @@ def test_a_finished_iteration_is_named_by_a_plain_number(tmp_path):
   config = {"model": {"path": "shapes"}, "train": {}, "iterate": {}}
   (tmp_path / "config.json").write_text(json.dumps(config))
   for name in ("1", "2", "007", "\u0663"):
-    workdir_lib.write_text(tmp_path / tuned.ITERATIONS / name / "report.html", "")
-  assert tuned.trained_in(tmp_path).name == "2"
+    workdir_lib.write_text(tmp_path / load_run.ITERATIONS / name / "report.html", "")
+  assert load_run.trained_in(tmp_path).name == "2"
 
 
 def test_damage_is_an_error_of_its_own(tmp_path):

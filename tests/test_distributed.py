@@ -16,9 +16,11 @@ import pytest
 from conftest import ROOT
 from jax.experimental import multihost_utils
 
-from jaxpref import checkpoint, distributed, guards, main, sharding, watch, workdir
+from jaxpref import main, sharding
 from jaxpref.data import encode
 from jaxpref.errors import DivergedError, StoppedError, UserError
+from jaxpref.runtime import checkpoint, distributed, watchdog, workdir
+from jaxpref.training import anomalies
 
 
 @pytest.fixture
@@ -140,12 +142,12 @@ def test_outside_of_a_cluster_there_is_nothing_to_find(capsys, monkeypatch):
 
 def test_sigterm_is_noticed_at_a_beat():
   before = signal.getsignal(signal.SIGTERM)
-  with watch.watching(hang_minutes=0):
-    assert not watch.beat()
+  with watchdog.watching(hang_minutes=0):
+    assert not watchdog.beat()
     os.kill(os.getpid(), signal.SIGTERM)
-    assert watch.beat()
+    assert watchdog.beat()
     with pytest.raises(StoppedError, match="the same command continues") as error:
-      watch.beat_or_stop()
+      watchdog.beat_or_stop()
   assert error.value.status == 143
   assert signal.getsignal(signal.SIGTERM) is before
 
@@ -154,7 +156,7 @@ def test_encoding_can_be_stopped():
   mesh = sharding.make_mesh()
   rows = {"x": np.arange(4.0)}
   run = jax.jit(lambda _, rows: rows)
-  with watch.watching(hang_minutes=0):
+  with watchdog.watching(hang_minutes=0):
     assert encode.in_batches(run, {}, rows, 2, mesh)["x"].tolist() == [0, 1, 2, 3]
     os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(StoppedError):
@@ -185,11 +187,11 @@ def _checkpointer(directory):
 def test_a_run_that_hangs_ends_and_says_where():
   program = """
 import time
-from jaxpref import watch
+from jaxpref.runtime import watchdog
 def standing_still():
   time.sleep(60)
-with watch.watching(hang_minutes=0.005):
-  watch.beat()
+with watchdog.watching(hang_minutes=0.005):
+  watchdog.beat()
   standing_still()
 """
   done = subprocess.run(
@@ -199,7 +201,7 @@ with watch.watching(hang_minutes=0.005):
 
 
 def test_spikes_are_said_once_there_is_something_to_compare_with(caplog):
-  spikes = guards.Spikes()
+  spikes = anomalies.Spikes()
   rng = np.random.default_rng(0)
   for done in range(30):
     spikes.add(done, {"loss": 1.0 + 0.1 * rng.standard_normal()})

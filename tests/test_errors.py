@@ -4,9 +4,11 @@ import logging
 
 import pytest
 
-from jaxpref import cli, export, generate, main, plan
+from jaxpref import export, generate, main
 from jaxpref.errors import UserError, one_line
+from jaxpref.plan import estimate
 from jaxpref.pretrain import run as pretrain
+from jaxpref.runtime import cli
 
 # A line end, a terminal sequence, an override of the direction of writing, a broken byte.
 HOSTILE = "a\nb\x1b[2Jc\u202ed\udcffe"
@@ -37,7 +39,7 @@ def test_messages_of_libraries_are_bounded_where_they_are_quoted():
   ("program", "arguments"),
   [
     (main.main, ["--config={}"]),
-    (plan.main, ["--config={}", "--topology=v5e:1"]),
+    (estimate.main, ["--config={}", "--topology=v5e:1"]),
     (pretrain.main, ["--config={}"]),
     (generate.main, ["--model=shapes", "--prompts=x", "--out=out", "--solver={}"]),
     (export.main, ["--workdir=w", "--out=out.safetensors", "--dtype={}"]),

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxpref.data import bad_rows, experts
-from jaxpref.data.shapes import annotator, builder, flaws, prompts
+from jaxpref.data import bad_rows, top_k
 from jaxpref.errors import UserError
+from jaxpref.shapes import annotator, builder, flaws, prompts
 
 
 def _row(caption, *sides):
@@ -27,7 +27,7 @@ def test_top_k_by_hand():
     _row("y", ("c", 2.0, 20), ("a", 2.0, 40)),  # c with another caption: another
     _row("x", ("e", 2.5, 30), ("f", 0.0, 50)),  # the picture of b, scored higher
   ]
-  best = experts.top_k(source, 0)
+  best = top_k.top_k(source, 0)
   assert [(e.source, e.caption) for e in best] == [
     ("c", "x"),
     ("e", "x"),
@@ -38,11 +38,11 @@ def test_top_k_by_hand():
   ]
   assert [int(e.image[0, 0, 0]) for e in best] == [20, 30, 40, 20, 10, 50]
   assert all(e.image.dtype == np.uint8 and e.image.shape == (2, 2, 3) for e in best)
-  assert [e.source for e in experts.top_k(source, 3)] == ["c", "e", "a"]
+  assert [e.source for e in top_k.top_k(source, 3)] == ["c", "e", "a"]
   with pytest.raises(UserError, match="6 images to pick experts from, not 7"):
-    experts.top_k(source, 7)
+    top_k.top_k(source, 7)
   with pytest.raises(UserError, match="0 images"):
-    experts.top_k([], 1)
+    top_k.top_k([], 1)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def source(tmp_path_factory):
 
 def test_top_k_of_the_shapes_are_the_best(source):
   scores = {r[f"image_{k}_uid"].decode(): r[f"score_{k}"] for r in source for k in (0, 1)}
-  best = experts.top_k(source, 10)
+  best = top_k.top_k(source, 10)
   assert [e.source for e in best] == sorted(scores, key=lambda u: -scores[u])[:10]
 
 
@@ -74,7 +74,7 @@ def test_data_without_scores_has_no_experts():
   row = _row("x", ("a", 1.0, 10), ("b", 2.0, 20))
   del row["score_1"]
   with pytest.raises(UserError, match="the data lacks score_1"):
-    experts.top_k([row], 1)
+    top_k.top_k([row], 1)
 
 
 def test_bad_images_are_replaced_by_the_next_best():
@@ -85,7 +85,7 @@ def test_bad_images_are_replaced_by_the_next_best():
   rows[16] |= {"caption": None}
   rows[15]["jpg_0"] = None
   tally = bad_rows.Tally()
-  found = experts.top_k(rows, 3, tally=tally)
+  found = top_k.top_k(rows, 3, tally=tally)
   assert [e.source for e in found] == ["a14", "a13", "a12"]
   assert tally.facts()["left_out"] == {
     "caption is null": 2,  # of both its images

@@ -16,9 +16,10 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from jaxpref import export, generate, main, tuned
-from jaxpref.evaluation import generate as evaluation
+from jaxpref import export, generate, main
+from jaxpref.evaluation import sampling as evaluation
 from jaxpref.models import pipeline, save
+from jaxpref.training import load_run
 
 PROMPT = "Three small stars, painted!"
 
@@ -86,7 +87,7 @@ def test_an_export_is_what_was_tuned(tuned_run, tmp_path):
   gone = (unets["ema"][key] - unets["first"][key]) / (unets["last"][key] - unets["first"][key])
   np.testing.assert_allclose(gone, 9 / 11, rtol=1e-2)
   read = pipeline.load_pipeline(str(tmp_path / "ema"))
-  run = tuned.load(str(workdir))
+  run = load_run.load(str(workdir))
   jax.tree.map(np.testing.assert_array_equal, read.params, jax.device_get(run.params))
   for part in read.params:
     theirs = json.loads((model / part / "config.json").read_text())

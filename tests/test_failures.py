@@ -13,11 +13,12 @@ import runs
 from conftest import ROOT, start_cluster
 from safetensors.numpy import load_file
 
-from jaxpref import checkpoint, main, sharding
+from jaxpref import main, sharding
 from jaxpref.data import encode
 from jaxpref.data.rows import Row
 from jaxpref.errors import UserError
 from jaxpref.models import pipeline
+from jaxpref.runtime import checkpoint
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from conftest import live
 
-from jaxpref import randomness, sharding
+from jaxpref import rng as rng_lib
+from jaxpref import sharding
 from jaxpref.data import encode
-from jaxpref.diffusion import grid, guidance, sample
+from jaxpref.diffusion import guidance, sampler, timesteps
 from jaxpref.models import pipeline, unet, vae
 
 GOLDEN = Path(__file__).parent / "golden" / "families.npz"
@@ -32,8 +33,8 @@ def directory(family, tmp_path_factory):
 
 def noise_of(latent_shape):
   """What `make_generator` starts from, for SEEDS."""
-  keys = jax.vmap(lambda s: randomness.key_of(0, "generate", s))(jnp.asarray(SEEDS))
-  return np.asarray(sample.initial_noise(keys, latent_shape))
+  keys = jax.vmap(lambda s: rng_lib.key_of(0, "generate", s))(jnp.asarray(SEEDS))
+  return np.asarray(sampler.initial_noise(keys, latent_shape))
 
 
 def make_inputs(directory) -> dict[str, np.ndarray]:
@@ -84,11 +85,11 @@ def ours(directory):
 
   @jax.jit
   def latents(weights, noise, cond, uncond):
-    levels = grid.uniform_grid(loaded.schedule, STEPS, len(noise), **loaded.spacing())
+    levels = timesteps.uniform_grid(loaded.schedule, STEPS, len(noise), **loaded.spacing())
     guided = guidance.classifier_free(
       lambda x, t, c: denoise(weights, x, t, c), cond, uncond, GUIDANCE
     )
-    return sample.sample(guided, noise, levels, loaded.schedule)
+    return sampler.sample(guided, noise, levels, loaded.schedule)
 
   out["latents"] = latents(weights, inputs["noise"], cond, uncond)
   return {name: np.asarray(value) for name, value in out.items()}

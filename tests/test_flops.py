@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from jaxpref import config as config_lib
-from jaxpref import flops, prepare, programs, sharding
+from jaxpref import sharding
 from jaxpref.models import pipeline as pipeline_lib
+from jaxpref.training import flops, programs, setup
 
 SHAPE = jax.ShapeDtypeStruct
 
@@ -101,7 +102,7 @@ def test_a_step_costs_what_its_method_says(name, option, passes, monkeypatch):
   fields = [f"--config=configs/{name}.py:tiny", "--config.model.path=shapes"]
   fields += [f"--config.{field}" for field in [option] if field]
   config, _ = config_lib.parse_args(fields, flags={})
-  checked = prepare.check(config, mesh=sharding.make_mesh())
+  checked = setup.check(config, mesh=sharding.make_mesh())
   if name == "listwise":
     passes *= config.data.list_size / 3
   forward = flops.of_forward(checked.pipeline)

@@ -6,11 +6,11 @@ import pytest
 
 from jaxpref import sharding
 from jaxpref.data import encode
-from jaxpref.data.shapes import prompts as shapes_prompts
 from jaxpref.errors import UserError
-from jaxpref.evaluation import evaluate, generate
+from jaxpref.evaluation import evaluate, sampling
 from jaxpref.models import pipeline
 from jaxpref.scorers import shapes
+from jaxpref.shapes import prompts as shapes_prompts
 
 
 def test_a_picture_depends_on_its_prompt_and_seed_alone(tiny_pipeline):
@@ -23,7 +23,7 @@ def test_a_picture_depends_on_its_prompt_and_seed_alone(tiny_pipeline):
   images = {}
   for size in (2, 5):
     # Guidance that makes a random network's faint answer to a prompt visible.
-    run = generate.make_generator(loaded, mesh, num_steps=2, guidance=30.0, batch_size=size)
+    run = sampling.make_generator(loaded, mesh, num_steps=2, guidance=30.0, batch_size=size)
     images[size] = run(loaded.params["unet"], cond, seeds, told.append)
   assert told == [2, 4, 5, 5]
   assert images[5].shape == (5, 16, 16, 3) and images[5].dtype == np.uint8
@@ -33,7 +33,7 @@ def test_a_picture_depends_on_its_prompt_and_seed_alone(tiny_pipeline):
   assert (images[5][1] != images[5][4]).any()  # same seed, other prompt
   broken = jax.tree.map(lambda x: x * np.float32(3e37), loaded.params["unet"])
   with pytest.raises(
-    generate.NonFiniteError, match="5 of 5 images .* the first is of 'a ring'"
+    sampling.NonFiniteError, match="5 of 5 images .* the first is of 'a ring'"
   ):
     run(broken, cond, seeds, names=prompts)
 
@@ -42,16 +42,16 @@ def test_the_bundled_pipeline_draws_what_it_is_asked_for():
   base = pipeline.load_pipeline("shapes")
   mesh = sharding.make_mesh()
   texts = shapes_prompts.held_out(64)
-  program = generate.make_generator(base, mesh, num_steps=12, guidance=4.0, batch_size=64)
+  program = sampling.make_generator(base, mesh, num_steps=12, guidance=4.0, batch_size=64)
   cond = encode.encode_prompts(base, mesh, texts)
-  images = program(base.params["unet"], cond, generate.seeds_of(64, 1, seed=0))
+  images = program(base.params["unet"], cond, sampling.seeds_of(64, 1, seed=0))
   # Any two prompts agree by chance far less often.
   assert shapes.correct(images, texts).mean() > 0.2
   assert shapes.correct(images, texts[1:] + texts[:1]).mean() < 0.1
 
 
 def test_seeds_are_all_different():
-  seeds = generate.seeds_of(5, 3, seed=100)
+  seeds = sampling.seeds_of(5, 3, seed=100)
   assert len(set(seeds.tolist())) == 15 and seeds[0] == 100
 
 

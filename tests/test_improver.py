@@ -10,9 +10,10 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from jaxpref import generate, losses, main, noising
+from jaxpref import generate, losses, main
 from jaxpref.diffusion import schedule as schedule_lib
 from jaxpref.losses import improver
+from jaxpref.training import batch as batch_lib
 
 ROWS, SHAPE = 3000, (1, 2, 2)
 WEIGHTS = {"weight_winning": 3.0, "weight_reconstruction": 2.0, "weight_unconditional": 1.0}
@@ -60,7 +61,7 @@ def test_a_task_of_weight_zero_is_not_drawn(task):
 def test_a_step_noises_the_target_and_shows_the_image_clean():
   latents, cond, empty = batch()
   arrange = losses.bind(improver.arrange, WEIGHTS)
-  arms = noising.make_arms(
+  arms = batch_lib.make_arms(
     schedule_lib.make_schedule(),
     improver.NEEDS,
     {"latents": latents, "cond": cond},

@@ -13,26 +13,18 @@ from PIL import Image
 from runs import parameters
 from safetensors.numpy import load_file
 
-from jaxpref import (
-  checkpoint,
-  export,
-  generate,
-  iterate,
-  losses,
-  main,
-  noising,
-  sharding,
-  train,
-  tuned,
-)
 from jaxpref import config as config_lib
-from jaxpref import prepare as prepare_lib
-from jaxpref.data import encode, images, online
+from jaxpref import export, generate, losses, main, sharding
+from jaxpref.data import encode, generated_pairs, images
 from jaxpref.data import rows as rows_lib
 from jaxpref.errors import UserError
 from jaxpref.evaluation import evaluate, glossary
-from jaxpref.evaluation import generate as generate_lib
+from jaxpref.evaluation import sampling as sampling_lib
 from jaxpref.models import pipeline, save
+from jaxpref.runtime import checkpoint
+from jaxpref.training import batch as batch_lib
+from jaxpref.training import iterate, load_run, train
+from jaxpref.training import setup as setup_lib
 
 
 @pytest.fixture(autouse=True)
@@ -102,8 +94,8 @@ def test_what_an_iterative_run_leaves(finished):
   assert "Pairs of the last iteration" in html and html.count("winner:") == 12
   assert '<h2 id="iterations">' in html and "12 of 12" in html
   # The second iteration's pairs are drawn by the first one's model.
-  first = tuned.load(str(finished / "iterations" / "1"))
-  rows = online.open_pairs(finished / "pairs" / "2")
+  first = load_run.load(str(finished / "iterations" / "1"))
+  rows = generated_pairs.open_pairs(finished / "pairs" / "2")
   assert {row["model_1"].decode() for row in rows} == {first.digest}
 
 
@@ -116,7 +108,7 @@ def test_two_and_four_processes_end_where_one_does(finished, tiny_pipeline, impr
     assert start_cluster(processes, 2, now, log).wait(300) == 0, log.read_text()[-2000:]
   for k in (1, 2):
     ours, theirs = (
-      [d["change"] for d in online.open_pairs(at / "pairs" / str(k))]
+      [d["change"] for d in generated_pairs.open_pairs(at / "pairs" / str(k))]
       for at in (workdir, finished)
     )
     np.testing.assert_allclose(ours, theirs, rtol=0.02)
@@ -130,8 +122,8 @@ def test_two_and_four_processes_end_where_one_does(finished, tiny_pipeline, impr
 
 
 def test_its_model_is_that_of_the_last_iteration(finished, tmp_path):
-  last = tuned.load(str(finished / "iterations" / "2"))
-  whole = tuned.load(str(finished))
+  last = load_run.load(str(finished / "iterations" / "2"))
+  whole = load_run.load(str(finished))
   jax.tree.map(np.testing.assert_array_equal, whole.params, last.params)
   flags = [f"--workdir={finished}", f"--out={tmp_path / 'x'}", "--dtype=float32"]
   assert export.main(flags) == 0
@@ -143,15 +135,15 @@ def test_pairs_are_what_policy_and_improver_draw(finished, tiny_pipeline, improv
   """Drawn by hand, from what a row says of itself; and they are what is trained on."""
   mesh = sharding.make_mesh()
   base, better = (pipeline.load_pipeline(str(p)) for p in (tiny_pipeline, improver))
-  source = online.open_pairs(finished / "pairs" / "1")
+  source = generated_pairs.open_pairs(finished / "pairs" / "1")
   assert len(source) == 12
   rows = [source[i] for i in range(len(source))]
   captions = [row["caption"].decode() for row in rows]
   options = {"num_steps": rows[0]["num_steps"], "batch_size": 12}
-  draw = generate_lib.make_generator(base, mesh, guidance=rows[0]["guidance"], **options)
+  draw = sampling_lib.make_generator(base, mesh, guidance=rows[0]["guidance"], **options)
   cond = encode.encode_prompts(base, mesh, captions)
   losers = draw(base.params["unet"], cond, [row["seed_1"] for row in rows])
-  improve = generate_lib.make_generator(
+  improve = sampling_lib.make_generator(
     *(better, mesh),
     guidance=rows[0]["text_guidance"],
     image_guidance=rows[0]["image_guidance"],
@@ -190,7 +182,7 @@ def test_pairs_are_what_policy_and_improver_draw(finished, tiny_pipeline, improv
   pixels = [[images.decode(row[f"jpg_{k}"]) for row in rows] for k in (0, 1)]
   x0 = np.stack([encode.encode_images(base, mesh, of) for of in pixels], axis=1)
   empty = encode.encode_no_prompt(base, mesh)
-  arms = noising.make_arms(
+  arms = batch_lib.make_arms(
     *(base.schedule, losses.load_loss("dpo").NEEDS, batch, None, empty),
     seed=7,
     update=3,
@@ -229,11 +221,11 @@ def test_stopped_anywhere_it_ends_the_same(
     shards = workdir.glob("pairs/*/online*")
     return {p: p.stat().st_mtime_ns for p in shards}
 
-  first = stop_after(online, "write_shard", 1)  # of the two of the first iteration
+  first = stop_after(generated_pairs, "write_shard", 1)  # of the two of the first iteration
   second = stop_after(checkpoint, "save", 1)  # of two
   third = stop_after(evaluate, "evaluate", 1)
   assert not (workdir / "iterations" / "1" / "report.html").exists()
-  fourth = stop_after(online, "write_shard", 1)  # of the second iteration's
+  fourth = stop_after(generated_pairs, "write_shard", 1)  # of the second iteration's
   assert [len(shards) for shards in (first, second, third, fourth)] == [1, 2, 2, 3]
   assert main.main(given) == 0
   for shards in (first, second, third, fourth):  # each was drawn once
@@ -244,7 +236,9 @@ def test_stopped_anywhere_it_ends_the_same(
     for path, array in theirs[1].items():
       np.testing.assert_array_equal(ours[1][path], array, err_msg=path)
     # All columns, the digest of the model that drew among them.
-    ours, theirs = (list(online.open_pairs(w / "pairs" / k)) for w in (workdir, finished))
+    ours, theirs = (
+      list(generated_pairs.open_pairs(w / "pairs" / k)) for w in (workdir, finished)
+    )
     assert ours == theirs and len(ours) == 12
 
 
@@ -305,7 +299,7 @@ def test_spin(tiny_pipeline, tmp_path, capsys):
     np.testing.assert_allclose(rates, 0.01 * (1 - np.arange(10) / 10), rtol=1e-4)
     # Equal but for bfloat16's rounding, which programs for other processors do elsewhere.
     assert lines_of(workdir, k)[0]["loss"] == pytest.approx(np.log(2), abs=0.01)
-  rows = list(online.open_pairs(workdir / "pairs" / "1"))
+  rows = list(generated_pairs.open_pairs(workdir / "pairs" / "1"))
   data = {images.decode(file).tobytes() for row in rows for file in [row["jpg_0"]]}
   config = json.loads((workdir / "config.json").read_text())
   assert config["data"]["source"] == "shapes" and {row["seed_0"] for row in rows} == {-1}
@@ -316,8 +310,8 @@ def test_spin(tiny_pipeline, tmp_path, capsys):
   assert {row["improve_steps"] for row in rows} == {0}
   assert not any("time/improve_seconds" in line for line in (workdir / "metrics.jsonl").open())
   # What the second iteration began with are the first one's additions, averaged.
-  start = prepare_lib.prepare(_inner(workdir, 2)).start
-  first = tuned.load(str(workdir / "iterations" / "1"), merged=False).params["unet"]
+  start = setup_lib.prepare(_inner(workdir, 2)).start
+  first = load_run.load(str(workdir / "iterations" / "1"), merged=False).params["unet"]
   jax.tree.map(np.testing.assert_array_equal, start["params"], first.lora)
 
 
@@ -333,7 +327,7 @@ def _inner(workdir, k):
 def test_pairs_that_hardly_differ_are_not_trained_on(
   finished, tiny_pipeline, improver, tmp_path, monkeypatch, capsys
 ):
-  changes = online.changes(finished / "pairs" / "1")
+  changes = generated_pairs.changes(finished / "pairs" / "1")
   low, middle, high = np.quantile(changes, (0, 0.5, 1))
   workdir = tmp_path / "half"
 
@@ -359,7 +353,7 @@ def test_pairs_that_hardly_differ_are_not_trained_on(
   assert f"they do by {low:.3g} to {high:.3g}, median {middle:.3g}" in said
   drawn = {p: p.stat().st_mtime_ns for p in workdir.glob("pairs/1/*")}
   half, _ = start(min_change=middle)
-  rows = list(online.open_pairs(workdir / "pairs" / "1"))
+  rows = list(generated_pairs.open_pairs(workdir / "pairs" / "1"))
   captions = [row["caption"].decode() for row in rows]
   kept = [c for c, change in zip(captions, changes, strict=True) if change >= middle]
   assert half == kept and len(captions) == 12 and len(kept) == 6
@@ -378,7 +372,7 @@ def test_pairs_that_hardly_differ_are_not_trained_on(
   flags = ["--config=configs/dpo.py:tiny", "--config.data.source=online"]
   flags += [f"--config.data.path={workdir / 'pairs' / '1'}", "--config.data.min_change=9"]
   with pytest.raises(UserError, match="0 pairs of data.min_change = 9 or more, data.num_rows"):
-    prepare_lib.prepare(_config(flags))
+    setup_lib.prepare(_config(flags))
   none, said = start(num_rows=13)
   assert not none and "data.num_rows = 13" in said and "num_pairs = 12 that it draws" in said
 
@@ -386,10 +380,10 @@ def test_pairs_that_hardly_differ_are_not_trained_on(
 def test_least_change_is_of_drawn_pairs():
   flags = ["--config=configs/dpo.py:tiny", "--config.data.min_change=0.1"]
   with pytest.raises(UserError, match=r"min_change is of drawn pairs, with data.source=online"):
-    prepare_lib.prepare(_config(flags))
+    setup_lib.prepare(_config(flags))
   flags = ["--config=configs/dro.py:tiny", "--config.data.min_change=0.1"]
   with pytest.raises(UserError, match="is for losses that learn from pairs"):
-    prepare_lib.check(_config(flags))
+    setup_lib.check(_config(flags))
 
 
 def test_half_written_data_sets_are_none(tmp_path):
@@ -401,25 +395,25 @@ def test_half_written_data_sets_are_none(tmp_path):
     **{"image_0_uid": "x", "image_1_uid": "y", "jpg_0": b"", "jpg_1": b""},
   }
   directory = tmp_path / "pairs"
-  online.write_shard(directory, 0, 2, [row])
+  generated_pairs.write_shard(directory, 0, 2, [row])
   (directory / ".online_pairs-train.array_record-00001-of-00002.77.tmp").write_bytes(b"half")
-  assert online.missing(directory, 2) == [1] and len(list(directory.iterdir())) == 1
-  online.write_shard(directory, 1, 2, [row | {"change": 0.5}])
+  assert generated_pairs.missing(directory, 2) == [1] and len(list(directory.iterdir())) == 1
+  generated_pairs.write_shard(directory, 1, 2, [row | {"change": 0.5}])
   with pytest.raises(UserError, match="no complete.json"):
-    online.open_pairs(directory)
-  online.finish(directory, [1, 1], description="two")
-  assert online.changes(directory).tolist() == [1.0, 0.5]
-  assert [r["caption"] for r in online.open_pairs(directory)] == [b"a", b"a"]
+    generated_pairs.open_pairs(directory)
+  generated_pairs.finish(directory, [1, 1], description="two")
+  assert generated_pairs.changes(directory).tolist() == [1.0, 0.5]
+  assert [r["caption"] for r in generated_pairs.open_pairs(directory)] == [b"a", b"a"]
   shard = next(directory.glob("*00001-of-00002"))
   whole = shard.read_bytes()
   where = 64 + 40 + 30  # in the row, after the headers of the file's block and chunk
   where = next(i for i in range(where, len(whole)) if whole[i])
   shard.write_bytes(whole[:where] + bytes([whole[where] ^ 1]) + whole[where + 1 :])
   with pytest.raises(UserError, match=f"{shard.name} is damaged: .*; delete the directory"):
-    list(online.open_pairs(directory))
+    list(generated_pairs.open_pairs(directory))
   shard.write_bytes(whole[:-10])
   with pytest.raises(UserError, match=f"are damaged: {shard.name}"):
-    online.open_pairs(directory)
+    generated_pairs.open_pairs(directory)
 
 
 def test_the_papers_recipe_starts(tmp_path, capsys):

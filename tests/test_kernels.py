@@ -17,8 +17,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractMesh, AxisType
 
 from jaxpref import config as config_lib
-from jaxpref import memory, sharding
+from jaxpref import sharding
 from jaxpref.models import interceptors, kernels, lora, pipeline, unet
+from jaxpref.plan import memory
 
 ALTERNATIVES = {
   "attention": {"attention": "xla"},

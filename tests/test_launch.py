@@ -10,7 +10,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from jaxpref import config, distributed, main
+from jaxpref import config, main
+from jaxpref.runtime import distributed
 
 LAUNCH = ROOT / "launch"
 RUN = ["--config=configs/dro.py:tiny", "--workdir=runs/a b", "--config.optim.lr=1e-4"]

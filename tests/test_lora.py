@@ -13,9 +13,10 @@ from conftest import ROOT, live
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from jaxpref import export, generate, main, tuned
+from jaxpref import export, generate, main
 from jaxpref.errors import UserError
 from jaxpref.models import lora, pipeline, save, single_file, unet
+from jaxpref.training import load_run
 
 ATTENTION = r"attn[12]\.(to_q|to_k|to_v|to_out\.0)$"  # the default targets
 EVERYWHERE = r"attn[12]\.(to_q|to_k|to_v|to_out\.0)$|conv1|proj_in|downsamplers"
@@ -155,11 +156,11 @@ def test_a_lora_run(tiny_pipeline, tfds_dir, tmp_path, monkeypatch, capsys):
   arguments = ["--config=configs/dpo.py:tiny", f"--workdir={workdir}", *flags]
   assert main.main(arguments) == 0
   base = pipeline.load_pipeline(str(tiny_pipeline)).params["unet"]
-  adapted = tuned.load(str(workdir), ema=False, merged=False).params["unet"]
+  adapted = load_run.load(str(workdir), ema=False, merged=False).params["unet"]
   count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
   assert adapted.scale == 4.0 and count(adapted.lora) < count(base) / 5
   jax.tree.map(np.testing.assert_array_equal, adapted.base, base)
-  merged = tuned.load(str(workdir), ema=False).params["unet"]
+  merged = load_run.load(str(workdir), ema=False).params["unet"]
   jax.tree.map(np.testing.assert_array_equal, merged, lora.merge(adapted))
   assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (merged, base)), strict=True))
   # Exported merged, and alone; drawn with.

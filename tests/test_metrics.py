@@ -10,8 +10,8 @@ import types
 import numpy as np
 import pytest
 
-from jaxpref import metrics as metrics_lib
 from jaxpref.errors import UserError
+from jaxpref.runtime import metrics as metrics_lib
 
 
 @pytest.fixture(autouse=True)
@@ -165,7 +165,7 @@ def test_without_tensorboard_there_is_one_info_line(tmp_path, monkeypatch, caplo
   monkeypatch.setattr(
     importlib.util, "find_spec", lambda name: None if name == absent else object()
   )
-  caplog.set_level("INFO", logger="jaxpref.metrics")
+  caplog.set_level("INFO", logger="jaxpref.runtime.metrics")
   writer = metrics_lib.MetricWriter(tmp_path, total_updates=1)
   writer.write(1, {"loss": 1.0})
   writer.close()

@@ -7,11 +7,11 @@ import optax
 import pytest
 from conftest import live
 
-from jaxpref import optim
+from jaxpref.training import optimizer as optimizer_lib
 
 
 def _values(name, steps, **kwargs):
-  schedule = optim.make_schedule(name, lr=1.0, num_updates=10, **kwargs)
+  schedule = optimizer_lib.make_schedule(name, lr=1.0, num_updates=10, **kwargs)
   return np.array([float(schedule(i)) for i in steps])
 
 
@@ -43,20 +43,20 @@ def test_unknown_schedule():
 
 def test_clipping_bounds_the_norm_that_adam_sees():
   # Adam's first update is lr * sign(g) whatever g's size, so look at its first moment.
-  schedule = optim.make_schedule("constant", lr=0.1, warmup_updates=0, num_updates=1)
+  schedule = optimizer_lib.make_schedule("constant", lr=0.1, warmup_updates=0, num_updates=1)
   params = {"w": jnp.zeros(2)}
   gradient = {"w": jnp.array([30.0, 40.0])}
   for clip, want in ((1.0, [0.06, 0.08]), (None, [3.0, 4.0])):
-    tx = optim.make_optimizer(schedule, clip_norm=clip, weight_decay=0.0)
+    tx = optimizer_lib.make_optimizer(schedule, clip_norm=clip, weight_decay=0.0)
     _, state = tx.update(gradient, tx.init(params), params)
     moments = [s.mu["w"] for s in _leaves_with_mu(state)]
     np.testing.assert_allclose(moments[0], want, rtol=1e-6)
 
 
 def test_it_is_optax_adamw():
-  schedule = optim.make_schedule("cosine", lr=0.1, warmup_updates=2, num_updates=9)
+  schedule = optimizer_lib.make_schedule("cosine", lr=0.1, warmup_updates=2, num_updates=9)
   options = {"b1": 0.8, "b2": 0.95, "eps": 1e-3, "weight_decay": 0.1}
-  ours = optim.make_optimizer(schedule, **options, clip_norm=2.0)
+  ours = optimizer_lib.make_optimizer(schedule, **options, clip_norm=2.0)
   theirs = optax.chain(optax.clip_by_global_norm(2.0), optax.adamw(schedule, **options))
   params = {"w": jnp.array([[1.0, -2.0], [0.5, 3.0]]), "b": jnp.array([0.1])}
   states = [tx.init(params) for tx in (ours, theirs)]
@@ -85,7 +85,7 @@ def test_ema_ramp():
   ema, params = {"w": jnp.array(0.0)}, {"w": jnp.array(1.0)}
   # The first update replaces the average; the second keeps (1 + 1) / (10 + 1) of it.
   for update, decay, want in ((0, 0.9999, 1.0), (1, 0.9999, 9 / 11), (10**7, 0.9, 0.1)):
-    got = optim.update_ema(ema, params, jnp.int32(update), decay=decay)
+    got = optimizer_lib.update_ema(ema, params, jnp.int32(update), decay=decay)
     np.testing.assert_allclose(got["w"], want, rtol=1e-5)
 
 
@@ -104,7 +104,7 @@ def test_ema_is_that_of_diffusers(decay, first):
   for i, params in enumerate(series[1:]):
     weights.data = torch.tensor(params)
     theirs.step([weights])
-    ema = optim.update_ema(ema, jnp.asarray(params), jnp.int32(first + i), decay=decay)
+    ema = optimizer_lib.update_ema(ema, jnp.asarray(params), jnp.int32(first + i), decay=decay)
     np.testing.assert_allclose(ema, theirs.shadow_params[0].numpy(), rtol=1e-5, atol=1e-6)
   assert (theirs.cur_decay_value == decay) == (first > 0 or decay < 0.8)
 
@@ -123,7 +123,7 @@ def test_linear_schedule_is_that_of_diffusers():
     theirs.append(optimizer.param_groups[0]["lr"])
     optimizer.step()
     scheduler.step()
-  ours = optim.make_schedule("linear", lr=2e-5, warmup_updates=200, num_updates=500)
+  ours = optimizer_lib.make_schedule("linear", lr=2e-5, warmup_updates=200, num_updates=500)
   ours = np.asarray(jax.vmap(ours)(jnp.arange(500)))
   np.testing.assert_allclose(ours[:200], theirs[1:201], rtol=1e-4)
   np.testing.assert_allclose(ours[200:], theirs[200:], rtol=1e-4)

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 PROGRAM = """
-from jaxpref import cli
+from jaxpref.runtime import cli
 def job(argv):
   print('78 ± 4 → 京')
   print('done')

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from jaxpref import config as config_lib
 from jaxpref.errors import UserError
 from jaxpref.models import convert, pipeline, save, text, unet, vae, weights
-from jaxpref.pretrain import denoiser
+from jaxpref.pretrain import train_denoiser
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +270,7 @@ def test_configurations_of_another_kind(copy, file, fields, message):
 def test_parts_of_different_models(copy):
   settings = config_lib.load_config("shapes_base:tiny")
   settings.text.width = 24
-  config = denoiser.unet_config(settings)
+  config = train_denoiser.unet_config(settings)
   other = pipeline.abstract_params(unet.build_unet(config, dtype=jnp.float32))
   zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), other)
   tensors = convert.export_tensors(zeros, np.float32)

@@ -12,8 +12,10 @@ import jax
 import pytest
 
 from jaxpref import config as config_lib
-from jaxpref import plan, prepare, programs, sharding, tpu_compiler
+from jaxpref import sharding
 from jaxpref.errors import UserError
+from jaxpref.plan import estimate, tpu_compiler
+from jaxpref.training import programs, setup
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +31,7 @@ def sd15(tmp_path_factory):
 def planned(model, topology, *fields, config="configs/dro.py:sd15", **options):
   fields = [f"model.path={model}", *fields]
   arguments = [f"--config={config}", *(f"--config.{field}" for field in fields)]
-  return plan.plan(config_lib.parse_args(arguments, flags={})[0], topology, **options)
+  return estimate.plan(config_lib.parse_args(arguments, flags={})[0], topology, **options)
 
 
 def test_diffusion_dro_of_sd15(sd15):
@@ -61,7 +63,7 @@ def test_diffusion_dro_of_sd15(sd15):
   assert numbers["fits"] and memory["total"] == pytest.approx(
     sum(v for k, v in memory.items() if k != "total")
   )
-  text = plan.describe(numbers | {"fits": False})
+  text = estimate.describe(numbers | {"fits": False})
   assert "does NOT fit into nine tenths of 16 GiB" in text and "859,520,964" in text
 
 
@@ -93,7 +95,7 @@ def test_settings_that_fit_are_found():
       fitting[fsdp, r]["rows of a device at once"] for r in ("none", "transformer", "full")
     ]
     assert rows == sorted(rows)
-  assert "model.remat  train.accumulate" in plan.describe(
+  assert "model.remat  train.accumulate" in estimate.describe(
     planned("shapes", "v5e:4x4", search=False, config="configs/sft.py:shapes")
     | {"settings": found}
   )
@@ -102,7 +104,7 @@ def test_settings_that_fit_are_found():
 def test_low_rank_additions_draw_with_their_base():
   """The arguments that the rollout is compiled for are those it is called with."""
   config = ["--config=configs/dro.py:tiny", "--config.lora.rank=2"]
-  checked = prepare.check(config_lib.parse_args(config, flags={})[0], mesh=sharding.make_mesh())
+  checked = setup.check(config_lib.parse_args(config, flags={})[0], mesh=sharding.make_mesh())
   program, arguments = programs.abstract_programs(checked)
   rest = (arguments.state, arguments.base, arguments.batch["cond"], arguments.uncond)
   drawn = jax.eval_shape(program.rollout, *programs.rollout_arguments(program, *rest))
@@ -130,7 +132,7 @@ REFUSALS = {
 @pytest.mark.parametrize("case", REFUSALS)
 def test_refusals_are_one_line(case, capsys):
   arguments, words = REFUSALS[case]
-  assert plan.main(["--config=configs/sft.py:shapes", *arguments]) == 2
+  assert estimate.main(["--config=configs/sft.py:shapes", *arguments]) == 2
   error = capsys.readouterr().err
   assert words in error and error.count("\n") == 1
 
@@ -184,7 +186,7 @@ def test_the_tpu_compiler_accounts_for_a_step(tmp_path):
 
 
 def test_the_example_of_the_error_is_right():
-  chip, count = plan.parse_topology("v5p:2x2x2")
+  chip, count = estimate.parse_topology("v5p:2x2x2")
   assert chip.kind == "TPU v5" and count == 8
   with pytest.raises(UserError, match="is not one of"):
-    plan.parse_topology("8")
+    estimate.parse_topology("8")

@@ -5,9 +5,9 @@ import json
 import numpy as np
 from conftest import ROOT
 
-from jaxpref import checkpoint
 from jaxpref.models import pipeline
 from jaxpref.pretrain import run as pretrain
+from jaxpref.runtime import checkpoint
 
 
 def _run(workdir, capsys, *extra):

@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from jaxpref import generate, prompts
+from jaxpref import generate
+from jaxpref.data import prompt_files
 from jaxpref.errors import UserError
 from jaxpref.evaluation import evaluate
 
@@ -13,7 +14,7 @@ def test_lines_without_marks_and_empty_ones(tmp_path):
   file = tmp_path / "prompts.txt"
   file.write_bytes("\ufeffa star \r\n\n größer\u2028als\n".encode())
   expected = ["a star", "größer\u2028als"]
-  assert prompts.read_file(file, shown="it") == expected
+  assert prompt_files.read_file(file, shown="it") == expected
   assert generate.read_prompts(str(file)) == expected
   assert sorted(evaluate.choose_prompts(str(file), 9, [], seed=0)) == sorted(expected)
 

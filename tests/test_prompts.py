@@ -6,8 +6,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from jaxpref.data.shapes import prompts
-from jaxpref.data.shapes.prompts import COLORS, RELATIONS, SHAPES, Spec, Thing
+from jaxpref.shapes import prompts
+from jaxpref.shapes.prompts import COLORS, RELATIONS, SHAPES, Spec, Thing
 
 _OTHER_SIDE = {
   "left of": "right of",

@@ -10,10 +10,11 @@ import pytest
 import runs
 from conftest import ROOT, live
 
-from jaxpref import base_config, config, losses, main, noising, sharding
+from jaxpref import base_config, config, losses, main, sharding
 from jaxpref.data import encode
 from jaxpref.diffusion import schedule as schedule_lib
 from jaxpref.models import pipeline, vae
+from jaxpref.training import batch as batch_lib
 
 
 @pytest.fixture(autouse=True)
@@ -92,22 +93,24 @@ def test_latents_are_sampled_from_their_posteriors():
   std = np.full_like(mode, 0.3)
   std[1] = 0.0
   batch = {"latents": mode, "std": std}
-  first, again, later = (np.asarray(noising._clean(batch, 5, u)) for u in (7, 7, 8))
+  first, again, later = (np.asarray(batch_lib._clean(batch, 5, u)) for u in (7, 7, 8))
   np.testing.assert_array_equal(first, again)
   assert (first != later).any(axis=(1, 2, 3, 4)).tolist() == [True, False, True, True]
   eps = ((first - mode) / 0.3)[[0, 2, 3]]
   assert abs(eps.mean()) < 0.03 and abs(eps.std() - 1) < 0.03
   assert abs(np.corrcoef(eps[:, 0].ravel(), eps[:, 1].ravel())[0, 1]) < 0.05  # arm by arm
   fixed = [
-    np.asarray(noising._clean(batch | {"row": np.arange(rows), "draw": np.full(rows, d)}, 5, u))
+    np.asarray(
+      batch_lib._clean(batch | {"row": np.arange(rows), "draw": np.full(rows, d)}, 5, u)
+    )
     for d, u in ((0, 1), (0, 2), (1, 2))
   ]
   np.testing.assert_array_equal(fixed[0], fixed[1])
   assert (fixed[1] != fixed[2]).any()
   shuffled = {name: x[::-1] for name, x in batch.items()}
   shuffled |= {"row": np.arange(rows)[::-1], "draw": np.zeros(rows, int)}
-  np.testing.assert_array_equal(noising._clean(shuffled, 5, 3)[::-1], fixed[0])
-  np.testing.assert_array_equal(noising._clean({"latents": mode}, 5, 7), mode)
+  np.testing.assert_array_equal(batch_lib._clean(shuffled, 5, 3)[::-1], fixed[0])
+  np.testing.assert_array_equal(batch_lib._clean({"latents": mode}, 5, 7), mode)
 
 
 def test_what_an_improver_is_shown_is_not_sampled():
@@ -118,7 +121,7 @@ def test_what_an_improver_is_shown_is_not_sampled():
   cond = {"text": np.zeros((8, 3, 5), np.float32)}
   empty = {"text": np.ones((1, 3, 5), np.float32)}
   arms = [
-    noising.make_arms(
+    batch_lib.make_arms(
       *(schedule_lib.make_schedule(), improver.NEEDS, {"cond": cond, "latents": mode, **more}),
       *(None, empty),
       seed=0,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from jaxpref.evaluation import glossary, grid, report
+from jaxpref.evaluation import glossary, image_grid, report
 
 EVIL = "<script>alert('x')</script> & \"quotes\""
 
@@ -359,7 +359,7 @@ def colored(color, size=(6, 8)):
 def test_grid_places_and_magnifies_pixels():
   colors = [(200, 10, 20), (10, 200, 20), (10, 20, 200), (120, 90, 60)]
   rows = [[colored(colors[0]), colored(colors[1])], [colored(c) for c in colors[2:]]]
-  picture = np.asarray(grid.image_grid(rows, columns=2, scale=3, gap=4))
+  picture = np.asarray(image_grid.image_grid(rows, columns=2, scale=3, gap=4))
   # margin 12, images 24 x 18, 4 apart, 20 between columns of rows
   assert picture.shape == (12 + 18 + 4 + 12, 12 + 52 + 20 + 52 + 12, 3)
   for left, color in zip((12, 40, 84, 112), colors, strict=True):
@@ -372,13 +372,13 @@ def test_grid_places_and_magnifies_pixels():
 
 def test_grid_captions_make_room_and_are_drawn():
   rows = [[colored((0, 0, 0), (32, 32))] * 2] * 3
-  plain = grid.image_grid(rows)
+  plain = image_grid.image_grid(rows)
   long = "a large purple hexagon to the left of a small orange circle"
-  captioned = grid.image_grid(
+  captioned = image_grid.image_grid(
     rows, captions=["short", long, ""], headers=["base", "tuned"], font_size=10
   )
   font = ImageFont.load_default(10)
-  lines = grid.wrap(long, font, 70)
+  lines = image_grid.wrap(long, font, 70)
   assert " ".join(lines) == long and len(lines) > 3
   assert all(font.getlength(line) <= 70 for line in lines)
   # 14 pixels a line; the header's line and gap.
@@ -389,7 +389,7 @@ def test_grid_captions_make_room_and_are_drawn():
 
 def test_wrap_cuts_a_word_that_is_too_long():
   font = ImageFont.load_default(10)
-  lines = grid.wrap("to " + "x" * 50, font, 60)
+  lines = image_grid.wrap("to " + "x" * 50, font, 60)
   assert "".join(lines) == "to" + "x" * 50
   assert all(font.getlength(line) <= 60 for line in lines)
 
@@ -404,10 +404,10 @@ def test_grid_refuses_what_it_cannot_draw():
     (([[image[..., :1]]],), "uint8"),
   ):
     with pytest.raises(ValueError, match=match):
-      grid.image_grid(*bad)
+      image_grid.image_grid(*bad)
   with pytest.raises(ValueError, match="2 captions for 1 rows"):
-    grid.image_grid([[image]], captions=["a", "b"])
+    image_grid.image_grid([[image]], captions=["a", "b"])
   with pytest.raises(ValueError, match="2 headers"):
-    grid.image_grid([[image]], headers=["a", "b"])
+    image_grid.image_grid([[image]], headers=["a", "b"])
   with pytest.raises(ValueError, match="at least 1"):
-    grid.image_grid([[image]], scale=0)
+    image_grid.image_grid([[image]], scale=0)

@@ -9,8 +9,8 @@ from PIL import Image
 
 from jaxpref import base_config
 from jaxpref.data import rows as rows_lib
-from jaxpref.data.shapes import annotator, builder, rankings
 from jaxpref.errors import UserError
+from jaxpref.shapes import annotator, builder, rankings
 
 
 def _png(shade, size=(3, 2)):
@@ -100,7 +100,7 @@ def test_the_annotator_ranks_as_plackett_and_luce():
 
 def test_ranked_lists_of_the_shapes_world(tmp_path):
   config = rankings.ListsConfig(name="few", num_train=12, num_test=2, num_images=3)
-  from jaxpref.data.shapes import store
+  from jaxpref.shapes import store
 
   source = store.load(rankings.ShapesRankings, config, "train", data_dir=tmp_path)
   found = rows_lib.from_rankings(source)

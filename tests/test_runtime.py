@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from jaxpref import runtime
+from jaxpref.runtime import jax_setup
 
 FORCED = "--xla_force_host_platform_device_count="
 
 
 @pytest.mark.parametrize(("cores", "devices"), [(1, 1), (2, 2), (3, 2), (6, 4), (64, 8)])
 def test_a_power_of_two_of_devices(monkeypatch, cores, devices):
-  monkeypatch.setattr(runtime, "_cores", lambda: cores)
+  monkeypatch.setattr(jax_setup, "_cores", lambda: cores)
   monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
-  runtime.use_all_cores()
+  jax_setup.use_all_cores()
   flags = os.environ["XLA_FLAGS"].split()
   assert flags[0] == "--xla_cpu_enable_fast_math=false"  # what was there stays
   assert f"{FORCED}{devices}" in flags
@@ -26,24 +26,24 @@ def test_a_power_of_two_of_devices(monkeypatch, cores, devices):
 @pytest.mark.parametrize("given", [f"{FORCED}8", "--xla_cpu_multi_thread_eigen=true"])
 def test_a_users_choice_stands(monkeypatch, given):
   monkeypatch.setenv("XLA_FLAGS", given)
-  runtime.use_all_cores()
+  jax_setup.use_all_cores()
   assert os.environ["XLA_FLAGS"] == given
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
 def test_a_containers_share_counts(monkeypatch, tmp_path):
   monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
-  monkeypatch.setattr(runtime, "_QUOTA", tmp_path / "cpu.max")
-  assert runtime._cores() == 64  # no such file
+  monkeypatch.setattr(jax_setup, "_QUOTA", tmp_path / "cpu.max")
+  assert jax_setup._cores() == 64  # no such file
   for text, cores in {"max 100000": 64, "250000 100000": 2, "50000 100000": 1}.items():
     (tmp_path / "cpu.max").write_text(text + "\n")
-    assert runtime._cores() == cores
+    assert jax_setup._cores() == cores
 
 
 def test_jax_sees_them():
   program = (
-    "import json, os; from jaxpref import runtime; runtime._cores = lambda: 4;"
-    "runtime.use_all_cores(); import jax; print(json.dumps(jax.device_count()))"
+    "import json, os; from jaxpref.runtime import jax_setup; jax_setup._cores = lambda: 4;"
+    "jax_setup.use_all_cores(); import jax; print(json.dumps(jax.device_count()))"
   )
   env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
   done = subprocess.run(
@@ -76,8 +76,8 @@ def test_no_place_for_a_cache_is_no_failure(monkeypatch, tmp_path):
     raise RuntimeError("Could not determine home directory.")
 
   monkeypatch.setattr(Path, "home", homeless)
-  assert runtime._own_cache() is None
+  assert jax_setup._own_cache() is None
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # enough without a home
-  assert runtime._own_cache() == tmp_path / "jaxpref"
+  assert jax_setup._own_cache() == tmp_path / "jaxpref"
   monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
-  assert runtime._own_cache() is None
+  assert jax_setup._own_cache() is None

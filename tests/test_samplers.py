@@ -12,8 +12,9 @@ from conftest import live
 from golden import make_samplers as golden
 from scipy import integrate
 
-from jaxpref.diffusion import ddim, ddpm, dpm_solver, grid
-from jaxpref.diffusion import sample as samplers
+from jaxpref.diffusion import ddim, ddpm, dpm_solver
+from jaxpref.diffusion import sampler as samplers
+from jaxpref.diffusion import timesteps as timesteps_lib
 from jaxpref.diffusion.schedule import make_schedule, schedule_from_config
 from jaxpref.errors import UserError
 from jaxpref.models import corrections, pipeline
@@ -43,7 +44,7 @@ def _run_case(name):
   case = golden.CASES[name]
   schedule = make_schedule(**case["schedule"])
   sigma_min = not case.get("set_alpha_to_one", True)
-  levels = grid.uniform_grid(
+  levels = timesteps_lib.uniform_grid(
     schedule,
     case["steps"],
     golden.SHAPE[0],
@@ -138,7 +139,7 @@ def test_a_pipelines_file_means_what_its_diffusers_pipeline_makes_of_it(file, so
   )
   schedule = schedule_from_config(configs["scheduler"])
   ours = pipeline.Pipeline(Path(), configs, {}, {}, (), schedule, "")
-  levels = grid.uniform_grid(schedule, 20, 1, **ours.spacing(solver))
+  levels = timesteps_lib.uniform_grid(schedule, 20, 1, **ours.spacing(solver))
   np.testing.assert_array_equal(levels.timesteps[:, 0], theirs.timesteps)
   if solver == "ddpm":
     return
@@ -171,13 +172,13 @@ def test_what_diffusers_corrects_in_old_files(caplog):
 def test_offset_grid_is_the_papers():
   schedule = make_schedule()
   offsets = jnp.array([0, 17, 49])
-  made = grid.offset_grid(schedule, 20, offsets)
+  made = timesteps_lib.offset_grid(schedule, 20, offsets)
   expected = np.arange(950, -1, -50)[:, None] + np.array([0, 17, 49])
   np.testing.assert_array_equal(made.timesteps, expected)
   np.testing.assert_array_equal(made.log_snr[:-1], schedule.log_snr[expected])
   np.testing.assert_array_equal(made.alpha_bar[-1], 1.0)
   # T not a multiple of N: still inside 0..T-1 for every allowed offset.
-  ragged = grid.offset_grid(schedule, 30, jnp.array([0, 32])).timesteps
+  ragged = timesteps_lib.offset_grid(schedule, 30, jnp.array([0, 32])).timesteps
   assert ragged.min() == 10
   assert ragged.max() == 999
 
@@ -194,7 +195,7 @@ def test_offset_grid_is_the_papers():
   ],
 )
 def test_uniform_grids(options, first_and_last):
-  made = grid.uniform_grid(make_schedule(), 20, 3, **options)
+  made = timesteps_lib.uniform_grid(make_schedule(), 20, 3, **options)
   assert made.timesteps.shape == (20, 3)
   assert made.timesteps.dtype == jnp.int32
   assert made.log_snr.shape == (21, 3)
@@ -206,16 +207,16 @@ def test_bad_requests_are_user_errors():
   schedule = make_schedule()
   for steps in (0, 1001):
     with pytest.raises(UserError, match="sampling steps"):
-      grid.uniform_grid(schedule, steps, 1)
+      timesteps_lib.uniform_grid(schedule, steps, 1)
     with pytest.raises(UserError, match="sampling steps"):
-      grid.offset_grid(schedule, steps, jnp.zeros(1, int))
+      timesteps_lib.offset_grid(schedule, steps, jnp.zeros(1, int))
   with pytest.raises(UserError, match="spacing"):
-    grid.uniform_grid(schedule, 5, 1, spacing="even")
+    timesteps_lib.uniform_grid(schedule, 5, 1, spacing="even")
   with pytest.raises(UserError, match="final"):
-    grid.uniform_grid(schedule, 5, 1, final="one")
+    timesteps_lib.uniform_grid(schedule, 5, 1, final="one")
   with pytest.raises(UserError, match="distinct"):
-    grid.uniform_grid(schedule, 1000, 1, spacing="leading")
-  levels, x_T = grid.uniform_grid(schedule, 5, 2), jnp.zeros((2, 3))
+    timesteps_lib.uniform_grid(schedule, 1000, 1, spacing="leading")
+  levels, x_T = timesteps_lib.uniform_grid(schedule, 5, 2), jnp.zeros((2, 3))
   for options in ({"solver": "euler"}, {"order": 4}, {"eta": 0.5}):
     with pytest.raises(UserError):
       samplers.sample(_denoise, x_T, levels, schedule, **options)
@@ -238,7 +239,7 @@ def test_a_batch_equals_its_samples_alone(solver, order):
 
   @jax.jit
   def run(x_T, offsets, keys):
-    levels = grid.offset_grid(schedule, 20, offsets)
+    levels = timesteps_lib.offset_grid(schedule, 20, offsets)
     options = {"solver": solver, "order": order, "key": keys, "trajectory": True}
     return samplers.sample(_denoise, x_T, levels, schedule, **options)
 
@@ -257,7 +258,7 @@ def test_a_batch_equals_its_samples_alone(solver, order):
 
 def test_trajectory_is_what_the_denoiser_saw_and_said():
   schedule = make_schedule()
-  levels = grid.offset_grid(schedule, 5, jnp.array([3, 150]))
+  levels = timesteps_lib.offset_grid(schedule, 5, jnp.array([3, 150]))
   x_T = golden.start_and_noise("dpm1")[0]
   calls = []
 
@@ -285,7 +286,7 @@ def test_without_trajectory_no_states_are_stacked():
   schedule = make_schedule()
 
   def stacked(trajectory):
-    levels = grid.uniform_grid(schedule, 7, 2)
+    levels = timesteps_lib.uniform_grid(schedule, 7, 2)
     run = functools.partial(samplers.sample, trajectory=trajectory)
     text = str(
       jax.make_jaxpr(lambda x: run(_denoise, x, levels, schedule))(jnp.zeros((2, 5, 3)))
@@ -328,7 +329,7 @@ def _gaussian_errors(order):
   errors = []
   for steps in (15, 30, 60):
     t = np.linspace(999, 39, steps + 1).astype(np.int32)[:, None]
-    levels = grid.Grid(timesteps=jnp.asarray(t[:-1]), log_snr=schedule.log_snr[t])
+    levels = timesteps_lib.Grid(timesteps=jnp.asarray(t[:-1]), log_snr=schedule.log_snr[t])
     x = np.array(run(flow(999)[None], levels)[0], np.float64)
     errors.append(np.abs(x - flow(39)).max())
   return np.array(errors)
@@ -354,7 +355,7 @@ def _table(solver, levels, **options):
 def test_third_order_weights_follow_from_the_integral():
   """For x0(l) linear in l order 3 is exact: here against scipy's quadrature."""
   schedule = make_schedule()
-  levels = grid.uniform_grid(schedule, 20, 1, spacing="trailing", final="sigma_min")
+  levels = timesteps_lib.uniform_grid(schedule, 20, 1, spacing="trailing", final="sigma_min")
   data = np.array(_table(dpm_solver, levels, order=3).data[:, :, 0])
   lam = 0.5 * np.array(levels.log_snr[:, 0], np.float64)
   for k in range(2, 20):
@@ -366,7 +367,7 @@ def test_third_order_weights_follow_from_the_integral():
 
 def test_short_steps_keep_finite_accurate_weights():
   schedule = make_schedule()
-  levels = grid.uniform_grid(schedule, 1000, 1, spacing="trailing")
+  levels = timesteps_lib.uniform_grid(schedule, 1000, 1, spacing="trailing")
   for order in (1, 2, 3):
     table = _table(dpm_solver, levels, order=order)
     assert np.isfinite(table.state).all()
@@ -378,7 +379,7 @@ def test_short_steps_keep_finite_accurate_weights():
 
 
 def test_ddim_with_eta_1_is_ddpm():
-  levels = grid.offset_grid(make_schedule(), 20, jnp.array([0, 31]))
+  levels = timesteps_lib.offset_grid(make_schedule(), 20, jnp.array([0, 31]))
   a, b = _table(ddim, levels, eta=1.0), _table(ddpm, levels)
   np.testing.assert_allclose(a.state, b.state, rtol=2e-4, atol=1e-6)
   np.testing.assert_allclose(a.data, b.data, rtol=2e-5, atol=1e-6)
@@ -388,7 +389,7 @@ def test_ddim_with_eta_1_is_ddpm():
 
 def test_ddpm_mean_and_variance_in_float64():
   schedule = make_schedule()
-  levels = grid.uniform_grid(schedule, 50, 1, visit_lowest=True)
+  levels = timesteps_lib.uniform_grid(schedule, 50, 1, visit_lowest=True)
   alpha_bar = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
   s = alpha_bar[np.arange(980, -1, -20)]
   t = np.append(s[1:], 1.0)

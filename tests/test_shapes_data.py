@@ -12,8 +12,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from jaxpref.data import records
-from jaxpref.data.shapes import annotator, builder, flaws, prompts, store
 from jaxpref.errors import UserError
+from jaxpref.shapes import annotator, builder, flaws, prompts, store
 
 PICK_A_PIC = {
   *("are_different", "best_image_uid", "caption", "created_at", "has_label"),
@@ -271,7 +271,7 @@ def test_two_processes_at_once(data_dir, tmp_path):
 
 def test_killed_while_it_draws(tmp_path):
   program = (
-    "from jaxpref.data.shapes import builder;"
+    "from jaxpref.shapes import builder;"
     f"builder.load_preferences('train', num_train=100000, data_dir={str(tmp_path)!r})"
   )
   process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
@@ -334,9 +334,9 @@ def test_damaged_files_are_one_line_that_names_them(tmp_path):
 def test_import_is_cheap_and_tensorflow_is_not_used(tmp_path):
   program = f"""
 import sys
-import jaxpref.data.shapes, jaxpref.data.experts
+import jaxpref.shapes, jaxpref.data.top_k
 assert not {{"tensorflow_datasets", "jax", "grain"}} & set(sys.modules)
-from jaxpref.data.shapes import builder
+from jaxpref.shapes import builder
 source = builder.load_preferences(
   "test", num_train=2, num_test=2, data_dir={str(tmp_path)!r})
 print(len(source), source[1]["ranking_id"], "tensorflow" in sys.modules)

@@ -14,10 +14,13 @@ import numpy as np
 import optax
 import pytest
 
-from jaxpref import losses, noising, optim, randomness, rollouts, sharding, steps
-from jaxpref.diffusion import sample as sample_lib
+from jaxpref import losses, rng, sharding
+from jaxpref.diffusion import sampler as sampler_lib
 from jaxpref.diffusion import schedule as schedule_lib
 from jaxpref.errors import UserError
+from jaxpref.training import batch as batch_lib
+from jaxpref.training import optimizer, train_step
+from jaxpref.training import rollout as rollout_lib
 
 CASES = [
   {"name": "dro", "data": 8, "accumulate": 2, "look": True},
@@ -130,11 +133,11 @@ def test_states_of_a_trajectory_are_rows_of_their_own():
 
 def test_replayed_rows_are_those_of_earlier_updates():
   rows = {"x": jnp.arange(6.0), "t": jnp.arange(6)}
-  buffer = rollouts.init_replay(rows, 2)
+  buffer = rollout_lib.init_replay(rows, 2)
   seen = []
   for update in range(5):
     now = {"x": 100.0 * update + jnp.arange(6.0), "t": 100 * update + jnp.arange(6)}
-    mixed, buffer = rollouts.replay(buffer, now, jnp.int32(update), jax.random.key(update))
+    mixed, buffer = rollout_lib.replay(buffer, now, jnp.int32(update), jax.random.key(update))
     np.testing.assert_array_equal(mixed["x"], mixed["t"])  # rows stay whole
     ages = update - np.asarray(mixed["t"]) // 100
     assert set(ages) <= set(range(min(update, 2) + 1))
@@ -175,15 +178,17 @@ def test_policy_and_reference_see_a_batch_once(name, calls, options, monkeypatch
   """All arms of the 16 rows in one call each, and no call that is not needed."""
   seen = []
   denoise = devices_main.denoise
-  make_step, make_rollout = steps.make_train_step, rollouts.make_rollout
+  make_step, make_rollout = train_step.make_train_step, rollout_lib.make_rollout
 
   def counting(params, x_t, t, cond):
     seen.append(x_t.shape[0])
     return denoise(params, x_t, t, cond)
 
-  monkeypatch.setattr(steps, "make_train_step", lambda _, *a, **k: make_step(counting, *a, **k))
   monkeypatch.setattr(
-    rollouts, "make_rollout", lambda _, *a, **k: make_rollout(denoise, *a, **k)
+    train_step, "make_train_step", lambda _, *a, **k: make_step(counting, *a, **k)
+  )
+  monkeypatch.setattr(
+    rollout_lib, "make_rollout", lambda _, *a, **k: make_rollout(denoise, *a, **k)
   )
   devices_main.train(name, updates=1, **options)
   assert seen == calls
@@ -194,7 +199,7 @@ def test_arms_of_a_row_share_timestep_prompt_and_perhaps_noise(shared):
   _, rows, empty = devices_main.initial("pairs")
   schedule = schedule_lib.make_schedule()
   needs = losses.Needs(rows="pairs", shared_noise=shared)
-  arms = noising.make_arms(
+  arms = batch_lib.make_arms(
     schedule, needs, rows, None, empty, seed=0, update=3, prompt_dropout=0.5
   )
   alpha_bar = np.asarray(schedule.alpha_bar)[arms.t][:, None, None, None, None]
@@ -243,12 +248,12 @@ def test_update_equals_the_formula_by_hand():
   """SFT's first Adam update from a gradient taken here, from the equations."""
   params, rows, empty = devices_main.initial()
   schedule = schedule_lib.make_schedule()
-  key = randomness.key_of(0, "train", 0)
+  key = rng.key_of(0, "train", 0)
   t = jax.random.randint(jax.random.fold_in(key, 0), (devices_main.ROWS,), 0, 1000)
   x0 = rows["latents"][:, 0]
   eps = jax.random.normal(jax.random.fold_in(key, 1), x0.shape)
-  dropped = randomness.dropped_rows(0, 0, devices_main.ROWS, rate=0.2)
-  cond = randomness.without_prompts(dropped, rows["cond"], empty)
+  dropped = rng.dropped_rows(0, 0, devices_main.ROWS, rate=0.2)
+  cond = rng.without_prompts(dropped, rows["cond"], empty)
   alpha_bar = np.asarray(schedule.alpha_bar, np.float64)[t][:, None, None, None]
   x_t = np.sqrt(alpha_bar) * x0 + np.sqrt(1 - alpha_bar) * np.asarray(eps)
 
@@ -272,7 +277,7 @@ def test_update_equals_the_formula_by_hand():
 def make_rollout(denoise=devices_main.denoise, **options):
   """A rollout of the toy problem, in 20 steps."""
   defaults = {"solver": "dpm_solver", "order": 2, "guidance": 1.0, "prompt_dropout": 0.0}
-  return rollouts.make_rollout(
+  return rollout_lib.make_rollout(
     denoise,
     schedule_lib.make_schedule(),
     mesh=sharding.make_mesh(),
@@ -322,11 +327,11 @@ def test_lots_that_stop_early_give_the_states_of_whole_trajectories(options, mon
   def whole(*args, **kwargs):
     """Every step of every row, from the loop that images are drawn with."""
     *problem, kept = args
-    _, seen = sample_lib.sample(*problem, trajectory=True, **kwargs)
+    _, seen = sampler_lib.sample(*problem, trajectory=True, **kwargs)
     at = lambda x: jax.vmap(lambda s, k: s[k], in_axes=(1, 1), out_axes=1)(x, kept)  # noqa: E731
     return jax.tree.map(at, seen)
 
-  monkeypatch.setattr(sample_lib, "sample_until", whole)
+  monkeypatch.setattr(sampler_lib, "sample_until", whole)
   full = make_rollout(**options)(params, 3, 0, rows["cond"], empty)
   np.testing.assert_array_equal(lots.t, full.t)
   np.testing.assert_allclose(lots.x_t, full.x_t, rtol=1e-4, atol=2e-5)
@@ -338,7 +343,7 @@ def test_lots_that_stop_early_give_the_states_of_whole_trajectories(options, mon
 
 
 def test_lots_are_alike_on_all_devices():
-  at_once = lambda *a, devices=1: rollouts.rows_at_once(*a, devices=devices)  # noqa: E731
+  at_once = lambda *a, devices=1: rollout_lib.rows_at_once(*a, devices=devices)  # noqa: E731
   assert at_once(32, 0) == 32 and at_once(32, 8) == 8 and at_once(32, 7) == 8
   assert at_once(32, 8, devices=16) == 16 and at_once(32, 8, devices=32) == 32
   assert at_once(24, 5, devices=2) == 6 and at_once(32, 100) == 32
@@ -346,8 +351,8 @@ def test_lots_are_alike_on_all_devices():
 
 def test_prompts_are_dropped_at_the_rate():
   cond, empty = jnp.ones((4000, 1, 1)), jnp.zeros((1, 1, 1))
-  dropped = randomness.dropped_rows(0, jnp.int32(5), 4000, rate=0.2)
-  out = randomness.without_prompts(dropped, cond, empty)
+  dropped = rng.dropped_rows(0, jnp.int32(5), 4000, rate=0.2)
+  out = rng.without_prompts(dropped, cond, empty)
   assert abs(float(1 - out.mean()) - 0.2) < 0.03
 
 
@@ -365,9 +370,9 @@ CONSTANT = optax.constant_schedule(1e-2)
 def sft_step(mesh, params, accumulate=1, learning_rate=CONSTANT):
   """The train step of SFT, and a new state for it."""
   tx = optax.sgd(learning_rate)
-  make_state = lambda p: steps.init_state(p, tx, seed=0, lagging_copy=False)  # noqa: E731
+  make_state = lambda p: train_step.init_state(p, tx, seed=0, lagging_copy=False)  # noqa: E731
   split = sharding.params_sharding(mesh, jax.eval_shape(make_state, params))
-  step = steps.make_train_step(
+  step = train_step.make_train_step(
     devices_main.denoise,
     schedule_lib.make_schedule(),
     losses.load_loss("sft"),
@@ -401,7 +406,7 @@ def test_the_step_is_compiled_once_and_its_state_donated():
 def test_a_schedule_that_ends_early_shows_in_the_metrics():
   """And updates that were skipped do not advance it."""
   params, rows, empty = devices_main.initial()
-  schedule = optim.make_schedule("linear", lr=1.0, warmup_updates=0, num_updates=2)
+  schedule = optimizer.make_schedule("linear", lr=1.0, warmup_updates=0, num_updates=2)
   step, state = sft_step(sharding.make_mesh(), params, learning_rate=schedule)
   broken = rows | {"latents": np.full_like(rows["latents"], np.nan)}
   seen = []

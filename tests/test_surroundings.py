@@ -11,7 +11,7 @@ import conftest
 import pytest
 
 from jaxpref import generate
-from jaxpref.data.shapes import store
+from jaxpref.shapes import store
 
 
 @pytest.mark.parametrize("name", ["main", "generate", "export", "plan"])

@@ -13,9 +13,9 @@ import pytest
 import regex
 from transformers import CLIPTokenizer, CLIPTokenizerFast
 
-from jaxpref.data.shapes import prompts
 from jaxpref.errors import UserError
 from jaxpref.models import hub, text
+from jaxpref.shapes import prompts
 
 # What public captions hold besides plain words.
 PIECES = (

@@ -18,10 +18,12 @@ from conftest import ROOT, WITHOUT_TORCH, start_cluster, xla_flags
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from jaxpref import checkpoint, main, metrics, rollouts, steps, tuned
-from jaxpref.data.shapes import prompts
+from jaxpref import main
 from jaxpref.evaluation import evaluate
 from jaxpref.models import pipeline as pipeline_lib
+from jaxpref.runtime import checkpoint, metrics
+from jaxpref.shapes import prompts
+from jaxpref.training import load_run, rollout, train_step
 
 
 @pytest.fixture(autouse=True)
@@ -51,8 +53,8 @@ def finished(tiny_pipeline, tmp_path_factory, tfds_dir):
   with pytest.MonkeyPatch.context() as patch:
     patch.chdir(ROOT)
     patch.setenv("TFDS_DATA_DIR", str(tfds_dir))
-    patch.setattr(steps, "make_train_step", guard(steps.make_train_step))
-    patch.setattr(rollouts, "make_rollout", guard(rollouts.make_rollout))
+    patch.setattr(train_step, "make_train_step", guard(train_step.make_train_step))
+    patch.setattr(rollout, "make_rollout", guard(rollout.make_rollout))
     assert main.main(runs.arguments(tiny_pipeline, workdir, profile=1)) == 0
   assert [program._cache_size() for program in jitted] == [1, 1]
   return workdir
@@ -242,8 +244,8 @@ def test_the_best_checkpoint_stays(tiny_pipeline, tmp_path, capsys):
   kept = max((2, 4), key=lambda update: (means[update], -update))  # when the last was saved
   assert checkpoint.steps(workdir / "checkpoints") == [kept, 6]
   assert f"update {best} by shapes.quality-2" in (workdir / "report.html").read_text()
-  digest = tuned.load(str(workdir), step="best").digest
-  assert digest == tuned.load(str(workdir), step=best).digest
+  digest = load_run.load(str(workdir), step="best").digest
+  assert digest == load_run.load(str(workdir), step=best).digest
   # Started again without one of them, it makes that evaluation before it goes on.
   before = runs.parameters(workdir)[1]
   shutil.rmtree(workdir / "checkpoints" / "6")

@@ -14,8 +14,8 @@ from PIL import Image
 from scipy import ndimage
 
 from jaxpref import scorers
-from jaxpref.data.shapes import annotator, flaws, palette, prompts, quality, render, verifier
 from jaxpref.errors import UserError
+from jaxpref.shapes import annotator, flaws, palette, prompts, quality, render, verifier
 
 WRONG = ("missing_object", "wrong_count", "swapped_color", "swapped_relation", "cropped")
 UGLY = ("blur", "noise", "low_contrast")

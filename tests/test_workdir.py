@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from jaxpref import train
-from jaxpref import workdir as workdir_lib
 from jaxpref.errors import UserError
+from jaxpref.runtime import workdir as workdir_lib
+from jaxpref.training import train
 
-ROOT = Path(workdir_lib.__file__).parents[1]
+ROOT = Path(workdir_lib.__file__).parents[2]
 
 
 def make_config(**changes):
@@ -160,7 +160,7 @@ def test_a_second_run_is_refused_until_the_first_is_killed(tmp_path):
   code = (
     "import sys\n"
     "from ml_collections import ConfigDict\n"
-    "from jaxpref import workdir\n"
+    "from jaxpref.runtime import workdir\n"
     "workdir.open_workdir(sys.argv[1], ConfigDict({'name': 'dro'}))\n"
     "print('locked', flush=True)\n"
     "sys.stdin.read()\n"

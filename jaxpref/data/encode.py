@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxpref import sharding, watch
+from jaxpref import sharding
 from jaxpref.data.rows import Row
 from jaxpref.errors import UserError
 from jaxpref.models import text
 from jaxpref.models import vae as vae_lib
 from jaxpref.models.pipeline import Pipeline
 from jaxpref.models.unet import Cond
+from jaxpref.runtime import watchdog
 
 _PIXELS_AT_ONCE = 1 << 21  # for a device; the VAE's first level takes 512 bytes for each
 
@@ -195,9 +196,9 @@ def in_batches(run: Any, params: Any, rows: Any, size: int, mesh: Mesh) -> Any:
   params = sharding.place_params(params, mesh)
   done = []
   for start in range(0, total, size):
-    watch.beat_or_stop()
+    watchdog.beat_or_stop()
     index = np.arange(start, start + size).clip(max=total - 1)
     out = sharding.to_host(run(params, sharding.place_batch(rows, mesh, index)))
     done.append(jax.tree.map(lambda x, s=start: x[: total - s], out))
-  watch.rest()  # until what comes next is compiled
+  watchdog.rest()  # until what comes next is compiled
   return jax.tree.map(lambda *parts: np.concatenate(parts), *done)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from jaxpref import wording
 from jaxpref.data import bad_rows, images, parquet, splits
 from jaxpref.data.bad_rows import BadRow, Tally
-from jaxpref.data.experts import Example
+from jaxpref.data.top_k import Example
 from jaxpref.errors import UserError, first_line
 from jaxpref.paths import user_path
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxpref.data import bad_rows, experts, folder, images, pickapic
+from jaxpref.data import bad_rows, folder, images, pickapic, top_k
 from jaxpref.data.bad_rows import Tally
 from jaxpref.errors import UserError
 
@@ -123,7 +123,7 @@ def _load(kind: str, data: Any, image_size: int, seed: int | None, tally: Tally)
     case "experts":
       return _experts(data, seed, options)
     case "lists":
-      from jaxpref.data.shapes import rankings  # noqa: PLC0415  # TFDS takes a second
+      from jaxpref.shapes import rankings  # noqa: PLC0415  # TFDS takes a second
 
       lists = rankings.load_rankings("train", data.list_size)
       return from_rankings(lists, data.num_rows, **options)
@@ -149,7 +149,7 @@ def _experts(data: Any, seed: int | None, options: Mapping[str, Any]) -> list[Ro
     )
   elif data.experts == "top":
     source = _source_of(data, "experts", options["tally"])
-    found = experts.top_k(source, data.num_experts, **options)
+    found = top_k.top_k(source, data.num_experts, **options)
   else:
     source = _source_of(data, "pairs", options["tally"])
     return from_pairs(source, data.num_experts, seed=seed, arms=1, **options)
@@ -183,10 +183,10 @@ def _source_of(data: Any, kind: str, tally: Tally) -> Sequence[Mapping[str, Any]
       data.path, split=data.split, follow_links=data.follow_links, tally=tally
     )
   if data.source == "online":
-    from jaxpref.data import online  # noqa: PLC0415  # TFDS takes a second
+    from jaxpref.data import generated_pairs  # noqa: PLC0415  # TFDS takes a second
 
-    return online.open_pairs(data.path)
-  from jaxpref.data.shapes import builder  # noqa: PLC0415  # TFDS takes a second
+    return generated_pairs.open_pairs(data.path)
+  from jaxpref.shapes import builder  # noqa: PLC0415  # TFDS takes a second
 
   return builder.load_preferences("train")
 
@@ -281,7 +281,7 @@ def to_singles(
   def label(i: int) -> None:
     values = source[i]
     caption, winner = bad_rows.caption_of(values["caption"]), _winner(values)
-    digests = [experts.digest_of(values[f"jpg_{k}"], f"jpg_{k}") for k in (0, 1)]
+    digests = [top_k.digest_of(values[f"jpg_{k}"], f"jpg_{k}") for k in (0, 1)]
     tally.ties += winner is None
     for k, digest in enumerate(digests):
       won[digest, caption] = won.get((digest, caption), False) or k == winner

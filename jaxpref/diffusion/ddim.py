@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from jaxpref.diffusion.grid import Coefficients, Grid
 from jaxpref.diffusion.schedule import scales
+from jaxpref.diffusion.timesteps import Coefficients, Grid
 from jaxpref.errors import UserError
 
 

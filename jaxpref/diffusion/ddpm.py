@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpref.diffusion.ddim import fresh_variance
-from jaxpref.diffusion.grid import Coefficients, Grid
+from jaxpref.diffusion.timesteps import Coefficients, Grid
 
 
 def coefficients(grid: Grid) -> Coefficients:

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpref.diffusion.grid import Coefficients, Grid
 from jaxpref.diffusion.schedule import scales
+from jaxpref.diffusion.timesteps import Coefficients, Grid
 from jaxpref.errors import UserError
 
 # diffusers lowers the order of the last steps only when there are few of them.

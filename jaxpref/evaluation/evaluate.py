@@ -14,17 +14,18 @@ import pandas as pd
 from jax.sharding import Mesh
 from PIL import Image
 
-from jaxpref import distributed, metrics, progress, scorers, watch
-from jaxpref import prompts as prompts_lib
-from jaxpref import workdir as workdir_lib
+from jaxpref import scorers
+from jaxpref.data import prompt_files as prompt_files_lib
 from jaxpref.data.bad_rows import BadRow
 from jaxpref.data.encode import encode_images, encode_prompts
 from jaxpref.data.images import decode
-from jaxpref.data.shapes import prompts as shapes_prompts
 from jaxpref.errors import DamagedError, UserError, first_line
-from jaxpref.evaluation import compare, generate, grid, report
+from jaxpref.evaluation import image_grid, report, sampling, statistics
 from jaxpref.models import text
 from jaxpref.models.pipeline import Pipeline
+from jaxpref.runtime import distributed, metrics, progress, watchdog
+from jaxpref.runtime import workdir as workdir_lib
+from jaxpref.shapes import prompts as shapes_prompts
 
 RESULTS = "results.json"
 _SCORES, _EXAMPLES = "scores.parquet", "examples.json"
@@ -58,7 +59,7 @@ def choose_prompts(
     found = list(dict.fromkeys(captions))
   else:
     try:
-      found = list(dict.fromkeys(prompts_lib.read_file(Path(source), shown=source)))
+      found = list(dict.fromkeys(prompt_files_lib.read_file(Path(source), shown=source)))
     except UserError as error:
       raise UserError(f"evaluate.prompts: {error}") from error
   order = np.random.default_rng(seed).permutation(len(found))
@@ -129,13 +130,13 @@ def evaluate(
     The pictures by model, uint8 [N, H, W, 3], prompts slow.
   """
   repeats = settings.images_per_prompt
-  seeds = generate.seeds_of(len(prompts), repeats, seed=settings.seed)
+  seeds = sampling.seeds_of(len(prompts), repeats, seed=settings.seed)
   images = dict(known or {})
   missing = {model: params for model, params in models.items() if model not in images}
   images |= _draw(
     *(pipeline, missing, prompts, seeds, settings, mesh, prefix, improve), images.get("base")
   )
-  watch.rest()  # scorers take as long as they take
+  watchdog.rest()  # scorers take as long as they take
   distributed.first(lambda: _judge(images, prompts, seeds, settings, scorer_names, directory))
   return images
 
@@ -151,7 +152,7 @@ def read_pictures(
     num_prompts: of it.
     settings: the configuration's `evaluate` section.
   """
-  seeds = generate.seeds_of(num_prompts, settings.images_per_prompt, seed=settings.seed)
+  seeds = sampling.seeds_of(num_prompts, settings.images_per_prompt, seed=settings.seed)
   files = [_picture(directory / "images" / model, seed) for seed in seeds]
   try:
     return np.stack([decode(file) for file in files])
@@ -172,7 +173,7 @@ def _draw(
 ) -> dict[str, np.ndarray]:
   """Each model's pictures by its name; an improver is `shown` the base's."""
   make = functools.partial(
-    generate.make_generator, pipeline, mesh, batch_size=min(settings.batch_size, len(seeds))
+    sampling.make_generator, pipeline, mesh, batch_size=min(settings.batch_size, len(seeds))
   )
   generators = dict.fromkeys(
     models, make(num_steps=settings.num_steps, guidance=settings.guidance)
@@ -203,7 +204,7 @@ def _draw(
 
       def on_batch(done, bar=bar):
         bar.update(done - bar.n)
-        watch.beat_or_stop()
+        watchdog.beat_or_stop()
 
       images[model] = generators[model](params, cond, noise, on_batch, names=texts)
   return images
@@ -248,8 +249,8 @@ def _judge(
       )
       for (name, version, model), values in scores.items()
     )
-    results = compare.compare(rows)
-    compare.write_rows(directory / _SCORES, rows)
+    results = statistics.compare(rows)
+    statistics.write_rows(directory / _SCORES, rows)
   order = np.random.default_rng(settings.seed).permutation(len(texts))
   examples = [
     {
@@ -265,7 +266,7 @@ def _judge(
   ]
   workdir_lib.write_json(directory / _EXAMPLES, examples)
   _save_grid(directory / "grid.png", images, texts, order[:_GRID_PAIRS])
-  compare.write_results(directory / RESULTS, results)
+  statistics.write_results(directory / RESULTS, results)
 
 
 def read_results(directory: Path) -> dict[str, Any]:
@@ -274,7 +275,7 @@ def read_results(directory: Path) -> dict[str, Any]:
   Raises:
     DamagedError: they are missing or damaged.
   """
-  return workdir_lib.read_json(directory / RESULTS, compare.are_results)
+  return workdir_lib.read_json(directory / RESULTS, statistics.are_results)
 
 
 def _read_table(file: Path) -> list[dict[str, Any]]:
@@ -286,7 +287,7 @@ def _read_table(file: Path) -> list[dict[str, Any]]:
   if not file.is_file():
     raise DamagedError(f"{file} is missing")
   try:
-    return compare.by_category(pd.read_parquet(file))
+    return statistics.by_category(pd.read_parquet(file))
   except (OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
     raise DamagedError(f"{file} is damaged: {first_line(error)}") from error
 
@@ -360,7 +361,7 @@ def write_report(
     **more,
   )
   if results:
-    print(compare.to_text(results, table))
+    print(statistics.to_text(results, table))
     print(report.verdict(results, held_out=held_out))
   print(f"report: {path}\npictures and scores: {directory}")
   return path
@@ -394,7 +395,7 @@ def _save_grid(
   path: Path, images: Mapping[str, np.ndarray], texts: Sequence[str], order: np.ndarray
 ) -> None:
   size = images["base"].shape[1]
-  picture = grid.image_grid(
+  picture = image_grid.image_grid(
     [[images["base"][i], images["tuned"][i]] for i in order],
     captions=[report.shorten(texts[i], report.CAPTION) for i in order],
     headers=["base", "tuned"],

@@ -22,14 +22,8 @@ import numpy as np
 from PIL import Image
 
 from jaxpref.evaluation import glossary
-from jaxpref.evaluation.compare import (
-  TOLERANCE,
-  number,
-  outcome,
-  p_text,
-  percent,
-)
-from jaxpref.workdir import write_bytes
+from jaxpref.evaluation.statistics import TOLERANCE, number, outcome, p_text, percent
+from jaxpref.runtime.workdir import write_bytes
 
 PANEL_WIDTH, PANEL_HEIGHT = 340, 150
 _LEFT, _RIGHT, _TOP, _BOTTOM = 42, 8, 8, 20

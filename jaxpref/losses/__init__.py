@@ -2,10 +2,10 @@
 
 `jaxpref.losses.dpo_loss` and its kind take arrays and hyper-parameters and return a loss a
 sample; they know nothing of networks, configurations or devices. What a training step must
-feed them stands beside each, see `jaxpref.losses.contract`.
+feed them stands beside each, see `jaxpref.losses.base`.
 """
 
-from jaxpref.losses.contract import (
+from jaxpref.losses.base import (
   Arranged,
   Needs,
   Terms,

@@ -8,7 +8,7 @@ kinds and is then asked for the good one. The words are `data.good_prefix` and
 
 import jax
 
-from jaxpref.losses.contract import Needs, Terms
+from jaxpref.losses.base import Needs, Terms
 
 NEEDS = Needs(rows="singles")
 
@@ -26,7 +26,7 @@ def csft_loss(err: jax.Array) -> jax.Array:
 
 
 def objective(terms: Terms):
-  """Loss and metrics; the contract is in `jaxpref.losses.contract`."""
+  """Loss and metrics; the contract is in `jaxpref.losses.base`."""
   good = terms.labels["desirable"]
   err = terms.err["x"]
   return csft_loss(err), {"csft/desirable": good.astype(err.dtype)}

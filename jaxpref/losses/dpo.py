@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpref.errors import UserError
-from jaxpref.losses.contract import Needs, Terms
+from jaxpref.losses.base import Needs, Terms
 
 NEEDS = Needs(rows="pairs", reference=True)
 VARIANTS = ("sigmoid", "hinge", "ipo")
@@ -56,7 +56,7 @@ def dpo_loss(
 
 
 def objective(terms: Terms, *, beta, variant):
-  """Loss and metrics; the contract is in `jaxpref.losses.contract`."""
+  """Loss and metrics; the contract is in `jaxpref.losses.base`."""
   err, ref = terms.err, terms.ref
   loss = dpo_loss(err["w"], err["l"], ref["w"], ref["l"], beta=beta, variant=variant)
   return loss, reward_metrics(err["w"], err["l"], ref["w"], ref["l"])

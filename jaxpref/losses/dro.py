@@ -8,7 +8,7 @@ decides, in the hinge, which samples still count.
 import jax
 import jax.numpy as jnp
 
-from jaxpref.losses.contract import Needs, Terms
+from jaxpref.losses.base import Needs, Terms
 
 NEEDS = Needs(rows="experts", rollout="states", reference=True)
 
@@ -41,7 +41,7 @@ def dro_loss(
 
 
 def objective(terms: Terms, *, margin):
-  """Loss and metrics; the contract is in `jaxpref.losses.contract`."""
+  """Loss and metrics; the contract is in `jaxpref.losses.base`."""
   err, ref = terms.err, terms.ref
   loss = dro_loss(err["e"], err["p"], ref["e"], ref["p"], margin=margin)
   # The implicit rewards: how far the policy leads the reference on either kind.

@@ -8,7 +8,7 @@ serves both places and the weight carries a gradient, too.
 
 import jax
 
-from jaxpref.losses.contract import Needs, Terms, to_errors
+from jaxpref.losses.base import Needs, Terms, to_errors
 from jaxpref.losses.dpo import reward_metrics
 
 NEEDS = Needs(rows="pairs", reference=True, residuals=True)
@@ -46,7 +46,7 @@ def dspo_loss(
 
 
 def objective(terms: Terms, *, beta):
-  """Loss and metrics; the contract is in `jaxpref.losses.contract`."""
+  """Loss and metrics; the contract is in `jaxpref.losses.base`."""
   err, ref = to_errors(terms.err), to_errors(terms.ref)
   loss = dspo_loss(terms.err["w"], terms.ref["w"], err["l"], ref["l"], beta=beta)
   return loss, reward_metrics(err["w"], err["l"], ref["w"], ref["l"])

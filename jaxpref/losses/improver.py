@@ -17,9 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpref import randomness
+from jaxpref import rng
 from jaxpref.errors import UserError
-from jaxpref.losses.contract import Arranged, Needs, Terms
+from jaxpref.losses.base import Arranged, Needs, Terms
 from jaxpref.losses.sft import sft_loss
 
 NEEDS = Needs(rows="pairs", condition="image", arms=("x",))
@@ -65,12 +65,12 @@ def arrange(
   own = jnp.where(by_row(side == 0), winner, loser)
   target = jnp.where(by_row(task == 0), winner, own)
   shown = jnp.where(by_row(task == 0), loser, jnp.where(by_row(task == 1), own, 0.0))
-  told = randomness.without_prompts(task != 0, cond, uncond)
+  told = rng.without_prompts(task != 0, cond, uncond)
   return Arranged(target[:, None], told, shown, {"task": task})
 
 
 def objective(terms: Terms):
-  """Loss and metrics; the contract is in `jaxpref.losses.contract`."""
+  """Loss and metrics; the contract is in `jaxpref.losses.base`."""
   err, task = terms.err["x"], terms.labels["task"]
   metrics = {}
   for i, name in enumerate(TASKS):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpref.errors import UserError
-from jaxpref.losses.contract import Needs, Terms
+from jaxpref.losses.base import Needs, Terms
 
 NEEDS = Needs(rows="singles", reference=True)
 UTILITIES = ("kt", "loss_averse", "risk_seeking")
@@ -76,7 +76,7 @@ def reference_point(err: jax.Array, ref: jax.Array, mean) -> jax.Array:
 
 
 def objective(terms: Terms, *, beta, utility, weight_desirable, weight_undesirable):
-  """Loss and metrics; the contract is in `jaxpref.losses.contract`."""
+  """Loss and metrics; the contract is in `jaxpref.losses.base`."""
   err, ref, good = terms.err["x"], terms.ref["x"], terms.labels["desirable"]
   kl = reference_point(err, ref, terms.mean)
   loss = kto_loss(

@@ -7,7 +7,7 @@ The form of Rafailov et al., "Direct Preference Optimization", 2023, appendix A.
 import jax
 import jax.numpy as jnp
 
-from jaxpref.losses.contract import Needs, Terms
+from jaxpref.losses.base import Needs, Terms
 
 NEEDS = Needs(rows="lists", reference=True)
 
@@ -32,7 +32,7 @@ def plackett_luce_loss(err: jax.Array, ref: jax.Array, *, beta: float) -> jax.Ar
 
 
 def objective(terms: Terms, *, beta):
-  """Loss and metrics; the contract is in `jaxpref.losses.contract`."""
+  """Loss and metrics; the contract is in `jaxpref.losses.base`."""
   ranks = sorted(terms.err, key=int)  # not by their letters, among which '10' precedes '2'
   err, ref = (jnp.stack([of[r] for r in ranks], axis=1) for of in (terms.err, terms.ref))
   reward = ref - err

@@ -7,7 +7,7 @@ in which it is lower than the loser's.
 import jax
 import jax.numpy as jnp
 
-from jaxpref.losses.contract import Needs, Terms
+from jaxpref.losses.base import Needs, Terms
 
 NEEDS = Needs(rows="pairs")
 NUM_TIMESTEPS = 1000  # of the noise schedule, by which the authors scale the log-odds
@@ -39,7 +39,7 @@ def _score(x: jax.Array) -> jax.Array:
 
 
 def objective(terms: Terms, *, beta, snr):
-  """Loss and metrics; the contract is in `jaxpref.losses.contract`."""
+  """Loss and metrics; the contract is in `jaxpref.losses.base`."""
   err_w, err_l = terms.err["w"], terms.err["l"]
   loss = mapo_loss(err_w, err_l, beta=beta, snr=snr)
   return loss, {

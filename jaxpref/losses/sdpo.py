@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpref.errors import UserError
-from jaxpref.losses.contract import Needs, Terms, to_errors
+from jaxpref.losses.base import Needs, Terms, to_errors
 from jaxpref.losses.dpo import dpo_loss, reward_metrics
 from jaxpref.losses.dspo import dspo_loss
 
@@ -56,7 +56,7 @@ def safeguard(err_l: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def objective(terms: Terms, *, beta, mu, guarded):
-  """Loss and metrics; the contract is in `jaxpref.losses.contract`."""
+  """Loss and metrics; the contract is in `jaxpref.losses.base`."""
   err, ref = to_errors(terms.err), to_errors(terms.ref)
   scale = sdpo_scale(terms.err["w"], terms.err["l"], mu=mu, mean=terms.mean)
   err_l = safeguard(err["l"], scale)

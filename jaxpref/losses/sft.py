@@ -2,7 +2,7 @@
 
 import jax
 
-from jaxpref.losses.contract import Needs, Terms
+from jaxpref.losses.base import Needs, Terms
 
 NEEDS = Needs(rows="experts")
 
@@ -20,5 +20,5 @@ def sft_loss(err: jax.Array) -> jax.Array:
 
 
 def objective(terms: Terms):
-  """Loss and metrics; the contract is in `jaxpref.losses.contract`."""
+  """Loss and metrics; the contract is in `jaxpref.losses.base`."""
   return sft_loss(terms.err["e"]), {}

@@ -7,7 +7,7 @@ denoising error.
 import jax
 import jax.numpy as jnp
 
-from jaxpref.losses.contract import Needs, Terms
+from jaxpref.losses.base import Needs, Terms
 
 NEEDS = Needs(rows="pairs")
 
@@ -30,7 +30,7 @@ def simpo_loss(
 
 
 def objective(terms: Terms, *, beta, target_margin):
-  """Loss and metrics; the contract is in `jaxpref.losses.contract`."""
+  """Loss and metrics; the contract is in `jaxpref.losses.base`."""
   err_w, err_l = terms.err["w"], terms.err["l"]
   loss = simpo_loss(err_w, err_l, beta=beta, target_margin=target_margin)
   return loss, {

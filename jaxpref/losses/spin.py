@@ -1,13 +1,13 @@
 """SPIN-Diffusion: self-play against the previous iterate (Yuan et al., 2024).
 
 https://arxiv.org/abs/2402.10210: DPO's loss in which the winner is a real image, the loser
-one that the previous iterate has drawn, and the reference that iterate. `jaxpref.iterate` draws
-the losers and begins a new iterate.
+one that the previous iterate has drawn, and the reference that iterate.
+`jaxpref.training.iterate` draws the losers and begins a new iterate.
 """
 
 import jax
 
-from jaxpref.losses.contract import Needs, Terms
+from jaxpref.losses.base import Needs, Terms
 from jaxpref.losses.dpo import dpo_loss, reward_metrics
 
 NEEDS = Needs(rows="pairs", reference=True)
@@ -32,6 +32,6 @@ def spin_loss(
 
 
 def objective(terms: Terms, *, beta):
-  """Loss and metrics; the contract is in `jaxpref.losses.contract`."""
+  """Loss and metrics; the contract is in `jaxpref.losses.base`."""
   errors = (terms.err["w"], terms.err["l"], terms.ref["w"], terms.ref["l"])
   return spin_loss(*errors, beta=beta), reward_metrics(*errors)

@@ -19,8 +19,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxpref import sharding
-from jaxpref.diffusion import grid
 from jaxpref.diffusion import schedule as schedule_lib
+from jaxpref.diffusion import timesteps as timesteps_lib
 from jaxpref.errors import UserError
 from jaxpref.models import config_files, convert, corrections, hub, text, weights
 from jaxpref.models import unet as unet_lib
@@ -117,7 +117,10 @@ _SCHEDULERS = {
 }
 # Ways to space timesteps that the samplers lack; and the choices among those they have.
 _OTHER_SPACINGS = ("use_beta_sigmas", "use_exponential_sigmas", "use_lu_lambdas")
-_SPACING = {"timestep_spacing": grid.SPACINGS, "final_sigmas_type": grid.FINALS}
+_SPACING = {
+  "timestep_spacing": timesteps_lib.SPACINGS,
+  "final_sigmas_type": timesteps_lib.FINALS,
+}
 _CLASSES = ("StableDiffusionPipeline", "StableDiffusionImg2Img", "StableDiffusionXL")
 _OTHER_TASKS = ("Inpaint", "Upscale", "ControlNet", "Adapter", "InstructPix2Pix")
 # What the libraries raise of configurations that describe nothing.

@@ -11,9 +11,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from jaxpref import workdir
 from jaxpref.errors import UserError
 from jaxpref.models import convert, single_file, weights
+from jaxpref.runtime import workdir
 
 # Components that pictures do not need; their places in the index are emptied.
 _LEFT_OUT = ("feature_extractor", "image_encoder", "safety_checker")

@@ -14,9 +14,10 @@ import jax
 import matplotlib
 from matplotlib.figure import Figure
 
-from jaxpref import __version__, metrics
-from jaxpref.data.shapes import flaws
+from jaxpref import __version__
 from jaxpref.models import hub
+from jaxpref.runtime import metrics
+from jaxpref.shapes import flaws
 
 HISTORY = "history.json"
 
@@ -52,7 +53,7 @@ of coloured shapes, {config.corpus.image_size} pixels wide and high; predicts
 {config.unet.prediction_type}.
 
 It exists to be tuned: its corpus is flawed, as data from the web is, and so are its
-pictures. It knows nothing but the captions of `jaxpref.data.shapes.prompts`. No person,
+pictures. It knows nothing but the captions of `jaxpref.shapes.prompts`. No person,
 photograph or text of others went into it; weights and pictures may be used freely.
 
 Flaws of the corpus, each drawn where a prompt allows it; of several flaws of meaning only the

@@ -15,18 +15,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxpref import checkpoint, cli, metrics, optim, runtime, sharding
 from jaxpref import config as config_lib
-from jaxpref import workdir as workdir_lib
+from jaxpref import sharding
 from jaxpref.data import encode
-from jaxpref.data.shapes import corpus, prompts
 from jaxpref.diffusion import schedule as schedule_lib
 from jaxpref.errors import UserError
 from jaxpref.models import pipeline as pipeline_lib
 from jaxpref.models import save, text
 from jaxpref.models import vae as vae_lib
-from jaxpref.pretrain import card, denoiser
-from jaxpref.pretrain import vae as vae_stage
+from jaxpref.pretrain import card
+from jaxpref.pretrain import train_denoiser as train_denoiser_lib
+from jaxpref.pretrain import train_vae as vae_stage
+from jaxpref.runtime import checkpoint, cli, jax_setup, metrics
+from jaxpref.runtime import workdir as workdir_lib
+from jaxpref.shapes import corpus, prompts
+from jaxpref.training import optimizer
 
 STAGES = ("vae", "denoiser")
 _SHARES = ("vae.decay", "denoiser.decay", "denoiser.prompt_dropout", "denoiser.ema_decay")
@@ -96,7 +99,7 @@ def prepare(config: Any) -> Prepared:
     UserError: a batch does not divide by the devices, or weights to be taken from another
       pipeline are not there or do not fit.
   """
-  runtime.cache_programs()
+  jax_setup.cache_programs()
   mesh = sharding.make_mesh()
   for stage in STAGES:
     if config[stage].num_updates:
@@ -127,9 +130,9 @@ def pipeline_configs(config: Any, *, vocab_size: int) -> dict[str, dict[str, Any
   """Configuration files of the pipeline's parts; the VAE's scaling factor comes later."""
   return {
     "vae": vae_stage.vae_config(config),
-    "unet": denoiser.unet_config(config),
-    "text_encoder": denoiser.text_config(config, vocab_size=vocab_size),
-    "scheduler": denoiser.scheduler_config(config),
+    "unet": train_denoiser_lib.unet_config(config),
+    "text_encoder": train_denoiser_lib.text_config(config, vocab_size=vocab_size),
+    "scheduler": train_denoiser_lib.scheduler_config(config),
   }
 
 
@@ -257,7 +260,7 @@ def _first_params(prepared: Prepared, modules: Mapping[str, Any]) -> dict[str, A
   if prepared.denoiser_from:
     return {p: prepared.denoiser_from.params[p] for p in ("unet", "text_encoder")}
   key = jax.random.key(prepared.config.seed)
-  init = functools.partial(denoiser.init_text_encoder, modules["text_encoder"])
+  init = functools.partial(train_denoiser_lib.init_text_encoder, modules["text_encoder"])
   return {
     "unet": jax.jit(modules["unet"].init_weights)(jax.random.fold_in(key, 3)),
     "text_encoder": jax.jit(init)(jax.random.fold_in(key, 4)),
@@ -281,9 +284,9 @@ def train_denoiser(
   settings = config.denoiser
   tx = _optimizer(settings, weight_decay=settings.weight_decay, clip_norm=settings.clip_norm)
   ema = jax.tree.map(jnp.copy, first)
-  state = denoiser.DenoiserState(first, ema, tx.init(first), jnp.int32(0))
+  state = train_denoiser_lib.DenoiserState(first, ema, tx.init(first), jnp.int32(0))
   state = jax.device_put(state, sharding.replicated(mesh))
-  step = denoiser.make_denoiser_step(
+  step = train_denoiser_lib.make_denoiser_step(
     modules["unet"],
     modules["text_encoder"],
     schedule,
@@ -302,14 +305,14 @@ def train_denoiser(
 
 
 def _optimizer(settings: Any, *, weight_decay: float, clip_norm: float):
-  schedule = optim.make_schedule(
+  schedule = optimizer.make_schedule(
     "trapezoid",
     lr=settings.lr,
     warmup_updates=settings.warmup_updates,
     num_updates=settings.num_updates,
     decay=settings.decay,
   )
-  return optim.make_optimizer(schedule, weight_decay=weight_decay, clip_norm=clip_norm)
+  return optimizer.make_optimizer(schedule, weight_decay=weight_decay, clip_norm=clip_norm)
 
 
 def _fit(

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxpref.data.shapes import prompts, verifier
 from jaxpref.errors import UserError
+from jaxpref.shapes import prompts, verifier
 
 
 def correct(images: np.ndarray, texts: Sequence[str]) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""What a run costs: FLOPs, memory and time, without running it."""

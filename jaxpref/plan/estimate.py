@@ -1,0 +1,389 @@
+"""What a run will cost, before anything is rented.
+
+  python -m jaxpref.plan --config=configs/dro.py:sd15 --topology=v5e:4x4
+
+counts parameters, FLOPs of an update by phase, and memory of a device; says whether the run
+fits and which settings make it fit; and, for TPUs and where libtpu is installed, compiles the
+run's programs with the TPU's own compiler, for its account of memory and of messages between
+devices. No accelerator is needed, and of the model only its configuration files.
+"""
+
+import dataclasses
+import datetime
+import math
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxpref import config as config_lib
+from jaxpref.errors import UserError
+from jaxpref.paths import number_of
+from jaxpref.plan.tpu_compiler import GIB, compile_programs, describe_compiled
+from jaxpref.runtime import cli
+from jaxpref.runtime import workdir as workdir_lib
+
+FLAGS = {
+  "topology": "devices to plan for, such as v5e:4x4, v5p:2x2x2, h200:8",
+  "mfu": "share of the devices' peak that time is estimated with; 0.4 by default",
+  "compile": "'yes': with the TPU's compiler (minutes to tens of minutes), else 'no'",
+  "json": "a file for the numbers",
+}
+_MOST_DEVICES = 65_536
+_USABLE = 0.9  # of a device's memory: scratch space is not in the estimate
+_REMAT = ("none", "attention", "transformer", "blocks", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """A kind of device: JAX's name for it, GiB of memory, and JAX's name of its platform."""
+
+  kind: str
+  memory: float
+  platform: str = "gpu"
+
+
+CHIPS = {
+  "v4": Chip("TPU v4", 32, "tpu"),
+  "v5e": Chip("TPU v5 lite", 16, "tpu"),
+  "v5p": Chip("TPU v5", 95, "tpu"),
+  "v6e": Chip("TPU v6 lite", 32, "tpu"),
+  "a100": Chip("NVIDIA A100", 80),
+  "h100": Chip("NVIDIA H100", 80),
+  "h200": Chip("NVIDIA H200", 141),
+}
+
+
+def main(argv: list[str]) -> int:
+  """Plans as the flags say; returns the exit status."""
+  # Before JAX starts: the TPU's compiler looks for a TPU otherwise.
+  os.environ.setdefault("JAX_PLATFORMS", "cpu")
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # it is not going to use one
+  return cli.exit_status(_run, argv, continues=False)
+
+
+def _run(argv: list[str]) -> None:
+  config, flags = config_lib.parse_args(argv, flags=FLAGS)
+  config_lib.validate(config)
+  compiles = flags.get("compile", "no")
+  if compiles not in ("yes", "no"):
+    raise UserError(f"--compile is 'yes' or 'no', got {compiles!r}")
+  try:
+    mfu = float(flags.get("mfu", 0.4))
+  except ValueError:
+    mfu = 0.0
+  if not 0 < mfu <= 1:
+    raise UserError(f"--mfu is a share above 0, at most 1, got {flags['mfu']!r}")
+  if "topology" not in flags:
+    raise UserError("--topology is missing, e.g. --topology=v5e:4x4")
+  chip, _ = parse_topology(flags["topology"])
+  if compiles == "yes" and chip.platform != "tpu":
+    raise UserError("--compile=yes: only TPUs can be compiled for without having one")
+  if "json" in flags and (not flags["json"] or Path(flags["json"]).is_dir()):
+    raise UserError(f"--json is a file to write, got {flags['json']!r}")
+  if "model" not in config or "loss" not in config:
+    raise UserError(
+      f"{config.name} trains no UNet with a loss; plans are for configurations that do"
+    )
+  numbers = plan(config, flags["topology"], mfu=mfu)
+  print(describe(numbers), flush=True)
+  if compiles == "yes":
+    numbers["compiled"] = compile_programs(
+      _for_accelerator(config, traced_only=False), flags["topology"]
+    )
+    print("\n".join(describe_compiled(numbers["compiled"])))
+  if "json" in flags:
+    workdir_lib.write_json(Path(flags["json"]), numbers)
+
+
+def parse_topology(text: str) -> tuple[Chip, int]:
+  """The kind of device, and how many; 'v5e:4x4' are sixteen.
+
+  Raises:
+    UserError: it is no such thing.
+  """
+  name, _, shape = text.partition(":")
+  if name not in CHIPS:
+    raise UserError(f"--topology: {name!r} is not one of {', '.join(CHIPS)}")
+  if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+    raise UserError(f"--topology: {text!r} has no number of devices, such as {name}:8")
+  sides = [number_of(side) or _MOST_DEVICES + 1 for side in shape.split("x")]
+  if (count := math.prod(sides)) > _MOST_DEVICES:
+    raise UserError(f"--topology: {text!r} has more than {_MOST_DEVICES:,} devices")
+  return CHIPS[name], count
+
+
+def _settings(config: Any) -> dict[str, Any]:
+  """What of a configuration the numbers depend on most."""
+  fields = dict(config_lib.leaves(config))
+  names = ("model.dtype", "model.attention", "model.norm", "model.remat", "lora.rank")
+  more = ("train.batch_size", "train.accumulate", "rollout.batch_size", "rollout.num_steps")
+  return {name: fields[name] for name in (*names, *more) if name in fields}
+
+
+def plan(
+  config: Any, topology: str, *, mfu: float = 0.4, search: bool = True
+) -> dict[str, Any]:
+  """Everything that shapes tell.
+
+  Args:
+    config: of a run.
+    topology: see `parse_topology`.
+    mfu: share of the devices' peak that time is estimated with.
+    search: whether other settings are looked for.
+
+  Returns:
+    A tree of numbers and texts: 'devices', 'parameters', 'flops' of an update by phase,
+    'seconds' of an update and 'hours' of all at this MFU, 'memory' of a device in GiB as
+    configured ('configuration'), and under 'settings' what else fits, by 'mesh.fsdp' and
+    'model.remat'.
+
+  Raises:
+    UserError: whatever is wrong with the configuration or the topology.
+  """
+  import jax  # noqa: PLC0415  # JAX starts late, for errors to come at once
+  import numpy as np  # noqa: PLC0415
+
+  from jaxpref import sharding  # noqa: PLC0415
+  from jaxpref.models.pipeline import abstract_params  # noqa: PLC0415
+  from jaxpref.runtime import throughput  # noqa: PLC0415
+  from jaxpref.training import flops, programs, setup  # noqa: PLC0415
+
+  chip, count = parse_topology(topology)
+  iterations = config.iterate.num_iterations if "iterate" in config else 1
+  configured = _settings(config)
+  config = _for_accelerator(config)
+  checked = setup.check(config, mesh=sharding.abstract_mesh(config.mesh, count))
+  _, arguments = programs.abstract_programs(checked)
+  model = _Model(checked, chip)
+  forward = flops.of_forward(checked.pipeline)
+  work = flops.of_update(checked, forward)
+  seconds = sum(work.values()) / count / (mfu * (throughput.peak_of(chip.kind) or 1.0))
+  unet = abstract_params(checked.pipeline.modules["unet"])
+  size = lambda tree: sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))  # noqa: E731
+  found = {
+    "config": f"{config.name}:{config.preset}",
+    "model": config.model.path,
+    "topology": topology,
+    "devices": count,
+    "mesh": dict(checked.mesh.shape),
+    "configuration": configured,
+    "made": {"date": datetime.date.today().isoformat(), "jax": jax.__version__},
+    "parameters": size(unet),
+    "trained": size(arguments.state.params),
+    "forward": forward,
+    "flops": work,
+    "mfu": mfu,
+    "seconds": seconds,
+    "hours": seconds * config.train.num_updates * iterations / 3600,
+    "device": {"kind": chip.kind, "memory": float(chip.memory)},
+    "memory": _memory(checked, arguments, model),
+  }
+  found["fits"] = found["memory"]["total"] <= _USABLE * chip.memory
+  found["settings"] = list(_search(checked, arguments, model, chip)) if search else []
+  return found
+
+
+class _Model:
+  """What does not change with settings, each traced once: shapes, and bytes kept by remat."""
+
+  def __init__(self, checked: Any, chip: Chip):
+    import jax  # noqa: PLC0415
+
+    from jaxpref.models import unet  # noqa: PLC0415
+    from jaxpref.models.pipeline import abstract_params  # noqa: PLC0415
+
+    params = {part: abstract_params(m) for part, m in checked.pipeline.modules.items()}
+    dtype = checked.config.model.frozen_dtype
+    self.base = jax.eval_shape(lambda p: unet.freeze(p, dtype), params.pop("unet"))
+    self.encoders = params
+    self.fused = _has_fused_attention(checked, chip)
+    self._pipeline = checked.pipeline
+    self._kept: dict[str, int] = {}
+
+  def kept(self, remat: str) -> int:
+    """Bytes that a latent's forward pass keeps."""
+    from jaxpref.plan import memory  # noqa: PLC0415
+
+    # Fused attention keeps about as little as one that is computed again.
+    remade = "attention" if remat == "none" and self.fused else remat
+    if remade not in self._kept:
+      self._kept[remade] = memory.kept_bytes(
+        self._pipeline, attention="xla", norm="lean", remat=remade
+      )
+    return self._kept[remade]
+
+
+def _has_fused_attention(checked: Any, chip: Chip) -> bool:
+  """Whether the longest attention keeps no logits: in two bytes a number on GPUs, by tiles."""
+  from jaxpref.models import kernels  # noqa: PLC0415
+
+  if chip.platform == "gpu":
+    return checked.config.model.dtype == "bfloat16"
+  return kernels.has_tiles(math.prod(checked.pipeline.latent_shape[1:]))
+
+
+def _for_accelerator(config: Any, *, traced_only: bool = True) -> Any:
+  """The configuration with 'auto' as it is there, and without what only reads files.
+
+  Args:
+    config: of a run.
+    traced_only: or else compiled for TPUs, which takes the kernels that run there.
+  """
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    if config.model.attention != "stock" and traced_only:
+      # In cuDNN's place, which cannot be traced here.
+      config.model.attention = "xla"
+    elif config.model.attention == "auto":
+      config.model.attention = "splash"
+    config.model.norm = "stock" if config.model.norm == "stock" else "lean"
+    if "iterate" in config:
+      # All iterations but the first begin with the one before.
+      config.model.start = config.model.start or "the iteration before"
+      del config.iterate
+  return config
+
+
+def _logits(checked: Any) -> int:
+  """Bytes of one latent's largest attention by XLA: logits in float32, and their softmax."""
+  width = 4 + (2 if checked.config.model.dtype == "bfloat16" else 4)
+  config = checked.pipeline.configs["unet"]
+  blocks, heads = config["down_block_types"], config.get("attention_head_dim", 8)
+  heads = [heads] * len(blocks) if isinstance(heads, int) else heads
+  tokens = [(checked.pipeline.latent_shape[1] // 2**level) ** 2 for level in range(len(blocks))]
+  attending = [i for i, block in enumerate(blocks) if "Attn" in block]
+  return max((heads[i] * tokens[i] ** 2 * width for i in attending), default=0)
+
+
+def _memory(checked: Any, arguments: Any, model: _Model) -> dict[str, float]:
+  """GiB on a device, by what takes it; the sizes of `arguments` are those of any mesh."""
+  import jax  # noqa: PLC0415
+
+  from jaxpref.plan import memory  # noqa: PLC0415
+  from jaxpref.training import programs  # noqa: PLC0415
+
+  config, mesh, state = checked.config, checked.mesh, arguments.state
+  on = lambda tree: memory.bytes_on_device(tree, mesh)  # noqa: E731
+  arms = len(checked.arms) - programs.has_own_targets(checked)
+  states = config.rollout.states if checked.loss.NEEDS.rollout else 1
+  latents = config.train.batch_size * states * arms / config.train.accumulate / mesh.size
+  wide = on(state.params)
+  sums = wide if config.train.accumulate > 1 else 0
+  rows = (arguments.batch, arguments.rollout)
+  parts = {
+    "parameters, moments, average": wide + on(state.ema) + on(state.opt_state),
+    "gradients": wide + sums,
+    "weights as computed with": _computed_with(checked, arguments, model),
+    # The base is there to the end, for the evaluation.
+    "frozen copies": on(state.policy_copy) + on(model.base) + on(arguments.start),
+    "text encoders, VAE": on(model.encoders),
+    "kept for the backward pass": latents * model.kept(config.model.remat),
+    "attention's logits": 0 if model.fused else latents * _logits(checked),
+    "batch": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(rows)) / mesh.size
+    + on(state.replay),
+  }
+  parts = {name: value / GIB for name, value in parts.items()}
+  return {**parts, "total": sum(parts.values())}
+
+
+def _computed_with(checked: Any, arguments: Any, model: _Model) -> float:
+  """Bytes of weights that are gathered or rounded for the UNet, for all of an update."""
+  import jax  # noqa: PLC0415
+
+  from jaxpref.plan import memory  # noqa: PLC0415
+
+  config, mesh = checked.config, checked.mesh
+  trained = model.base if config.lora.rank else arguments.state.params
+  rounds = config.model.dtype == "bfloat16"
+  if mesh.shape["fsdp"] == 1:
+    return memory.bytes_on_device(trained, mesh) / 2 if rounds else 0
+  # All of the policy's; of the reference's, too, where those are others.
+  others = arguments.base is not None or arguments.start is not None
+  networks = 1 + (others and not config.lora.rank)
+  return networks * sum(x.size for x in jax.tree.leaves(trained)) * (2 if rounds else 4)
+
+
+def _search(
+  checked: Any, arguments: Any, model: _Model, chip: Chip
+) -> Iterator[dict[str, Any]]:
+  """The largest micro-batch that fits for each way to split (up to 64) and to recompute."""
+  from jaxpref import sharding  # noqa: PLC0415
+
+  rows, count = checked.config.train.batch_size, checked.mesh.size
+  accumulations = [n for n in range(1, rows + 1) if rows % (n * count) == 0]
+  for fsdp in (n for n in (1, 2, 4, 8, 16, 32, 64) if count % n == 0):
+    config = checked.config.copy_and_resolve_references().unlock()
+    config.mesh.data, config.mesh.fsdp = -1, fsdp
+    mesh = sharding.abstract_mesh(config.mesh, count)
+    trial = dataclasses.replace(checked, config=config, mesh=mesh)
+    for config.model.remat in _REMAT:
+      for config.train.accumulate in accumulations:
+        needed = _memory(trial, arguments, model)["total"]
+        if needed <= _USABLE * chip.memory:
+          yield {
+            "mesh.fsdp": fsdp,
+            "model.remat": config.model.remat,
+            "train.accumulate": config.train.accumulate,
+            "rows of a device at once": rows / config.train.accumulate / count,
+            "memory": needed,
+          }
+          break
+
+
+def describe(numbers: dict[str, Any]) -> str:
+  """The plan as a text with tables."""
+  device, memory = numbers["device"], numbers["memory"]
+  total = sum(numbers["flops"].values())
+  lines = [
+    f"{numbers['config']} with {numbers['model']} on {numbers['topology']}: "
+    f"{numbers['devices']} x {device['kind']}, mesh {numbers['mesh']}",
+    f"parameters of the UNet: {numbers['parameters']:,}; trained: {numbers['trained']:,}",
+    "",
+    f"an update: {_flops(total)} in all, {numbers['seconds']:.3g} s at "
+    f"{100 * numbers['mfu']:.0f} % of peak; the training: {numbers['hours']:.2g} hours",
+  ]
+  for phase, cost in numbers["flops"].items():
+    lines.append(f"  {phase:<10} {_flops(cost):>15}  {100 * cost / total:3.0f} %")
+  lines += [
+    "",
+    "memory of a device as configured, GiB (an estimate; scratch space is left out, and grows",
+    "with rows: with 16 of SD 1.5 on a device the TPU's compiler counted a third more):",
+  ]
+  lines += [f"  {name:<30} {value:8.2f}" for name, value in memory.items()]
+  verdict = "fits" if numbers["fits"] else "does NOT fit"
+  lines.append(f"  it {verdict} into nine tenths of {device['memory']:.0f} GiB")
+  if device["kind"].startswith("NVIDIA"):
+    lines.append(
+      "  (JAX takes three quarters unless XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 is set)"
+    )
+  lines += ["", "what fits, the largest micro-batch for each way (10 % left free):"]
+  columns = (
+    "mesh.fsdp",
+    "model.remat",
+    "train.accumulate",
+    "rows of a device at once",
+    "memory",
+  )
+  rows = [
+    [f"{s[c]:.2f}" if isinstance(s[c], float) else str(s[c]) for c in columns]
+    for s in numbers["settings"]
+  ]
+  lines += _table(columns, rows) if rows else ["  nothing"]
+  return "\n".join(lines)
+
+
+def _flops(value: float) -> str:
+  return f"{value / 1e12:,.1f} TFLOP" if value >= 1e11 else f"{value / 1e9:,.3g} GFLOP"
+
+
+def _table(columns: tuple[str, ...], rows: list[list[str]]) -> list[str]:
+  widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+  pad = lambda row: "  " + "  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True))  # noqa: E731
+  return [pad(columns), *map(pad, rows)]
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,1 @@
+"""Training: programs, the loop, outer iterations."""

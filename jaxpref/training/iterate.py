@@ -1,0 +1,413 @@
+"""Training on pairs that the model itself has drawn: SPIN and iterative DPO.
+
+Each iteration draws losers with the model before it, takes for winners the data's images or
+what an improver makes of the losers, writes the pairs into `pairs/<k>/`, and trains on them in
+`iterations/<k>/`, a run like any other, which begins with the model before it. What is on disk
+is not made again: an interrupted run goes on at the shard, the update or the evaluation
+where it stopped. What is there, the first process finds out and tells the others.
+"""
+
+import dataclasses
+import functools
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from jaxpref import config as config_lib
+from jaxpref import losses
+from jaxpref.data import encode, generated_pairs
+from jaxpref.data import rows as rows_lib
+from jaxpref.data.bad_rows import Tally
+from jaxpref.errors import UserError
+from jaxpref.evaluation import evaluate, sampling
+from jaxpref.models import pipeline as pipeline_lib
+from jaxpref.runtime import checkpoint, distributed, jax_setup, metrics, progress, watchdog
+from jaxpref.runtime import workdir as workdir_lib
+from jaxpref.shapes import store
+from jaxpref.training import iterate_report, load_run, train
+from jaxpref.training import setup as setup_lib
+
+_ALWAYS_SAFE = (
+  *("profile", "train.log_every", "train.keep", "train.max_skipped", "train.hang_minutes"),
+)
+# Not the base: the iterations' own configurations name it, too.
+_MOVABLE = tuple(name for name in workdir_lib.BY_CONTENT if name != "model.path")
+# What leaves out pairs that are drawn; it may change until some were trained on.
+_FILTERS = ("data.min_change", "data.num_rows")
+# Other updates or evaluations would make iterations that do not compare.
+RESUME_SAFE = (
+  *(*_ALWAYS_SAFE, *_FILTERS, "iterate.num_iterations"),
+  # They may have moved: `_check_inputs` knows them by their contents.
+  *("iterate.improver", *_MOVABLE),
+)
+# What an iteration's training may find changed when it goes on: the workdir may have moved.
+_RESUME_SAFE = (*_ALWAYS_SAFE, *_MOVABLE, "evaluate.prompts")
+_log = logging.getLogger(__name__)
+_INPUTS = "inputs.json"  # digests of what the run was begun with
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """A run's input, read and checked.
+
+  Attributes:
+    config: of the whole run.
+    mesh: to draw on.
+    rows: captions, and images where those are the winners.
+    prompts: of the evaluations.
+    inputs: digests of all that it was read from.
+    data: which rows were left out, and why.
+  """
+
+  config: ConfigDict
+  mesh: Mesh
+  rows: list[rows_lib.Row]
+  prompts: list[str]
+  inputs: dict[str, str]
+  data: Tally
+
+
+def prepare(config: ConfigDict) -> Prepared:
+  """Everything that can be known to be wrong before the first pair is drawn.
+
+  Raises:
+    UserError: it is.
+  """
+  settings = config.iterate
+  needs = losses.load_loss(config.loss.name).NEEDS
+  if needs.rows != "pairs" or needs.arms or needs.rollout:
+    raise UserError(f"iterations draw pairs; {config.loss.name!r} learns from other rows")
+  if config.data.num_rows > settings.num_pairs:
+    raise UserError(
+      f"data.num_rows = {config.data.num_rows}, of which an iteration's training takes no "
+      f"more, exceeds the iterate.num_pairs = {settings.num_pairs} that it draws"
+    )
+  checked = setup_lib.check(_inner_config(config))
+  base = checked.pipeline
+  setup_lib.check_steps(base, "iterate.num_steps", settings.num_steps)
+  inputs = {"base": base.digest, "start": checked.start.get("digest", "")}
+  if settings.winners == "improved":
+    inputs["improver"] = _check_improver(config, base, checked.mesh)
+  kind = "captions" if settings.winners == "improved" else "experts"
+  tally = rows_lib.make_tally(config.data)
+  rows = rows_lib.load_rows(
+    kind, config.data, image_size=base.image_size, seed=config.seed, tally=tally
+  )
+  prompts = evaluate.choose_prompts(
+    setup_lib.prompts_source(config),
+    config.evaluate.num_prompts,
+    [row.caption for row in rows],
+    seed=config.evaluate.seed,
+  )
+  # As they come back from a file with a prompt a line.
+  prompts = list(dict.fromkeys(" ".join(prompt.split()) for prompt in prompts))
+  evaluate.check_count(len(prompts), config.evaluate.images_per_prompt)
+  evaluate.usable_scorers(config.evaluate.scorers, prompts)
+  inputs["data"] = rows_lib.fingerprint(rows)
+  return Prepared(config, checked.mesh, rows, prompts, inputs, tally)
+
+
+def _check_improver(config: ConfigDict, base: pipeline_lib.Pipeline, mesh: Mesh) -> str:
+  """Refuses what cannot improve the base's pictures; returns the digest of what can."""
+  name = config.iterate.improver
+  make = "make one with: python -m jaxpref.main --config=improver"
+  if not name:
+    raise UserError(f"iterate.improver names none; {make}")
+  try:
+    improver = _load(config, name, mesh)
+  except UserError as error:
+    raise UserError(f"iterate.improver: {error}; {make}") from error
+  if not improver.is_improver:
+    raise UserError(f"iterate.improver: {name} is no improver")
+  if improver.image_size != base.image_size:
+    raise UserError(
+      f"iterate.improver: {name} draws {improver.image_size} pixels, the model "
+      f"{base.image_size}"
+    )
+  setup_lib.check_steps(improver, "improve.num_steps", config.improve.num_steps)
+  return improver.digest
+
+
+def _load(config: ConfigDict, name: str, mesh: Mesh) -> pipeline_lib.Pipeline:
+  dtype = jnp.dtype(config.model.dtype)
+  source = pipeline_lib.source_of(config.model) if name == config.model.path else {}
+  return load_run.load(name, dtype=dtype, mesh=mesh, **source)
+
+
+def run(prepared: Prepared, workdir: Path) -> None:
+  """All iterations, from where they stopped, and the report.
+
+  Raises:
+    UserError: something cannot be written, or is of another run.
+  """
+  config = prepared.config
+  count = config.iterate.num_iterations
+  distributed.first(lambda: _begin(prepared, workdir))
+  model = config.model.start or config.model.path
+  for k in range(1, count + 1):
+    if not distributed.first(functools.partial(iterate_report.is_finished, workdir, config, k)):
+      _iterate(prepared, workdir, model, k)
+    model = str(workdir / load_run.ITERATIONS / str(k))
+    distributed.first(functools.partial(_finish_iteration, prepared, workdir, k))
+  captions = {" ".join(row.caption.split()) for row in prepared.rows}
+  held_out = not captions & set(prepared.prompts)
+  facts = prepared.data.words()
+  distributed.first(
+    lambda: iterate_report.write_report(workdir, config, facts, held_out=held_out)
+  )
+
+
+def _begin(prepared: Prepared, workdir: Path) -> None:
+  """Whether this is the run that the workdir holds; then it is begun or goes on."""
+  count = prepared.config.iterate.num_iterations
+  if (workdir / load_run.ITERATIONS / str(count + 1)).exists():
+    raise UserError(f"{workdir} has iteration {count + 1} already, more than {count}")
+  _check_inputs(prepared, workdir)
+  _check_filters(prepared.config, workdir)
+  workdir_lib.write_config(workdir, prepared.config)
+  rows = {"used": len(prepared.rows), **prepared.data.facts()}
+  workdir_lib.add_start(workdir, {"inputs": prepared.inputs, "rows": rows, **jax_setup.facts()})
+
+
+def _check_inputs(prepared: Prepared, workdir: Path) -> None:
+  """A run goes on with the models and the data that it was begun with."""
+  file = workdir / _INPUTS
+  if file.exists():
+    found = workdir_lib.read_json(file, lambda value: isinstance(value, dict))
+    if changed := [name for name, d in prepared.inputs.items() if found.get(name) != d]:
+      raise UserError(
+        f"{workdir} was begun with another {changed[0]}; choose another --workdir"
+      )
+  workdir_lib.write_json(file, prepared.inputs)
+
+
+def _check_filters(config: ConfigDict, workdir: Path) -> None:
+  """All iterations leave out the same pairs."""
+  if not (workdir / load_run.ITERATIONS / "1" / workdir_lib.CONFIG).exists():
+    return
+  stored = workdir_lib.read_json(workdir / workdir_lib.CONFIG, _has_filters)
+  now = dict(config_lib.leaves(config))
+  before = {name: stored["data"][name.removeprefix("data.")] for name in _FILTERS}
+  for name in _FILTERS:
+    if before[name] != now[name]:
+      raise UserError(
+        f"{name} was {before[name]}, now {now[name]}, and iteration 1 was trained with that; "
+        "choose another --workdir"
+      )
+
+
+def _has_filters(config: Any) -> bool:
+  data = config.get("data") if isinstance(config, dict) else None
+  names = {name.removeprefix("data.") for name in _FILTERS}
+  return isinstance(data, dict) and names <= data.keys()
+
+
+def _iterate(prepared: Prepared, workdir: Path, model: str, k: int) -> None:
+  """Draws pairs with `model` and trains it on them; what it reads is free afterwards."""
+  pairs, trained = workdir / load_run.PAIRS / str(k), workdir / load_run.ITERATIONS / str(k)
+  prompts = workdir / "prompts.txt"
+  if not distributed.first(lambda: generated_pairs.is_finished(pairs)):
+    _draw_pairs(prepared, pairs, model, k)
+  count = distributed.first(lambda: _begin_training(prepared, pairs, prompts, k))
+  config = _inner_config(prepared.config, pairs=pairs, num_rows=count, model=model, k=k)
+  if setup_lib.prompts_source(prepared.config) == "captions":
+    with config.unlocked():
+      config.evaluate.prompts = str(prompts)
+  began = time.perf_counter()
+  ready = distributed.together(lambda: setup_lib.prepare(config))
+  distributed.check_same("inputs", ready.inputs)
+  with distributed.open_workdir(trained, config, resume_safe=_RESUME_SAFE) as path:
+    train.run(ready, path, _base_pictures(ready, trained.with_name(str(k - 1))))
+  phases = {"train": time.perf_counter() - began}
+  distributed.first(lambda: workdir_lib.write_json(trained / iterate_report.PHASES, phases))
+
+
+def _base_pictures(ready: setup_lib.Prepared, before: Path) -> dict[str, np.ndarray]:
+  """What the base drew for the iteration before, and would draw again for this one."""
+  config = ready.config
+  directory = before / "evaluation" / str(config.train.num_updates)
+  read = functools.partial(
+    evaluate.read_pictures, directory, "base", len(ready.prompts), config.evaluate
+  )
+  there = distributed.first(lambda: read() is not None)
+  pictures = read() if there else None
+  return {} if pictures is None else {"base": pictures}
+
+
+def _begin_training(prepared: Prepared, pairs: Path, prompts: Path, k: int) -> int:
+  """The number of pairs to train on."""
+  config, changes = prepared.config, generated_pairs.changes(pairs)
+  if not (count := generated_pairs.count_kept(changes, config.data)):
+    raise UserError(f"in {pairs}, {_none_differs(config, changes, k)}")
+  print(f"iteration {k} of {config.iterate.num_iterations}", flush=True)
+  if setup_lib.prompts_source(prepared.config) == "captions":
+    # The same for all, whichever captions an iteration's pairs have.
+    workdir_lib.write_text(prompts, "\n".join(prepared.prompts) + "\n")
+  return count
+
+
+def _none_differs(config: ConfigDict, changes: np.ndarray, k: int) -> str:
+  low, median, high = (f"{x:.3g}" for x in np.quantile(changes, (0, 0.5, 1)))
+  if k == 1:
+    way_on = "The same command with another --config.data.min_change goes on, with these pairs"
+  else:
+    way_on = "Iteration 1 was trained with that: set less of it in another --workdir"
+  return (
+    f"no pair differs by data.min_change = {config.data.min_change:g} or more: they do by "
+    f"{low} to {high}, median {median}. {way_on}"
+  )
+
+
+def _inner_config(
+  config: ConfigDict, *, pairs: Path = Path(), num_rows: int = 0, model: str = "", k: int = 1
+) -> ConfigDict:
+  """The configuration of an iteration's training."""
+  inner = config.copy_and_resolve_references()
+  with inner.unlocked():
+    del inner.iterate
+    inner.name = f"{inner.name}-{k}"
+    if model:
+      inner.model.start = "" if model == inner.model.path else model
+    inner.seed = (inner.seed + 100_003 * k) % 2**31  # else its draws were those of the last
+    inner.data.source, inner.data.path, inner.data.num_rows = "online", str(pairs), num_rows
+    inner.data.split = "train"  # that of the captions does not apply to pairs
+    inner.evaluate.prompts = setup_lib.prompts_source(config)
+    if inner.train.checkpoints:
+      inner.train.checkpoints = f"{inner.train.checkpoints.rstrip('/')}/{k}"
+  return inner
+
+
+def _draw_pairs(prepared: Prepared, directory: Path, model: str, k: int) -> None:
+  """The pairs of iteration `k` that are not on disk yet, drawn by `model`."""
+  config, mesh, settings = prepared.config, prepared.mesh, prepared.config.iterate
+  policy = _load(config, model, mesh)
+  improver = _load(config, settings.improver, mesh) if settings.winners == "improved" else None
+  at_once = min(settings.batch_size, settings.num_pairs, settings.shard_size)
+  draw = sampling.make_generator(
+    policy,
+    mesh,
+    num_steps=settings.num_steps,
+    guidance=settings.guidance,
+    batch_size=at_once,
+  )
+  improve = None
+  if improver:
+    improve = sampling.make_generator(
+      improver,
+      mesh,
+      num_steps=config.improve.num_steps,
+      guidance=config.improve.text_guidance,
+      image_guidance=config.improve.image_guidance,
+      batch_size=at_once,
+    )
+  shards = generated_pairs.shards_of(settings.num_pairs, settings.shard_size)
+  missing = distributed.first(lambda: generated_pairs.missing(directory, len(shards)))
+  rng = np.random.default_rng([config.seed, k])
+  order = rng.permutation(len(prepared.rows))
+  # The upper half of the seeds: evaluations take theirs from the lower.
+  seeds = rng.integers(2**31, 2**32, size=(settings.num_pairs, 2)).astype(np.uint32)
+  clock = metrics.Stopwatch()
+  with progress.progress_bar(
+    total=settings.num_pairs,
+    initial=settings.num_pairs - sum(len(shards[i]) for i in missing),
+    desc=f"pairs of iteration {k}",
+    unit="pair",
+  ) as bar:
+    for shard in missing:
+      index = np.array(shards[shard])
+      rows = [prepared.rows[order[i % len(order)]] for i in index]
+      captions = [row.caption for row in rows]
+      with clock("generate"):
+        cond = encode.encode_prompts(policy, mesh, captions)
+        losers = draw(policy.params["unet"], cond, seeds[index, 1], names=captions)
+      if not (improver and improve):
+        winners = np.stack([row.images[0] for row in rows])
+      else:
+        with clock("improve"):
+          told = dict(encode.encode_prompts(improver, mesh, captions))
+          told["image"] = encode.encode_images(improver, mesh, list(losers))
+          winners = improve(improver.params["unet"], told, seeds[index, 0], names=captions)
+      with clock("write"):
+        worse, better = (
+          encode.encode_images(policy, mesh, list(images)) for images in (losers, winners)
+        )
+        change = np.sqrt(np.mean(np.square(better - worse), axis=(1, 2, 3)))
+        if shard == missing[0] and not generated_pairs.count_kept(change, config.data):
+          _log.warning("so far %s", _none_differs(config, change, k))
+        made = _how_made(config, policy.digest, improver.digest if improver else "")
+        columns = (
+          _columns(made, int(i), captions[j], winners[j], losers[j], change[j])
+          | {"seed_0": int(seeds[i, 0]) if improver else -1, "seed_1": int(seeds[i, 1])}
+          for j, i in enumerate(index)
+        )
+        distributed.first(
+          functools.partial(generated_pairs.write_shard, directory, shard, len(shards), columns)
+        )
+      distributed.first(lambda: _add_phases(directory / iterate_report.PHASES, clock))
+      clock.reset()
+      bar.update(len(index))
+      watchdog.beat_or_stop()
+  lengths = [len(shard) for shard in shards]
+  description = f"Iteration {k} of {config.name}."
+  watchdog.rest()  # until the first update, whose programs are yet to be compiled
+  distributed.first(lambda: generated_pairs.finish(directory, lengths, description=description))
+
+
+def _add_phases(file: Path, clock: metrics.Stopwatch) -> None:
+  """Adds what was measured since the last shard, in this process or an earlier one."""
+  before = workdir_lib.read_or_set_aside(file, iterate_report.are_phases, missing={})
+  elapsed = clock.elapsed()
+  now = {name: share * elapsed for name, share in clock.shares().items()}
+  workdir_lib.write_json(file, {name: before.get(name, 0.0) + now[name] for name in now})
+
+
+def _how_made(config: ConfigDict, policy: str, improver: str) -> dict[str, Any]:
+  """Columns that all pairs of an iteration share."""
+  return {
+    "has_label": True,
+    "label_0": 1.0,
+    "label_1": 0.0,
+    "guidance": config.iterate.guidance,
+    "text_guidance": config.improve.text_guidance if improver else 0.0,
+    "image_guidance": config.improve.image_guidance if improver else 0.0,
+    "num_steps": config.iterate.num_steps,
+    "improve_steps": config.improve.num_steps if improver else 0,
+    "model_0": improver or "data",
+    "model_1": policy,
+  }
+
+
+def _columns(
+  made: Mapping[str, Any],
+  i: int,
+  caption: str,
+  winner: np.ndarray,
+  loser: np.ndarray,
+  change: float,
+) -> dict[str, Any]:
+  """A pair as `data.online` stores it, all but its seeds."""
+  return {
+    **made,
+    "caption": caption,
+    "ranking_id": i,
+    "change": change,
+    "image_0_uid": f"{i}-winner",
+    "image_1_uid": f"{i}-loser",
+    "jpg_0": store.png(winner),
+    "jpg_1": store.png(loser),
+  }
+
+
+def _finish_iteration(prepared: Prepared, workdir: Path, k: int) -> None:
+  # Exactly this model: an older checkpoint of it would be another.
+  trained, step = workdir / load_run.ITERATIONS / str(k), prepared.config.train.num_updates
+  own = _inner_config(prepared.config, k=k)
+  checkpoint.find_good(checkpoint.directory_of(trained, own), step=step)
+  iterate_report.write_metrics(prepared.config, workdir, k)

@@ -1,0 +1,201 @@
+"""The model that a run has tuned: its base pipeline with the UNet of a checkpoint."""
+
+import dataclasses
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from jaxpref import sharding
+from jaxpref.errors import UserError
+from jaxpref.evaluation import best_checkpoint as best_checkpoint_lib
+from jaxpref.models import hub, lora
+from jaxpref.models import pipeline as pipeline_lib
+from jaxpref.paths import number_of, user_path
+from jaxpref.runtime import checkpoint
+from jaxpref.runtime.workdir import CONFIG, STARTS, read_json
+
+# Of an iterative run: folders with the pairs of each iteration, and with a run for each.
+PAIRS, ITERATIONS = "pairs", "iterations"
+# Sections of a run's configuration that must be there, and types of the fields read here.
+_NEEDED = ("model", "train")
+_READ: dict[str, Any] = {
+  **dict.fromkeys(("model.path", "model.variant", "train.checkpoints"), str),
+  **dict.fromkeys(("lora.targets", "data.good_prefix"), str),
+  "lora.rank": int,
+}
+_NUMBERS = (
+  "lora.alpha",
+  "evaluate.guidance",
+  "improve.text_guidance",
+  "improve.image_guidance",
+)
+
+
+def load(
+  name: str,
+  *,
+  ema: bool = True,
+  step: int | str | None = None,
+  dtype: Any = jnp.float32,
+  mesh: Mesh | None = None,
+  variant: str = "",
+  unet: str = "",
+  vae: str = "",
+  clip_skip: int = 0,
+  merged: bool = True,
+) -> pipeline_lib.Pipeline:
+  """A pipeline, or what a run has made of one.
+
+  Args:
+    name: a run's workdir, or what `load_pipeline` takes.
+    ema: of a run, the averaged parameters, which are those its report compares; else the
+      parameters themselves.
+    step: of a run, the checkpoint after so many updates, or 'best', see `evaluation.best`;
+      by default the newest good one.
+    dtype: of the computation.
+    mesh: to place parameters on; see `load_pipeline`.
+    variant: of a pipeline's weights; of a run's base its configuration says, as what follows.
+    unet: another UNet of a pipeline.
+    vae: another VAE of a pipeline.
+    clip_skip: of a pipeline's text encoders.
+    merged: whether LoRA's additions are added to the weights; else the UNet's parameters
+      are a `lora.Adapted`.
+
+  Raises:
+    UserError: there is no such thing, or it is damaged, or the base pipeline is not the
+      one that the run began with, or an argument does not apply.
+  """
+  if not _is_workdir(name):
+    if step is not None or not ema:
+      raise UserError(f"--step and --no-ema are a run's, and {name} is none")
+    return pipeline_lib.load_pipeline(
+      name, dtype=dtype, mesh=mesh, variant=variant, unet=unet, vae=vae, clip_skip=clip_skip
+    )
+  workdir = trained_in(user_path(name))
+  own = {"variant": variant, "unet": unet, "vae": vae, "clip-skip": clip_skip}
+  if given := [flag for flag, value in own.items() if value]:
+    raise UserError(f"--{given[0]} is a pipeline's; the base of the run {workdir} has its own")
+  config = _read_config(workdir)
+  wanted = best_checkpoint_lib.read(workdir).update if isinstance(step, str) else step
+  directory = checkpoint.directory_of(workdir, config)
+  found = checkpoint.find_good(directory, step=wanted)
+  rank = config.get("lora", {}).get("rank", 0)
+  pipeline = _load_base(workdir, config["model"], dtype, mesh, without_unet=not rank)
+  kernel = checkpoint.stored(directory, found.step).get("params/conv_in/kernel")
+  if kernel and kernel.shape[2] > pipeline.latent_shape[0]:
+    pipeline = pipeline_lib.widen(pipeline)
+  if found.metadata.get("pipeline") != pipeline.digest:
+    raise UserError(f"the weights in {pipeline.path} are not those that {workdir} began with")
+  field = "ema" if ema else "params"
+  abstract = pipeline_lib.abstract_params(pipeline.modules["unet"])
+  if rank:
+    init = functools.partial(lora.init_lora, rank=rank, targets=config["lora"]["targets"])
+    abstract = jax.eval_shape(lambda p: init(p, key=jax.random.key(0)), abstract)
+  if mesh is None:
+    host = SingleDeviceSharding(jax.local_devices()[0])
+    where = jax.tree.map(lambda _: host, abstract)
+  else:
+    where = sharding.params_sharding(mesh, abstract)
+  target = jax.tree.map(
+    lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, where
+  )
+  state = checkpoint.restore_subtree(directory, found.step, {field: target})
+  trained = state[field]
+  if rank:
+    trained = lora.Adapted(pipeline.params["unet"], trained, config["lora"]["alpha"] / rank)
+  params = {**pipeline.params, "unet": lora.merge(trained) if merged else trained}
+  # Of the weights, not of the files, which hold the same ones in other bytes each time.
+  scale = f" {trained.scale}" if rank else ""
+  weights = pipeline_lib.fingerprint(state[field], of=pipeline.digest + scale)
+  digest = f"{field}-{found.step}-{weights}"
+  return dataclasses.replace(pipeline, params=params, digest=digest)
+
+
+def prompt_prefix(name: str) -> str:
+  """What goes before every prompt of a run's model, '' for other models and most losses."""
+  if not _is_workdir(name):
+    return ""
+  data = _read_config(trained_in(user_path(name))).get("data", {})
+  return str(data.get("good_prefix", ""))
+
+
+def setting(name: str, section: str, field: str, default: float) -> float:
+  """What a run's configuration says, `default` for other models."""
+  if not _is_workdir(name):
+    return default
+  return _read_config(trained_in(user_path(name))).get(section, {}).get(field, default)
+
+
+def _is_workdir(name: str) -> bool:
+  path = trained_in(user_path(name))
+  if not (path / CONFIG).is_file():
+    return False
+  # A pipeline's parts have a file of that name, too.
+  return (path / "checkpoints").is_dir() or (path / STARTS).is_file()
+
+
+def trained_in(path: Path) -> Path:
+  """Where a run has trained: in its workdir, or of an iterative one in the last iteration's.
+
+  Raises:
+    UserError: none of its iterations is finished.
+  """
+  if not (path / CONFIG).is_file() or "iterate" not in _read_config(path):
+    return path
+  finished = [p.parent for p in (path / ITERATIONS).glob("*/report.html")]
+  numbers = [n for p in finished if (n := number_of(p.name)) is not None]
+  if not numbers:
+    raise UserError(f"no iteration of the run {path} is finished yet")
+  return path / ITERATIONS / str(max(numbers))
+
+
+def _read_config(workdir: Path) -> dict[str, Any]:
+  try:
+    return read_json(workdir / CONFIG, _is_config)
+  except UserError as error:
+    raise UserError(f"{workdir / CONFIG} is not a run's configuration: {error}") from error
+
+
+def _is_config(config: Any) -> bool:
+  """Whether what is read of a configuration here has the types that a run writes."""
+  if not (isinstance(config, dict) and all(isinstance(config.get(s), dict) for s in _NEEDED)):
+    return False
+  for path, kind in _READ.items():
+    section, name = path.split(".")
+    values = config.get(section, {})
+    if not isinstance(values, dict) or not isinstance(values.get(name, kind()), kind):
+      return False
+  for path in _NUMBERS:
+    section, name = path.split(".")
+    values = config.get(section, {})
+    number = values.get(name, 0.0) if isinstance(values, dict) else None
+    if not isinstance(number, int | float) or not math.isfinite(number):
+      return False
+  rank = config.get("lora", {}).get("rank", 0)
+  if not 0 <= rank < 2**31 or (rank and not {"alpha", "targets"} <= config["lora"].keys()):
+    return False
+  return "path" in config["model"]
+
+
+def _load_base(
+  workdir: Path, model: Any, dtype: Any, mesh: Mesh | None, *, without_unet: bool
+) -> pipeline_lib.Pipeline:
+  """The run's base; where its UNet is not needed that is read for its digest alone."""
+  base = model["path"]
+  try:
+    return pipeline_lib.load_pipeline(
+      base,
+      dtype=dtype,
+      mesh=mesh,
+      **pipeline_lib.source_of(model),
+      without=["unet"] if without_unet else [],
+    )
+  except UserError as error:
+    anywhere = base in hub.BUNDLED or Path(base).is_absolute()
+    where = repr(base) if anywhere else f"{base!r} as seen from where it ran"
+    raise UserError(f"the base of the run {workdir}, {where}: {error}") from error

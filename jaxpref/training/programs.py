@@ -1,0 +1,246 @@
+"""A run's programs as its configuration asks for them: to train with, to plan or to measure.
+
+None of these functions reads anything or computes anything; arrays may be shapes.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxpref import sharding
+from jaxpref.data import rows as rows_lib
+from jaxpref.models import lora as lora_lib
+from jaxpref.models import unet as unet_lib
+from jaxpref.models.pipeline import abstract_params
+from jaxpref.training import batch as batch_lib
+from jaxpref.training import optimizer as optimizer_lib
+from jaxpref.training import rollout as rollout_lib
+from jaxpref.training import train_step as train_step_lib
+from jaxpref.training.setup import Checked, abstract_trained
+
+
+class Programs(NamedTuple):
+  """What a run computes with.
+
+  Attributes:
+    adapt: (what is trained, base) -> the policy's parameters.
+    make_state: what is trained, as it is at the start -> a `steps.TrainState`.
+    placement: the sharding of each of the state's leaves.
+    train_step: see `steps.make_train_step`.
+    rollout: see `rollouts.make_rollout`, or None where the loss draws nothing.
+    reference_errors: see `steps.make_reference_errors`.
+    lagging: whether it is the state's older copy of the policy that draws.
+  """
+
+  adapt: Callable[[Any, Any], Any]
+  make_state: Callable[[Any], train_step_lib.TrainState]
+  placement: Any
+  train_step: Callable
+  rollout: Callable | None
+  reference_errors: Callable
+  lagging: bool
+
+
+def make_programs(checked: Checked, trained: Any, rows: Any, uncond: Any) -> Programs:
+  """The programs of a run.
+
+  Args:
+    checked: the run's configuration and models.
+    trained: what is trained, arrays or shapes.
+    rows: 'latents', 'cond' and 'labels' of at least one row, arrays or shapes.
+    uncond: the empty prompt, arrays or shapes.
+  """
+  config, pipeline, mesh = checked.config, checked.pipeline, checked.mesh
+  needs = checked.loss.NEEDS
+  learning_rate, adapt = _make_learning_rate(config), _make_adapt(config)
+  tx = _make_optimizer(config, learning_rate)
+  lagging = train_step_lib.needs_copy(needs, config.rollout.refresh_every)
+  buffer = _replay_shapes(checked, rows, uncond)
+
+  def make_state(trained):
+    replay = None
+    if buffer is not None:
+      replay = rollout_lib.init_replay(buffer, config.rollout.replay)
+    return train_step_lib.init_state(
+      trained, tx, seed=config.seed, lagging_copy=lagging, replay=replay
+    )
+
+  shapes = jax.eval_shape(make_state, trained)
+  placement = sharding.params_sharding(mesh, shapes)
+  if mesh.shape["fsdp"] > 1:
+    sharding.large_and_whole(shapes, placement)
+  denoise = unet_lib.make_denoise(
+    pipeline.modules["unet"],
+    attention=config.model.attention,
+    norm=config.model.norm,
+    remat=config.model.remat,
+    mesh=mesh,
+  )
+  dropout = config.data.prompt_dropout
+  train_step = train_step_lib.make_train_step(
+    *(denoise, pipeline.schedule, checked.loss, tx),
+    mesh=mesh,
+    state_sharding=placement,
+    arms=checked.arms,
+    hyper=checked.hyper,
+    learning_rate=learning_rate,
+    ema_decay=config.optim.ema_decay,
+    accumulate=config.train.accumulate,
+    refresh_every=config.rollout.refresh_every,
+    own_targets=has_own_targets(checked),
+    adapt=adapt,
+    prompt_dropout=dropout,
+  )
+  rollout = None
+  if needs.rollout:
+    rollout = rollout_lib.make_rollout(
+      *(denoise, pipeline.schedule),
+      mesh=mesh,
+      latent_shape=pipeline.latent_shape,
+      num_steps=config.rollout.num_steps,
+      solver=config.rollout.solver,
+      order=config.rollout.order,
+      guidance=config.rollout.guidance,
+      states_per_trajectory=config.rollout.states,
+      batch_size=config.rollout.batch_size,
+      prompt_dropout=dropout,
+    )
+  reference_errors = train_step_lib.make_reference_errors(
+    *(denoise, pipeline.schedule, checked.loss), arms=checked.arms, prompt_dropout=dropout
+  )
+  return Programs(adapt, make_state, placement, train_step, rollout, reference_errors, lagging)
+
+
+def rollout_arguments(
+  program: Programs, state: Any, base: Any, cond: Any, uncond: Any, guide: Any = None
+) -> tuple:
+  """What `program.rollout` is called with; arrays or shapes."""
+  policy = state.policy_copy if program.lagging else state.params
+  return program.adapt(policy, base), state.seed, state.update, cond, uncond, guide
+
+
+class Arguments(NamedTuple):
+  """What `train_step` takes, as shapes with their shardings; see `steps.make_train_step`."""
+
+  state: Any
+  base: Any
+  uncond: Any
+  batch: Any
+  rollout: Any
+  start: Any
+
+
+def abstract_rows(checked: Checked, count: int) -> dict[str, Any]:
+  """Shapes of so many encoded rows, as `encode.encode_rows` makes them."""
+  pipeline, needs = checked.pipeline, checked.loss.NEEDS
+  images = len(rows_lib.arms_of(needs.rows, checked.config.data.list_size))
+  latents = jax.ShapeDtypeStruct((count, images, *pipeline.latent_shape), jnp.float32)
+  return {
+    "latents": latents,
+    **({"std": latents} if checked.config.data.latents == "sample" else {}),
+    "cond": unet_lib.abstract_cond(pipeline.modules, count),
+    "labels": {"desirable": jax.ShapeDtypeStruct((count,), bool)},
+  }
+
+
+def abstract_programs(checked: Checked) -> tuple[Programs, Arguments]:
+  """A run's programs and what its train step would be called with, from nothing but shapes."""
+  config, mesh, needs = checked.config, checked.mesh, checked.loss.NEEDS
+  count = config.train.batch_size
+  trained = abstract_trained(config, checked.pipeline)
+  batch, uncond = abstract_rows(checked, count), abstract_rows(checked, 1)["cond"]
+  program = make_programs(checked, trained, batch, uncond)
+  frozen_dtype = config.model.frozen_dtype
+  freeze = lambda params: unet_lib.freeze(params, frozen_dtype)  # noqa: E731
+  base = jax.eval_shape(freeze, abstract_params(checked.pipeline.modules["unet"]))
+  if config.data.noise_draws:
+    numbers = jax.ShapeDtypeStruct((count,), jnp.int32)
+    error = jax.ShapeDtypeStruct((count,), jnp.float32)
+    batch |= {"row": numbers, "draw": numbers}
+    batch |= {"ref": dict.fromkeys(checked.arms, error) if needs.reference else {}}
+  state = jax.eval_shape(program.make_state, trained)
+  drawn = start = None
+  if program.rollout:
+    drawn = _abstract_states(checked)
+  if checked.reference == "start":
+    start = trained if config.lora.rank else jax.eval_shape(freeze, trained)
+  kept = base if config.lora.rank or checked.reference == "base" else None
+  whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+  return program, Arguments(
+    state=_placed(state, program.placement),
+    base=_placed(kept, sharding.params_sharding(mesh, kept)),
+    uncond=_placed(uncond, jax.tree.map(lambda _: whole, uncond)),
+    batch=_placed(batch, jax.tree.map(lambda _: rows, batch)),
+    rollout=_placed(drawn, jax.tree.map(lambda _: rows, drawn)),
+    start=_placed(start, sharding.params_sharding(mesh, start)),
+  )
+
+
+def _placed(shapes: Any, shardings: Any) -> Any:
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+  )
+
+
+def has_own_targets(checked: Checked) -> bool:
+  """Whether what the policy drew are its own predictions still: no error, no gradient."""
+  rollout = checked.config.rollout
+  fresh = rollout.refresh_every == 1 and rollout.guidance <= 1 and not rollout.replay
+  return bool(checked.loss.NEEDS.rollout) and fresh
+
+
+def _make_adapt(config: Any) -> Callable[[Any, Any], Any]:
+  if not config.lora.rank:
+    return lambda trained, base: trained
+  scale = config.lora.alpha / config.lora.rank
+  return lambda trained, base: lora_lib.Adapted(base, trained, scale)
+
+
+def _make_learning_rate(config: Any) -> optax.Schedule:
+  return optimizer_lib.make_schedule(
+    config.optim.schedule,
+    lr=config.optim.lr,
+    warmup_updates=config.optim.warmup_updates,
+    num_updates=config.train.num_updates,
+  )
+
+
+def _make_optimizer(config: Any, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+  optimizer = config.optim
+  return optimizer_lib.make_optimizer(
+    learning_rate,
+    b1=optimizer.b1,
+    b2=optimizer.b2,
+    eps=optimizer.eps,
+    weight_decay=optimizer.weight_decay,
+    clip_norm=optimizer.clip_norm,
+  )
+
+
+def _replay_shapes(checked: Checked, rows: Any, uncond: Any) -> Any:
+  """Shapes of an update's rows, where a buffer of earlier ones is asked for."""
+  config, pipeline = checked.config, checked.pipeline
+  if not config.rollout.replay:
+    return None
+  count = config.train.batch_size
+  batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), rows)
+  drawn = _abstract_states(checked)
+  return jax.eval_shape(
+    lambda *a: batch_lib.make_arms(
+      pipeline.schedule, checked.loss.NEEDS, *a, seed=0, update=0, prompt_dropout=0.0
+    ),
+    *(batch, drawn, uncond),
+  )
+
+
+def _abstract_states(checked: Checked) -> rollout_lib.States:
+  """Shapes of what an update's rollout returns."""
+  config, latent_shape = checked.config, checked.pipeline.latent_shape
+  shape = config.train.batch_size, config.rollout.states
+  x_t = jax.ShapeDtypeStruct((*shape, *latent_shape), jnp.float32)
+  target = jax.ShapeDtypeStruct(x_t.shape, config.model.dtype)
+  t = jax.ShapeDtypeStruct(shape, jnp.int32)
+  return jax.eval_shape(rollout_lib.States, x_t, target, t)

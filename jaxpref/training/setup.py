@@ -1,0 +1,247 @@
+"""What a run reads, all of it, and checked before anything is written."""
+
+import dataclasses
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxpref import losses, rng, sharding
+from jaxpref.data import rows as rows_lib
+from jaxpref.data.bad_rows import Tally
+from jaxpref.diffusion import timesteps as timesteps_lib
+from jaxpref.errors import UserError
+from jaxpref.evaluation import evaluate
+from jaxpref.models import lora as lora_lib
+from jaxpref.models import pipeline as pipeline_lib
+from jaxpref.runtime import checkpoint, jax_setup
+from jaxpref.training import load_run
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+  """What of a run's input does not depend on its rows.
+
+  Attributes:
+    config: of the run.
+    mesh: it runs on.
+    loss: its module.
+    hyper: the loss's hyper-parameters.
+    arms: of a row, see `steps.make_train_step`.
+    pipeline: the base; `programs` need only its modules and schedule.
+    start: of a `model.start`, its 'params' and 'digest'.
+    reference: see `reference_of`.
+  """
+
+  config: Any
+  mesh: Mesh
+  loss: ModuleType
+  hyper: dict[str, Any]
+  arms: tuple[str, ...]
+  pipeline: pipeline_lib.Pipeline
+  start: dict[str, Any]
+  reference: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared(Checked):
+  """A run's input, read and checked.
+
+  `inputs` are digests of all of it, `data` says which rows were left out, and why.
+  """
+
+  inputs: dict[str, str]
+  data: Tally
+  rows: list[rows_lib.Row]
+  prompts: list[str]
+  scorers: tuple[str, ...]
+
+
+def prepare(config: Any) -> Prepared:
+  """Everything a run reads.
+
+  Raises:
+    UserError: whatever is wrong with it; the workdir has not been touched then.
+  """
+  checked = check(config)
+  tally = rows_lib.make_tally(config.data)
+  rows = rows_lib.load_rows(
+    checked.loss.NEEDS.rows,
+    config.data,
+    image_size=checked.pipeline.image_size,
+    seed=config.seed,
+    tally=tally,
+  )
+  prompts = evaluate.choose_prompts(
+    prompts_source(config),
+    config.evaluate.num_prompts,
+    [r.caption for r in rows],
+    seed=config.evaluate.seed,
+  )
+  evaluate.check_count(len(prompts), config.evaluate.images_per_prompt)
+  usable = evaluate.usable_scorers(config.evaluate.scorers, prompts)
+  inputs = {"data": rows_lib.fingerprint(rows), "pipeline": checked.pipeline.digest}
+  if checked.start:
+    inputs["start"] = checked.start["digest"]
+  return Prepared(
+    **vars(checked), inputs=inputs, data=tally, rows=rows, prompts=prompts, scorers=usable
+  )
+
+
+def check(config: Any, *, mesh: Any = None) -> Checked:
+  """Reads the models, and refuses settings that cannot be.
+
+  Args:
+    config: of the run.
+    mesh: another one than that of this machine's devices, to plan for, abstract or not: no
+      weights are read then.
+
+  Raises:
+    UserError: whatever is wrong.
+  """
+  jax_setup.cache_programs()
+  plans = mesh is not None
+  if not plans:
+    mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+    _check_attention(config.model.attention)
+    checkpoint.directory_of(Path(), config)  # refuses what is no place for them
+  sharding.check_batch(config.train.batch_size, mesh, accumulate=config.train.accumulate)
+  loss = losses.load_loss(config.loss.name)
+  hyper = losses.hyper_of(loss, config.loss)
+  of_rows = rows_lib.arms_of(loss.NEEDS.rows, config.data.list_size)
+  arms = (*(loss.NEEDS.arms or of_rows), *(("p",) if loss.NEEDS.rollout else ()))
+  _check_needs(loss, config)
+  losses.check_objective(loss, hyper, arms, images=len(of_rows))
+  model = {"dtype": jnp.dtype(config.model.dtype), **pipeline_lib.source_of(config.model)}
+  if plans:
+    pipeline = pipeline_lib.describe_pipeline(config.model.path, **model)
+  else:
+    pipeline = pipeline_lib.load_pipeline(config.model.path, mesh=mesh, **model)
+  if loss.NEEDS.condition == "image":
+    if "improve" not in config:
+      raise UserError(
+        "a loss that is shown an image needs a section improve in its config file"
+      )
+    pipeline = pipeline_lib.widen(pipeline)
+    check_steps(pipeline, "improve.num_steps", config.improve.num_steps)
+  elif pipeline.is_improver:
+    raise UserError(f"{config.model.path} is an improver; --config=improver trains it on")
+  # More steps than the schedule has are refused here, not at the first picture.
+  timesteps_lib.offset_grid(
+    pipeline.schedule, config.rollout.num_steps, jnp.zeros(1, jnp.int32)
+  )
+  check_steps(pipeline, "evaluate.num_steps", config.evaluate.num_steps)
+  start = {}
+  if config.model.start and not plans:
+    start = _load_start(config, pipeline, mesh)
+  if rank := config.lora.rank:  # a pattern without a match is refused here, too
+    unet = pipeline_lib.abstract_params(pipeline.modules["unet"])
+    lora_lib.check_rank(unet, rank=rank, targets=config.lora.targets)
+    abstract_trained(config, pipeline)
+  reference = reference_of(loss, config)
+  return Checked(config, mesh, loss, hyper, arms, pipeline, start, reference)
+
+
+def reference_of(loss: ModuleType, config: Any) -> str | None:
+  """Tells whose errors a loss is given besides the policy's.
+
+  Returns:
+    'start' for the model that training begins with, 'base' for that of `model.path`, None
+    where the loss has no reference. Without a `model.start` both are the same, 'base'.
+  """
+  if not loss.NEEDS.reference:
+    return None
+  return config.loss.reference if config.model.start else "base"
+
+
+def _check_attention(kernel: str) -> None:
+  """Refuses kernels of other devices than there are."""
+  needed = {"cudnn": "gpu", "splash": "tpu"}.get(kernel)
+  if needed and needed != (platform := jax.default_backend()):
+    raise UserError(
+      f"model.attention = {kernel!r} runs on {needed.upper()}s, and here is a "
+      f"{platform.upper()}; 'auto' takes what there is"
+    )
+
+
+def check_steps(pipeline: pipeline_lib.Pipeline, field: str, num_steps: int) -> None:
+  """Refuses more solver steps than the pipeline's schedule has."""
+  try:
+    timesteps_lib.uniform_grid(pipeline.schedule, num_steps, 1, **pipeline.spacing())
+  except UserError as error:
+    raise UserError(f"{field}: {error}") from error
+
+
+def prompts_source(config: Any) -> str:
+  """Where an evaluation's prompts are from, for `evaluate.choose_prompts`."""
+  if config.evaluate.prompts != "auto":
+    return config.evaluate.prompts
+  return "shapes" if config.data.source == "shapes" else "captions"
+
+
+def abstract_trained(config: Any, pipeline: pipeline_lib.Pipeline) -> Any:
+  """Shapes of what is trained."""
+  base = pipeline_lib.abstract_params(pipeline.modules["unet"])
+  return jax.eval_shape(lambda params: init_trained(config, params), base)
+
+
+def init_trained(config: Any, base: Any) -> Any:
+  """What is trained, before the first update: all parameters, or additions to them."""
+  lora = config.lora
+  if not lora.rank:
+    return base
+  key = rng.key_of(config.seed, "lora", 0)
+  return lora_lib.init_lora(base, rank=lora.rank, targets=lora.targets, key=key)
+
+
+def _load_start(config: Any, pipeline: pipeline_lib.Pipeline, mesh: Mesh) -> dict[str, Any]:
+  """What training begins with in the place of the base's parameters."""
+  name, rank = config.model.start, config.lora.rank
+  start = load_run.load(name, dtype=jnp.dtype(config.model.dtype), mesh=mesh, merged=not rank)
+  params, wanted = start.params["unet"], abstract_trained(config, pipeline)
+  if rank:
+    if not isinstance(params, lora_lib.Adapted):
+      raise UserError(f"model.start: {name} is no LoRA run, which lora.rank > 0 asks for")
+    params = params.lora
+  if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, wanted):
+    raise UserError(f"model.start: what {name} has trained does not fit model.path and lora")
+  return {"params": params, "digest": start.digest}
+
+
+def _check_needs(loss: ModuleType, config: Any) -> None:
+  """Refuses settings that this loss makes nothing of, rather than ignoring them."""
+  needs = loss.NEEDS
+  if config.loss.reference == "base" and not needs.reference:
+    raise UserError(f"loss.reference = 'base', but {config.loss.name} has no reference")
+  rollout, draws = config.rollout, config.data.noise_draws
+  if draws and needs.rollout:
+    raise UserError("data.noise_draws fixes timesteps and noise, which rollouts draw anew")
+  if needs.condition and config.lora.rank:
+    raise UserError("lora.rank leaves out the input's new weights, which this loss must train")
+  if draws and hasattr(loss, "arrange"):
+    raise UserError("data.noise_draws is for losses that take images as the rows have them")
+  if needs.rollout and hasattr(loss, "arrange"):
+    raise UserError(f"{config.loss.name} both rolls out and arranges its rows, which cannot be")
+  if draws and needs.residuals:
+    raise UserError("data.noise_draws keeps errors, and this loss needs predictions")
+  if draws and needs.reference and config.model.dtype != "float32":
+    raise UserError(
+      "data.noise_draws needs model.dtype=float32: errors of a program of their own, rounded "
+      "to less, would differ by more than preference margins"
+    )
+  if needs.rows != "singles" and (config.data.good_prefix or config.data.bad_prefix):
+    raise UserError("data.good_prefix and data.bad_prefix are for losses that learn singles")
+  if needs.rows == "experts" and config.data.num_rows:
+    raise UserError("of experts there are data.num_experts; data.num_rows is for other rows")
+  if needs.rows != "pairs" and config.data.min_change:
+    raise UserError("data.min_change is for losses that learn from pairs")
+  if not needs.rollout and (rollout.states > 1 or rollout.replay):
+    raise UserError("rollout.states and rollout.replay are for losses that take states")
+  if rollout.states > rollout.num_steps:
+    raise UserError(
+      f"a trajectory has rollout.num_steps = {rollout.num_steps} states, of which "
+      f"rollout.states = {rollout.states} cannot be kept"
+    )
