@@ -100,9 +100,9 @@ def test_the_annotator_ranks_as_plackett_and_luce():
 
 def test_ranked_lists_of_the_shapes_world(tmp_path):
   config = rankings.ListsConfig(name="few", num_train=12, num_test=2, num_images=3)
-  from jaxpref.shapes import store
+  from jaxpref.runtime import tfds_store
 
-  source = store.load(rankings.ShapesRankings, config, "train", data_dir=tmp_path)
+  source = tfds_store.load(rankings.ShapesRankings, config, "train", data_dir=tmp_path)
   found = rows_lib.from_rankings(source)
   assert len(found) == 12 and all(len(r.images) == 3 for r in found)
   again = rankings.draw_list(5, 3, split="train", seed=0)

@@ -11,9 +11,9 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from jaxpref.data import records
 from jaxpref.errors import UserError
-from jaxpref.shapes import annotator, builder, flaws, prompts, store
+from jaxpref.runtime import records, tfds_store
+from jaxpref.shapes import annotator, builder, flaws, prompts
 
 PICK_A_PIC = {
   *("are_different", "best_image_uid", "caption", "created_at", "has_label"),
@@ -299,7 +299,7 @@ def test_progress_is_shown_and_nothing_else(tmp_path, capsys):
 
 def test_errors_of_the_user(tmp_path, monkeypatch):
   (tmp_path / "file").write_text("")
-  with pytest.raises(UserError, match="cannot write the shapes world"):
+  with pytest.raises(UserError, match="cannot write the data set shapes_preferences"):
     _load("train", tmp_path / "file")
   monkeypatch.setenv("TFDS_DATA_DIR", "gs://bucket/tfds")
   with pytest.raises(UserError, match="gs://bucket/tfds"):
@@ -320,15 +320,15 @@ def test_damaged_files_are_one_line_that_names_them(tmp_path):
     [source[i] for i in range(len(source))]
   text = str(error.value)
   assert text.startswith(f"{file} is damaged: ") and "\n" not in text
-  assert text.endswith(f"; delete {directory}, and its rows are drawn anew")
+  assert text.endswith(f"; delete {directory}; its rows are then generated again")
   assert source.where(3) == f"{file.name} row 3"
-  # What describes it: of another shape it is drawn anew, and cut it is named.
+  # A marker of another shape means that the data set is generated again.
   for shape in ("[]", "{}", '{"sizes": 3}', "[" * 100_000):
     (directory / "complete.json").write_text(shape)
-    assert not store._is_complete(directory, builder.ShapesPreferences)
+    assert not tfds_store._is_complete(directory, builder.ShapesPreferences)
   (directory / "features.json").write_text("{")
-  with pytest.raises(UserError, match=rf"{directory} is damaged: .*drawn anew"):
-    records.Records(directory, "train", advice="it is drawn anew")
+  with pytest.raises(UserError, match=rf"{directory} is damaged: .*generated again"):
+    records.Records(directory, "train", advice="it is generated again")
 
 
 def test_import_is_cheap_and_tensorflow_is_not_used(tmp_path):

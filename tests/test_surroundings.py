@@ -11,7 +11,7 @@ import conftest
 import pytest
 
 from jaxpref import generate
-from jaxpref.shapes import store
+from jaxpref.runtime import tfds_store
 
 
 @pytest.mark.parametrize("name", ["main", "generate", "export", "plan"])
@@ -35,17 +35,17 @@ def test_without_a_home_data_are_temporary(monkeypatch, tmp_path):
   for name in ("HOME", "TFDS_DATA_DIR"):
     monkeypatch.delenv(name, raising=False)
   monkeypatch.setattr(pwd, "getpwuid", unknown)
-  monkeypatch.setattr(store.tempfile, "gettempdir", lambda: str(tmp_path))
+  monkeypatch.setattr(tfds_store.tempfile, "gettempdir", lambda: str(tmp_path))
   with pytest.raises(RuntimeError):
     Path.home()
-  assert store._data_dir(None).parent == tmp_path
+  assert tfds_store._data_dir(None).parent == tmp_path
   monkeypatch.setenv("HOME", "/proc/1")  # a home that cannot be written
   monkeypatch.setattr(os, "access", lambda path, mode: not Path(path).is_relative_to("/proc"))
-  assert store._data_dir(None).parent == tmp_path
+  assert tfds_store._data_dir(None).parent == tmp_path
   monkeypatch.setenv("HOME", str(tmp_path / "home"))
-  assert store._data_dir(None) == tmp_path / "home" / "tensorflow_datasets"
+  assert tfds_store._data_dir(None) == tmp_path / "home" / "tensorflow_datasets"
   monkeypatch.setenv("TFDS_DATA_DIR", "/given")
-  assert store._data_dir(None) == Path("/given")
+  assert tfds_store._data_dir(None) == Path("/given")
 
 
 def test_prompts_where_the_locale_is_c(tmp_path):

@@ -14,10 +14,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from jaxpref.data import records
 from jaxpref.errors import UserError, storage_error
 from jaxpref.paths import user_path
-from jaxpref.runtime import workdir
+from jaxpref.runtime import records, workdir
 
 _NAME, _SPLIT = "online_pairs", "train"
 _ADVICE = "delete the directory, and the run that has drawn these pairs draws them anew"

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from jaxpref.runtime import progress
-from jaxpref.shapes import annotator, flaws, prompts, store
+from jaxpref.runtime import progress, tfds_store
+from jaxpref.shapes import annotator, flaws, palette, prompts, render
 
 _STREAM = 0x50414952  # keeps pairs' random numbers apart from those of the corpus
 _EPOCH = datetime.datetime(2024, 1, 1, tzinfo=datetime.UTC)
@@ -33,9 +33,10 @@ class PairsConfig(tfds.core.BuilderConfig):
   seed: int = 0
 
 
-class ShapesPreferences(store.ShapesBuilder):
+class ShapesPreferences(tfds_store.StoredBuilder):
   """Pairs of images of one prompt, and which of the two an annotator prefers."""
 
+  SOURCES = (annotator, flaws, palette, prompts, render)
   BUILDER_CONFIGS = [PairsConfig(name="default")]
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -68,7 +69,7 @@ class ShapesPreferences(store.ShapesBuilder):
   def _generate_examples(self, split: str, num_pairs: int) -> Iterator:
     seed = self.builder_config.seed
     drawn = (
-      prompts.draw_prompt(store.rng_of(seed, _STREAM, split, i), split)
+      prompts.draw_prompt(tfds_store.rng_of(seed, _STREAM, split, i), split)
       for i in range(num_pairs)
     )
     copies = Counter(prompts.caption(spec) for spec in drawn)
@@ -85,7 +86,7 @@ def draw_pair(i: int, *, split: str, seed: int) -> dict[str, Any]:
   Only `num_example_per_prompt` is missing, which takes the whole split to count.
   `best_image_uid` is empty where the annotator calls a tie, as are the URLs.
   """
-  rng = store.rng_of(seed, _STREAM, split, i)
+  rng = tfds_store.rng_of(seed, _STREAM, split, i)
   spec = prompts.draw_prompt(rng, split)
   row: dict[str, Any] = {
     "are_different": True,  # no two images are alike
@@ -103,7 +104,7 @@ def draw_pair(i: int, *, split: str, seed: int) -> dict[str, Any]:
     row |= {
       f"image_{k}_uid": str(uid),
       f"image_{k}_url": "",
-      f"jpg_{k}": store.png(image),
+      f"jpg_{k}": tfds_store.to_png(image),
       f"model_{k}": "shapes/corpus",
       f"score_{k}": annotator.observed_score(utilities[k], rng),
     }
@@ -139,7 +140,7 @@ def load_preferences(
     ValueError: there is no such split.
   """
   config = _config(num_train, num_test, seed)
-  return store.load(ShapesPreferences, config, split, data_dir=data_dir)
+  return tfds_store.load(ShapesPreferences, config, split, data_dir=data_dir)
 
 
 def _config(num_train: int, num_test: int, seed: int) -> PairsConfig:

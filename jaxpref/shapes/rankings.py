@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from jaxpref.runtime import progress
-from jaxpref.shapes import annotator, flaws, prompts, store
+from jaxpref.runtime import progress, tfds_store
+from jaxpref.shapes import annotator, flaws, palette, prompts, render
 
 _STREAM = 0x4C495354
 
@@ -28,8 +28,10 @@ class ListsConfig(tfds.core.BuilderConfig):
   seed: int = 0
 
 
-class ShapesRankings(store.ShapesBuilder):
+class ShapesRankings(tfds_store.StoredBuilder):
   """Images of one prompt, and the order in which an annotator puts them."""
+
+  SOURCES = (annotator, flaws, palette, prompts, render)
 
   def _info(self) -> tfds.core.DatasetInfo:
     columns: dict[str, Any] = {"prompt": tfds.features.Text()}
@@ -53,14 +55,14 @@ class ShapesRankings(store.ShapesBuilder):
 
 def draw_list(i: int, num_images: int, *, split: str, seed: int) -> dict[str, Any]:
   """Row `i` of a split, a function of these arguments alone; rank 1 is the best."""
-  rng = store.rng_of(seed, _STREAM, split, i)
+  rng = tfds_store.rng_of(seed, _STREAM, split, i)
   spec = prompts.draw_prompt(rng, split)
   row: dict[str, Any] = {"prompt": prompts.caption(spec)}
   utilities = []
   for k in range(num_images):
     image, befallen = flaws.corpus_image(spec, rng)
     utilities.append(annotator.utility(befallen, spec))
-    row[f"jpg_{k}"] = store.png(image)
+    row[f"jpg_{k}"] = tfds_store.to_png(image)
   for place, k in enumerate(annotator.rank(utilities, rng), start=1):
     row[f"rank_{k}"] = place
   return row
@@ -76,4 +78,4 @@ def load_rankings(
     ValueError: there is no such split.
   """
   config = ListsConfig(name=f"of-{num_images}", num_images=num_images)
-  return store.load(ShapesRankings, config, split, data_dir=data_dir)
+  return tfds_store.load(ShapesRankings, config, split, data_dir=data_dir)

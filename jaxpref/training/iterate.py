@@ -28,9 +28,16 @@ from jaxpref.data.bad_rows import Tally
 from jaxpref.errors import UserError
 from jaxpref.evaluation import evaluate, sampling
 from jaxpref.models import pipeline as pipeline_lib
-from jaxpref.runtime import checkpoint, distributed, jax_setup, metrics, progress, watchdog
+from jaxpref.runtime import (
+  checkpoint,
+  distributed,
+  jax_setup,
+  metrics,
+  progress,
+  tfds_store,
+  watchdog,
+)
 from jaxpref.runtime import workdir as workdir_lib
-from jaxpref.shapes import store
 from jaxpref.training import iterate_report, load_run, train
 from jaxpref.training import setup as setup_lib
 
@@ -400,8 +407,8 @@ def _columns(
     "change": change,
     "image_0_uid": f"{i}-winner",
     "image_1_uid": f"{i}-loser",
-    "jpg_0": store.png(winner),
-    "jpg_1": store.png(loser),
+    "jpg_0": tfds_store.to_png(winner),
+    "jpg_1": tfds_store.to_png(loser),
   }
 
 

@@ -1,7 +1,7 @@
-"""Data sets of the shapes world: drawn on first use, written once, whole or not at all.
+"""Generated data sets, stored in the user's TFDS directory on first use.
 
-A data set is a tensorflow_datasets builder without TensorFlow: rows are written as
-ArrayRecord into the user's TFDS directory, and read back from then on.
+A data set is a tensorflow_datasets builder that runs without TensorFlow. The first process
+that loads it generates the rows and writes them as ArrayRecord; later loads read the files.
 """
 
 import contextlib
@@ -14,31 +14,35 @@ import shutil
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import filelock
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from jaxpref.data import records
 from jaxpref.errors import DamagedError, UserError
 from jaxpref.paths import user_path
-from jaxpref.runtime import workdir
-from jaxpref.shapes import annotator, flaws, palette, prompts, render
+from jaxpref.runtime import records, workdir
 
 SPLITS = ("train", "test")
-_MARKER = "complete.json"  # written last: without it, a directory is built anew
+_MARKER = "complete.json"  # written last; a directory without it is built again
 
 
-class ShapesBuilder(tfds.core.GeneratorBasedBuilder):
-  """What the shapes world's builders share; marks its directory once that is whole.
+class StoredBuilder(tfds.core.GeneratorBasedBuilder):
+  """Base class of stored data sets; marks a directory as complete when all files are written.
 
-  Their configurations have `num_train` and `num_test`, rows of either split.
+  The builder's configurations have `num_train` and `num_test`, the rows of each split.
+
+  Attributes:
+    SOURCES: modules that determine the rows, besides this module and the builder's own. When
+      the source code of any of them changes, the data set is generated again.
   """
+
+  SOURCES: ClassVar[tuple[ModuleType, ...]] = ()
 
   VERSION = tfds.core.Version("1.0.0")
   # Nothing is downloaded. To look for checksums, tensorflow_datasets would import
@@ -54,7 +58,7 @@ class ShapesBuilder(tfds.core.GeneratorBasedBuilder):
     }
 
   def _post_download_and_prepare_hook(self) -> None:
-    """Marks the directory as complete, with what it takes to check that."""
+    """Writes the marker: the sizes of all files and the fingerprint of the code."""
     directory = Path(self.data_dir)
     sizes = {p.name: p.stat().st_size for p in sorted(directory.iterdir())}
     temporary = directory / f"{_MARKER}.tmp"
@@ -65,50 +69,50 @@ class ShapesBuilder(tfds.core.GeneratorBasedBuilder):
 
 
 def load(
-  kind: type[ShapesBuilder],
+  kind: type[StoredBuilder],
   config: tfds.core.BuilderConfig,
   split: str,
   *,
   data_dir: str | os.PathLike | None,
 ) -> records.Records:
-  """The rows of a split; drawn and written first if they are not there yet.
+  """Opens a split; generates and writes the data set first if it is not stored yet.
 
   Safe to call from several processes at once: one writes, the others wait.
 
   Args:
-    kind: the data set.
-    config: which of it.
+    kind: the data set's builder.
+    config: the builder's configuration.
     split: 'train' or 'test', the split of the prompts.
-    data_dir: the TFDS directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets,
-      or a temporary one for users without a home.
+    data_dir: the TFDS directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets, or a
+      temporary directory for users without a home directory.
 
   Returns:
-    A random-access source of rows (`len`, `[i]`), columns to values, text as bytes.
+    A random-access sequence of rows, each a mapping from columns to values; text is bytes.
 
   Raises:
-    UserError: the directory cannot be written, is damaged or not on this machine.
-    ValueError: there is no such split.
+    UserError: the directory cannot be written, is damaged, or is not a local path.
+    ValueError: `split` is unknown.
   """
   if split not in SPLITS:
-    raise ValueError(f"split is one of {SPLITS}, not {split!r}")
+    raise ValueError(f"split must be one of {SPLITS} (got {split!r})")
   root = _data_dir(data_dir)
   directory = root / kind.name / config.name / str(kind.VERSION)
   if not _is_complete(directory, kind):
     try:
       _build(kind, directory, root, config)
     except OSError as error:
-      raise UserError(f"cannot write the shapes world's data: {error}") from error
-  advice = f"delete {directory}, and its rows are drawn anew"
+      raise UserError(f"cannot write the data set {kind.name}: {error}") from error
+  advice = f"delete {directory}; its rows are then generated again"
   return records.Records(directory, split, advice=advice)
 
 
 def rng_of(seed: int, stream: int, split: str, i: int) -> np.random.Generator:
-  """All that is random in row `i`; `stream` keeps data sets apart."""
+  """Returns the generator of all randomness in row `i`; `stream` separates data sets."""
   return np.random.default_rng([seed, stream, SPLITS.index(split), i])
 
 
-def png(image: np.ndarray) -> bytes:
-  """The image as a file, without loss."""
+def to_png(image: np.ndarray) -> bytes:
+  """Encodes an image, uint8 [H, W, 3], as a PNG file."""
   file = io.BytesIO()
   Image.fromarray(image).save(file, "PNG", compress_level=3)
   return file.getvalue()
@@ -118,21 +122,21 @@ def _data_dir(data_dir: str | os.PathLike | None) -> Path:
   place = os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR") or _default_data_dir())
   if "://" in place:
     raise UserError(
-      f"the shapes world's data need a local TFDS directory, not {place}: "
-      "set TFDS_DATA_DIR to one"
+      f"generated data sets need a local TFDS directory (got {place}): set TFDS_DATA_DIR "
+      "to a local directory"
     )
   try:
     return user_path(place)
   except UserError as error:
-    raise UserError(f"{error}: set TFDS_DATA_DIR to where data sets may be stored") from error
+    raise UserError(f"{error}: set TFDS_DATA_DIR to a writable directory") from error
 
 
 def _default_data_dir() -> Path:
-  """TFDS's own default; for users without a home that they may write, a temporary directory."""
+  """Returns TFDS's own default, or a temporary directory if the home is not writable."""
   default = Path("~/tensorflow_datasets")
   try:
     default = default.expanduser()
-  except RuntimeError:  # no HOME, and a user without an entry
+  except RuntimeError:  # HOME is not set and the user is not in the password database
     default = Path()
   above = next((p for p in (default, *default.parents) if p.exists()), default)
   if default.is_absolute() and os.access(above, os.W_OK | os.X_OK):
@@ -141,20 +145,21 @@ def _default_data_dir() -> Path:
 
 
 def _build(
-  kind: type[ShapesBuilder], directory: Path, root: Path, config: tfds.core.BuilderConfig
+  kind: type[StoredBuilder], directory: Path, root: Path, config: tfds.core.BuilderConfig
 ) -> None:
   directory.parent.mkdir(parents=True, exist_ok=True)
   with filelock.FileLock(directory.parent / ".lock"):
     if _is_complete(directory, kind):
       return
-    if directory.exists():  # moved by one rename, so that no half of it can stay
+    # One rename, so that no part of an incomplete data set can remain under its name.
+    if directory.exists():
       directory.rename(directory.with_name(f"incomplete.{uuid.uuid4().hex}"))
-    for rest in directory.parent.glob("incomplete.*"):  # as tfds names them, too
+    for rest in directory.parent.glob("incomplete.*"):  # tfds uses this name, too
       shutil.rmtree(rest)
     builder = kind(config=config, data_dir=root, file_format="array_record")
-    tfds.disable_progress_bar()  # its bars know no total; ours do
+    tfds.disable_progress_bar()  # its bars show no total; the builders' own bars do
     try:
-      # It says on stdout that it downloads.
+      # tfds prints to stdout that it is downloading.
       with contextlib.redirect_stdout(io.StringIO()):
         builder.download_and_prepare(file_format="array_record")
     finally:
@@ -165,8 +170,8 @@ def _is_record(value: Any) -> bool:
   return isinstance(value, dict) and isinstance(value.get("sizes"), dict)
 
 
-def _is_complete(directory: Path, kind: type[ShapesBuilder]) -> bool:
-  """Whether all files are there, whole, and drawn by the code as it is now."""
+def _is_complete(directory: Path, kind: type[StoredBuilder]) -> bool:
+  """Checks that all files have their sizes and were generated by the current code."""
   try:
     record = workdir.read_json(directory / _MARKER, _is_record)
     sizes = {name: (directory / name).stat().st_size for name in record["sizes"]}
@@ -175,8 +180,7 @@ def _is_complete(directory: Path, kind: type[ShapesBuilder]) -> bool:
   return record == {"code": _fingerprint(kind), "sizes": sizes}
 
 
-def _fingerprint(kind: type[ShapesBuilder]) -> str:
-  drawing: Sequence[ModuleType] = (annotator, flaws, palette, prompts, render)
+def _fingerprint(kind: type[StoredBuilder]) -> str:
   here = (sys.modules[__name__], sys.modules[kind.__module__])
-  source = "".join(inspect.getsource(module) for module in (*drawing, *here))
+  source = "".join(inspect.getsource(module) for module in (*kind.SOURCES, *here))
   return hashlib.sha256(source.encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Rows of ArrayRecord data sets that tensorflow_datasets describes."""
+"""A reader of ArrayRecord data sets that tensorflow_datasets describes."""
 
 import bisect
 import itertools
@@ -13,18 +13,18 @@ from jaxpref.errors import UserError, first_line
 
 
 class Records(Sequence[Mapping[str, Any]]):
-  """The rows of a split, columns to values, text as bytes; damage is one line."""
+  """The rows of a split, each a mapping from columns to values; text is bytes."""
 
   def __init__(self, directory: str | os.PathLike, split: str, *, advice: str):
     """Opens a data set.
 
     Args:
-      directory: of the data set.
-      split: of it.
-      advice: what to do where it is damaged, for messages.
+      directory: the data set's version directory.
+      split: name of the split.
+      advice: what the user should do if files are damaged; ends the error messages.
 
     Raises:
-      UserError: it cannot be opened.
+      UserError: the data set cannot be opened.
     """
     self._advice = advice
     try:
@@ -34,29 +34,29 @@ class Records(Sequence[Mapping[str, Any]]):
       self._files = [Path(file).name for file in found.filepaths]
       self._starts = list(itertools.accumulate(found.shard_lengths, initial=0))
       self._directory, self._length = Path(directory), len(self._source)
-    except Exception as error:  # of damaged files it may raise anything
+    except Exception as error:  # damaged files raise errors of any type
       raise UserError(f"{directory} is damaged: {first_line(error)}; {advice}") from error
 
   def __len__(self) -> int:
-    """All rows."""
+    """Returns the number of rows."""
     return self._length
 
   def __getitem__(self, index):
-    """A row.
+    """Reads row `index`.
 
     Raises:
-      UserError: its file is damaged.
+      UserError: the file of the row is damaged.
     """
     if not 0 <= index < len(self):
       raise IndexError(index)
     try:
       return self._source[index]
-    except Exception as error:  # a RuntimeError of ArrayRecord's, or what the bytes bring about
+    except Exception as error:  # ArrayRecord's RuntimeError, or any error of the decoder
       path = self._directory / self._files[self._shard(index)]
       raise UserError(f"{path} is damaged: {first_line(error)}; {self._advice}") from error
 
   def where(self, index: int) -> str:
-    """File and number of a row, from 0 on."""
+    """Names a row by its file and its number in that file, from 0."""
     shard = self._shard(index)
     return f"{self._files[shard]} row {index - self._starts[shard]}"
 
