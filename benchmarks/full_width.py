@@ -139,7 +139,7 @@ def measure(model: Path, options: argparse.Namespace) -> dict:
 
 
 def _dro(pipeline, mesh, options, seconds) -> None:
-  loss = losses.load_loss("dro")
+  loss = losses.make_loss({"name": "dro", "margin": 1e-3})
   learning_rate = optimizer.make_schedule("constant", lr=1e-5, warmup_updates=0, num_updates=1)
   tx = optimizer.make_optimizer(learning_rate, weight_decay=0.01, clip_norm=1.0)
   ref = begin = pipeline.params["unet"]
@@ -161,7 +161,6 @@ def _dro(pipeline, mesh, options, seconds) -> None:
     mesh=mesh,
     state_sharding=placement,
     arms=("e", "p"),
-    hyper={"margin": 1e-3},
     learning_rate=learning_rate,
     ema_decay=0.9999,
     prompt_dropout=0.2,

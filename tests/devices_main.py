@@ -82,8 +82,8 @@ def train(
 ):
   """Metrics by update, and the parameters."""
   mesh = sharding.make_mesh(data=data, fsdp=fsdp)
-  loss = losses.load_loss(name)
-  needs = loss.NEEDS
+  loss = losses.make_loss({"name": name, **HYPER[name], **hyper})
+  needs = loss.needs
   params, rows, empty = initial(needs.rows)
   arms = rows_lib.arms_of(needs.rows, 3) + (("p",) if needs.rollout else ())
   schedule = make_schedule()
@@ -115,7 +115,6 @@ def train(
     mesh=mesh,
     state_sharding=split,
     arms=arms,
-    hyper=HYPER[name] | hyper,
     learning_rate=learning_rate,
     ema_decay=0.99,
     accumulate=accumulate,

@@ -1,5 +1,6 @@
 """The improvement model: its tasks row by row, and pictures improved from the command line."""
 
+import functools
 import json
 
 import families
@@ -60,7 +61,7 @@ def test_a_task_of_weight_zero_is_not_drawn(task):
 
 def test_a_step_noises_the_target_and_shows_the_image_clean():
   latents, cond, empty = batch()
-  arrange = losses.bind(improver.arrange, WEIGHTS)
+  arrange = functools.partial(improver.arrange, **WEIGHTS)
   arms = batch_lib.make_arms(
     schedule_lib.make_schedule(),
     improver.NEEDS,

@@ -358,16 +358,16 @@ def test_a_loss_that_a_package_registers_loads_by_its_name(tmp_path, monkeypatch
   (info / "entry_points.txt").write_text("[jaxpref.losses]\nours_too = their_losses\n")
   monkeypatch.syspath_prepend(tmp_path)
   assert "ours_too" in losses.known_losses()
-  module = losses.load_loss("ours_too")
-  assert losses.hyper_of(module, {"name": "ours_too", "strength": 2.0}) == {"strength": 2.0}
+  loss = losses.make_loss({"name": "ours_too", "strength": 2.0})
+  terms = losses.Terms({"w": jnp.asarray([1.0, 3.0])}, {}, {}, jnp.mean)
+  assert loss.objective(terms)[0].tolist() == [2.0, 6.0]
 
 
 def test_hyper_parameters_are_all_there_and_no_others():
-  dpo = losses.load_loss("dpo")
   with pytest.raises(UserError, match=r"'dpo' needs 'loss.beta', 'loss.variant'"):
-    losses.hyper_of(dpo, {"name": "dpo"})
-  with pytest.raises(UserError, match=r"makes nothing of 'loss.margin'"):
-    losses.hyper_of(dpo, {"name": "dpo", "beta": 1.0, "variant": "ipo", "margin": 1.0})
+    losses.make_loss({"name": "dpo"})
+  with pytest.raises(UserError, match=r"does not take 'loss.margin'"):
+    losses.make_loss({"name": "dpo", "beta": 1.0, "variant": "ipo", "margin": 1.0})
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Choices in which published recipes differ: whose errors the reference's are, and latents."""
 
+import functools
 import importlib
 import json
 import math
@@ -116,7 +117,7 @@ def test_latents_are_sampled_from_their_posteriors():
 def test_what_an_improver_is_shown_is_not_sampled():
   improver = losses.load_loss("improver")
   weights = dict.fromkeys(("weight_winning", "weight_reconstruction"), 1.0)
-  arrange = losses.bind(improver.arrange, weights | {"weight_unconditional": 0.0})
+  arrange = functools.partial(improver.arrange, **weights | {"weight_unconditional": 0.0})
   mode = np.random.default_rng(0).normal(size=(8, 2, 4, 8, 8)).astype(np.float32)
   cond = {"text": np.zeros((8, 3, 5), np.float32)}
   empty = {"text": np.ones((1, 3, 5), np.float32)}

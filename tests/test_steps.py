@@ -375,12 +375,11 @@ def sft_step(mesh, params, accumulate=1, learning_rate=CONSTANT):
   step = train_step.make_train_step(
     devices_main.denoise,
     schedule_lib.make_schedule(),
-    losses.load_loss("sft"),
+    losses.make_loss({"name": "sft"}),
     tx,
     mesh=mesh,
     state_sharding=split,
     arms=("e",),
-    hyper={},
     learning_rate=learning_rate,
     ema_decay=0.9,
     prompt_dropout=0.0,

@@ -1,19 +1,19 @@
-"""Preference losses: pure functions of per-sample errors, a file a method.
+"""Preference losses: pure functions of per-sample errors, one file per method.
 
-`jaxpref.losses.dpo_loss` and its kind take arrays and hyper-parameters and return a loss a
-sample; they know nothing of networks, configurations or devices. What a training step must
-feed them stands beside each, see `jaxpref.losses.base`.
+Functions such as `jaxpref.losses.dpo_loss` take arrays and hyper-parameters and return one
+loss per sample. They do not depend on networks, configurations or devices. The inputs that the
+train step must provide are declared beside each, see `jaxpref.losses.base`.
 """
 
 from jaxpref.losses.base import (
   Arranged,
+  Loss,
   Needs,
   Terms,
-  bind,
-  check_objective,
-  hyper_of,
+  check_loss,
   known_losses,
   load_loss,
+  make_loss,
   to_errors,
 )
 from jaxpref.losses.csft import csft_loss
@@ -30,18 +30,18 @@ from jaxpref.losses.spin import spin_loss
 
 __all__ = [
   "Arranged",
+  "Loss",
   "Needs",
   "Terms",
-  "bind",
-  "check_objective",
+  "check_loss",
   "csft_loss",
   "dpo_loss",
   "dro_loss",
   "dspo_loss",
-  "hyper_of",
   "known_losses",
   "kto_loss",
   "load_loss",
+  "make_loss",
   "mapo_loss",
   "plackett_luce_loss",
   "safeguard",

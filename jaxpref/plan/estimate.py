@@ -268,7 +268,7 @@ def _memory(checked: Any, arguments: Any, model: _Model) -> dict[str, float]:
   config, mesh, state = checked.config, checked.mesh, arguments.state
   on = lambda tree: memory.bytes_on_device(tree, mesh)  # noqa: E731
   arms = len(checked.arms) - programs.has_own_targets(checked)
-  states = config.rollout.states if checked.loss.NEEDS.rollout else 1
+  states = config.rollout.states if checked.loss.needs.rollout else 1
   latents = config.train.batch_size * states * arms / config.train.accumulate / mesh.size
   wide = on(state.params)
   sums = wide if config.train.accumulate > 1 else 0

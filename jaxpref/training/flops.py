@@ -60,7 +60,7 @@ def of_update(checked: Checked, forward: float) -> dict[str, float]:
     checked: the run's configuration and models.
     forward: FLOPs of a prediction, see `of_forward`.
   """
-  config, needs = checked.config, checked.loss.NEEDS
+  config, needs = checked.config, checked.loss.needs
   rows, states = config.train.batch_size, config.rollout.states if needs.rollout else 1
   trained = len(checked.arms) - has_own_targets(checked)
   passes = 2 if config.lora.rank else 3

@@ -88,7 +88,7 @@ def prepare(config: ConfigDict) -> Prepared:
     UserError: it is.
   """
   settings = config.iterate
-  needs = losses.load_loss(config.loss.name).NEEDS
+  needs = losses.make_loss(config.loss).needs
   if needs.rows != "pairs" or needs.arms or needs.rollout:
     raise UserError(f"iterations draw pairs; {config.loss.name!r} learns from other rows")
   if config.data.num_rows > settings.num_pairs:

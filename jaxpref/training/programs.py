@@ -54,7 +54,7 @@ def make_programs(checked: Checked, trained: Any, rows: Any, uncond: Any) -> Pro
     uncond: the empty prompt, arrays or shapes.
   """
   config, pipeline, mesh = checked.config, checked.pipeline, checked.mesh
-  needs = checked.loss.NEEDS
+  needs = checked.loss.needs
   learning_rate, adapt = _make_learning_rate(config), _make_adapt(config)
   tx = _make_optimizer(config, learning_rate)
   lagging = train_step_lib.needs_copy(needs, config.rollout.refresh_every)
@@ -85,7 +85,6 @@ def make_programs(checked: Checked, trained: Any, rows: Any, uncond: Any) -> Pro
     mesh=mesh,
     state_sharding=placement,
     arms=checked.arms,
-    hyper=checked.hyper,
     learning_rate=learning_rate,
     ema_decay=config.optim.ema_decay,
     accumulate=config.train.accumulate,
@@ -135,7 +134,7 @@ class Arguments(NamedTuple):
 
 def abstract_rows(checked: Checked, count: int) -> dict[str, Any]:
   """Shapes of so many encoded rows, as `encode.encode_rows` makes them."""
-  pipeline, needs = checked.pipeline, checked.loss.NEEDS
+  pipeline, needs = checked.pipeline, checked.loss.needs
   images = len(rows_lib.arms_of(needs.rows, checked.config.data.list_size))
   latents = jax.ShapeDtypeStruct((count, images, *pipeline.latent_shape), jnp.float32)
   return {
@@ -148,7 +147,7 @@ def abstract_rows(checked: Checked, count: int) -> dict[str, Any]:
 
 def abstract_programs(checked: Checked) -> tuple[Programs, Arguments]:
   """A run's programs and what its train step would be called with, from nothing but shapes."""
-  config, mesh, needs = checked.config, checked.mesh, checked.loss.NEEDS
+  config, mesh, needs = checked.config, checked.mesh, checked.loss.needs
   count = config.train.batch_size
   trained = abstract_trained(config, checked.pipeline)
   batch, uncond = abstract_rows(checked, count), abstract_rows(checked, 1)["cond"]
@@ -189,7 +188,7 @@ def has_own_targets(checked: Checked) -> bool:
   """Whether what the policy drew are its own predictions still: no error, no gradient."""
   rollout = checked.config.rollout
   fresh = rollout.refresh_every == 1 and rollout.guidance <= 1 and not rollout.replay
-  return bool(checked.loss.NEEDS.rollout) and fresh
+  return bool(checked.loss.needs.rollout) and fresh
 
 
 def _make_adapt(config: Any) -> Callable[[Any, Any], Any]:
@@ -230,7 +229,7 @@ def _replay_shapes(checked: Checked, rows: Any, uncond: Any) -> Any:
   drawn = _abstract_states(checked)
   return jax.eval_shape(
     lambda *a: batch_lib.make_arms(
-      pipeline.schedule, checked.loss.NEEDS, *a, seed=0, update=0, prompt_dropout=0.0
+      pipeline.schedule, checked.loss.needs, *a, seed=0, update=0, prompt_dropout=0.0
     ),
     *(batch, drawn, uncond),
   )

@@ -2,7 +2,6 @@
 
 import dataclasses
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -28,8 +27,7 @@ class Checked:
   Attributes:
     config: of the run.
     mesh: it runs on.
-    loss: its module.
-    hyper: the loss's hyper-parameters.
+    loss: with its hyper-parameters.
     arms: of a row, see `steps.make_train_step`.
     pipeline: the base; `programs` need only its modules and schedule.
     start: of a `model.start`, its 'params' and 'digest'.
@@ -38,8 +36,7 @@ class Checked:
 
   config: Any
   mesh: Mesh
-  loss: ModuleType
-  hyper: dict[str, Any]
+  loss: losses.Loss
   arms: tuple[str, ...]
   pipeline: pipeline_lib.Pipeline
   start: dict[str, Any]
@@ -69,7 +66,7 @@ def prepare(config: Any) -> Prepared:
   checked = check(config)
   tally = rows_lib.make_tally(config.data)
   rows = rows_lib.load_rows(
-    checked.loss.NEEDS.rows,
+    checked.loss.needs.rows,
     config.data,
     image_size=checked.pipeline.image_size,
     seed=config.seed,
@@ -109,18 +106,17 @@ def check(config: Any, *, mesh: Any = None) -> Checked:
     _check_attention(config.model.attention)
     checkpoint.directory_of(Path(), config)  # refuses what is no place for them
   sharding.check_batch(config.train.batch_size, mesh, accumulate=config.train.accumulate)
-  loss = losses.load_loss(config.loss.name)
-  hyper = losses.hyper_of(loss, config.loss)
-  of_rows = rows_lib.arms_of(loss.NEEDS.rows, config.data.list_size)
-  arms = (*(loss.NEEDS.arms or of_rows), *(("p",) if loss.NEEDS.rollout else ()))
+  loss = losses.make_loss(config.loss)
+  of_rows = rows_lib.arms_of(loss.needs.rows, config.data.list_size)
+  arms = (*(loss.needs.arms or of_rows), *(("p",) if loss.needs.rollout else ()))
   _check_needs(loss, config)
-  losses.check_objective(loss, hyper, arms, images=len(of_rows))
+  losses.check_loss(loss, arms, images=len(of_rows))
   model = {"dtype": jnp.dtype(config.model.dtype), **pipeline_lib.source_of(config.model)}
   if plans:
     pipeline = pipeline_lib.describe_pipeline(config.model.path, **model)
   else:
     pipeline = pipeline_lib.load_pipeline(config.model.path, mesh=mesh, **model)
-  if loss.NEEDS.condition == "image":
+  if loss.needs.condition == "image":
     if "improve" not in config:
       raise UserError(
         "a loss that is shown an image needs a section improve in its config file"
@@ -142,17 +138,17 @@ def check(config: Any, *, mesh: Any = None) -> Checked:
     lora_lib.check_rank(unet, rank=rank, targets=config.lora.targets)
     abstract_trained(config, pipeline)
   reference = reference_of(loss, config)
-  return Checked(config, mesh, loss, hyper, arms, pipeline, start, reference)
+  return Checked(config, mesh, loss, arms, pipeline, start, reference)
 
 
-def reference_of(loss: ModuleType, config: Any) -> str | None:
+def reference_of(loss: losses.Loss, config: Any) -> str | None:
   """Tells whose errors a loss is given besides the policy's.
 
   Returns:
     'start' for the model that training begins with, 'base' for that of `model.path`, None
     where the loss has no reference. Without a `model.start` both are the same, 'base'.
   """
-  if not loss.NEEDS.reference:
+  if not loss.needs.reference:
     return None
   return config.loss.reference if config.model.start else "base"
 
@@ -211,9 +207,9 @@ def _load_start(config: Any, pipeline: pipeline_lib.Pipeline, mesh: Mesh) -> dic
   return {"params": params, "digest": start.digest}
 
 
-def _check_needs(loss: ModuleType, config: Any) -> None:
+def _check_needs(loss: losses.Loss, config: Any) -> None:
   """Refuses settings that this loss makes nothing of, rather than ignoring them."""
-  needs = loss.NEEDS
+  needs = loss.needs
   if config.loss.reference == "base" and not needs.reference:
     raise UserError(f"loss.reference = 'base', but {config.loss.name} has no reference")
   rollout, draws = config.rollout, config.data.noise_draws
@@ -221,9 +217,9 @@ def _check_needs(loss: ModuleType, config: Any) -> None:
     raise UserError("data.noise_draws fixes timesteps and noise, which rollouts draw anew")
   if needs.condition and config.lora.rank:
     raise UserError("lora.rank leaves out the input's new weights, which this loss must train")
-  if draws and hasattr(loss, "arrange"):
+  if draws and loss.arrange:
     raise UserError("data.noise_draws is for losses that take images as the rows have them")
-  if needs.rollout and hasattr(loss, "arrange"):
+  if needs.rollout and loss.arrange:
     raise UserError(f"{config.loss.name} both rolls out and arranges its rows, which cannot be")
   if draws and needs.residuals:
     raise UserError("data.noise_draws keeps errors, and this loss needs predictions")

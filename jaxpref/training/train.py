@@ -49,7 +49,7 @@ def run(
     StoppedError: it was asked to stop, and has saved what it had.
   """
   config, mesh, train = prepared.config, prepared.mesh, prepared.config.train
-  pipeline, needs = prepared.pipeline, prepared.loss.NEEDS
+  pipeline, needs = prepared.pipeline, prepared.loss.needs
   began = time.time()
 
   ckptr = _open_checkpointer(workdir, config)
@@ -223,7 +223,7 @@ def _report(prepared: Prepared, workdir: Path, wall_time: str) -> None:
   facts = {
     "updates": config.train.num_updates,
     **({"reference": whose[prepared.reference]} if prepared.reference else {}),
-    "training rows": f"{len(prepared.rows)} {prepared.loss.NEEDS.rows}",
+    "training rows": f"{len(prepared.rows)} {prepared.loss.needs.rows}",
     **prepared.data.words(),
     "seed": config.seed,
     **jax_setup.facts(),
@@ -248,7 +248,7 @@ def _encode_no_prompts(prepared: Prepared) -> tuple[Any, Any]:
   config, pipeline, mesh = prepared.config, prepared.pipeline, prepared.mesh
   dropped = encode.encode_dropped_prompt(pipeline, mesh, config.data.dropped_prompt)
   guide = None
-  if prepared.loss.NEEDS.rollout and config.rollout.guidance > 1:
+  if prepared.loss.needs.rollout and config.rollout.guidance > 1:
     guide = sharding.replicate(encode.encode_no_prompt(pipeline, mesh), mesh)
   return sharding.replicate(dropped, mesh), guide
 
@@ -331,7 +331,7 @@ def _batch_maker(
   config, mesh = prepared.config, prepared.mesh
   draws = config.data.noise_draws
   known: dict[str, np.ndarray] = {}
-  if draws and prepared.loss.NEEDS.reference:
+  if draws and prepared.loss.needs.reference:
     known = _known_errors(program.reference_errors, reference, uncond, rows, config, mesh)
 
   def make(index: np.ndarray, done: int) -> Any:
@@ -367,7 +367,7 @@ def _known_errors(
 def _speedometer(prepared: Prepared) -> throughput.Speedometer:
   work = flops.of_update(prepared, flops.of_forward(prepared.pipeline))
   return throughput.Speedometer(
-    images_per_row=len(prepared.arms) - bool(prepared.loss.NEEDS.rollout),
+    images_per_row=len(prepared.arms) - bool(prepared.loss.needs.rollout),
     flops_per_row=sum(work.values()) / prepared.config.train.batch_size,
   )
 
