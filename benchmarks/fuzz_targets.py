@@ -35,7 +35,7 @@ from transformers import CLIPTokenizerFast
 
 from jaxpref import config as config_lib
 from jaxpref import export, generate, main
-from jaxpref.data import generated_pairs, images
+from jaxpref.data import generated_pairs, images, prompt_files
 from jaxpref.data import rows as rows_lib
 from jaxpref.data.bad_rows import BadRow
 from jaxpref.errors import UserError, one_line
@@ -686,7 +686,7 @@ def _restore(directory: Path) -> str:
 
 def _read_prompts(directory: Path) -> str:
   file = str(directory / "prompts.txt")
-  return _digest(generate.read_prompts(file), evaluate.choose_prompts(file, 9, [], seed=0))
+  return _digest(generate.read_prompts(file), prompt_files.choose_prompts(file, 9, [], seed=0))
 
 
 def _read_generated(directory: Path) -> str:

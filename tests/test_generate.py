@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from jaxpref import sharding
-from jaxpref.data import encode
+from jaxpref.data import encode, prompt_files
 from jaxpref.errors import UserError
-from jaxpref.evaluation import evaluate, sampling
+from jaxpref.evaluation import sampling
 from jaxpref.models import pipeline
 from jaxpref.scorers import shapes
 from jaxpref.shapes import prompts as shapes_prompts
@@ -57,11 +57,11 @@ def test_seeds_are_all_different():
 
 def test_choose_prompts(tmp_path):
   captions = ["b", "a", "b", "c"]
-  assert sorted(evaluate.choose_prompts("captions", 9, captions, seed=0)) == ["a", "b", "c"]
+  assert sorted(prompt_files.choose_prompts("captions", 9, captions, seed=0)) == ["a", "b", "c"]
   file = tmp_path / "prompts.txt"
   file.write_text("one\n\n two \none\n")
-  assert sorted(evaluate.choose_prompts(str(file), 9, [], seed=0)) == ["one", "two"]
-  assert len(evaluate.choose_prompts("shapes", 30, [], seed=0)) == 30
+  assert sorted(prompt_files.choose_prompts(str(file), 9, [], seed=0)) == ["one", "two"]
+  assert len(prompt_files.choose_prompts("shapes", 30, [], seed=0)) == 30
 
 
 @pytest.mark.parametrize(
@@ -70,4 +70,4 @@ def test_choose_prompts(tmp_path):
 )
 def test_prompts_that_there_are_not(source, number, message):
   with pytest.raises(UserError, match=message):
-    evaluate.choose_prompts(source, number, [], seed=0)
+    prompt_files.choose_prompts(source, number, [], seed=0)

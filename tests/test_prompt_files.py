@@ -7,7 +7,6 @@ import pytest
 from jaxpref import generate
 from jaxpref.data import prompt_files
 from jaxpref.errors import UserError
-from jaxpref.evaluation import evaluate
 
 
 def test_lines_without_marks_and_empty_ones(tmp_path):
@@ -16,7 +15,7 @@ def test_lines_without_marks_and_empty_ones(tmp_path):
   expected = ["a star", "größer\u2028als"]
   assert prompt_files.read_file(file, shown="it") == expected
   assert generate.read_prompts(str(file)) == expected
-  assert sorted(evaluate.choose_prompts(str(file), 9, [], seed=0)) == sorted(expected)
+  assert sorted(prompt_files.choose_prompts(str(file), 9, [], seed=0)) == sorted(expected)
 
 
 def _huge(path):
@@ -40,4 +39,4 @@ def test_what_is_not_a_file_of_prompts(make, message, tmp_path):
   with pytest.raises(UserError, match=f"--prompts: .*{message}"):
     generate.read_prompts(str(file))
   with pytest.raises(UserError, match=f"evaluate.prompts: .*{message}"):
-    evaluate.choose_prompts(str(file), 9, [], seed=0)
+    prompt_files.choose_prompts(str(file), 9, [], seed=0)

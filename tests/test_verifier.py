@@ -15,6 +15,7 @@ from scipy import ndimage
 
 from jaxpref import scorers
 from jaxpref.errors import UserError
+from jaxpref.evaluation import evaluate
 from jaxpref.shapes import annotator, flaws, palette, prompts, quality, render, verifier
 
 WRONG = ("missing_object", "wrong_count", "swapped_color", "swapped_relation", "cropped")
@@ -388,3 +389,39 @@ def test_scorers_are_found_by_name():
 def test_unknown_scorers_name_the_known(name):
   with pytest.raises(UserError, match=r"known are .*shapes\.correct, shapes\.quality"):
     scorers.load_scorers([name])
+
+
+def test_prompts_have_categories_where_scorers_know_them():
+  texts = ["a red circle", "two stars"]
+  names = ["shapes.quality", "shapes.correct"]
+  assert scorers.categorize(names, texts) == [prompts.parse(t).category for t in texts]
+  assert scorers.categorize([], texts) == ["prompts", "prompts"]
+  with pytest.raises(UserError, match="a photo of a dog"):
+    scorers.categorize(names, [*texts, "a photo of a dog"])
+
+
+def test_scorers_of_other_packages(tmp_path, monkeypatch, caplog):
+  (tmp_path / "their_scorers.py").write_text(
+    "import numpy as np\n"
+    "SCORERS = {'bright': ('3', lambda images, texts: np.mean(images, (1, 2, 3)))}\n"
+  )
+  info = tmp_path / "theirs-1.0.dist-info"
+  info.mkdir()
+  (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+  (info / "entry_points.txt").write_text("[jaxpref.scorers]\ntheirs = their_scorers\n")
+  monkeypatch.syspath_prepend(tmp_path)
+  for name in ("theirs.bright", "their_scorers.bright"):
+    version, score = scorers.load_scorers([name])[name]
+    assert version == "3" and score(np.ones((2, 4, 4, 3), np.uint8), ["a", "b"]).tolist() == [
+      1,
+      1,
+    ]
+  with pytest.raises(UserError, match=r"known are shapes\.correct.*theirs\.\*"):
+    scorers.load_scorers(["theirs.dark"])
+  foreign = ["a photo of a dog"]
+  names = ["shapes.correct", "theirs.bright"]
+  assert evaluate.usable_scorers(names, foreign) == ("theirs.bright",)
+  assert "not scored with shapes.correct: " in caplog.text
+  assert scorers.categorize(["theirs.bright", "shapes.correct"], ["a star"]) == [
+    "single_object"
+  ]

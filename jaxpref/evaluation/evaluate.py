@@ -1,5 +1,6 @@
 """Base against tuned on the same prompts and noise: pictures, scores, tables, the report."""
 
+import collections
 import functools
 import io
 import logging
@@ -15,7 +16,6 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from jaxpref import scorers
-from jaxpref.data import prompt_files as prompt_files_lib
 from jaxpref.data.bad_rows import BadRow
 from jaxpref.data.encode import encode_images, encode_prompts
 from jaxpref.data.images import decode
@@ -25,45 +25,12 @@ from jaxpref.models import text
 from jaxpref.models.pipeline import Pipeline
 from jaxpref.runtime import distributed, metrics, progress, watchdog
 from jaxpref.runtime import workdir as workdir_lib
-from jaxpref.shapes import prompts as shapes_prompts
 
 RESULTS = "results.json"
 _SCORES, _EXAMPLES = "scores.parquet", "examples.json"
 _GRID_PAIRS = 12
 _MOST_IMAGES = 1_000_000  # of each model; all are held in memory
-_OTHER = "prompts"  # the category of prompts that are not the shapes world's
 _log = logging.getLogger(__name__)
-
-
-def choose_prompts(
-  source: str, num_prompts: int, captions: Sequence[str], *, seed: int
-) -> list[str]:
-  """The prompts of an evaluation.
-
-  Args:
-    source: 'shapes' for held-out prompts of the shapes world, 'captions' for those of the
-      training images, else a text file with one prompt a line.
-    num_prompts: at most so many.
-    captions: of the training images.
-    seed: which ones, where there are more.
-
-  Raises:
-    UserError: the file cannot be read or holds none, or the shapes world has not so many.
-  """
-  if source == "shapes":
-    try:
-      return shapes_prompts.held_out(num_prompts, seed=seed)
-    except ValueError as error:
-      raise UserError(f"evaluate.num_prompts: {error}") from error
-  if source == "captions":
-    found = list(dict.fromkeys(captions))
-  else:
-    try:
-      found = list(dict.fromkeys(prompt_files_lib.read_file(Path(source), shown=source)))
-    except UserError as error:
-      raise UserError(f"evaluate.prompts: {error}") from error
-  order = np.random.default_rng(seed).permutation(len(found))
-  return [found[i] for i in order[:num_prompts]]
 
 
 def check_count(num_prompts: int, images_per_prompt: int) -> None:
@@ -80,21 +47,26 @@ def check_count(num_prompts: int, images_per_prompt: int) -> None:
 
 
 def usable_scorers(names: Sequence[str], prompts: Sequence[str]) -> tuple[str, ...]:
-  """Those that can judge pictures of these prompts; says what it leaves out.
+  """Returns the scorers that can judge images of these prompts; warns about the others.
 
   Args:
-    names: wanted.
+    names: the configured scorers.
     prompts: of the evaluation.
 
   Raises:
     UserError: a name is unknown.
   """
   scorers.load_scorers(names)
-  foreign = any(_category(prompt) == _OTHER for prompt in prompts)
-  left_out = [name for name in names if foreign and name.startswith("shapes.")]
-  if left_out:
-    _log.warning("not scored with %s, which knows only the shapes world", ", ".join(left_out))
-  return tuple(name for name in names if name not in left_out)
+  usable, refused = [], collections.defaultdict(list)
+  for name in names:
+    try:
+      scorers.categorize([name], prompts)
+      usable.append(name)
+    except UserError as error:
+      refused[str(error)].append(name)
+  for reason, left_out in refused.items():
+    _log.warning("not scored with %s: %s", ", ".join(left_out), reason)
+  return tuple(usable)
 
 
 def evaluate(
@@ -231,7 +203,7 @@ def _judge(
     for name, (version, score) in functions.items()
     for model in models
   }
-  categories = [_category(text) for text in texts]
+  categories = scorers.categorize(scorer_names, texts)
   results: dict[str, Any] = {}
   if scores:
     rows = pd.concat(
@@ -365,13 +337,6 @@ def write_report(
     print(report.verdict(results, held_out=held_out))
   print(f"report: {path}\npictures and scores: {directory}")
   return path
-
-
-def _category(prompt: str) -> str:
-  try:
-    return shapes_prompts.parse(prompt).category
-  except ValueError:
-    return _OTHER
 
 
 def _png(image: np.ndarray) -> bytes:

@@ -18,22 +18,19 @@ default.
 
 import dataclasses
 import functools
-import importlib
 import inspect
-import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxpref import plugins
 from jaxpref.errors import UserError
 
 GROUP = "jaxpref.losses"
 _NOT_HYPER = ("name", "reference")  # fields of the section that the train step reads
-_HERE = "base"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +152,10 @@ def load_loss(name: str) -> ModuleType:
   Raises:
     UserError: no loss has this name, or its module lacks a part.
   """
-  module = _import(name)
+  module = plugins.find_module(GROUP, name)
+  if module is None:
+    known = ", ".join(known_losses())
+    raise UserError(f"unknown loss {name!r}: choose {known}, or name an importable module")
   lacking = [n for n in ("NEEDS", "objective") if not hasattr(module, n)]
   if lacking:
     raise UserError(f"loss {name!r} is not a loss module: it lacks {', '.join(lacking)}")
@@ -166,8 +166,7 @@ def load_loss(name: str) -> ModuleType:
 
 def known_losses() -> list[str]:
   """Lists the losses of this package and those that other packages have registered."""
-  ours = [m.name for m in pkgutil.iter_modules(_package().__path__) if m.name != _HERE]
-  return sorted({*ours, *metadata.entry_points(group=GROUP).names})
+  return sorted({*plugins.own_names(GROUP), *plugins.registered_names(GROUP)})
 
 
 def check_loss(loss: Loss, arms: Sequence[str], *, images: int) -> None:
@@ -198,22 +197,3 @@ def _takes(function: Callable) -> dict[str, bool]:
   """Returns a function's keyword-only parameters, and whether each is required."""
   parameters = inspect.signature(function).parameters.values()
   return {p.name: p.default is p.empty for p in parameters if p.kind is p.KEYWORD_ONLY}
-
-
-def _package() -> ModuleType:
-  return importlib.import_module(__package__)
-
-
-def _import(name: str) -> ModuleType:
-  registered = metadata.entry_points(group=GROUP, name=name)
-  # This package's losses come first, so that another package cannot change a recipe.
-  for full in (f"{__package__}.{name}", *(e.module for e in registered), name):
-    if not all(part.isidentifier() for part in full.split(".")) or full.endswith(f".{_HERE}"):
-      continue
-    try:
-      return importlib.import_module(full)
-    except ModuleNotFoundError as error:
-      if error.name != full and not full.startswith(f"{error.name}."):
-        raise  # the module exists, and one of its own imports does not
-  known = ", ".join(known_losses())
-  raise UserError(f"unknown loss {name!r}: choose {known}, or name an importable module")

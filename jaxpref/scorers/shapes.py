@@ -1,4 +1,4 @@
-"""Scorers of the shapes world, by its verifier; they see only pixels and prompts."""
+"""Scorers of the shapes world: its verifier, which sees only pixels and prompts."""
 
 from collections.abc import Sequence
 
@@ -8,8 +8,20 @@ from jaxpref.errors import UserError
 from jaxpref.shapes import prompts, verifier
 
 
+def category(prompt: str) -> str:
+  """Returns the GenEval category of a prompt.
+
+  Raises:
+    UserError: the prompt is not a caption of the shapes world.
+  """
+  try:
+    return prompts.parse(prompt).category
+  except ValueError as error:
+    raise UserError(f"the shapes scorers cannot judge it: {error}") from None
+
+
 def correct(images: np.ndarray, texts: Sequence[str]) -> np.ndarray:
-  """1.0 where an image shows exactly what its prompt asks for, else 0.0.
+  """Returns 1.0 for each image that shows exactly what its prompt asks for, else 0.0.
 
   Args:
     images: uint8 [N, H, W, 3].
@@ -19,19 +31,16 @@ def correct(images: np.ndarray, texts: Sequence[str]) -> np.ndarray:
     Scores, float64 [N].
 
   Raises:
-    UserError: a prompt is not one of the shapes world.
+    UserError: a prompt is not a caption of the shapes world.
   """
-  try:
-    for text in texts:
-      prompts.parse(text)
-  except ValueError as error:
-    raise UserError(f"scorer shapes.correct: {error}") from None
+  for text in texts:
+    category(text)
   pairs = zip(images, texts, strict=True)
   return np.array([verifier.is_correct(i, t) for i, t in pairs], np.float64)
 
 
 def quality(images: np.ndarray, texts: Sequence[str]) -> np.ndarray:
-  """How clean the images look, from 0 to 1; the prompts do not matter.
+  """Rates how clean the images look, from 0 to 1; the prompts do not matter.
 
   Args:
     images: uint8 [N, H, W, 3].
@@ -44,5 +53,5 @@ def quality(images: np.ndarray, texts: Sequence[str]) -> np.ndarray:
   return np.array([verifier.visual_quality(i) for i, _ in pairs], np.float64)
 
 
-# Quality 1 measured grain alone, in grey and away from objects; blotches passed.
+# Version 1 of quality measured only grain, in grey and away from objects; it missed blotches.
 SCORERS = {"correct": ("1", correct), "quality": ("2", quality)}

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from jaxpref import config as config_lib
 from jaxpref import losses
-from jaxpref.data import encode, generated_pairs
+from jaxpref.data import encode, generated_pairs, prompt_files
 from jaxpref.data import rows as rows_lib
 from jaxpref.data.bad_rows import Tally
 from jaxpref.errors import UserError
@@ -107,7 +107,7 @@ def prepare(config: ConfigDict) -> Prepared:
   rows = rows_lib.load_rows(
     kind, config.data, image_size=base.image_size, seed=config.seed, tally=tally
   )
-  prompts = evaluate.choose_prompts(
+  prompts = prompt_files.choose_prompts(
     setup_lib.prompts_source(config),
     config.evaluate.num_prompts,
     [row.caption for row in rows],

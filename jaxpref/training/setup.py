@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxpref import losses, rng, sharding
+from jaxpref.data import prompt_files
 from jaxpref.data import rows as rows_lib
 from jaxpref.data.bad_rows import Tally
 from jaxpref.diffusion import timesteps as timesteps_lib
@@ -72,7 +73,7 @@ def prepare(config: Any) -> Prepared:
     seed=config.seed,
     tally=tally,
   )
-  prompts = evaluate.choose_prompts(
+  prompts = prompt_files.choose_prompts(
     prompts_source(config),
     config.evaluate.num_prompts,
     [r.caption for r in rows],
@@ -172,7 +173,7 @@ def check_steps(pipeline: pipeline_lib.Pipeline, field: str, num_steps: int) -> 
 
 
 def prompts_source(config: Any) -> str:
-  """Where an evaluation's prompts are from, for `evaluate.choose_prompts`."""
+  """Where an evaluation's prompts are from, for `prompt_files.choose_prompts`."""
   if config.evaluate.prompts != "auto":
     return config.evaluate.prompts
   return "shapes" if config.data.source == "shapes" else "captions"
