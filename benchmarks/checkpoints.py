@@ -75,7 +75,7 @@ def measure(options: argparse.Namespace, directory: Path) -> dict[str, float]:
     state = jax.block_until_ready(step(state))
     return time.perf_counter() - began
 
-  ckptr = checkpoint.open_checkpointer(directory, keep=1)
+  ckptr = checkpoint.Checkpointer(directory, keep=1)
   update()  # compiles
   usual: list[float] = []
   stalls: dict[bool, list[float]] = {True: [], False: []}
@@ -86,16 +86,16 @@ def measure(options: argparse.Namespace, directory: Path) -> dict[str, float]:
       usual += [update() for _ in range(3)]
       done += 1
       began = time.perf_counter()
-      checkpoint.save(ckptr, done, state, None, {})
+      ckptr.save(done, state, None, {})
       if waits:
-        checkpoint.wait(ckptr)
+        ckptr.wait()
       stalls[waits].append(time.perf_counter() - began)
       beside = []
       while ckptr.pending and not ckptr.pending[0][1].done():
         beside.append(update())
       slower.append(sum(beside) - statistics.median(usual) * len(beside))
-      checkpoint.wait(ckptr)
-  checkpoint.close(ckptr)
+      ckptr.wait()
+  ckptr.close()
   return {
     "step": statistics.median(usual),
     "stall synchronous": statistics.median(stalls[True]),

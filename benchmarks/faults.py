@@ -28,7 +28,8 @@ import numpy as np
 import trials
 from safetensors.numpy import load_file, save_file
 
-from jaxpref.runtime import checkpoint
+from jaxpref.runtime import checkpoint_files
+from jaxpref.runtime.checkpoint_files import CHECKSUMS
 
 FAKETIME = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1"
 
@@ -64,7 +65,7 @@ def kill_in_a_save(trial: trials.Trial, duration: float) -> None:
   def saving() -> bool:
     return any(
       list(at.glob(f"{step}{trials.SAVING}"))
-      or ((at / str(step)).exists() and not (at / str(step) / checkpoint.CHECKSUMS).exists())
+      or ((at / str(step)).exists() and not (at / str(step) / CHECKSUMS).exists())
       for at in trial.checkpoints()
     )
 
@@ -121,7 +122,7 @@ def damage_a_checkpoint(trial: trials.Trial, duration: float) -> None:
   step = str(5 * trial.random.randint(2, 7))
   trials.wait_for(
     processes,
-    lambda: any((at / step / checkpoint.CHECKSUMS).exists() for at in trial.checkpoints()),
+    lambda: any((at / step / CHECKSUMS).exists() for at in trial.checkpoints()),
   )
   trials.kill(processes)
   newest = max(trial.checkpoints()[0].glob("[0-9]*"), key=lambda p: (p.suffix, int(p.stem)))
@@ -200,7 +201,7 @@ def _break_weights(trial: trials.Trial, part: str, *, status: int) -> str:
   if status not in trials.end(trial.start()):
     raise RuntimeError(f"nothing was noticed: {trial.log()[-500:]}")
   saved = trial.workdir / "checkpoints"
-  if saved.exists() and checkpoint.steps(saved):
+  if saved.exists() and checkpoint_files.steps(saved):
     raise RuntimeError("weights that are not finite were saved")
   said = trials.error_of(trial)
   trial.model, trial.workdir = good, other

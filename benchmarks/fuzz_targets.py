@@ -538,11 +538,9 @@ def _make_checkpoint(directory: Path, tiny: Path) -> None:
   loaded = pipeline.load_pipeline(str(tiny))
   workdir_lib.write_config(directory, _tiny_config(tiny))
   params = jax.tree.map(jax.numpy.asarray, loaded.params["unet"])
-  ckptr = checkpoint.open_checkpointer(directory / "checkpoints", keep=2)
-  checkpoint.save(
-    ckptr, 2, {"params": params, "ema": params}, None, {"pipeline": loaded.digest}
-  )
-  checkpoint.close(ckptr)
+  ckptr = checkpoint.Checkpointer(directory / "checkpoints", keep=2)
+  ckptr.save(2, {"params": params, "ema": params}, None, {"pipeline": loaded.digest})
+  ckptr.close()
 
 
 def _make_prompts(directory: Path, tiny: Path) -> None:

@@ -17,7 +17,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from jaxpref.models import pipeline
-from jaxpref.runtime import checkpoint
+from jaxpref.runtime import checkpoint_files
 
 ROOT = Path(__file__).parent.parent
 QUICK = "--xla_backend_optimization_level=0"
@@ -155,13 +155,13 @@ def wait_for(processes: list[subprocess.Popen], condition: Callable[[], bool]) -
 def digest(workdir: Path) -> str:
   """Of every array of the last checkpoint, read as any program would."""
   directory = max((*workdir.glob("iterations/*/checkpoints"), workdir / "checkpoints"))
-  found = checkpoint.find_good(directory)
+  found = checkpoint_files.find_good(directory)
   one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   abstract = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one),
     ocp.checkpointables_metadata(directory / str(found.step)).metadata["state"],
   )
-  state = checkpoint.restore_subtree(directory, found.step, abstract)
+  state = checkpoint_files.restore_subtree(directory, found.step, abstract)
   return pipeline.fingerprint(state)
 
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from jaxpref.runtime import checkpoint
+from jaxpref.runtime import checkpoint_files
 
 
 def arguments(pipeline, workdir, method="dro", **fields):
@@ -21,7 +21,7 @@ def arguments(pipeline, workdir, method="dro", **fields):
 def parameters(workdir):
   """Every array of the newest checkpoint, by its path."""
   directory = workdir / "checkpoints"
-  newest = max(checkpoint.steps(directory))
+  newest = max(checkpoint_files.steps(directory))
   # Onto one device, whatever mesh wrote it.
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   abstract = jax.tree.map(

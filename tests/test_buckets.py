@@ -15,7 +15,7 @@ from conftest import ROOT
 from jaxpref import config as config_lib
 from jaxpref import main
 from jaxpref.errors import TransientError, UserError
-from jaxpref.runtime import checkpoint, storage
+from jaxpref.runtime import checkpoint, checkpoint_files, storage
 from jaxpref.training import load_run
 
 SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -53,30 +53,30 @@ def restore(ckptr):
   abstract = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SHARDING), make_state(0)
   )
-  return checkpoint.restore(ckptr, abstract)
+  return ckptr.restore(abstract)
 
 
 def saved(directory, steps, **options):
-  ckptr = checkpoint.open_checkpointer(directory, **{"keep": 2, **options})
+  ckptr = checkpoint.Checkpointer(directory, **{"keep": 2, **options})
   for step in steps:
-    checkpoint.save(ckptr, step, make_state(step), {"at": step}, {"about": "it"})
-  checkpoint.wait(ckptr)
+    ckptr.save(step, make_state(step), {"at": step}, {"about": "it"})
+  ckptr.wait()
   return ckptr
 
 
 def test_saves_keeps_restores(emulator):
   directory = f"{emulator}/keeps"
   ckptr = saved(directory, (1, 2, 3))
-  assert checkpoint.steps(directory) == [2, 3] and checkpoint.latest_step(ckptr) == 3
+  assert checkpoint_files.steps(directory) == [2, 3] and ckptr.latest_step() == 3
   found = restore(ckptr)
   assert (found.step, found.data_state, found.metadata) == (3, {"at": 3}, {"about": "it"})
   np.testing.assert_array_equal(found.state["a"], make_state(3)["a"])
   with pytest.raises(ValueError, match="already saved"):
-    checkpoint.save(ckptr, 3, make_state(3), {}, {})
+    ckptr.save(3, make_state(3), {}, {})
   # Of part of it, by someone else.
-  assert checkpoint.find_good(directory).step == 3
+  assert checkpoint_files.find_good(directory).step == 3
   abstract = {"a": jax.ShapeDtypeStruct((200, 3), np.float32, sharding=SHARDING)}
-  part = checkpoint.restore_subtree(directory, 2, abstract)
+  part = checkpoint_files.restore_subtree(directory, 2, abstract)
   np.testing.assert_array_equal(part["a"], make_state(2)["a"])
 
 
@@ -102,12 +102,12 @@ def test_damaged_ones_are_set_aside(emulator, caplog):
     warned = next(m for m in caplog.messages if f"of step {step} " in m)
     assert said in warned and "state/d/" in warned
     aside = root / f"{step}.damaged"
-    assert (aside / checkpoint.CHECKSUMS).exists() and not (aside / storage.MARK).exists()
-  assert checkpoint.steps(directory) == [1]
+    assert (aside / checkpoint_files.CHECKSUMS).exists() and not (aside / storage.MARK).exists()
+  assert checkpoint_files.steps(directory) == [1]
   # Their steps can be saved again.
-  checkpoint.save(ckptr, 2, make_state(2), {}, {})
-  checkpoint.wait(ckptr)
-  assert checkpoint.steps(directory) == [1, 2]
+  ckptr.save(2, make_state(2), {}, {})
+  ckptr.wait()
+  assert checkpoint_files.steps(directory) == [1, 2]
 
 
 def test_what_a_killed_save_left_is_no_checkpoint(emulator):
@@ -115,17 +115,17 @@ def test_what_a_killed_save_left_is_no_checkpoint(emulator):
   saved(directory, (1, 2))
   root = storage.place(directory)
   (root / "2" / storage.MARK).unlink()
-  assert checkpoint.steps(directory) == [1]
+  assert checkpoint_files.steps(directory) == [1]
   with pytest.raises(UserError, match="only of"):
-    checkpoint.find_good(directory, step=2)
-  ckptr = checkpoint.open_checkpointer(directory, keep=2)
+    checkpoint_files.find_good(directory, step=2)
+  ckptr = checkpoint.Checkpointer(directory, keep=2)
   assert not (root / "2").exists()
   assert restore(ckptr).step == 1
 
 
 def test_a_bucket_that_does_not_answer_is_one_line(emulator, monkeypatch):
   with pytest.raises(TransientError, match="gs://nowhere/run cannot be reached: "):
-    checkpoint.open_checkpointer("gs://nowhere/run", keep=1, owner=runs_config())
+    checkpoint.Checkpointer("gs://nowhere/run", keep=1, owner=runs_config())
   ckptr = saved(f"{emulator}/gone", (1,))
 
   def fail(*_, **__):
@@ -133,8 +133,8 @@ def test_a_bucket_that_does_not_answer_is_one_line(emulator, monkeypatch):
 
   monkeypatch.setattr(checkpoint.ocp, "save_checkpointables_async", fail)
   with pytest.raises(TransientError, match="503 in gs://.*: step 2 was not written"):
-    checkpoint.save(ckptr, 2, make_state(2), {}, {})
-  assert checkpoint.steps(ckptr.directory) == [1]
+    ckptr.save(2, make_state(2), {}, {})
+  assert checkpoint_files.steps(ckptr.directory) == [1]
 
 
 def test_what_is_another_runs_stays(emulator):
@@ -144,7 +144,7 @@ def test_what_is_another_runs_stays(emulator):
   unmarked.write_text("mine")
   before = storage.files(storage.place(f"{emulator}/others"))
   with pytest.raises(UserError, match="is not empty and no run's"):
-    checkpoint.open_checkpointer(f"{emulator}/others", keep=1, owner=runs_config())
+    checkpoint.Checkpointer(f"{emulator}/others", keep=1, owner=runs_config())
   assert storage.files(storage.place(f"{emulator}/others")) == before
 
 
@@ -160,8 +160,8 @@ def test_no_answer_is_not_damage(emulator, error, monkeypatch):
     with pytest.raises(TransientError, match="cannot be reached"):
       restore(ckptr)
     with pytest.raises(TransientError, match="cannot be reached"):
-      checkpoint.restore_subtree(ckptr.directory, 2, {})
-  assert checkpoint.steps(ckptr.directory) == [2]
+      checkpoint_files.restore_subtree(ckptr.directory, 2, {})
+  assert checkpoint_files.steps(ckptr.directory) == [2]
 
 
 def runs_config():
@@ -203,7 +203,7 @@ def test_a_run_goes_on_from_a_bucket(
   del arguments[-1]
   assert main.main([*arguments, "--config.train.num_updates=2"]) == 0
   assert not (tmp_path / "first" / "checkpoints").exists()
-  assert checkpoint.steps(there) == [2]
+  assert checkpoint_files.steps(there) == [2]
   # Also where the workdir was lost; but not with another configuration.
   second, third = (
     runs.arguments(tiny_pipeline, tmp_path / name, "sft", **fields)

@@ -14,7 +14,7 @@ import pytest
 from conftest import xla_flags
 
 from jaxpref.errors import UserError
-from jaxpref.runtime import checkpoint
+from jaxpref.runtime import checkpoint, checkpoint_files
 
 ROOT = Path(checkpoint.__file__).parents[2]
 SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -59,10 +59,10 @@ def same(a, b):
 
 
 def save_all(directory, *steps, keep=3):
-  ckptr = checkpoint.open_checkpointer(directory, keep=keep)
+  ckptr = checkpoint.Checkpointer(directory, keep=keep)
   for step in steps:
-    checkpoint.save(ckptr, step, make_state(step), {"next_index": step}, {"a": step})
-  checkpoint.wait(ckptr)
+    ckptr.save(step, make_state(step), {"next_index": step}, {"a": step})
+  ckptr.wait()
   return ckptr
 
 
@@ -72,47 +72,47 @@ def largest(path):
 
 def test_round_trip_is_bitwise(tmp_path):
   ckptr = save_all(tmp_path / "new" / "checkpoints", 1, 2)
-  assert checkpoint.latest_step(ckptr) == 2
-  restored = checkpoint.restore(ckptr, abstract(make_state()))
+  assert ckptr.latest_step() == 2
+  restored = ckptr.restore(abstract(make_state()))
   step, state, data_state, metadata = restored
   assert (step, data_state, metadata) == (2, {"next_index": 2}, {"a": 2})
   assert same(state, make_state(2))
   assert not same(state, make_state(1))
   assert (state.params["scale"].dtype, state.step.dtype) == (jnp.bfloat16, jnp.int32)
-  checkpoint.close(ckptr)
+  ckptr.close()
 
 
 def test_only_the_newest_are_kept(tmp_path):
   ckptr = save_all(tmp_path, 1, 2, 3, keep=2)
-  assert checkpoint.steps(tmp_path) == [2, 3]
+  assert checkpoint_files.steps(tmp_path) == [2, 3]
   assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "3"]
   with pytest.raises(ValueError, match="step 3 is already saved"):
-    checkpoint.save(ckptr, 3, make_state(), {}, {})
+    ckptr.save(3, make_state(), {}, {})
   with pytest.raises(ValueError, match="survive JSON"):
-    checkpoint.save(ckptr, 4, make_state(), {"n": (1, 2)}, {})
+    ckptr.save(4, make_state(), {"n": (1, 2)}, {})
 
 
 def test_what_cannot_be_removed_stays_and_harms_nothing(tmp_path, monkeypatch, caplog):
   def busy(path):
     raise OSError(f"{path} is busy")
 
-  monkeypatch.setattr(checkpoint, "_remove", busy)
+  monkeypatch.setattr(checkpoint_files, "remove", busy)
   save_all(tmp_path, 1, 2, keep=1)
-  assert checkpoint.steps(tmp_path) == [1, 2]
+  assert checkpoint_files.steps(tmp_path) == [1, 2]
   assert "the old checkpoint of step 1 stays" in caplog.text
 
 
 def test_the_state_may_be_donated_while_it_is_saved(tmp_path):
-  ckptr = checkpoint.open_checkpointer(tmp_path, keep=1)
+  ckptr = checkpoint.Checkpointer(tmp_path, keep=1)
   state = {"x": jax.jit(lambda: jnp.arange(1 << 20, dtype=jnp.float32))()}
   expected = np.arange(1 << 20, dtype=np.float32)
   update = jax.jit(lambda s: jax.tree.map(lambda x: -x, s), donate_argnums=0)
-  checkpoint.save(ckptr, 1, state, None, {})
+  ckptr.save(1, state, None, {})
   for _ in range(3):
     state = update(state)
   jax.block_until_ready(state)
   target = {"x": jax.ShapeDtypeStruct((1 << 20,), jnp.float32, sharding=SHARDING)}
-  restored = checkpoint.restore(ckptr, target)
+  restored = ckptr.restore(target)
   np.testing.assert_array_equal(restored.state["x"], expected)
   np.testing.assert_array_equal(state["x"], -expected)
 
@@ -125,12 +125,12 @@ def test_the_position_of_grain_data_comes_back(tmp_path):
   batches = iterator()
   for _ in range(7):
     next(batches)
-  ckptr = checkpoint.open_checkpointer(tmp_path, keep=1)
+  ckptr = checkpoint.Checkpointer(tmp_path, keep=1)
   state = {"x": jnp.ones(2)}
-  checkpoint.save(ckptr, 7, state, batches.get_state(), {})
+  ckptr.save(7, state, batches.get_state(), {})
   expected = [next(batches) for _ in range(3)]
   again = iterator()
-  again.set_state(checkpoint.restore(ckptr, abstract(state)).data_state)
+  again.set_state(ckptr.restore(abstract(state)).data_state)
   np.testing.assert_array_equal([next(again) for _ in range(3)], expected)
 
 
@@ -153,15 +153,15 @@ def flip_a_bit(path):
 def test_a_damaged_newest_checkpoint_falls_back(tmp_path, caplog, damage, named):
   ckptr = save_all(tmp_path, 1, 2, 3)
   damage(tmp_path / "3")
-  restored = checkpoint.restore(ckptr, abstract(make_state()))
+  restored = ckptr.restore(abstract(make_state()))
   assert (restored.step, restored.data_state) == (2, {"next_index": 2})
   assert same(restored.state, make_state(2))
   (warning,) = [r.getMessage() for r in caplog.records if r.name.startswith("jaxpref")]
   assert warning.startswith(f"checkpoint of step 3 in {tmp_path} is damaged (")
   assert named in warning and warning.endswith("going back to step 2")
   # The run goes on: step 3 is saved again and is what the next restore finds.
-  checkpoint.save(ckptr, 3, make_state(33), {}, {})
-  assert same(checkpoint.restore(ckptr, abstract(make_state())).state, make_state(33))
+  ckptr.save(3, make_state(33), {}, {})
+  assert same(ckptr.restore(abstract(make_state())).state, make_state(33))
   assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2", "3", "3.damaged"]
 
 
@@ -170,39 +170,39 @@ def test_no_good_checkpoint_lists_what_was_found(tmp_path):
   os.truncate(largest(tmp_path / "1"), 10)
   largest(tmp_path / "2").unlink()
   with pytest.raises(UserError) as caught:
-    checkpoint.restore(ckptr, abstract(make_state()))
+    ckptr.restore(abstract(make_state()))
   message = str(caught.value)
   assert "\n" not in message
   assert message.startswith(f"no good checkpoint in {tmp_path} (step 2: state/")
   assert "is missing; step 1: state/" in message
-  assert checkpoint.steps(tmp_path) == [1, 2]
+  assert checkpoint_files.steps(tmp_path) == [1, 2]
 
 
 def test_without_checksums_orbax_decides(tmp_path, caplog):
   """As after a kill between the end of the save and the checksums."""
   ckptr = save_all(tmp_path, 1, 2)
   (tmp_path / "2" / "checksums.json").unlink()
-  restored = checkpoint.restore(ckptr, abstract(make_state()))
+  restored = ckptr.restore(abstract(make_state()))
   assert same(restored.state, make_state(2))
   assert "step 2 restored, though without checksums" in caplog.text
   # From now on it has some, as whoever reads the run's model asks for.
-  assert checkpoint.find_good(tmp_path).step == 2
+  assert checkpoint_files.find_good(tmp_path).step == 2
   (tmp_path / "2" / "checksums.json").unlink()
   for path in [p for p in (tmp_path / "2").rglob("*") if p.parent.name == "d"]:
     path.unlink()
-  assert checkpoint.restore(ckptr, abstract(make_state())).step == 1
+  assert ckptr.restore(abstract(make_state())).step == 1
   assert "step 2 in" in caplog.text
   assert (tmp_path / "2.damaged").is_dir()
 
 
 def test_half_written_checkpoints_are_removed_and_not_found(tmp_path):
-  checkpoint.close(save_all(tmp_path, 1))
+  save_all(tmp_path, 1).close()
   (tmp_path / "1").rename(tmp_path / "2.orbax-checkpoint-tmp")
-  ckptr = checkpoint.open_checkpointer(tmp_path, keep=1)
-  assert checkpoint.latest_step(ckptr) is None
+  ckptr = checkpoint.Checkpointer(tmp_path, keep=1)
+  assert ckptr.latest_step() is None
   assert list(tmp_path.iterdir()) == []
   with pytest.raises(UserError, match=r"no good checkpoint in .* \(it is empty\)"):
-    checkpoint.restore(ckptr, abstract(make_state()))
+    ckptr.restore(abstract(make_state()))
 
 
 def test_another_structure_or_shape_is_not_taken_for_damage(tmp_path):
@@ -214,34 +214,34 @@ def test_another_structure_or_shape_is_not_taken_for_damage(tmp_path):
   }
   for wrong in ({"x": target.key}, target.replace(params=wider)):
     with pytest.raises(UserError, match=f"checkpoint {tmp_path}/2 does not fit: ") as e:
-      checkpoint.restore(ckptr, wrong)
+      ckptr.restore(wrong)
     assert "\n" not in str(e.value)
-  assert checkpoint.steps(tmp_path) == [1, 2]
+  assert checkpoint_files.steps(tmp_path) == [1, 2]
 
 
 def test_restore_subtree(tmp_path):
-  checkpoint.close(save_all(tmp_path, 1, 2))
+  save_all(tmp_path, 1, 2).close()
   target = {"ema": abstract(make_state().ema)}
-  part = checkpoint.restore_subtree(tmp_path, 1, target)
+  part = checkpoint_files.restore_subtree(tmp_path, 1, target)
   assert same(part, {"ema": make_state(1).ema})
   wider = jax.ShapeDtypeStruct((6,), jnp.bfloat16, sharding=SHARDING)
   wrong = {"ema": {**target["ema"], "scale": wider}}
   with pytest.raises(UserError, match=f"checkpoint {tmp_path}/1 does not fit: "):
-    checkpoint.restore_subtree(tmp_path, 1, wrong)
+    checkpoint_files.restore_subtree(tmp_path, 1, wrong)
 
 
 def test_find_good(tmp_path, caplog):
   with pytest.raises(UserError, match="there is no checkpoint in"):
-    checkpoint.find_good(tmp_path)
-  checkpoint.close(save_all(tmp_path, 1, 2))
-  assert checkpoint.find_good(tmp_path)[:2] == (2, {"a": 2})
-  assert checkpoint.find_good(tmp_path, step=1)[:2] == (1, {"a": 1})
+    checkpoint_files.find_good(tmp_path)
+  save_all(tmp_path, 1, 2).close()
+  assert checkpoint_files.find_good(tmp_path)[:2] == (2, {"a": 2})
+  assert checkpoint_files.find_good(tmp_path, step=1)[:2] == (1, {"a": 1})
   with pytest.raises(UserError, match=r"no checkpoint of step 9, only of \[1, 2\]"):
-    checkpoint.find_good(tmp_path, step=9)
+    checkpoint_files.find_good(tmp_path, step=9)
   os.truncate(largest(tmp_path / "2"), 10)
   with pytest.raises(UserError, match="step 2: state/.* has 10 of"):
-    checkpoint.find_good(tmp_path, step=2)
-  assert checkpoint.find_good(tmp_path)[0] == 1
+    checkpoint_files.find_good(tmp_path, step=2)
+  assert checkpoint_files.find_good(tmp_path)[0] == 1
   assert "checkpoint of step 2 is damaged" in caplog.text
   assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]  # nothing renamed
 
@@ -251,7 +251,7 @@ def test_too_little_space_is_said_before_the_save(tmp_path, monkeypatch):
   usage = SimpleNamespace(free=500)
   monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
   with pytest.raises(UserError) as caught:
-    checkpoint.save(ckptr, 2, make_state(), {}, {})
+    ckptr.save(2, make_state(), {}, {})
   assert str(caught.value) == (
     f"no space left (0.0 MB needed, 0.0 MB free) in {tmp_path}: step 2 was not "
     "written, the checkpoint of step 1 is intact"
@@ -273,11 +273,11 @@ from jaxpref.runtime import checkpoint
 from jaxpref.errors import UserError
 
 directory = Path(sys.argv[1])
-ckptr = checkpoint.open_checkpointer(directory, keep=2)
+ckptr = checkpoint.Checkpointer(directory, keep=2)
 noise = np.random.default_rng(0).normal(size=(2, 1 << 18))  # 1 MiB each as float32
 state = {"x": jnp.asarray(noise[0], jnp.float32)}
-checkpoint.save(ckptr, 1, state, {}, {})
-checkpoint.wait(ckptr)
+ckptr.save(1, state, {}, {})
+ckptr.wait()
 if sys.argv[2] == "disk":
   filler = directory.parent / "filler"
   filler.write_bytes(bytes(checkpoint.shutil.disk_usage(directory).free - (1 << 19)))
@@ -286,14 +286,14 @@ if sys.argv[2] == "disk":
 else:
   signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
   resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, resource.RLIM_INFINITY))
-checkpoint.save(ckptr, 2, {"x": jnp.asarray(noise[1], jnp.float32)}, {}, {})
+ckptr.save(2, {"x": jnp.asarray(noise[1], jnp.float32)}, {}, {})
 try:
-  checkpoint.close(ckptr)
+  ckptr.close()
 except UserError as error:
   print(error)
 print(sorted(path.name for path in directory.iterdir()))
-again = checkpoint.open_checkpointer(directory, keep=2)
-restored = checkpoint.restore(again, {"x": jax.ShapeDtypeStruct((1 << 18,), "float32")})
+again = checkpoint.Checkpointer(directory, keep=2)
+restored = again.restore({"x": jax.ShapeDtypeStruct((1 << 18,), "float32")})
 print(restored.step, bool((restored.state["x"] == state["x"]).all()))
 """
 
@@ -330,9 +330,9 @@ from jaxpref.runtime import checkpoint
 
 directory = Path(sys.argv[1])
 noise = np.random.default_rng(0).normal(size=1 << 24)
-ckptr = checkpoint.open_checkpointer(directory, keep=1)
-checkpoint.save(ckptr, 1, {"x": jnp.asarray(noise[:9], jnp.float32)}, {"n": 1}, {})
-checkpoint.save(ckptr, 2, {"x": jnp.asarray(noise, jnp.float32)}, {"n": 2}, {})
+ckptr = checkpoint.Checkpointer(directory, keep=1)
+ckptr.save(1, {"x": jnp.asarray(noise[:9], jnp.float32)}, {"n": 1}, {})
+ckptr.save(2, {"x": jnp.asarray(noise, jnp.float32)}, {"n": 2}, {})
 while not list(directory.glob("2*")):
   time.sleep(0.001)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -343,9 +343,9 @@ def test_kill_during_a_save_leaves_the_previous_checkpoint(tmp_path):
   done = run_python(KILLED, tmp_path)
   assert done.returncode == -9, done.stderr
   assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2.orbax-checkpoint-tmp"]
-  ckptr = checkpoint.open_checkpointer(tmp_path, keep=1)
+  ckptr = checkpoint.Checkpointer(tmp_path, keep=1)
   target = {"x": jax.ShapeDtypeStruct((9,), jnp.float32, sharding=SHARDING)}
-  step, state, data_state, _ = checkpoint.restore(ckptr, target)
+  step, state, data_state, _ = ckptr.restore(target)
   assert (step, data_state) == (1, {"n": 1})
   expected = np.random.default_rng(0).normal(size=1 << 24)[:9].astype(np.float32)
   np.testing.assert_array_equal(state["x"], expected)
@@ -362,11 +362,11 @@ mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=auto)
 def on(*spec):
   return jax.sharding.NamedSharding(mesh, jax.P(*spec))
 w = jnp.arange(64.0).reshape(8, 8)
-ckptr = checkpoint.open_checkpointer(sys.argv[1], keep=1)
-checkpoint.save(ckptr, 1, {"w": jax.device_put(w, on("fsdp"))}, {}, {})
+ckptr = checkpoint.Checkpointer(sys.argv[1], keep=1)
+ckptr.save(1, {"w": jax.device_put(w, on("fsdp"))}, {}, {})
 for spec in (("fsdp",), (None, ("data", "fsdp"))):
   target = jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=on(*spec))
-  got = checkpoint.restore(ckptr, {"w": target}).state["w"]
+  got = ckptr.restore({"w": target}).state["w"]
   shard = got.addressable_shards[0].data.shape
   print(got.sharding == on(*spec), shard, bool((got == w).all()))
 """

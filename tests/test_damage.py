@@ -17,7 +17,7 @@ from jaxpref import generate
 from jaxpref.data import generated_pairs
 from jaxpref.errors import DamagedError, UserError
 from jaxpref.evaluation import best_checkpoint, evaluate, statistics
-from jaxpref.runtime import checkpoint, metrics
+from jaxpref.runtime import checkpoint, checkpoint_files, metrics
 from jaxpref.runtime import workdir as workdir_lib
 from jaxpref.training import iterate_report, load_run
 
@@ -176,10 +176,10 @@ def state_of(step):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
   directory = tmp_path_factory.mktemp("saved") / "checkpoints"
-  ckptr = checkpoint.open_checkpointer(directory, keep=3)
+  ckptr = checkpoint.Checkpointer(directory, keep=3)
   for step in (5, 6):
-    checkpoint.save(ckptr, step, state_of(step), {"next_index": step}, {"a": step})
-  checkpoint.close(ckptr)
+    ckptr.save(step, state_of(step), {"next_index": step}, {"a": step})
+  ckptr.close()
   return directory
 
 
@@ -189,12 +189,12 @@ def steps(saved, tmp_path):
 
 
 def restore(directory):
-  ckptr = checkpoint.open_checkpointer(directory, keep=3)
+  ckptr = checkpoint.Checkpointer(directory, keep=3)
   target = {"x": jax.ShapeDtypeStruct((3,), jnp.float32, sharding=SHARDING)}
-  found = checkpoint.restore(ckptr, target)
+  found = ckptr.restore(target)
   np.testing.assert_array_equal(found.state["x"], state_of(found.step)["x"])
   assert (found.data_state, found.metadata) == ({"next_index": found.step}, {"a": found.step})
-  checkpoint.close(ckptr)
+  ckptr.close()
   return found.step
 
 
@@ -205,7 +205,7 @@ def restore(directory):
 )
 def test_damaged_checksums_lead_to_the_older_checkpoint(steps, content):
   (steps / "6" / "checksums.json").write_bytes(content)
-  assert checkpoint.find_good(steps).step == 5
+  assert checkpoint_files.find_good(steps).step == 5
   assert restore(steps) == 5
   assert (steps / "6.damaged").is_dir()
 
@@ -219,15 +219,15 @@ def test_checksums_that_are_a_pipe_lead_to_the_older_checkpoint(steps):
 def test_a_step_stands_in_its_record(steps, caplog):
   shutil.copytree(steps / "5", steps / "9")
   (steps / "8").symlink_to("6")
-  assert checkpoint.find_good(steps).step == 6
-  refused(lambda: checkpoint.find_good(steps, step=9), "it was saved as that of step 5")
+  assert checkpoint_files.find_good(steps).step == 6
+  refused(lambda: checkpoint_files.find_good(steps, step=9), "it was saved as that of step 5")
   assert restore(steps) == 6
   assert "it was saved as that of step 5" in caplog.text
-  assert checkpoint.steps(steps) == [5, 6]
+  assert checkpoint_files.steps(steps) == [5, 6]
   # Its step can be saved.
-  ckptr = checkpoint.open_checkpointer(steps, keep=3)
-  checkpoint.save(ckptr, 9, state_of(9), {"next_index": 9}, {"a": 9})
-  checkpoint.close(ckptr)
+  ckptr = checkpoint.Checkpointer(steps, keep=3)
+  ckptr.save(9, state_of(9), {"next_index": 9}, {"a": 9})
+  ckptr.close()
   assert restore(steps) == 9
   (steps / "9").rename(steps / "10")
   assert restore(steps) == 6
@@ -238,7 +238,7 @@ def test_other_names_are_passed_over(steps, caplog):
   for name in names:
     shutil.copytree(steps / "6", steps / name)
   (steps / "12").write_text("a file")
-  assert checkpoint.steps(steps) == [5, 6]
+  assert checkpoint_files.steps(steps) == [5, 6]
   assert restore(steps) == 6
   for name in names:
     assert (steps / name).is_dir() and name in caplog.text

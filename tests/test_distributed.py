@@ -172,16 +172,12 @@ def test_a_storage_that_is_gone_may_come_back(tmp_path, monkeypatch):
       workdir.write_text(tmp_path / "file", "text")
     assert raised.value.status == status
     with pytest.raises(UserError, match="step 5 was not written") as raised:
-      checkpoint._raise_failure(_checkpointer(tmp_path), 5, error)
+      checkpoint.Checkpointer(tmp_path, keep=1)._raise_failure(5, error)
     assert raised.value.status == status
     theirs = ValueError(f"Error writing: {os.strerror(number)} [os_error_code='{number}']")
     with pytest.raises(UserError, match="step 5 was not written") as raised:
-      checkpoint._raise_failure(_checkpointer(tmp_path), 5, theirs)
+      checkpoint.Checkpointer(tmp_path, keep=1)._raise_failure(5, theirs)
     assert raised.value.status == status
-
-
-def _checkpointer(directory):
-  return checkpoint.Checkpointer(directory, 1, [], None, [])
 
 
 def test_a_run_that_hangs_ends_and_says_where():

@@ -18,7 +18,7 @@ from jaxpref.data import encode
 from jaxpref.data.rows import Row
 from jaxpref.errors import UserError
 from jaxpref.models import pipeline
-from jaxpref.runtime import checkpoint
+from jaxpref.runtime import checkpoint, checkpoint_files
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +69,7 @@ def test_a_workdir_that_cannot_be_written(tiny_pipeline, tmp_path, capsys):
 
 def test_a_full_disk_leaves_the_last_checkpoint(tiny_pipeline, tmp_path, capsys, monkeypatch):
   workdir = tmp_path / "run"
-  save = checkpoint.save
+  save = checkpoint.Checkpointer.save
 
   def fail_late(ckptr, step, *rest):
     if step > 2:
@@ -77,10 +77,10 @@ def test_a_full_disk_leaves_the_last_checkpoint(tiny_pipeline, tmp_path, capsys,
       monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: full)
     return save(ckptr, step, *rest)
 
-  monkeypatch.setattr(checkpoint, "save", fail_late)
+  monkeypatch.setattr(checkpoint.Checkpointer, "save", fail_late)
   assert main.main(runs.arguments(tiny_pipeline, workdir)) == 2
   assert "no space left" in capsys.readouterr().err
-  assert checkpoint.steps(workdir / "checkpoints") == [2]
+  assert checkpoint_files.steps(workdir / "checkpoints") == [2]
 
 
 def test_sigterm_to_one_process_stops_all_after_a_save(tiny_pipeline, tmp_path):
@@ -93,7 +93,7 @@ def test_sigterm_to_one_process_stops_all_after_a_save(tiny_pipeline, tmp_path):
   # The script is told, and tells them.
   process.send_signal(signal.SIGTERM)
   assert process.wait(60) == 143, log.read_text()[-2000:]
-  (step,) = checkpoint.steps(workdir / "checkpoints")
+  (step,) = checkpoint_files.steps(workdir / "checkpoints")
   said = f"asked to stop (SIGTERM), saved after update {step} of 100000; the same command"
   assert log.read_text().count(said) == 2, log.read_text()[-2000:]
 
@@ -129,7 +129,7 @@ def test_what_diverges_is_not_saved(tiny_pipeline, tmp_path, capsys):
   arguments = runs.arguments(tiny_pipeline, tmp_path / "run", "sft", **{"optim.lr": 1e9})
   assert main.main(arguments) == 3
   assert "the run has diverged" in capsys.readouterr().err
-  assert checkpoint.steps(tmp_path / "run" / "checkpoints") == []
+  assert checkpoint_files.steps(tmp_path / "run" / "checkpoints") == []
 
 
 @pytest.mark.parametrize(("part", "what"), [("vae", "images"), ("text_encoder", "caption")])

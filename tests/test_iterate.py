@@ -222,7 +222,7 @@ def test_stopped_anywhere_it_ends_the_same(
     return {p: p.stat().st_mtime_ns for p in shards}
 
   first = stop_after(generated_pairs, "write_shard", 1)  # of the two of the first iteration
-  second = stop_after(checkpoint, "save", 1)  # of two
+  second = stop_after(checkpoint.Checkpointer, "save", 1)  # of two
   third = stop_after(evaluate, "evaluate", 1)
   assert not (workdir / "iterations" / "1" / "report.html").exists()
   fourth = stop_after(generated_pairs, "write_shard", 1)  # of the second iteration's

@@ -7,7 +7,7 @@ from conftest import ROOT
 
 from jaxpref.models import pipeline
 from jaxpref.pretrain import run as pretrain
-from jaxpref.runtime import checkpoint
+from jaxpref.runtime import checkpoint, checkpoint_files
 
 
 def _run(workdir, capsys, *extra):
@@ -52,7 +52,7 @@ def test_trained_on_interrupted_and_continued(tmp_path, tiny_pipeline, monkeypat
   card = (tmp_path / "whole" / "pipeline" / "README.md").read_text()
   assert f"that of `{tiny_pipeline}`, trained on for 2 updates of 4 images" in card
   assert f"| VAE | that of `{tiny_pipeline}` |" in card
-  save = checkpoint.save
+  save = checkpoint.Checkpointer.save
 
   def save_and_stop(*arguments):
     save(*arguments)
@@ -61,9 +61,9 @@ def test_trained_on_interrupted_and_continued(tmp_path, tiny_pipeline, monkeypat
   arguments = ["--config=configs/shapes_base.py:tiny", f"--workdir={tmp_path / 'cut'}"]
   arguments += options
   with monkeypatch.context() as patch:
-    patch.setattr(checkpoint, "save", save_and_stop)
+    patch.setattr(checkpoint.Checkpointer, "save", save_and_stop)
     assert pretrain.main(arguments) == 130
-  assert checkpoint.steps(tmp_path / "cut" / "denoiser" / "checkpoints") == [1]
+  assert checkpoint_files.steps(tmp_path / "cut" / "denoiser" / "checkpoints") == [1]
   _assert_same(_run(tmp_path / "cut", capsys, *options), whole)
   # Checkpoints of another corpus are not continued.
   monkeypatch.setattr(pretrain, "_fingerprint", lambda *_: "another")

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from jaxpref import main
 from jaxpref.evaluation import evaluate
 from jaxpref.models import pipeline as pipeline_lib
-from jaxpref.runtime import checkpoint, metrics
+from jaxpref.runtime import checkpoint_files, metrics
 from jaxpref.shapes import prompts
 from jaxpref.training import load_run, rollout, train_step
 
@@ -82,7 +82,7 @@ def test_a_run_leaves_what_it_promises(finished, capsys):
   ):
     assert all(np.isfinite(line[name]) for line in lines), name
   assert lines[0]["loss"] == pytest.approx(0.05, rel=1e-3)  # m, where policy = reference
-  assert checkpoint.steps(finished / "checkpoints") == [2, 4]
+  assert checkpoint_files.steps(finished / "checkpoints") == [2, 4]
   assert json.loads((finished / "config.json").read_text())["loss"]["margin"] == 0.05
   results = json.loads((finished / "evaluation" / "4" / "results.json").read_text())
   for entry in results.values():
@@ -148,7 +148,7 @@ def test_stopped_and_started_again_it_ends_the_same(
     patch.setattr(metrics.MetricWriter, "write", write_and_ask)
     assert main.main(arguments) == 143
   assert "saved after update 3 of 4" in capsys.readouterr().err
-  assert checkpoint.steps(workdir / "checkpoints") == [2, 3]
+  assert checkpoint_files.steps(workdir / "checkpoints") == [2, 3]
   assert main.main(arguments) == 0
   ours, theirs = runs.parameters(workdir)[1], runs.parameters(finished)[1]
   for path, array in theirs.items():
@@ -242,7 +242,7 @@ def test_the_best_checkpoint_stays(tiny_pipeline, tmp_path, capsys):
   noted = {"update": best, "scorer": "shapes.quality-2", "mean": means[best]}
   assert json.loads((workdir / "best.json").read_text()) == noted
   kept = max((2, 4), key=lambda update: (means[update], -update))  # when the last was saved
-  assert checkpoint.steps(workdir / "checkpoints") == [kept, 6]
+  assert checkpoint_files.steps(workdir / "checkpoints") == [kept, 6]
   assert f"update {best} by shapes.quality-2" in (workdir / "report.html").read_text()
   digest = load_run.load(str(workdir), step="best").digest
   assert digest == load_run.load(str(workdir), step=best).digest

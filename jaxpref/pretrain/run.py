@@ -327,13 +327,13 @@ def _fit(
   purpose: int,
 ) -> Any:
   """Runs a stage's updates from its newest checkpoint on; returns the last state."""
-  ckptr = checkpoint.open_checkpointer(directory / "checkpoints", keep=2)
+  ckptr = checkpoint.Checkpointer(directory / "checkpoints", keep=2)
   start = 0
-  if checkpoint.latest_step(ckptr) is not None:
+  if ckptr.latest_step() is not None:
     abstract = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
     )
-    restored = checkpoint.restore(ckptr, abstract)
+    restored = ckptr.restore(abstract)
     start, state = restored.step, restored.state
     if restored.metadata != identity:
       raise UserError(
@@ -359,9 +359,9 @@ def _fit(
         writer.write(done, numbers | {"images_per_second": speed})
         writer.progress(done, loss=numbers["loss"], images_per_second=speed, shares={})
       if done % config.save_every == 0 or done == settings.num_updates:
-        checkpoint.save(ckptr, done, state, None, identity)
+        ckptr.save(done, state, None, identity)
   finally:
     # Also when interrupted: the save under way is finished.
     writer.close()
-    checkpoint.close(ckptr)
+    ckptr.close()
   return state

@@ -30,6 +30,7 @@ from jaxpref.evaluation import evaluate, sampling
 from jaxpref.models import pipeline as pipeline_lib
 from jaxpref.runtime import (
   checkpoint,
+  checkpoint_files,
   distributed,
   jax_setup,
   metrics,
@@ -416,5 +417,5 @@ def _finish_iteration(prepared: Prepared, workdir: Path, k: int) -> None:
   # Exactly this model: an older checkpoint of it would be another.
   trained, step = workdir / load_run.ITERATIONS / str(k), prepared.config.train.num_updates
   own = _inner_config(prepared.config, k=k)
-  checkpoint.find_good(checkpoint.directory_of(trained, own), step=step)
+  checkpoint_files.find_good(checkpoint.directory_of(trained, own), step=step)
   iterate_report.write_metrics(prepared.config, workdir, k)

@@ -16,7 +16,7 @@ from jaxpref.evaluation import best_checkpoint as best_checkpoint_lib
 from jaxpref.models import hub, lora
 from jaxpref.models import pipeline as pipeline_lib
 from jaxpref.paths import number_of, user_path
-from jaxpref.runtime import checkpoint
+from jaxpref.runtime import checkpoint, checkpoint_files
 from jaxpref.runtime.workdir import CONFIG, STARTS, read_json
 
 # Of an iterative run: folders with the pairs of each iteration, and with a run for each.
@@ -83,10 +83,10 @@ def load(
   config = _read_config(workdir)
   wanted = best_checkpoint_lib.read(workdir).update if isinstance(step, str) else step
   directory = checkpoint.directory_of(workdir, config)
-  found = checkpoint.find_good(directory, step=wanted)
+  found = checkpoint_files.find_good(directory, step=wanted)
   rank = config.get("lora", {}).get("rank", 0)
   pipeline = _load_base(workdir, config["model"], dtype, mesh, without_unet=not rank)
-  kernel = checkpoint.stored(directory, found.step).get("params/conv_in/kernel")
+  kernel = checkpoint_files.stored(directory, found.step).get("params/conv_in/kernel")
   if kernel and kernel.shape[2] > pipeline.latent_shape[0]:
     pipeline = pipeline_lib.widen(pipeline)
   if found.metadata.get("pipeline") != pipeline.digest:
@@ -104,7 +104,7 @@ def load(
   target = jax.tree.map(
     lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, where
   )
-  state = checkpoint.restore_subtree(directory, found.step, {field: target})
+  state = checkpoint_files.restore_subtree(directory, found.step, {field: target})
   trained = state[field]
   if rank:
     trained = lora.Adapted(pipeline.params["unet"], trained, config["lora"]["alpha"] / rank)

@@ -23,7 +23,15 @@ from jaxpref.errors import StoppedError, UserError
 from jaxpref.evaluation import best_checkpoint as best_checkpoint_lib
 from jaxpref.evaluation import evaluate
 from jaxpref.models import unet as unet_lib
-from jaxpref.runtime import checkpoint, distributed, jax_setup, metrics, throughput, watchdog
+from jaxpref.runtime import (
+  checkpoint,
+  checkpoint_files,
+  distributed,
+  jax_setup,
+  metrics,
+  throughput,
+  watchdog,
+)
 from jaxpref.runtime import workdir as workdir_lib
 from jaxpref.training import anomalies, flops, programs
 from jaxpref.training.setup import Prepared, init_trained
@@ -102,7 +110,7 @@ def run(
   finite, spikes = anomalies.Finite(prepared, rows, workdir), anomalies.Spikes()
   with contextlib.ExitStack() as at_last:
     # Also after an error: the save under way is finished before the workdir is given up.
-    at_last.callback(checkpoint.close, ckptr)
+    at_last.callback(ckptr.close)
     if writer:
       at_last.callback(writer.close)
     at_last.callback(profiler.close)
@@ -148,9 +156,9 @@ def run(
         finite.check_at_the_end()
       if last or (due and finite.is_well):
         due = False
-        checkpoint.save(ckptr, done, state, deal.get_state(), identity)
+        ckptr.save(done, state, deal.get_state(), identity)
       if stop and not last:
-        checkpoint.wait(ckptr)
+        ckptr.wait()
         saved = "not saved, it is not finite," if due else "saved"
         raise StoppedError(
           f"asked to stop (SIGTERM), {saved} after update {done} of {train.num_updates}; the "
@@ -190,7 +198,7 @@ def _evaluate(
     )
     pictures |= {"base": drawn["base"]}
     distributed.first(lambda: best_checkpoint_lib.write_settings(directory, settings))
-  checkpoint.wait(ckptr)  # only what is whole can be best
+  ckptr.wait()  # only what is whole can be best
   _keep_best(prepared, workdir, ckptr)
 
 
@@ -206,7 +214,7 @@ def _keep_best(prepared: Prepared, workdir: Path, ckptr: Any) -> None:
   settings = _settings(prepared)
 
   def find() -> int | None:
-    saved = checkpoint.steps(ckptr.directory)
+    saved = checkpoint_files.steps(ckptr.directory)
     if (best := best_checkpoint_lib.find(workdir, settings, saved)) is None:
       return None
     best_checkpoint_lib.write(workdir, best)
@@ -214,7 +222,7 @@ def _keep_best(prepared: Prepared, workdir: Path, ckptr: Any) -> None:
     return best.update
 
   if (best := distributed.first(find)) is not None:
-    checkpoint.protect(ckptr, best)
+    ckptr.protect(best)
 
 
 def _report(prepared: Prepared, workdir: Path, wall_time: str) -> None:
@@ -230,7 +238,7 @@ def _report(prepared: Prepared, workdir: Path, wall_time: str) -> None:
     "wall time": wall_time,
   }
   if config.evaluate.every:
-    saved = checkpoint.steps(checkpoint.directory_of(workdir, config))
+    saved = checkpoint_files.steps(checkpoint.directory_of(workdir, config))
     if best := best_checkpoint_lib.find(workdir, _settings(prepared), saved):
       facts["best checkpoint"] = f"update {best.update} by {best.scorer}, {best.mean:.4f}"
   evaluate.write_report(
@@ -280,14 +288,14 @@ def _first_state(
   config: Any,
 ) -> tuple[Any, int]:
   """The state to go on from and the updates done; puts `deal` where it was then."""
-  if checkpoint.latest_step(ckptr) is None:
+  if ckptr.latest_step() is None:
     return jax.jit(program.make_state, out_shardings=program.placement)(begin), 0
   target = jax.tree.map(
     lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
     jax.eval_shape(program.make_state, begin),
     program.placement,
   )
-  restored = checkpoint.restore(ckptr, target)
+  restored = ckptr.restore(target)
   _check_continues(restored.metadata, identity, restored.step, config)
   deal.set_state(restored.data_state)
   _log.warning("continuing after update %d of %d", restored.step, identity["num_updates"])
@@ -298,8 +306,8 @@ def _open_checkpointer(workdir: Path, config: Any) -> checkpoint.Checkpointer:
   """The run's checkpoints; elsewhere than in the workdir they must not be another run's."""
   directory = checkpoint.directory_of(workdir, config)
   if not config.train.checkpoints:
-    return checkpoint.open_checkpointer(directory, keep=config.train.keep)
-  return checkpoint.open_checkpointer(
+    return checkpoint.Checkpointer(directory, keep=config.train.keep)
+  return checkpoint.Checkpointer(
     directory, keep=config.train.keep, owner=config, resume_safe=workdir_lib.RESUME_SAFE
   )
 
