@@ -146,7 +146,7 @@ def test_sigterm_is_noticed_at_a_beat():
     assert not watchdog.beat()
     os.kill(os.getpid(), signal.SIGTERM)
     assert watchdog.beat()
-    with pytest.raises(StoppedError, match="the same command continues") as error:
+    with pytest.raises(StoppedError, match="the same command resumes") as error:
       watchdog.beat_or_stop()
   assert error.value.status == 143
   assert signal.getsignal(signal.SIGTERM) is before

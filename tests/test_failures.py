@@ -37,7 +37,7 @@ REFUSALS = {
   "lacking parameter": (["--config.loss.name=dro"], "needs 'loss.margin'"),
   "too many steps": (["--config.evaluate.num_steps=2000"], "between 1 and 1000"),
   "huge seed": (["--config.seed=99999999999999999999"], "'seed' must be"),
-  "unknown loss": (["--config.loss.name=dor"], "no loss 'dor'"),
+  "unknown loss": (["--config.loss.name=dor"], "unknown loss 'dor'"),
   "unknown schedule": (["--config.optim.schedule=up"], "'optim.schedule' must be one of"),
   "unknown solver": (["--config.rollout.solver=euler"], "solver"),
   "a path that is not read": (["--config.data.path=/no"], "did you mean data.source=folder"),

@@ -172,7 +172,7 @@ def test_killed_and_started_again_it_ends_the_same(finished, tiny_pipeline, tmp_
   assert not (workdir / "report.html").exists()
   capsys.readouterr()
   assert main.main(arguments) == 0
-  assert "continuing after update 2 of 4" in capsys.readouterr().err
+  assert "resuming after update 2 of 4" in capsys.readouterr().err
   ours, theirs = runs.parameters(workdir), runs.parameters(finished)
   assert ours[0] == theirs[0]
   for path, array in theirs[1].items():
@@ -219,7 +219,7 @@ def test_what_a_run_began_with_must_stay(tiny_pipeline, tmp_path, capsys):
   assert main.main(arguments) == 0
   longer = runs.arguments(copy, tmp_path / "run", "sft", **fields | {"train.num_updates": 2})
   assert main.main(longer) == 2
-  assert "train.num_updates was 1, now 2: that would bend" in capsys.readouterr().err
+  assert "train.num_updates was 1, now 2: that would change" in capsys.readouterr().err
   weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
   tensors = load_file(weights)
   tensors["conv_in.bias"] += 1e-3

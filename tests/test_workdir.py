@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from jaxpref.errors import UserError
 from jaxpref.runtime import workdir as workdir_lib
-from jaxpref.training import train
+from jaxpref.training import run_state
 
 ROOT = Path(workdir_lib.__file__).parents[2]
 
@@ -116,9 +116,9 @@ def test_other_contents_are_refused_by_name(name, message):
   same = {"data": "1", "pipeline": "2", "start": "3", "num_updates": 4}
   places = {"data": {"path": "in/x"}, "model": {"path": "base/y", "start": "other/z"}}
   config = ConfigDict({**places, "optim": {"schedule": "constant"}})
-  train._check_continues(same, same, 2, config)
+  run_state.check_resumes(same, same, 2, config)
   with pytest.raises(UserError, match=f"the {message} are not those that this workdir's run"):
-    train._check_continues(same, same | {name: "other"}, 2, config)
+    run_state.check_resumes(same, same | {name: "other"}, 2, config)
 
 
 def test_foreign_directories_are_refused(tmp_path):

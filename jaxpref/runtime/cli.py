@@ -118,7 +118,7 @@ def exit_status(
     print(f"jaxpref: error: {one_line(error)}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
-    rest = "the same command continues this run" if continues else "nothing was written"
+    rest = "the same command resumes this run" if continues else "nothing was written"
     print(f"jaxpref: interrupted; {rest}", file=sys.stderr)
     return 130
   return 0

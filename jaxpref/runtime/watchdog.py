@@ -73,4 +73,4 @@ def beat_or_stop() -> None:
     StoppedError: the run is to stop.
   """
   if beat():
-    raise StoppedError("asked to stop (SIGTERM); the same command continues this run")
+    raise StoppedError("asked to stop (SIGTERM); the same command resumes this run")

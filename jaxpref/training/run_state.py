@@ -1,0 +1,153 @@
+"""The model, reference and state with which a run begins or resumes."""
+
+import logging
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxpref import __version__, wording
+from jaxpref.errors import UserError
+from jaxpref.models import unet as unet_lib
+from jaxpref.runtime.checkpoint import Checkpointer
+from jaxpref.training import programs
+from jaxpref.training.setup import Prepared, init_trained
+
+_log = logging.getLogger(__name__)
+
+
+class RunState(NamedTuple):
+  """Programs and arrays of a run.
+
+  Attributes:
+    program: the run's programs.
+    state: the `TrainState` to go on from.
+    done: number of updates done.
+    base: parameters of `model.path`, in `model.frozen_dtype`.
+    frozen: `base` if the train step needs it, else None.
+    start: trained parameters at the start if they are the reference, else None.
+  """
+
+  program: programs.Programs
+  state: Any
+  done: int
+  base: Any
+  frozen: Any
+  start: Any
+
+
+def make_run_state(
+  prepared: Prepared,
+  rows: Any,
+  uncond: Any,
+  ckptr: Checkpointer,
+  loader: Any,
+  identity: dict[str, Any],
+) -> RunState:
+  """Makes a run's programs and its state, new or from the newest checkpoint.
+
+  Takes the UNet's parameters out of `prepared`, so that they can be freed.
+
+  Args:
+    prepared: the run's input.
+    rows: as `encode.encode_rows` returns them.
+    uncond: conditioning of the dropped prompt.
+    ckptr: the run's checkpoints.
+    loader: the run's data loader, which is set to the restored position.
+    identity: from `identify`.
+
+  Raises:
+    UserError: the checkpoint is of another run or cannot be restored.
+  """
+  config = prepared.config
+  base = prepared.pipeline.params.pop("unet")
+  begin = _begin(prepared, base)
+  program = programs.make_programs(prepared, begin, rows, uncond)
+  state, done = _restore_or_init(program, begin, ckptr, loader, identity, config)
+  base = unet_lib.freeze(base, config.model.frozen_dtype)
+  frozen = base if config.lora.rank or prepared.reference == "base" else None
+  start = None
+  if prepared.reference == "start":
+    # LoRA matrices are small, and are rounded where they are added to the base's weights.
+    start = begin if config.lora.rank else unet_lib.freeze(begin, config.model.frozen_dtype)
+  return RunState(program, state, done, base, frozen, start)
+
+
+def identify(prepared: Prepared) -> dict[str, Any]:
+  """Returns what a checkpoint records of its run, which a resumed run must match."""
+  return {
+    "jaxpref": __version__,
+    "num_updates": prepared.config.train.num_updates,
+    **prepared.inputs,
+  }
+
+
+def _begin(prepared: Prepared, base: Any) -> Any:
+  """Returns the initial trained parameters: the base's, LoRA matrices or `model.start`."""
+  if prepared.start:
+    return prepared.start.pop("params")  # taken out, so that they can be freed
+  if not prepared.config.lora.rank:
+    return base
+  return jax.jit(lambda params: init_trained(prepared.config, params))(base)
+
+
+def _restore_or_init(
+  program: programs.Programs,
+  begin: Any,
+  ckptr: Checkpointer,
+  loader: Any,
+  identity: dict[str, Any],
+  config: Any,
+) -> tuple[Any, int]:
+  """Returns the state and the number of updates done; sets the loader's position."""
+  if ckptr.latest_step() is None:
+    return jax.jit(program.make_state, out_shardings=program.placement)(begin), 0
+  target = jax.tree.map(
+    lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+    jax.eval_shape(program.make_state, begin),
+    program.placement,
+  )
+  restored = ckptr.restore(target)
+  check_resumes(restored.metadata, identity, restored.step, config)
+  loader.set_state(restored.data_state)
+  _log.warning("resuming after update %d of %d", restored.step, identity["num_updates"])
+  return restored.state, restored.step
+
+
+def check_resumes(
+  stored: dict[str, Any], identity: dict[str, Any], done: int, config: Any
+) -> None:
+  """Refuses to resume from a checkpoint of another run.
+
+  Args:
+    stored: what the checkpoint records of its run.
+    identity: of this run, from `identify`.
+    done: number of updates done.
+    config: of this run.
+
+  Raises:
+    UserError: data or weights differ, or the number of updates does not fit.
+  """
+  named = {"data": config.data.path, "pipeline": config.model.path, "start": config.model.start}
+  things = {
+    "data": "training images",
+    "pipeline": "base pipeline's weights",
+    "start": "weights in model.start",
+  }
+  for name, thing in things.items():
+    if stored.get(name) != identity.get(name):
+      where = f" ({named[name]})" if named[name] else ""
+      raise UserError(
+        f"the {thing}{where} are not those that this workdir's run began with; name those, or "
+        "choose another --workdir"
+      )
+  wanted, before = identity["num_updates"], stored["num_updates"]
+  if done > wanted:
+    raise UserError(
+      f"this workdir's run has done {wording.count(done, 'update')}, more than "
+      f"train.num_updates = {wanted}; choose another --workdir"
+    )
+  if wanted != before and config.optim.schedule != "constant":
+    raise UserError(
+      f"train.num_updates was {before}, now {wanted}: that would change the "
+      f"{config.optim.schedule} schedule of this workdir's run; choose another --workdir"
+    )
