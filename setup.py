@@ -63,6 +63,11 @@ setup(
     "gcs": ["gcsfs"],
     # clu's TensorBoard writer; everything else runs without TensorFlow.
     "tensorboard": ["tensorflow-cpu", "tensorboard"],
+    # The documentation site: mkdocs serve, or mkdocs build.
+    "docs": [
+      *("latex2mathml>=3.77", "mkdocs>=1.6", "mkdocs-material>=9.6"),
+      "mkdocstrings[python]>=0.29",
+    ],
     # PyTorch is only a witness in tests.
     "test": [
       *("hypothesis>=6", "mypy", "peft", "pytest", "pytest-xdist", "ruff", "setuptools>=77"),

@@ -1,0 +1,164 @@
+"""Hooks of the documentation site: pages made from the code, and equations without scripts.
+
+mkdocs calls the `on_*` functions. Pages that stand elsewhere in the repository (README.md,
+CONTRIBUTING.md, CHANGELOG.md) or in the code (configurations, metrics) become pages of the
+site. Equations between dollar signs become MathML when the site is built, so a page needs
+neither JavaScript nor the network to show them.
+"""
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import latex2mathml.converter
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from jaxpref import config as config_lib  # noqa: E402
+from jaxpref.evaluation import glossary  # noqa: E402
+
+# Pages that are files at the top of the repository.
+_COPIED = {
+  "index.md": "README.md",
+  "contributing.md": "CONTRIBUTING.md",
+  "changelog.md": "CHANGELOG.md",
+}
+_SHOWN = ("dro", "sd15", "sdxl")  # a method's configuration for the defaults, and presets
+# Links to what the site does not have, such as records: their text remains.
+_ELSEWHERE = re.compile(r"\[([^\]]+)\]\((?!https?:)[^)#]*(?:\.jsonl?|\.sh|/)\)")
+_MATH = re.compile(r'<(span|div) class="arithmatex">\s*\\[(\[](.*?)\\[)\]]\s*</\1>', re.DOTALL)
+
+
+def on_files(files: Files, config: Any) -> Files:
+  """Adds the generated pages."""
+  pages = {name: _copied(ROOT / source) for name, source in _COPIED.items()}
+  pages |= {"configuration.md": _configuration(), "metrics.md": _metrics()}
+  for name, text in pages.items():
+    files.append(File.generated(config, name, content=text))
+  return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+  """Drops links to files that the site does not contain."""
+  return _ELSEWHERE.sub(r"\1", markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+  """Turns equations into MathML."""
+  return _MATH.sub(_to_mathml, html)
+
+
+def _to_mathml(match: re.Match) -> str:
+  text = match[2].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+  display = "block" if match[1] == "div" else "inline"
+  return latex2mathml.converter.convert(text.strip(), display=display)
+
+
+def _copied(source: Path) -> str:
+  """Returns a page's text with its links as they are from within docs/."""
+  text = source.read_text(encoding="utf-8").replace("](docs/", "](")
+  for name, other in _COPIED.items():
+    text = text.replace(f"]({other}", f"]({name}")
+  return text
+
+
+def _configuration() -> str:
+  """Returns the configuration reference: a table for each section, and one for each method."""
+  meanings = _meanings(_SHOWN[0])
+  by_preset = [dict(_fields(_SHOWN[0], preset)) for preset in ("shapes", *_SHOWN[1:])]
+  methods = sorted(file.stem for file in (ROOT / "configs").glob("[!_]*.py"))
+  methods = [name for name in methods if name != "shapes_base"]
+  common = set.intersection(*({path for path, _ in _fields(name)} for name in methods))
+  lines = [
+    "# Configuration",
+    "",
+    "Every field of a training run, generated from the configuration files. Set one on the "
+    "command line with `--config.SECTION.FIELD=VALUE`; `python -m jaxpref.main --config=dro "
+    "--help` prints the same list. Defaults are those of the preset `shapes` of `dro`; the "
+    "columns `sd15` and `sdxl` show where these presets of `dro` differ.",
+  ]
+  section = None
+  for path, value in by_preset[0].items():
+    if path not in common:
+      continue
+    head, dot, _ = path.rpartition(".")
+    if head != section:
+      section = head
+      title = f"`{head}`" if dot else "The run"
+      lines += ["", f"## {title}", "", "| field | default | `sd15` | `sdxl` | meaning |"]
+      lines += ["|---|---|---|---|---|"]
+    others = [_value(of[path]) if of[path] != value else "" for of in by_preset[1:]]
+    cells = [f"`{path}`", _value(value), *others, _escaped(meanings.get(path, ""))]
+    lines.append(f"| {' | '.join(cells)} |")
+  lines += ["", "## Fields of single methods", ""]
+  lines.append("Fields that only some methods have, with the defaults of their presets.")
+  for name in methods:
+    own = {path: value for path, value in _fields(name) if path not in common}
+    if not own:
+      continue
+    meanings = _meanings(name)
+    others = [dict(_fields(name, preset)) for preset in _SHOWN[1:]]
+    lines += ["", f"### `{name}`", "", "| field | `shapes` | `sd15` | `sdxl` | meaning |"]
+    lines += ["|---|---|---|---|---|"]
+    for path, value in own.items():
+      different = [_value(of[path]) if of[path] != value else "" for of in others]
+      cells = [f"`{path}`", _value(value), *different, _escaped(meanings.get(path, ""))]
+      lines.append(f"| {' | '.join(cells)} |")
+  return "\n".join(lines) + "\n"
+
+
+def _fields(name: str, preset: str = "shapes") -> Iterator[tuple[str, Any]]:
+  """Yields (dotted path, value): first what belongs to no section, then the sections."""
+  fields = dict(config_lib.leaves(config_lib.load_config(f"{name}:{preset}")))
+  for path in sorted(fields, key=lambda path: "." in path):
+    if path not in ("name", "preset"):
+      yield path, fields[path]
+
+
+def _meanings(name: str) -> dict[str, str]:
+  """Returns what `--help` says of each field of a configuration."""
+  printed = io.StringIO()
+  with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+    config_lib.parse_args([f"--config={name}", "--help"], flags={})
+  found: dict[str, str] = {}
+  for path, value in config_lib.leaves(config_lib.load_config(name)):
+    start = f"  --config.{path}={value}"
+    for line in printed.getvalue().splitlines():
+      if line.startswith(start):
+        found[path] = line.removeprefix(start).strip()
+  return found
+
+
+def _value(value: Any) -> str:
+  """Returns a default as the command line takes it."""
+  if value in ("", ()):
+    return "empty"
+  text = ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+  return f"`{_escaped(text)}`"
+
+
+def _metrics() -> str:
+  """Returns the glossary of logged metrics."""
+  lines = [
+    "# Metrics",
+    "",
+    "What a run logs into `metrics.jsonl` and shows as curves in `report.html`. Generated from "
+    "the glossary that the report uses.",
+  ]
+  groups: dict[str, dict[str, glossary.Metric]] = {}
+  for name, metric in glossary.METRICS.items():
+    groups.setdefault(name.partition("/")[0], {})[name] = metric
+  for group, metrics in groups.items():
+    lines += ["", f"## `{group}`", "", "| metric | meaning |", "|---|---|"]
+    lines += [f"| `{name}` | {_escaped(metric.meaning)} |" for name, metric in metrics.items()]
+  return "\n".join(lines) + "\n"
+
+
+def _escaped(text: str) -> str:
+  return text.replace("|", "\\|")

@@ -1,0 +1,151 @@
+"""Runs the commands of the tutorials and of CONTRIBUTING.md as a reader would.
+
+  python docs/run_tutorials.py              # every quick command
+  python docs/run_tutorials.py --slow docs/first_run.md
+
+Each page gets its own copy of the checkout. In the order of the page, a code block with a
+`title` is written to the file of that name, a `diff` block with a title changes that file, and
+a `bash` block runs if the comment above it says so:
+
+  <!-- run -->                    a quick command, which CI runs too
+  <!-- run: slow -->              minutes, only with --slow
+  <!-- not run: it needs ... -->  never
+
+A page with a bash block that has no such comment is an error.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = (
+  "docs/first_run.md",
+  "docs/own_images.md",
+  "docs/compare_methods.md",
+  "docs/add_a_method.md",
+  "docs/stable_diffusion.md",
+  "docs/comfyui.md",
+  "docs/api.md",
+  "CONTRIBUTING.md",
+)
+_BLOCK = re.compile(
+  r"(?:^<!-- (?P<mark>(?:not )?run[^>]*?) -->\n\n?)?"
+  r"^```(?P<language>\w+)(?: title=\"(?P<title>[^\"]+)\")?\n(?P<text>.*?)^```$",
+  re.MULTILINE | re.DOTALL,
+)
+
+
+class Block(NamedTuple):
+  """A code block of a page.
+
+  Attributes:
+    language: of its first line.
+    text: between the fences.
+    title: the file that it stands for, or ''.
+    mark: 'run', 'run: slow', 'not run: REASON', or ''.
+  """
+
+  language: str
+  text: str
+  title: str
+  mark: str
+
+
+def read_blocks(text: str, *, where: str) -> list[Block]:
+  """Returns the code blocks of a page, in order.
+
+  Raises:
+    ValueError: a bash block has no mark.
+  """
+  blocks = [
+    Block(m["language"], m["text"], m["title"] or "", m["mark"] or "")
+    for m in _BLOCK.finditer(text)
+  ]
+  for block in blocks:
+    known = block.mark in ("run", "run: slow") or block.mark.startswith("not run: ")
+    if block.language == "bash" and not known:
+      raise ValueError(f"{where}: a bash block has no '<!-- run -->' above it:\n{block.text}")
+  return blocks
+
+
+def apply(block: Block, root: Path) -> None:
+  """Writes or changes the file that a block stands for.
+
+  Raises:
+    ValueError: the lines that a diff changes do not occur exactly once in the file.
+  """
+  file = root / block.title
+  if block.language != "diff":
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(block.text, encoding="utf-8")
+    return
+  lines = block.text.splitlines(keepends=True)
+  before = "".join(line[1:] for line in lines if line[0] != "+")
+  after = "".join(line[1:] for line in lines if line[0] != "-")
+  whole = file.read_text(encoding="utf-8")
+  if whole.count(before) != 1:
+    raise ValueError(f"{block.title} has {whole.count(before)} times, not once:\n{before}")
+  file.write_text(whole.replace(before, after), encoding="utf-8")
+
+
+def run_page(page: str, *, slow: bool) -> None:
+  """Follows a page in a copy of the checkout.
+
+  Raises:
+    subprocess.CalledProcessError: a command fails.
+  """
+  blocks = read_blocks((ROOT / page).read_text(encoding="utf-8"), where=page)
+  wanted = ("run", "run: slow") if slow else ("run",)
+  with tempfile.TemporaryDirectory() as directory:
+    copy = Path(directory) / "jaxpref"
+    _copy_checkout(copy)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(copy)}
+    for block in blocks:
+      if block.title:
+        apply(block, copy)
+        print(f"{page}: {block.title} written", flush=True)
+      elif block.language == "bash" and block.mark in wanted:
+        print(f"{page}: {block.text.strip()}", flush=True)
+        began = time.perf_counter()
+        subprocess.run(
+          ["bash", "-euo", "pipefail", "-c", block.text], cwd=copy, env=environment, check=True
+        )
+        print(f"{page}: took {time.perf_counter() - began:.0f} s\n", flush=True)
+
+
+def _copy_checkout(target: Path) -> None:
+  """Copies what git tracks or would track."""
+  listed = subprocess.run(
+    ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+    cwd=ROOT,
+    check=True,
+    capture_output=True,
+    text=True,
+  )
+  for name in filter(None, listed.stdout.split("\0")):
+    if (ROOT / name).is_file():
+      (target / name).parent.mkdir(parents=True, exist_ok=True)
+      shutil.copy2(ROOT / name, target / name)
+
+
+def main(argv: list[str]) -> None:
+  """Runs the pages that the arguments name, or all."""
+  parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+  parser.add_argument("pages", nargs="*", default=PAGES)
+  parser.add_argument("--slow", action="store_true", help="also the commands that take minutes")
+  options = parser.parse_args(argv)
+  for page in options.pages:
+    run_page(page, slow=options.slow)
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])
