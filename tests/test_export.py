@@ -371,7 +371,7 @@ def test_ways_to_decode_agree(tiny_pipeline, tmp_path, decode):
     (["--prompts=a", "--out=x", "--steps=-3"], "must be at least 1"),
     (["--prompts=a", "--out=x", "--steps=many"], "--steps"),
     (["--prompts=a", "--out=x", "--steps=2000"], "between 1 and 1000"),
-    (["--prompts=a", "--out=x", "--size=33"], "multiples of 2, got 33 x 33"),
+    (["--prompts=a", "--out=x", "--size=33"], "multiples of 2 (got 33 x 33 pixels)"),
     (["--prompts=a", "--out=x", "--size=big"], "must be like 512 or 512x768"),
     (["--prompts=a", "--out=x", "--seed=-1"], "--seed must be at least 0"),
     (["--prompts=a", "--out=x", "--guidance=-1"], "--guidance must be finite and at least 0"),

@@ -150,7 +150,7 @@ def test_pairs(tmp_path, sides, layout, told):
         _text(root / name / "metadata.jsonl", json.dumps(row))
   tally = bad_rows.Tally(0.0)
   assert _read(root, "pairs", tally=tally) == [("of a", 0, 1), ("of b", 10, 11)]
-  assert "2 pairs, of which winners alone can be experts" in tally.read
+  assert "2 pairs; only their winners can be experts" in tally.read
   assert _read(root, tally=tally) == [("of a", 0), ("of b", 10)]
   assert not tally.left_out
   singles = _read(root, "singles")
@@ -163,7 +163,9 @@ def test_images_that_only_look_like_pairs(tmp_path):
     _text(tmp_path / f"{name}.txt", f"of {name}")
   found = [("of cow_l", 0), ("of photo_l", 2), ("of photo_w", 1), ("of w", 3)]
   assert _read(tmp_path) == found
-  with pytest.raises(UserError, match="no pairs in .*: it takes name_w.png and name_l.png"):
+  with pytest.raises(
+    UserError, match="no pairs in .*: name the images name_w.png and name_l.png"
+  ):
     _read(tmp_path, "pairs")
 
 
@@ -176,7 +178,7 @@ def test_pairs_of_no_use_are_named(tmp_path, caplog):
   _image(tmp_path / "l" / "5.png")
   tally = bad_rows.Tally(0.5)
   assert [c for c, *_ in _read(tmp_path, "pairs", tally=tally)] == ["0", "1", "2", "3"]
-  assert tally.left_out == {"0 winners and 1 loser of a name": 1, "not an image": 1}
+  assert tally.left_out == {"0 winners and 1 loser with one name": 1, "not an image": 1}
   assert "2 files cannot be used" in caplog.text and "w/4.png (not an image)" in caplog.text
 
 

@@ -33,7 +33,8 @@ def test_a_picture_depends_on_its_prompt_and_seed_alone(tiny_pipeline):
   assert (images[5][1] != images[5][4]).any()  # same seed, other prompt
   broken = jax.tree.map(lambda x: x * np.float32(3e37), loaded.params["unet"])
   with pytest.raises(
-    sampling.NonFiniteError, match="5 of 5 images .* the first is of 'a ring'"
+    sampling.NonFiniteError,
+    match="5 of 5 images .* first the image of 'a ring'",
   ):
     run(broken, cond, seeds, names=prompts)
 

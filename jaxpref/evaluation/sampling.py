@@ -1,5 +1,6 @@
-"""Pictures of a model: the same prompt and seed give the same picture in any batch."""
+"""Generation of images: a prompt and a seed give the same image in any batch."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,26 +19,24 @@ from jaxpref.models import unet as unet_lib
 from jaxpref.models import vae as vae_lib
 from jaxpref.models.pipeline import Pipeline
 
+DECODES = ("whole", "sliced", "tiled")
+
 
 class NonFiniteError(DivergedError):
-  """Images of which some have pixels that are not finite.
+  """Generated images with non-finite pixels.
 
   Attributes:
-    images: uint8 [N, H, W, 3], all of them.
-    finite: bool [N].
+    images: all images, uint8 [N, H, W, 3].
+    finite: whether all pixels of an image are finite, bool [N].
   """
 
-  def __init__(self, images: np.ndarray, finite: np.ndarray, named: Sequence[str]):
+  def __init__(self, images: np.ndarray, finite: np.ndarray, names: Sequence[str]):
     first = int(np.argmin(finite))
     super().__init__(
-      f"{np.sum(~finite)} of {len(finite)} images have pixels that are not finite, the first "
-      f"is of {named[first]!r}: the network overflows; lower the guidance scale or compute in "
-      "float32"
+      f"{np.sum(~finite)} of {len(finite)} images have non-finite pixels, first the image of "
+      f"{names[first]!r}: the network overflows; lower the guidance scale or compute in float32"
     )
     self.images, self.finite = images, finite
-
-
-DECODES = ("whole", "sliced", "tiled")
 
 
 def make_generator(
@@ -54,61 +53,51 @@ def make_generator(
   decode: str = "whole",
   image_guidance: float | None = None,
 ) -> Callable[..., np.ndarray]:
-  """A program that turns prompts and seeds into pictures, or improves pictures.
+  """Builds a function that generates images, or improves images, for prompts and seeds.
 
   Args:
-    pipeline: everything but the UNet's parameters.
-    mesh: the batch is spread over all its devices.
+    pipeline: all models and parameters except the UNet's parameters.
+    mesh: devices that share a batch.
     num_steps: solver steps.
-    guidance: classifier-free guidance scale, at most 1: none; of an improver, to the text.
-    batch_size: images at once; rounded up to fill the devices.
-    solver: 'dpm_solver' (++, multistep), 'ddim' or 'ddpm', on the timesteps that the
-      pipeline's scheduler configuration asks for, or else the solver's usual ones.
-    order: of the DPM-Solver.
-    size: height and width in pixels; by default those the UNet was trained for.
-    negative: a prompt to be guided away from.
-    decode: the VAE's images 'whole' batches at once, 'sliced' one by one, or one by one
-      and 'tiled'.
-    image_guidance: of an improver, how closely to keep to the pictures it is shown, see
-      `guidance.by_text_and_image`; None if it is shown none, as other pipelines.
+    guidance: classifier-free guidance scale towards the prompt; at most 1 means no guidance.
+    batch_size: images per program call, rounded up to a multiple of the device count.
+    solver: 'dpm_solver' (++, multistep), 'ddim' or 'ddpm', on the timesteps of the pipeline's
+      scheduler configuration or, if it sets none, the solver's usual timesteps.
+    order: order of the DPM-Solver.
+    size: height and width in pixels; None means the size that the UNet was trained for.
+    negative: a prompt that guidance moves away from.
+    decode: 'whole' decodes a batch in one VAE call, 'sliced' one image per call, 'tiled' one
+      image in overlapping tiles.
+    image_guidance: an improver's guidance scale towards the input image, see
+      `guidance.by_text_and_image`; None means that there are no input images.
 
   Returns:
-    `generate(unet_params, cond, seeds, on_batch=None, *, names=None) -> uint8 [N, H, W, 3]`
-    with the prompts' conditioning, [N, ...], and in it, where pictures are improved, their
-    latents as 'image'; `on_batch(n)` is told how many pictures are done. It raises a
-    `NonFiniteError` that quotes the image's name, by default its seed, where pixels are not
-    finite.
+    `generate(unet_params, cond, seeds, on_batch=None, *, names=None) -> uint8 [N, H, W, 3]`.
+    `cond` is the prompts' conditioning, [N, ...]; for an improver its 'image' has the latents
+    of the input images. After each batch it calls `on_batch(n)` with the number of finished
+    images. If pixels are non-finite, it raises a `NonFiniteError` with the image's name, by
+    default its seed.
 
   Raises:
-    UserError: the number of steps, the size or the way to decode cannot be.
+    UserError: the number of steps, the size or `decode` is invalid.
   """
   if decode not in DECODES:
-    raise UserError(f"decode must be one of {', '.join(DECODES)}, got {decode!r}")
+    raise UserError(f"decode must be one of {', '.join(DECODES)} (got {decode!r})")
   denoise = unet_lib.make_denoise(pipeline.modules["unet"], mesh=mesh)
-  vae = pipeline.modules["vae"]
-  schedule = pipeline.schedule
+  vae, schedule = pipeline.modules["vae"], pipeline.schedule
   latent_shape = latent_shape_of(pipeline, size)
   rows = sharding.round_up(batch_size, mesh)
   spacing = pipeline.spacing(solver)
-  timesteps_lib.uniform_grid(schedule, num_steps, 1, **spacing)  # refuses before anything runs
+  timesteps_lib.uniform_grid(schedule, num_steps, 1, **spacing)  # raises before anything runs
 
   @jax.jit
   def program(params, vae_params, cond, uncond, seeds):
     grid = timesteps_lib.uniform_grid(schedule, num_steps, rows, **spacing)
     keys = jax.vmap(lambda s: rng.key_of(0, "generate", s))(seeds)
-    told = lambda x_t, t, c: denoise(params, x_t, t, c)  # noqa: E731
-    if image_guidance is not None:
-      texts = {name: leaf for name, leaf in cond.items() if name != "image"}
-      guided = guidance_lib.by_text_and_image(
-        *(told, texts, uncond, cond["image"]),
-        text_scale=guidance,
-        image_scale=image_guidance,
-      )
-    else:
-      if pipeline.is_improver:
-        blank = {"image": jnp.zeros((rows, *latent_shape))}
-        cond, uncond = {**cond, **blank}, {**uncond, **blank}
-      guided = guidance_lib.classifier_free(told, cond, uncond, guidance)
+    if pipeline.is_improver and image_guidance is None:
+      blank = {"image": jnp.zeros((rows, *latent_shape))}
+      cond, uncond = {**cond, **blank}, {**uncond, **blank}
+    guided = _guide(functools.partial(denoise, params), cond, uncond, guidance, image_guidance)
     noise = sampler_lib.initial_noise(keys, latent_shape)
     latents = sampler_lib.sample(
       guided, noise, grid, schedule, solver=solver, order=order, key=keys
@@ -120,32 +109,18 @@ def make_generator(
     return vae_lib.decode(vae, vae_params, latents)
 
   vae_params = sharding.place_params(pipeline.params["vae"], mesh)
-  uncond = (
-    encode.encode_prompts(pipeline, mesh, [negative], size=size, clip_skip=0)
-    if negative
-    else encode.encode_no_prompt(pipeline, mesh, size=size)
-  )
-  uncond = sharding.replicate(uncond, mesh)
+  uncond = sharding.replicate(_encode_negative(pipeline, mesh, negative, size), mesh)
 
-  def generate(
-    params: Any,
-    cond: Any,
-    seeds: Sequence[int],
-    on_batch: Callable[[int], Any] | None = None,
-    *,
-    names: Sequence[str] | None = None,
-  ) -> np.ndarray:
+  def generate(params, cond, seeds, on_batch=None, *, names=None):
     numbers = np.asarray(seeds, np.uint32)
     done, finite = [], []
     for start in range(0, len(numbers), rows):
       index = np.arange(start, start + rows).clip(max=len(numbers) - 1)
       placed_cond, placed_seeds = sharding.place_batch((cond, numbers), mesh, index)
       decoded = program(params, vae_params, placed_cond, uncond, placed_seeds)
-      real = min(rows, len(numbers) - start)
+      real = min(rows, len(numbers) - start)  # the last batch is padded
       if decode == "tiled":
-        one = lambda z: vae_lib.decode_tiled(vae, vae_params, z)  # noqa: E731
-        tiled = [one(decoded[i : i + 1]) for i in range(real)]
-        decoded = jax.tree.map(lambda *parts: np.concatenate(parts), *tiled)
+        decoded = _decode_tiled(vae, vae_params, decoded, real)
       done.append(sharding.to_host(decoded.pixels)[:real])
       finite.append(sharding.to_host(decoded.finite)[:real])
       if on_batch:
@@ -158,21 +133,56 @@ def make_generator(
   return generate
 
 
+def _guide(
+  denoise: Callable, cond: Any, uncond: Any, guidance: float, image_guidance: float | None
+) -> Callable:
+  """Adds guidance to a denoiser: towards the prompt or, of an improver, prompt and image."""
+  if image_guidance is None:
+    return guidance_lib.classifier_free(denoise, cond, uncond, guidance)
+  texts = {name: leaf for name, leaf in cond.items() if name != "image"}
+  return guidance_lib.by_text_and_image(
+    *(denoise, texts, uncond, cond["image"]),
+    text_scale=guidance,
+    image_scale=image_guidance,
+  )
+
+
+def _encode_negative(
+  pipeline: Pipeline, mesh: Mesh, negative: str, size: tuple[int, int] | None
+) -> Any:
+  """Returns the conditioning that guidance moves away from."""
+  if negative:
+    return encode.encode_prompts(pipeline, mesh, [negative], size=size, clip_skip=0)
+  return encode.encode_no_prompt(pipeline, mesh, size=size)
+
+
+def _decode_tiled(vae: Any, vae_params: Any, latents: jax.Array, count: int) -> Any:
+  """Decodes the first `count` latents one by one, in tiles."""
+  parts = [vae_lib.decode_tiled(vae, vae_params, latents[i : i + 1]) for i in range(count)]
+  return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+
+
 def latent_shape_of(pipeline: Pipeline, size: tuple[int, int] | None) -> tuple[int, int, int]:
-  """Channels, height and width of a latent for pictures of `size` (height, width) pixels.
+  """Returns channels, height and width of the latents of images of `size`.
+
+  Args:
+    pipeline: the VAE's factor and the UNet's depth limit the sizes.
+    size: height and width in pixels; None means the size that the UNet was trained for.
 
   Raises:
-    UserError: the pipeline makes no pictures of that size.
+    UserError: the pipeline cannot generate images of that size.
   """
   if size is None:
     return pipeline.latent_shape
   unit = pipeline.vae_factor * 2 ** (len(pipeline.modules["unet"].block_out_channels) - 1)
   if any(n < unit or n % unit for n in size):
-    raise UserError(f"width and height must be multiples of {unit}, got {size[1]} x {size[0]}")
+    raise UserError(
+      f"width and height must be multiples of {unit} (got {size[1]} x {size[0]} pixels)"
+    )
   height, width = (n // pipeline.vae_factor for n in size)
   return pipeline.latent_shape[0], height, width
 
 
 def seeds_of(num_prompts: int, images_per_prompt: int, *, seed: int) -> np.ndarray:
-  """A seed for each picture, prompts slow, images fast; no two alike."""
+  """Returns a distinct seed for each image; images of a prompt follow each other."""
   return (seed + np.arange(num_prompts * images_per_prompt)).astype(np.uint32)
