@@ -103,7 +103,7 @@ def test_presets_are_sound(name, preset):
   config_lib.validate(config)
   assert config.name == name
   assert config.loss.name == name.removeprefix("iterative_")
-  losses.hyper_of(losses.load_loss(config.loss.name), config.loss)
+  losses.make_loss(config.loss)
   assert config.train.batch_size % config.train.accumulate == 0
 
 
