@@ -66,7 +66,7 @@ setup(
     # The documentation site: mkdocs serve, or mkdocs build.
     "docs": [
       *("latex2mathml>=3.77", "mkdocs>=1.6", "mkdocs-material>=9.6"),
-      "mkdocstrings[python]>=0.29",
+      *("mkdocstrings[python]>=0.29", "ruff"),  # ruff formats the signatures
     ],
     # PyTorch is only a witness in tests.
     "test": [

@@ -56,6 +56,7 @@ def on_page_content(html: str, **_: Any) -> str:
 
 def _to_mathml(match: re.Match) -> str:
   text = match[2].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+  text = re.sub(r"\\(log|ln) ", r"\\\1\\, ", text)  # MathML has no space after them
   display = "block" if match[1] == "div" else "inline"
   return latex2mathml.converter.convert(text.strip(), display=display)
 
@@ -91,10 +92,10 @@ def _configuration() -> str:
     if head != section:
       section = head
       title = f"`{head}`" if dot else "The run"
-      lines += ["", f"## {title}", "", "| field | default | `sd15` | `sdxl` | meaning |"]
+      lines += ["", f"## {title}", "", "| field | default | meaning | `sd15` | `sdxl` |"]
       lines += ["|---|---|---|---|---|"]
     others = [_value(of[path]) if of[path] != value else "" for of in by_preset[1:]]
-    cells = [f"`{path}`", _value(value), *others, _escaped(meanings.get(path, ""))]
+    cells = [f"`{path}`", _value(value), _escaped(meanings.get(path, "")), *others]
     lines.append(f"| {' | '.join(cells)} |")
   lines += ["", "## Fields of single methods", ""]
   lines.append("Fields that only some methods have, with the defaults of their presets.")
@@ -104,11 +105,11 @@ def _configuration() -> str:
       continue
     meanings = _meanings(name)
     others = [dict(_fields(name, preset)) for preset in _SHOWN[1:]]
-    lines += ["", f"### `{name}`", "", "| field | `shapes` | `sd15` | `sdxl` | meaning |"]
+    lines += ["", f"### `{name}`", "", "| field | `shapes` | meaning | `sd15` | `sdxl` |"]
     lines += ["|---|---|---|---|---|"]
     for path, value in own.items():
       different = [_value(of[path]) if of[path] != value else "" for of in others]
-      cells = [f"`{path}`", _value(value), *different, _escaped(meanings.get(path, ""))]
+      cells = [f"`{path}`", _value(value), _escaped(meanings.get(path, "")), *different]
       lines.append(f"| {' | '.join(cells)} |")
   return "\n".join(lines) + "\n"
 
@@ -161,4 +162,4 @@ def _metrics() -> str:
 
 
 def _escaped(text: str) -> str:
-  return text.replace("|", "\\|")
+  return text.replace("|", "\\|").replace("<", "&lt;")
