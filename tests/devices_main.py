@@ -108,10 +108,7 @@ def train(
   # Every tensor is split here that can be, however small.
   split = sharding.params_sharding(mesh, jax.eval_shape(make_state, params), min_bytes=0)
   step = train_step.make_train_step(
-    denoise,
-    schedule,
-    loss,
-    tx,
+    *(denoise, schedule, loss, tx),
     mesh=mesh,
     state_sharding=split,
     arms=arms,

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
+from jaxpref import base_config
 from jaxpref import config as config_lib
 from jaxpref.errors import UserError
 from jaxpref.pretrain import run as pretrain_run
@@ -264,7 +265,7 @@ def test_validate(path, field, text, message):
   ],
 )
 def test_the_edges_of_the_rules(field, inside, outside):
-  holds, _ = config_lib.RULES[field]
+  holds, _ = base_config.RULES[field]
   assert all(holds(value) for value in inside)
   assert not any(holds(value) for value in outside)
 
@@ -275,7 +276,7 @@ CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.py"))}
 @pytest.mark.parametrize("name", [n for n in CONFIGS if n not in ("__init__", "common")])
 def test_absurd_numbers_are_refused_in_every_field(name):
   """Before anything is read: in fields that only an evaluation or LoRA uses, too."""
-  rules = pretrain_run.RULES if name == "shapes_base" else config_lib.RULES
+  rules = pretrain_run.RULES if name == "shapes_base" else base_config.RULES
   argument = str(CONFIGS[name])
   config, _ = parse(argument)
   config_lib.validate(config, rules)

@@ -16,8 +16,7 @@ from conftest import ROOT, WITHOUT_TORCH, xla_flags
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractMesh, AxisType
 
-from jaxpref import config as config_lib
-from jaxpref import sharding
+from jaxpref import base_config, sharding
 from jaxpref.models import interceptors, kernels, lora, pipeline, unet
 from jaxpref.plan import memory
 
@@ -142,7 +141,7 @@ def test_the_configuration_takes_them_all():
     "model.norm": ("auto", "stock", "lean"),
     "model.remat": tuple(interceptors.REMAT),
   }.items():
-    assert all(config_lib.RULES[field][0](value) for value in values)
+    assert all(base_config.RULES[field][0](value) for value in values)
 
 
 def test_attention_is_softmax():

@@ -8,13 +8,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from jaxpref.base_config import SOLVERS
 from jaxpref.diffusion import ddim, ddpm, dpm_solver
 from jaxpref.diffusion.guidance import Denoise
 from jaxpref.diffusion.schedule import NoiseSchedule, per_sample, split_at
 from jaxpref.diffusion.timesteps import Coefficients, Grid
 from jaxpref.errors import UserError
-
-SOLVERS = ("dpm_solver", "ddim", "ddpm")
 
 
 @flax.struct.dataclass

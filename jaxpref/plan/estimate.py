@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxpref import config as config_lib
+from jaxpref.base_config import REMAT
 from jaxpref.errors import UserError
 from jaxpref.paths import number_of
 from jaxpref.plan.tpu_compiler import GIB, compile_programs, describe_compiled
@@ -32,7 +33,6 @@ FLAGS = {
 }
 _MOST_DEVICES = 65_536
 _USABLE = 0.9  # of a device's memory: scratch space is not in the estimate
-_REMAT = ("none", "attention", "transformer", "blocks", "full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,7 +319,7 @@ def _search(
     config.mesh.data, config.mesh.fsdp = -1, fsdp
     mesh = sharding.abstract_mesh(config.mesh, count)
     trial = dataclasses.replace(checked, config=config, mesh=mesh)
-    for config.model.remat in _REMAT:
+    for config.model.remat in REMAT:
       for config.train.accumulate in accumulations:
         needed = _memory(trial, arguments, model)["total"]
         if needed <= _USABLE * chip.memory:

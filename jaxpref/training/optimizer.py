@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-SCHEDULES = ("constant", "linear", "cosine", "trapezoid")
+from jaxpref.base_config import SCHEDULES
 
 
 def make_schedule(

@@ -43,15 +43,10 @@ def run(
     DivergedError: too many updates were not finite.
     StoppedError: the run was asked to stop, and has saved its state.
   """
-  config, mesh, train = prepared.config, prepared.mesh, prepared.config.train
+  config, train = prepared.config, prepared.config.train
   began = time.time()
   ckptr = _open_checkpointer(workdir, config)
-  rows = encode.encode_rows(
-    *(prepared.pipeline, mesh, prepared.rows),
-    flip=config.data.flip,
-    latents=config.data.latents,
-  )
-  uncond, guide = _encode_no_prompts(prepared)
+  rows, uncond, guide = _encode(prepared)
   loader = _make_loader(prepared, rows)
   identity = run_state.identify(prepared)
   program, state, start, base, frozen, reference = run_state.make_run_state(
@@ -61,13 +56,7 @@ def run(
   distributed.first(lambda: _write_start(workdir, prepared, identity, start))
   evaluator = RunEvaluator(prepared, workdir, ckptr, known)
   evaluator.keep_best()
-  make_batch = _batch_maker(
-    prepared,
-    program,
-    base if reference is None else program.adapt(reference, base),
-    uncond,
-    rows,
-  )
+  make_batch = _batch_maker(prepared, program, base, reference, uncond, rows)
   models_of = lambda state: {"base": base, "tuned": program.adapt(state.ema, base)}  # noqa: E731
 
   writer = _open_writer(workdir, train.num_updates, start)
@@ -116,8 +105,8 @@ def run(
       while len(pending) > (0 if logged or save_is_due else _AHEAD):
         finite.check(*pending.popleft())
       if logged:
-        _log_update(writer, done, values, meter.measure(), clock.shares(), last=last)
         spikes.add(done, {name: float(values[name]) for name in ("loss", "optim/grad_norm")})
+        _log_update(writer, done, values, meter.measure(), clock.shares(), last=last)
       if done == start + 1:
         jax.block_until_ready(state)
         meter.reset()  # the first update includes compilation
@@ -157,14 +146,17 @@ def _make_loader(prepared: Prepared, rows: Any) -> Any:
   )
 
 
-def _encode_no_prompts(prepared: Prepared) -> tuple[Any, Any]:
-  """Encodes the dropped prompt, and the empty prompt if the rollout uses guidance."""
+def _encode(prepared: Prepared) -> tuple[Any, Any, Any]:
+  """Encodes the rows, the dropped prompt, and, for guided rollouts, the empty prompt."""
   config, pipeline, mesh = prepared.config, prepared.pipeline, prepared.mesh
+  rows = encode.encode_rows(
+    *(pipeline, mesh, prepared.rows), flip=config.data.flip, latents=config.data.latents
+  )
   dropped = encode.encode_dropped_prompt(pipeline, mesh, config.data.dropped_prompt)
   guide = None
   if prepared.loss.needs.rollout and config.rollout.guidance > 1:
     guide = sharding.replicate(encode.encode_no_prompt(pipeline, mesh), mesh)
-  return sharding.replicate(dropped, mesh), guide
+  return rows, sharding.replicate(dropped, mesh), guide
 
 
 def _open_checkpointer(workdir: Path, config: Any) -> checkpoint.Checkpointer:
@@ -199,13 +191,19 @@ def _open_writer(workdir: Path, updates: int, start: int) -> metrics.MetricWrite
 
 
 def _batch_maker(
-  prepared: Prepared, program: programs.Programs, reference: Any, uncond: Any, rows: Any
+  prepared: Prepared,
+  program: programs.Programs,
+  base: Any,
+  start: Any,
+  uncond: Any,
+  rows: Any,
 ) -> Callable[[np.ndarray, int], Any]:
   """Makes a function: (indices of rows, number of the update) -> a batch on the devices."""
   config, mesh = prepared.config, prepared.mesh
   draws = config.data.noise_draws
   known: dict[str, np.ndarray] = {}
   if draws and prepared.loss.needs.reference:
+    reference = base if start is None else program.adapt(start, base)
     known = _known_errors(program.reference_errors, reference, uncond, rows, config, mesh)
 
   def make(index: np.ndarray, done: int) -> Any:
