@@ -6,6 +6,7 @@ site. Equations between dollar signs become MathML when the site is built, so a 
 neither JavaScript nor the network to show them.
 """
 
+import ast
 import contextlib
 import io
 import re
@@ -30,6 +31,8 @@ _COPIED = {
   "changelog.md": "CHANGELOG.md",
 }
 _SHOWN = ("dro", "sd15", "sdxl")  # a method's configuration for the defaults, and presets
+# Code shown beside an equation: `<!-- code: losses/dpo.py dpo_loss -->`.
+_CODE = re.compile(r"^<!-- code: (\S+) (\w+) -->$", re.MULTILINE)
 # Links to what the site does not have, such as records: their text remains.
 _ELSEWHERE = re.compile(r"\[([^\]]+)\]\((?!https?:)[^)#]*(?:\.jsonl?|\.sh|/)\)")
 _MATH = re.compile(r'<(span|div) class="arithmatex">\s*\\[(\[](.*?)\\[)\]]\s*</\1>', re.DOTALL)
@@ -45,13 +48,28 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-  """Drops links to files that the site does not contain."""
-  return _ELSEWHERE.sub(r"\1", markdown)
+  """Adds code where a comment asks for it; drops links to files that the site lacks."""
+  return _CODE.sub(lambda m: _code_of(m[1], m[2]), _ELSEWHERE.sub(r"\1", markdown))
 
 
 def on_page_content(html: str, **_: Any) -> str:
   """Turns equations into MathML."""
   return _MATH.sub(_to_mathml, html)
+
+
+def _code_of(file: str, name: str) -> str:
+  """Returns a function's code without its docstring, as a fenced block."""
+  source = (ROOT / "jaxpref" / file).read_text(encoding="utf-8")
+  (function,) = (
+    node
+    for node in ast.parse(source).body
+    if isinstance(node, ast.FunctionDef) and node.name == name
+  )
+  lines = source.splitlines()[function.lineno - 1 : function.end_lineno]
+  if ast.get_docstring(function):
+    docstring = function.body[0]
+    del lines[docstring.lineno - function.lineno : docstring.end_lineno - function.lineno + 1]
+  return "\n".join([f'```python title="jaxpref/{file}"', *lines, "```"])
 
 
 def _to_mathml(match: re.Match) -> str:
