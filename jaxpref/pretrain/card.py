@@ -4,6 +4,7 @@ A pipeline that was trained on from another carries that one's history along, in
 `history.json`: the card shows all of it.
 """
 
+import importlib.util
 import json
 import platform
 import shutil
@@ -11,15 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import matplotlib
-from matplotlib.figure import Figure
 
 from jaxpref import __version__
+from jaxpref.errors import UserError
 from jaxpref.models import hub
 from jaxpref.runtime import metrics
 from jaxpref.shapes import flaws
 
 HISTORY = "history.json"
+
+
+def check_plots() -> None:
+  """Refuses to start without the library of the curves.
+
+  Raises:
+    UserError: matplotlib is not installed.
+  """
+  if importlib.util.find_spec("matplotlib") is None:
+    raise UserError(
+      "matplotlib is missing, which plots the training curves: pip install 'jaxpref[pretrain]'"
+    )
 
 
 def write_card(pipeline: Path, workdir: Path, config: Any) -> None:
@@ -99,6 +111,9 @@ def _summary(stage: Any, on: str) -> str:
 
 
 def _draw(workdir: Path, stages: list[str], target: Path) -> None:
+  import matplotlib  # noqa: PLC0415  # of the extra 'pretrain'; `check_plots` has found it
+  from matplotlib.figure import Figure  # noqa: PLC0415
+
   figure = Figure(figsize=(4.5 * max(len(stages), 1), 3), layout="constrained")
   for i, stage in enumerate(stages):
     axes = figure.add_subplot(1, len(stages), i + 1)

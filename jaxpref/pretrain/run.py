@@ -72,6 +72,7 @@ def main(argv: list[str]) -> int:
 def _main(argv: list[str]) -> None:
   config, flags = config_lib.parse_args(argv, flags=cli.FLAGS)
   config_lib.validate(config, RULES)
+  card.check_plots()
   prepared = prepare(config)  # what can be refused is refused before anything is written
   path = flags.get("workdir") or workdir_lib.default_workdir(config)
   workdir = workdir_lib.open_workdir(path, config, resume_safe=("log_every", "save_every"))

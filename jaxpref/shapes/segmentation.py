@@ -8,7 +8,6 @@ vectors without turning them.
 import dataclasses
 
 import numpy as np
-import skimage.segmentation
 from PIL import Image
 from scipy import ndimage
 
@@ -83,6 +82,12 @@ _CHROMA = np.linalg.norm(_PALETTE, axis=1)
 _HUES = (_PALETTE / _CHROMA[:, None]).astype(np.float32)
 
 
+def expand_labels(labels: np.ndarray, distance: float) -> np.ndarray:
+  """Grows each label over the background pixels that are at most `distance` away from it."""
+  away, (rows, columns) = ndimage.distance_transform_edt(labels == 0, return_indices=True)
+  return np.where(away <= distance, labels[rows, columns], 0)
+
+
 def find_regions(canvas: np.ndarray) -> list[Region]:
   """The coloured regions, specks left out.
 
@@ -97,7 +102,7 @@ def find_regions(canvas: np.ndarray) -> list[Region]:
   if not labels.any():
     return []
   pixels = np.concatenate([plane, _light(canvas, labels > 0)[..., None]], axis=-1)
-  domains = skimage.segmentation.expand_labels(labels, distance=5)
+  domains = expand_labels(labels, 5)
   regions = []
   for i in range(1, labels.max() + 1):
     core, domain = labels == i, domains == i

@@ -8,7 +8,6 @@ of the ideal with which its coverage correlates best, and none if that is not mu
 import functools
 
 import numpy as np
-import skimage.draw
 from scipy import ndimage
 
 _GRID = 20  # samples across a silhouette
@@ -84,10 +83,30 @@ def _regular(corners: int) -> np.ndarray:
 
 def _polygon(corners: np.ndarray) -> np.ndarray:
   points = np.stack([corners.imag, corners.real], axis=1) * _REACH + _CANVAS / 2
-  return skimage.draw.polygon2mask((_CANVAS, _CANVAS), points).astype(np.float32)
+  return fill_polygon(points, _CANVAS)
+
+
+def fill_polygon(points: np.ndarray, side: int) -> np.ndarray:
+  """Draws a polygon: 1 at pixels inside of it or on its edge, float32 [side, side].
+
+  Args:
+    points: rows and columns of its corners, [N, 2].
+    side: of the image, in pixels.
+  """
+  # An edge crosses a pixel's row to its right or left; an odd number of crossings to one side
+  # means inside. On an edge only one of the two sides has an odd number.
+  right, left, corner = np.zeros((3, side, side), bool)
+  rows, columns = (points.T[:, :, None, None] - np.mgrid[:side, :side][:, None]).astype(float)
+  for i in range(len(points)):
+    y0, y1, x0, x1 = rows[i], rows[i - 1], columns[i], columns[i - 1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+      crossing = (x0 * y1 - x1 * y0) / (y1 - y0)
+    right ^= ((y0 > 0) != (y1 > 0)) & (crossing > 0)
+    left ^= ((y0 < 0) != (y1 < 0)) & (crossing < 0)
+    corner |= (np.abs(y0) < 1e-12) & (np.abs(x0) < 1e-12)
+  return (right | left | corner).astype(np.float32)
 
 
 def _disk(radius: float) -> np.ndarray:
-  image = np.zeros((_CANVAS, _CANVAS), np.float32)
-  image[skimage.draw.disk((_CANVAS / 2, _CANVAS / 2), radius * _REACH)] = 1
-  return image
+  row, column = (np.mgrid[:_CANVAS, :_CANVAS] - _CANVAS / 2) / (radius * _REACH)
+  return (row**2 + column**2 < 1).astype(np.float32)

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from clu import parameter_overview
 from jax.sharding import Mesh
 
 from jaxpref import sharding
@@ -53,7 +54,7 @@ def run(
     prepared, rows, uncond, ckptr, loader, identity
   )
   # Only now: a run that may not resume here changes nothing.
-  distributed.first(lambda: _write_start(workdir, prepared, identity, start))
+  distributed.first(lambda: _write_start(workdir, prepared, identity, start, state.params))
   evaluator = RunEvaluator(prepared, workdir, ckptr, known)
   evaluator.keep_best()
   make_batch = _batch_maker(prepared, program, base, reference, uncond, rows)
@@ -170,9 +171,12 @@ def _open_checkpointer(workdir: Path, config: Any) -> checkpoint.Checkpointer:
 
 
 def _write_start(
-  workdir: Path, prepared: Prepared, identity: dict[str, Any], start: int
+  workdir: Path, prepared: Prepared, identity: dict[str, Any], start: int, params: Any
 ) -> None:
-  """Records this start of the run: its configuration, inputs, rows and machine."""
+  """Records this start of the run: configuration, inputs, rows, machine and parameters."""
+  table = parameter_overview.get_parameter_overview(params, include_stats=False)
+  workdir_lib.write_text(workdir / "parameters.txt", f"{table}\n")
+  print(f"training {parameter_overview.count_parameters(params):,} parameters", flush=True)
   workdir_lib.write_config(workdir, prepared.config)
   rows = {"used": len(prepared.rows), **prepared.data.facts()}
   facts = {"after_update": start, **identity, "reference": prepared.reference, "rows": rows}
