@@ -9,7 +9,7 @@ _RESERVED = "base"  # the module that defines the interface of a package's plugi
 
 
 def find_module(package: str, name: str) -> ModuleType | None:
-  """Imports a plugin by its name; returns None if there is no such module.
+  """Imports a plugin by its name; returns None if no module has it.
 
   A name is a file of `package`, the name of an entry point in the group `package` (how another
   package registers its plugins), or an importable module.

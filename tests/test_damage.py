@@ -352,7 +352,7 @@ def test_records_of_pairs_and_iterations_are_set_aside(tmp_path, content):
   (tmp_path / "complete.json").write_bytes(content)
   refused(lambda: generated_pairs.changes(tmp_path), tmp_path / "complete.json")
   assert not generated_pairs.is_finished(tmp_path)
-  refused(lambda: generated_pairs.changes(tmp_path), "no generated pairs")
+  refused(lambda: generated_pairs.changes(tmp_path), "has no generated pairs")
   trained = tmp_path / load_run.ITERATIONS / "1"
   trained.mkdir(parents=True)
   (trained / iterate_report.PHASES).write_bytes(content)

@@ -39,7 +39,7 @@ def test_top_k_by_hand():
   assert [int(e.image[0, 0, 0]) for e in best] == [20, 30, 40, 20, 10, 50]
   assert all(e.image.dtype == np.uint8 and e.image.shape == (2, 2, 3) for e in best)
   assert [e.source for e in top_k.top_k(source, 3)] == ["c", "e", "a"]
-  with pytest.raises(UserError, match="6 images to pick experts from, not 7"):
+  with pytest.raises(UserError, match="num_experts = 7, but the data has only 6 images"):
     top_k.top_k(source, 7)
   with pytest.raises(UserError, match="0 images"):
     top_k.top_k([], 1)

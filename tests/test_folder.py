@@ -191,7 +191,7 @@ def test_greys_of_any_depth(tmp_path, pixels, suffix, expected):
 def test_numbers_that_are_not_finite_are_no_picture(tmp_path, caplog):
   with pytest.raises(UserError, match="see the warning"):
     _read(tmp_path, Image.fromarray(np.full((4, 4), np.nan, np.float32)), ".tif")
-  assert "x.tif (it holds numbers that are not finite)" in caplog.text
+  assert "x.tif (it has non-finite values)" in caplog.text
 
 
 def test_cmyk(tmp_path):

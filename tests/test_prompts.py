@@ -149,7 +149,7 @@ def test_held_out_goes_on_where_categories_are_used_up():
   total = sum(len(v) for v in prompts.all_prompts("test").values())
   assert len(set(prompts.held_out(total))) == total
   assert prompts.held_out(0) == []
-  with pytest.raises(ValueError, match=f"{total} test prompts, not {total + 1}"):
+  with pytest.raises(ValueError, match=rf"only {total} test prompts \(got {total + 1}"):
     prompts.held_out(total + 1)
 
 

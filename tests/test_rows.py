@@ -75,7 +75,9 @@ def test_singles_are_images_liked_if_they_ever_won():
     ("b", 40, True),
   ]
   assert rows_lib.fingerprint(found[:2]) == rows_lib.fingerprint(rows_lib.to_singles(pairs, 2))
-  with pytest.raises(UserError, match="the 1 images of the data are all liked, none disliked"):
+  with pytest.raises(
+    UserError, match="the 1 images of the data are all liked: the loss needs dis"
+  ):
     rows_lib.to_singles(pairs, 1)
 
 
@@ -132,11 +134,11 @@ def test_shapes_rows_of_every_kind(tmp_path, monkeypatch):
   told = _data(good_prefix="+ ", bad_prefix="- ")
   for row in rows_lib.load_rows("singles", told, image_size=32, seed=0):
     assert row.prefix == ("+ " if row.desirable else "- ")
-  with pytest.raises(UserError, match="pairs, data.num_rows = 99 wanted"):
+  with pytest.raises(UserError, match="pairs: data.num_rows = 99 asks for more"):
     rows_lib.load_rows("pairs", _data(num_rows=99), image_size=32, seed=0)
-  with pytest.raises(UserError, match="the data has 0 lists, at least one wanted"):
+  with pytest.raises(UserError, match="the data has 0 lists: at least one is needed"):
     rows_lib.load_rows("lists", _data(), image_size=32, seed=0)
-  with pytest.raises(UserError, match="80 images to pick experts from, not 81"):
+  with pytest.raises(UserError, match="num_experts = 81, but the data has only 80 images"):
     rows_lib.load_rows("experts", _data(num_experts=81), image_size=32, seed=0)
 
 
@@ -149,7 +151,7 @@ def test_unknown_sources_name_the_nearest(wrong, near):
 
 
 def test_a_source_without_such_rows_names_one_with():
-  with pytest.raises(UserError, match="folder has no lists.*; shapes has"):
+  with pytest.raises(UserError, match="folder has no lists.*; use shapes"):
     rows_lib.load_rows("lists", _data(source="folder"), image_size=64, seed=0)
 
 
@@ -173,7 +175,7 @@ def test_pick_a_pic_from_parquet_files(tmp_path):
   assert all(i.shape == (16, 16, 3) for r in found for i in r.images)
   one = _data(source="pickapic", path=str(tmp_path / "a.parquet"), num_rows=1)
   assert len(rows_lib.load_rows("pairs", one, image_size=16, seed=0)) == 1
-  with pytest.raises(UserError, match="chosen by score, and the data lacks score_0"):
+  with pytest.raises(UserError, match="chosen by score, but the data lacks score_0"):
     rows_lib.load_rows("experts", data, image_size=16, seed=0)
 
 
@@ -200,7 +202,7 @@ def test_pick_a_pic_refuses(tmp_path):
   with pytest.raises(UserError, match="cannot be read as parquet"):
     rows_lib.load_rows("pairs", data, image_size=16, seed=0)
   _write(tmp_path / "a.parquet", [{"caption": "a", "jpg_0": b""}])
-  with pytest.raises(UserError, match="lacks jpg_1, label_0, label_1"):
+  with pytest.raises(UserError, match="lacks the Pick-a-Pic columns jpg_1, label_0, label_1"):
     rows_lib.load_rows("pairs", data, image_size=16, seed=0)
   _write(tmp_path / "a.parquet", [PAIRS[0] | {"jpg_0": b"nothing"}])
   with pytest.raises(UserError, match=r"1 of 1 rows .* a.parquet row 0 \(not an image\)"):

@@ -1,1 +1,1 @@
-"""Where rows come from: experts, folders, the shapes world; and who deals them out."""
+"""Sources of data rows, their encoding to latents, and the loader of batches."""

@@ -1,4 +1,4 @@
-"""Rows that cannot be learned from: left out, counted by reason, the first of them named."""
+"""Handling of rows that cannot be used: skip, count by reason, name the first ones."""
 
 import decimal
 import logging
@@ -14,12 +14,12 @@ from jaxpref.errors import UserError
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-MAX_CAPTION = 100_000  # bytes; CLIP's tokenizer cuts far below
-_NAMED = 50  # bad rows that the warning names
+MAX_CAPTION = 100_000  # bytes; CLIP's tokenizer cuts captions much earlier
+_NAMED = 50  # bad rows that the warning lists
 
 
 class BadRow(Exception):
-  """Why a row cannot be used: a reason, by which it is counted, and what is particular."""
+  """The reason why a row cannot be used, by which it is counted, and a detail."""
 
   def __init__(self, reason: str, detail: str = ""):
     super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -27,20 +27,20 @@ class BadRow(Exception):
 
 
 class Tally:
-  """Counts what became of the rows that were looked at.
+  """A count of the rows that were read and left out.
 
   Attributes:
     left_out: number of bad rows by reason.
     ties: pairs without a preference, which are not bad rows.
-    read: what was read, in words, such as the layout of a folder; a note each.
+    read: notes on what was read, such as the layout of a folder.
   """
 
   def __init__(self, max_share: float = 1.0, option: str = "data.max_bad_share"):
-    """Begins with nothing.
+    """Starts an empty tally.
 
     Args:
-      max_share: of the rows looked at that may be bad.
-      option: that set it, for messages.
+      max_share: largest share of the rows read that may be bad.
+      option: name of the option that sets it, for error messages.
     """
     self.left_out: Counter[str] = Counter()
     self.ties = 0
@@ -55,10 +55,10 @@ class Tally:
       self._named.append(f"{where} ({error})")
 
   def check(self, bad: int, looked_at: int) -> None:
-    """Refuses data of which too many rows are bad.
+    """Refuses data with too many bad rows.
 
     Raises:
-      UserError: the share of `bad` ones is more than is allowed.
+      UserError: the share of `bad` rows is larger than allowed.
     """
     if bad > self._max_share * looked_at:
       raise UserError(
@@ -67,15 +67,15 @@ class Tally:
       )
 
   def reasons(self) -> str:
-    """Reasons with their numbers, the most frequent first."""
+    """Returns each reason with its count, the most frequent first."""
     return ", ".join(f"{number} {reason}" for reason, number in self.left_out.most_common())
 
   def warn(self, source: str, noun: str = "row") -> None:
-    """Names what was left out in one warning, if there was anything.
+    """Logs one warning with the rows that were left out, if there are any.
 
     Args:
-      source: that was read.
-      noun: of what was left out.
+      source: name of the data.
+      noun: 'row', 'file' or another word for one item.
     """
     if not (total := self.left_out.total()):
       return
@@ -86,7 +86,7 @@ class Tally:
     _log.warning("%s: %d %s cannot be used%s: %s", source, total, nouns, by_reason, named)
 
   def words(self) -> dict[str, str]:
-    """What a report says of it, by name."""
+    """Returns the tally as labels and texts for the report."""
     return {
       "rows left out": self.reasons() or "none",
       **({"ties left out": str(self.ties)} if self.ties else {}),
@@ -94,7 +94,7 @@ class Tally:
     }
 
   def facts(self) -> dict[str, Any]:
-    """Returns the same as JSON takes it."""
+    """Returns the tally as plain JSON values."""
     return {"left_out": dict(self.left_out), "ties": self.ties, "read": self.read}
 
 
@@ -107,18 +107,19 @@ def take(
   limit: int = 0,
   place: Callable[[int], Any] = int,
 ) -> list[T]:
-  """Reads rows until there are enough good ones: a bad row is replaced by the next.
+  """Reads rows until there are enough good ones; the next row replaces a bad one.
 
   Args:
-    indices: of the rows, in the order in which they are to be taken.
-    read: of an index; raises `BadRow`, or returns None for a row that is passed over.
-    tally: of the bad ones.
-    where: a row is, for people.
-    limit: rows wanted, 0 for all.
-    place: by which rows are read at once, and sorted in the end; files are read in order.
+    indices: indices of the rows, in order of preference.
+    read: reads the row of an index; raises `BadRow`, or returns None to skip the row.
+    tally: counts the bad rows.
+    where: names the row of an index, for messages.
+    limit: number of good rows to read; 0 reads all.
+    place: sort key of an index; rows are read and returned in this order, so that files are
+      read sequentially.
 
   Returns:
-    What `read` returned for the first `limit` good rows, sorted by `place`.
+    The results of `read` for the first `limit` good rows, sorted by `place`.
 
   Raises:
     UserError: too many rows are bad.
@@ -142,29 +143,29 @@ def take(
 
 
 def sample(count: int, limit: int, seed: int | None) -> Sequence[int]:
-  """An order in which to take rows: at random where not all are wanted.
+  """Returns the order in which to read rows: a random one if `limit` is below `count`.
 
   Args:
-    count: rows there are.
-    limit: rows wanted, 0 for all.
-    seed: of the order; None keeps that of the data.
+    count: number of rows.
+    limit: number of rows to read; 0 means all.
+    seed: seed of the random order; None keeps the order of the data.
   """
   if seed is None or not limit or limit >= count:
     return range(count)
-  # The same on every machine: of integers alone.
+  # A permutation of integers is the same on every machine.
   return np.random.default_rng([seed, 0x524F5753]).permutation(count).tolist()
 
 
 def named_by(source: Sequence[Any]) -> Callable[[int], str]:
-  """How a source names its rows: file and row where it knows them, else their numbers."""
+  """Returns the source's own function that names a row, or one that gives its number."""
   return getattr(source, "where", lambda i: f"row {i}")
 
 
 def caption_of(value: Any, column: str = "caption") -> str:
-  """A caption, of text or UTF-8.
+  """Returns a caption as text; decodes bytes as UTF-8.
 
   Raises:
-    BadRow: it is null, empty, no text, or longer than MAX_CAPTION.
+    BadRow: it is null, empty, not text, or longer than MAX_CAPTION.
   """
   if value is None:
     raise BadRow(f"{column} is null")
@@ -183,10 +184,10 @@ def caption_of(value: Any, column: str = "caption") -> str:
 
 
 def number_of(value: Any, column: str) -> float:
-  """A number, of any numeric type.
+  """Returns a number of any numeric type as a float.
 
   Raises:
-    BadRow: it is null, not finite or no number.
+    BadRow: it is null, not a number, or not finite.
   """
   if value is None:
     raise BadRow(f"{column} is null")

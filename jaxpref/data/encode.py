@@ -1,4 +1,4 @@
-"""Images and captions to latents and what the denoiser is told of a text; before training."""
+"""Encoding of images to latents and of captions to conditioning, once before training."""
 
 import functools
 from collections.abc import Sequence
@@ -18,15 +18,22 @@ from jaxpref.models.pipeline import Pipeline
 from jaxpref.models.unet import Cond
 from jaxpref.runtime import watchdog
 
-_PIXELS_AT_ONCE = 1 << 21  # for a device; the VAE's first level takes 512 bytes for each
+_PIXELS_AT_ONCE = 1 << 21  # per device; the VAE's first level takes 512 bytes per pixel
 
 
 def encode_images(
   pipeline: Pipeline, mesh: Mesh, images: Sequence[np.ndarray], *, batch_size: int = 50
 ) -> np.ndarray:
-  """Encodes uint8 images [H, W, 3] to their posteriors' modes: scaled latents [N, C, h, w].
+  """Encodes images to the modes of their VAE posteriors.
 
-  `batch_size` images at once, fewer where they are large.
+  Args:
+    pipeline: the VAE and its parameters.
+    mesh: devices that share a batch.
+    images: N images, uint8 [H, W, 3].
+    batch_size: images per call; large images take smaller batches.
+
+  Returns:
+    Scaled latents, [N, C, h, w].
   """
   return _encode_all(_encode, pipeline, mesh, images, batch_size)
 
@@ -34,7 +41,7 @@ def encode_images(
 def encode_posteriors(
   pipeline: Pipeline, mesh: Mesh, images: Sequence[np.ndarray], *, batch_size: int = 50
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Encodes images as `encode_images`, and the posteriors' standard deviations as well."""
+  """Encodes images to the modes and standard deviations of their VAE posteriors."""
   return _encode_all(_encode_posterior, pipeline, mesh, images, batch_size)
 
 
@@ -47,7 +54,7 @@ def _encode_all(
   return in_batches(run, pipeline.params["vae"], np.stack(images), size, mesh)
 
 
-@functools.partial(jax.jit, static_argnums=0)  # one program for all calls
+@functools.partial(jax.jit, static_argnums=0)  # compiled once for all calls
 def _encode(vae, params, images):
   return vae_lib.encode(vae, params, images)
 
@@ -60,22 +67,22 @@ def _encode_posterior(vae, params, images):
 def encode_rows(
   pipeline: Pipeline, mesh: Mesh, rows: Sequence[Row], *, flip: bool, latents: str = "mode"
 ) -> dict[str, Any]:
-  """Rows as a training step takes them, on the host.
+  """Encodes rows to the host arrays that a train step takes.
 
   Args:
-    pipeline: with the VAE and the text encoders.
-    mesh: to encode on.
-    rows: of one kind; `flip` adds them all with their images mirrored.
-    flip: see there.
-    latents: 'mode' of the VAE's posterior, or 'sample': its standard deviation is kept, too,
-      for an update to sample from it.
+    pipeline: the VAE and the text encoders.
+    mesh: devices that share a batch.
+    rows: N rows of one kind.
+    flip: also add a mirrored copy of every row.
+    latents: 'mode' of the VAE's posterior, or 'sample' to keep its standard deviation as well,
+      from which each update samples.
 
   Returns:
-    'latents' [N, A, C, h, w], the modes, 'std' alike where they are to be sampled, 'cond' (a
-    tree of [N, ...]) and 'labels' (a dict of [N]).
+    'latents' [N, A, C, h, w], the modes; 'std' of the same shape for 'sample'; 'cond', a tree
+    of [N, ...]; and 'labels', a dict of [N].
 
   Raises:
-    UserError: something of a row is not finite, which no update could learn from.
+    UserError: the encoding of a row is not finite, so that no update could learn from it.
   """
   if flip:
     rows = [*rows, *(r._replace(images=tuple(i[:, ::-1] for i in r.images)) for r in rows)]
@@ -87,9 +94,9 @@ def encode_rows(
   else:
     found = {"latents": encode_images(pipeline, mesh, images)}
   found = {name: x.reshape((len(rows), -1, *x.shape[1:])) for name, x in found.items()}
-  told = [r.prefix + r.caption for r in rows]
-  text.warn_of_cut(pipeline.tokenizers, told, "captions of the data")
-  cond = encode_prompts(pipeline, mesh, told)
+  captions = [r.prefix + r.caption for r in rows]
+  text.warn_of_cut(pipeline.tokenizers, captions, "captions of the data")
+  cond = encode_prompts(pipeline, mesh, captions)
   _check_finite(rows, {**found, **cond})
   return {
     **found,
@@ -106,8 +113,8 @@ def _check_finite(rows: Sequence[Row], arrays: Cond) -> None:
           ("images", "VAE") if name in ("latents", "std") else ("caption", "text encoder")
         )
         raise UserError(
-          f"row {i} of the data ({rows[i].caption!r}): what the {part} makes of its {what} is "
-          "not finite; are its weights damaged?"
+          f"row {i} of the data ({rows[i].caption!r}): the {part}'s encoding of its {what} is "
+          f"not finite; check the weights of the {part}"
         )
 
 
@@ -120,16 +127,17 @@ def encode_prompts(
   batch_size: int = 100,
   clip_skip: int | None = None,
 ) -> Cond:
-  """What the UNet is told of each prompt, numpy [N, ...].
+  """Encodes prompts to the UNet's conditioning, numpy [N, ...].
 
   Args:
-    pipeline: with the text encoders.
-    mesh: to encode on.
-    prompts: any texts.
-    size: height and width of the pictures in pixels, which SDXL is told as their original
-      and target sizes, uncropped; by default those it was trained for.
-    batch_size: prompts at once.
-    clip_skip: by default the pipeline's, as for prompts in diffusers; 0 for negative ones.
+    pipeline: the text encoders and tokenizers.
+    mesh: devices that share a batch.
+    prompts: N texts.
+    size: height and width of the images in pixels. SDXL is conditioned on it as the original
+      and the target size, without a crop. None means the size that it was trained for.
+    batch_size: prompts per call.
+    clip_skip: last text encoder layers to skip; None takes the pipeline's number, which
+      diffusers uses for prompts. diffusers uses 0 for negative prompts.
   """
   parts = [part for part in pipeline.modules if part.startswith("text_encoder")]
   encoders = [pipeline.modules[part] for part in parts]
@@ -154,7 +162,7 @@ def encode_prompts(
 def encode_no_prompt(
   pipeline: Pipeline, mesh: Mesh, *, size: tuple[int, int] | None = None
 ) -> Cond:
-  """What the UNet is told where there is no prompt, as its family was trained, [1, ...]."""
+  """Encodes the unconditional input that the UNet's family was trained with, [1, ...]."""
   cond = dict(encode_prompts(pipeline, mesh, [""], size=size, clip_skip=0))
   if pipeline.zeroes_uncond:
     cond |= {name: np.zeros_like(cond[name]) for name in ("text", "pooled")}
@@ -162,13 +170,13 @@ def encode_no_prompt(
 
 
 def encode_dropped_prompt(pipeline: Pipeline, mesh: Mesh, kind: str) -> Cond:
-  """Encodes what rows that lose their prompt are conditioned on, [1, ...].
+  """Encodes the conditioning of rows whose prompt is dropped, [1, ...].
 
   Args:
-    pipeline: with the text encoders.
-    mesh: to encode on.
-    kind: 'empty' for the prompt "", 'unconditional' for `encode_no_prompt`; they differ for
-      SDXL alone, whose unconditional is zeros.
+    pipeline: the text encoders and tokenizers.
+    mesh: devices for the text encoders.
+    kind: 'empty' for the prompt "", 'unconditional' for `encode_no_prompt`. They differ only
+      for SDXL, where the unconditional input is zeros.
   """
   if kind == "unconditional":
     return encode_no_prompt(pipeline, mesh)
@@ -176,20 +184,20 @@ def encode_dropped_prompt(pipeline: Pipeline, mesh: Mesh, kind: str) -> Cond:
 
 
 def in_batches(run: Any, params: Any, rows: Any, size: int, mesh: Mesh) -> Any:
-  """`run(params, rows)` in batches of one size, so that a single program serves all.
+  """Calls `run(params, rows)` in batches of one size, so that it compiles once.
 
   Args:
-    run: jitted; the rows it gets are spread over the mesh.
-    params: what it takes besides, a tree.
+    run: a jitted function; its rows are sharded over the mesh.
+    params: a tree, placed by `sharding.place_params`.
     rows: a tree of numpy arrays [N, ...].
-    size: rows at once, at most; rounded up to fill the devices.
+    size: largest number of rows per batch; rounded up to a multiple of the device count.
     mesh: from `sharding.make_mesh`.
 
   Returns:
-    What `run` returns, a tree of numpy arrays [N, ...].
+    The results of `run`, a tree of numpy arrays [N, ...].
 
   Raises:
-    StoppedError: a run that is watched is to stop.
+    StoppedError: the run was asked to stop.
   """
   total = len(jax.tree.leaves(rows)[0])
   size = sharding.round_up(min(size, total), mesh)
@@ -200,5 +208,5 @@ def in_batches(run: Any, params: Any, rows: Any, size: int, mesh: Mesh) -> Any:
     index = np.arange(start, start + size).clip(max=total - 1)
     out = sharding.to_host(run(params, sharding.place_batch(rows, mesh, index)))
     done.append(jax.tree.map(lambda x, s=start: x[: total - s], out))
-  watchdog.rest()  # until what comes next is compiled
+  watchdog.rest()  # the caller compiles next, which takes an unknown time
   return jax.tree.map(lambda *parts: np.concatenate(parts), *done)

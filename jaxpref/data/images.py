@@ -1,4 +1,4 @@
-"""Image files to pixels: one decoder for every source."""
+"""The decoder of image files that all data sources share."""
 
 import io
 import stat
@@ -12,30 +12,31 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from jaxpref.data.bad_rows import BadRow
 from jaxpref.errors import first_line
 
-# Pillow would run Ghostscript on EPS, and knows the others by no more than their name.
+# Pillow would run Ghostscript for EPS, and it recognizes the others but cannot decode them.
 _NOT_READ = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
-MAX_PIXELS = 1 << 26  # decoded at once: 8,192 x 8,192; a JPEG is shrunk while it is decoded
+MAX_PIXELS = 1 << 26  # 8,192 x 8,192 decoded pixels; JPEG is shrunk while it is decoded
 _MAX_BYTES = 1 << 30  # of a file
 
 
 def suffixes() -> set[str]:
-  """Suffixes of what is read, in lower case."""
+  """Returns the suffixes of the image formats that can be read, in lower case."""
   kinds = Image.registered_extensions()
   return {s for s, kind in kinds.items() if kind in set(Image.OPEN) - _NOT_READ}
 
 
 def decode(file: bytes | Path, image_size: int = 0) -> np.ndarray:
-  """Decodes an image file, upright, of any mode.
+  """Decodes an image file of any mode and rotates it upright.
 
   Args:
-    file: its content, or where it is.
-    image_size: height and width in pixels that it is brought to, see `fit`; 0 leaves it.
+    file: the file's content or its path.
+    image_size: height and width in pixels to crop and resize to, see `fit`; 0 keeps the size.
 
   Returns:
-    uint8 [H, W, 3]: transparent parts on white, deep greys scaled to 8 bits.
+    uint8 [H, W, 3]. Transparent parts become white; grey values of more than 8 bits are scaled
+    to 8 bits.
 
   Raises:
-    BadRow: it is not an image, damaged, truncated, too large or not a regular file.
+    BadRow: the file is not an image, damaged, truncated, too large or not a regular file.
   """
   with io.BytesIO(file) if isinstance(file, bytes) else open_regular(file) as stream:
     try:
@@ -48,15 +49,15 @@ def decode(file: bytes | Path, image_size: int = 0) -> np.ndarray:
       ) from error
     except BadRow:
       raise
-    except Exception as error:  # of a damaged image Pillow may raise anything
+    except Exception as error:  # for damaged images Pillow raises errors of any type
       raise BadRow("damaged image", first_line(error)) from error
 
 
 def open_regular(path: Path, max_bytes: int = _MAX_BYTES) -> BinaryIO:
-  """Opens a file for reading, unless it is a pipe or a device, or too large.
+  """Opens a regular file for reading.
 
   Raises:
-    BadRow: it is, or cannot be read.
+    BadRow: the file is a pipe, a device, larger than `max_bytes`, or cannot be read.
   """
   try:
     found = path.stat()
@@ -74,12 +75,12 @@ def open_regular(path: Path, max_bytes: int = _MAX_BYTES) -> BinaryIO:
 def _decode(stream: BinaryIO, image_size: int) -> np.ndarray:
   with _open(stream) as image:
     if image.format == "PNG":
-      # While it decodes, Pillow passes over the checksums of the pixels.
+      # Pillow does not check the checksums of the pixels while it decodes.
       image.verify()
       stream.seek(0)
   with _open(stream) as image:
     if image_size:
-      # JPEG can be decoded at a half, a quarter, ... of its size, much faster.
+      # Pillow decodes JPEG at 1/2, 1/4 or 1/8 of its size much faster.
       image.draft(None, (2 * image_size, 2 * image_size))
     width, height = image.size
     if width * height > MAX_PIXELS:
@@ -91,7 +92,7 @@ def _decode(stream: BinaryIO, image_size: int) -> np.ndarray:
 
 def _open(stream: BinaryIO) -> Image.Image:
   with warnings.catch_warnings():
-    # Large is fine; at twice this warning's limit it is an error.
+    # Pillow warns at its limit and raises at twice the limit; only the error matters here.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     image = Image.open(stream)
   if image.format in _NOT_READ:
@@ -100,7 +101,7 @@ def _open(stream: BinaryIO) -> Image.Image:
 
 
 def fit(image: Image.Image, image_size: int) -> np.ndarray:
-  """Shrinks or enlarges the shorter side to `image_size` and crops to the centre.
+  """Resizes the shorter side to `image_size` and crops the centre.
 
   Returns:
     uint8 [image_size, image_size, 3].
@@ -114,14 +115,14 @@ def fit(image: Image.Image, image_size: int) -> np.ndarray:
 
 
 def _white_of(image: Image.Image) -> float | None:
-  """The value that is white in a grey image of more than 8 bits; None: the file has none."""
+  """Returns the value of white in a grey image of more than 8 bits; None if unknown."""
   if image.format == "TIFF":
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(258, (1,))[0]
     return 2.0**bits - 1 if image.mode.startswith("I;16") else None
   if image.mode.startswith("I;16"):
     return 65535.0
-  # Of these Pillow gives 16 bits as integers of 32.
+  # Pillow returns the 16 bits of these formats as 32-bit integers.
   return 65535.0 if image.mode == "I" and image.format in ("PNG", "PPM") else None
 
 
@@ -136,12 +137,12 @@ def _to_rgb(image: Image.Image, white: float | None) -> Image.Image:
 
 
 def _to_8_bits(grey: np.ndarray, white: float | None) -> np.ndarray:
-  """Grey [H, W] as uint8.
+  """Scales grey values [H, W] to uint8.
 
-  Floats and integers of 32 bits state no white: they are in [0, 1], [0, 255] or [0, 65535],
-  whichever holds them all.
+  Floats and 32-bit integers do not define white: the range is the smallest of [0, 1], [0, 255]
+  and [0, 65535] that contains all values.
   """
   if not np.isfinite(grey).all():
-    raise BadRow("it holds numbers that are not finite")
+    raise BadRow("it has non-finite values")
   top = white or next((t for t in (1.0, 255.0) if grey.max() <= t), 65535.0)
   return np.clip(np.rint(grey * (255 / top)), 0, 255).astype(np.uint8)

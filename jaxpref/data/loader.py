@@ -1,7 +1,7 @@
-"""Deals the rows of a data set, shuffled anew each epoch, in batches of their indices.
+"""An endless loader of batches of row indices, shuffled in every epoch.
 
-The rows themselves stay in arrays; an index is all that has to be dealt, and the position
-of the data is one number.
+The rows themselves stay in arrays, so a batch is a list of indices and the loader's state is
+one number.
 """
 
 import grain
@@ -17,56 +17,55 @@ def make_loader(
 ) -> grain.DatasetIterator[np.ndarray]:
   """Makes an endless iterator of batches of row indices.
 
-  Epochs follow upon each other without a gap: each deals every row once, in an order of
-  its own, and a batch may take its first rows from one and its last from the next. With
-  fewer rows than a batch has, rows recur in it. With `probabilities` there are no epochs:
-  every index is chosen by itself, with replacement.
+  Each epoch returns every row once, in a new order. A batch may start in one epoch and end in
+  the next; if it is larger than the data set, it has some rows more than once. With
+  `probabilities`, indices are sampled independently, with replacement, without epochs.
 
   Args:
-    num_rows: rows of the data set.
-    batch_size: of the global batch.
-    seed: of the order, in [0, 2**32).
-    probabilities: of each row to be the next one, [num_rows]; None deals all in turn.
+    num_rows: number of rows of the data set.
+    batch_size: rows of the global batch, over all devices.
+    seed: seed of the order, in [0, 2**32).
+    probabilities: sampling probability of each row, [num_rows]; None shuffles epochs.
 
   Returns:
-    An iterator of int [batch_size], the same on every process, whose devices then take
-    their rows; `get_state()` gives its position as JSON takes it, and `set_state` goes
-    there.
+    An iterator of int [batch_size], equal on all processes; each device then takes its rows.
+    `get_state()` returns its position as a JSON value, and `set_state` moves it there.
 
   Raises:
-    ValueError: there are no rows, or not as many probabilities.
+    ValueError: `num_rows` or `batch_size` is below 1, or the number of probabilities differs
+      from `num_rows`.
   """
   if num_rows < 1:
-    raise ValueError(f"there are {num_rows} rows")
+    raise ValueError(f"num_rows must be at least 1 (got {num_rows})")
   if batch_size < 1:
-    raise ValueError(f"there is no batch of {batch_size}")
+    raise ValueError(f"batch_size must be at least 1 (got {batch_size})")
   rows = grain.MapDataset.source(range(num_rows)).seed(seed)
   if probabilities is None:
-    # Before batching: batches go on from one epoch into the next.
+    # Repeats before batching, so that a batch can span two epochs.
     order = rows.shuffle().repeat()
   elif len(probabilities) != num_rows:
-    raise ValueError(f"there are {num_rows} rows and {len(probabilities)} probabilities")
+    raise ValueError(f"got {len(probabilities)} probabilities for {num_rows} rows")
   else:
-    limits = np.cumsum(probabilities)[:-1]  # the last row takes what rounding leaves
-    # The generator is of the position alone, so that the position is the whole state.
+    limits = np.cumsum(probabilities)[:-1]  # rounding errors go to the last row
+    # Each random number depends only on its position, so the position is the whole state.
     order = rows.repeat().random_map(
       lambda _, rng: int(np.searchsorted(limits, rng.random(), side="right"))
     )
   batches = order.batch(batch_size).map(np.asarray)
-  # No threads: there is nothing to wait for, and the position is that of what was dealt.
+  # Without prefetching threads, the position is that of the last batch returned.
   at_once = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
   return iter(batches.to_iter_dataset(at_once))
 
 
 def probabilities_of(desirable: np.ndarray, share: float) -> np.ndarray:
-  """Chances of rows of two kinds, the same within a kind, that make up a share.
+  """Returns sampling probabilities that give an expected share of desirable rows.
 
   Args:
-    desirable: whether a row is, bool [N], of both kinds.
-    share: of desirable rows that is expected.
+    desirable: bool [N]; both values must occur.
+    share: expected share of desirable rows, between 0 and 1.
 
   Returns:
-    float64 [N], with sum 1.
+    float64 [N] with sum 1, equal for rows with equal `desirable`.
   """
   liked = int(desirable.sum())
   return np.where(desirable, share / liked, (1 - share) / (len(desirable) - liked))

@@ -1,7 +1,7 @@
-"""Columns of parquet files: their types checked once, read a row group at a time.
+"""A reader of parquet files that checks column types and reads one row group at a time.
 
-Text comes as bytes, so that one caption that is not UTF-8 spoils only its own row. Images
-may be bytes or, as the package `datasets` writes them, a struct of bytes and a path.
+Text columns are read as bytes, so that a caption that is not UTF-8 affects only its own row.
+Images are bytes or, as the package `datasets` writes them, a struct of bytes and a path.
 """
 
 from collections.abc import Iterable, Mapping
@@ -23,31 +23,40 @@ _MEANING = {
 
 
 def open_file(file: Path, kinds: Mapping[str, str]) -> pq.ParquetFile:
-  """Opens a file and checks the types of the columns that it has of `kinds`.
+  """Opens a file and checks the types of its columns.
 
   Args:
-    file: the file; the checksums of its pages are verified where it has them.
-    kinds: columns to 'text', 'number', 'name' or 'image'.
+    file: the file; if its pages have checksums, they are verified.
+    kinds: column name -> 'text', 'number', 'name' or 'image'; columns may be missing.
 
   Raises:
-    UserError: it is not a parquet file, or a column is of another type.
+    UserError: it is not a parquet file, or a column has another type.
   """
   try:
     opened = pq.ParquetFile(file, page_checksum_verification=True)
     schema = opened.schema_arrow
     columns = {name: schema.field(name).type for name in kinds if name in schema.names}
-  except Exception as error:  # of a damaged file pyarrow may raise anything
+  except Exception as error:  # for damaged files pyarrow raises errors of any type
     raise UserError(f"{file} cannot be read as parquet: {first_line(error)}") from error
   for name, found in columns.items():
     if not _fits(kinds[name], found):
       raise UserError(
-        f"{file}: column {name} is of type {str(found)[:100]}, not {_MEANING[kinds[name]]}"
+        f"{file}: column {name} must be {_MEANING[kinds[name]]} (got {str(found)[:100]})"
       )
   return opened
 
 
 def read_group(opened: pq.ParquetFile, file: Path, group: int, columns: Iterable[str]) -> Any:
-  """The values of a row group by column, lists of as many.
+  """Reads a row group.
+
+  Args:
+    opened: from `open_file`.
+    file: its path, for error messages.
+    group: number of the row group.
+    columns: names of the columns to read.
+
+  Returns:
+    Column name -> list of values.
 
   Raises:
     UserError: the file is damaged.
@@ -55,7 +64,7 @@ def read_group(opened: pq.ParquetFile, file: Path, group: int, columns: Iterable
   try:
     table = opened.read_row_group(group, columns=list(columns))
     return {name: _values(table.column(name)) for name in table.column_names}
-  except Exception as error:  # of a damaged file pyarrow may raise anything
+  except Exception as error:  # for damaged files pyarrow raises errors of any type
     raise UserError(f"{file} is damaged: {first_line(error)}") from error
 
 
@@ -90,7 +99,7 @@ def _is_bytes(found: pa.DataType) -> bool:
 
 
 def _values(column: pa.ChunkedArray) -> list[Any]:
-  """Values of a column, text as bytes, a struct as (bytes, path)."""
+  """Returns the values of a column: text as bytes, a struct as (bytes, path)."""
   if pa.types.is_dictionary(column.type):
     column = column.cast(column.type.value_type)
   if pa.types.is_struct(column.type):
@@ -99,6 +108,6 @@ def _values(column: pa.ChunkedArray) -> list[Any]:
     no_path = [None] * len(column)
     paths = _values(pc.struct_field(column, "path")) if "path" in names else no_path
     return list(zip(content, paths, strict=True))
-  if _is_text(column.type):  # not checked for UTF-8 here
+  if _is_text(column.type):  # not checked for UTF-8
     column = column.cast(pa.large_binary())
   return column.to_pylist()

@@ -1,8 +1,8 @@
-"""Pick-a-Pic (Kirstain et al. 2023), and what has its columns, from local parquet files.
+"""A reader of local parquet files with the columns of Pick-a-Pic (Kirstain et al. 2023).
 
-Only the columns that are used are read, a row group at a time, so that a data set larger
-than memory can be opened. Experts are chosen by the columns `score_0` and `score_1`, which
-Pick-a-Pic itself does not have: they are for the user to add, by a scorer of their choice.
+It reads one row group at a time and only the columns that are used, so that a data set larger
+than memory can be opened. Experts are chosen by the columns `score_0` and `score_1`. Pick-a-Pic
+itself does not have them: the user adds them with a scorer of their choice.
 """
 
 import bisect
@@ -25,7 +25,7 @@ _KINDS = {
 }
 _IMAGES, _LABELS = ("caption", "jpg_0", "jpg_1"), ("label_0", "label_1")
 _SCORES = ("score_0", "score_1", "image_0_uid", "image_1_uid")
-# What rows of a kind need, and what they use besides.
+# Required and optional columns of each kind of rows.
 _COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
   "captions": (("caption",), ()),
   "experts": (_IMAGES, _SCORES),
@@ -35,17 +35,18 @@ _COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 class PickAPic(Sequence[Mapping[str, Any]]):
-  """Rows of parquet files, in the order given."""
+  """The rows of parquet files, in the order of the files."""
 
   def __init__(self, files: Sequence[Path], kind: str = "all"):
     """Opens the files.
 
     Args:
-      files: of the data set.
-      kind: 'captions', 'experts', 'pairs' or 'all' of them, whose columns are used.
+      files: the parquet files of the data set.
+      kind: the kind of rows to read, which selects the columns: 'captions', 'experts', 'pairs'
+        or 'all'.
 
     Raises:
-      UserError: a file is not parquet, lacks a column, or has one of another type.
+      UserError: a file is not parquet, a column is missing or has another type.
     """
     needed, more = _COLUMNS[kind]
     kinds = {name: _KINDS[name] for name in (*needed, *more)}
@@ -55,7 +56,7 @@ class PickAPic(Sequence[Mapping[str, Any]]):
       opened = parquet.open_file(file, kinds)
       there = opened.schema_arrow.names
       if lacking := [c for c in needed if c not in there]:
-        raise UserError(f"{file} lacks {', '.join(lacking)}, columns of Pick-a-Pic")
+        raise UserError(f"{file} lacks the Pick-a-Pic columns {', '.join(lacking)}")
       columns = [c for c in kinds if c in there]
       if file == files[0]:
         self._columns = columns
@@ -72,14 +73,14 @@ class PickAPic(Sequence[Mapping[str, Any]]):
     self._read = functools.lru_cache(maxsize=2)(self._read_group)
 
   def __len__(self) -> int:
-    """All rows, ties included."""
+    """Returns the number of rows, including ties."""
     return self._starts[-1]
 
   def __getitem__(self, index):
-    """The used columns of a row; text as bytes, an image as bytes or as its file's path.
+    """Reads a row: text as bytes, an image as bytes or as the path of its file.
 
     Raises:
-      BadRow: an image is a file that is not in the parquet file's folder.
+      BadRow: the image's path leads out of the parquet file's folder.
       UserError: the file is damaged.
     """
     group, row = self._find(index)
@@ -91,7 +92,7 @@ class PickAPic(Sequence[Mapping[str, Any]]):
     return values
 
   def where(self, index: int) -> str:
-    """File and number of a row, from 0 on."""
+    """Names a row by its file and its number in that file, from 0."""
     group, row = self._find(index)
     file, _, first = self._groups[group]
     return f"{file.name} row {first + row}"
@@ -109,7 +110,7 @@ class PickAPic(Sequence[Mapping[str, Any]]):
 
 
 def _content(value: tuple[bytes | None, bytes | None], beside: Path, column: str) -> Any:
-  """What is in a struct of bytes and path: the bytes, or a file beside the parquet file."""
+  """Returns the bytes of a struct, or the path of a file beside the parquet file."""
   content, path = value
   if content is not None or not path:
     return content
@@ -125,16 +126,16 @@ def _content(value: tuple[bytes | None, bytes | None], beside: Path, column: str
 def open_pickapic(
   path: str, kind: str = "all", *, split: str = "train", tally: Tally | None = None
 ) -> PickAPic:
-  """The rows of a parquet file, or of those in a folder, at any depth.
+  """Opens a parquet file, or all parquet files in a folder at any depth.
 
   Args:
-    path: of the file or folder.
-    kind: see `PickAPic`.
-    split: which files, where their names have splits; see `splits.choose`.
-    tally: notes which were taken.
+    path: path of the file or folder.
+    kind: the kind of rows to read, see `PickAPic`.
+    split: the split to read if the files are named by split; see `splits.choose`.
+    tally: gets a note on the files that are read.
 
   Raises:
-    UserError: there is none, or one is not a parquet file with Pick-a-Pic's columns.
+    UserError: no parquet file is found, or one lacks Pick-a-Pic's columns.
   """
   root = user_path(path)
   if path and root.is_file():
@@ -148,7 +149,7 @@ def open_pickapic(
     )
   if not found:
     raise UserError(
-      f"data.path {os.fspath(path)!r} is not a parquet file, nor a folder with any"
+      f"data.path {os.fspath(path)!r} is not a parquet file or a folder with parquet files"
     )
   chosen, said = splits.choose([name.as_posix() for name in found], split, root)
   if tally and said:

@@ -1,7 +1,7 @@
-"""Rows that losses learn from: experts, pairs, labelled singles, ranked lists.
+"""Data rows that losses learn from: experts, pairs, labelled singles, ranked lists.
 
-What a row is a loss says (`losses.Needs.rows`); where the images come from the
-configuration's `data` section.
+The loss determines the kind of rows (`losses.Needs.rows`), and the configuration's `data`
+section determines their source.
 """
 
 import difflib
@@ -23,8 +23,8 @@ _KINDS_OF = {
   "online": ("pairs",),
 }
 SOURCES = tuple(_KINDS_OF)
-# Files of the user, whose order may mean something: fewer than all are a random sample. The
-# other sources' rows are independent of each other, so that the first of them are one.
+# The rows of the user's files may be sorted, so a subset of them must be sampled at random. The
+# rows of the other sources are independent, so their first rows are already a random sample.
 _FILES = ("pickapic", "folder")
 _log = logging.getLogger(__name__)
 
@@ -33,10 +33,10 @@ class Row(NamedTuple):
   """One row of a data set.
 
   Attributes:
-    images: uint8 [H, W, 3], of one size, an arm each.
-    caption: of them all.
+    images: one image per arm, uint8 [H, W, 3], all of one size.
+    caption: the caption of all images.
     desirable: whether the first image is a good one.
-    prefix: what the model is told before the caption.
+    prefix: text that is put before the caption when it is encoded.
   """
 
   images: tuple[np.ndarray, ...]
@@ -46,7 +46,7 @@ class Row(NamedTuple):
 
 
 def arms_of(kind: str, list_size: int) -> tuple[str, ...]:
-  """Suffixes of a row's images, in order."""
+  """Returns the arms of a row, which name its images in order."""
   if kind == "lists":
     return tuple(str(rank) for rank in range(1, list_size + 1))
   return {"experts": ("e",), "pairs": ("w", "l"), "singles": ("x",)}[kind]
@@ -58,17 +58,16 @@ def load_rows(
   """Loads the rows that a loss learns from.
 
   Args:
-    kind: 'experts', 'pairs', 'singles' or 'lists'; or 'captions', each once and without
-      images, of which `num_experts` is the limit as well.
-    data: the configuration's section.
+    kind: 'experts', 'pairs', 'singles' or 'lists'; or 'captions' for distinct captions without
+      images, of which `num_experts` is the limit, too.
+    data: the configuration's `data` section.
     image_size: height and width in pixels.
-    seed: of which rows are used, where `num_rows` or `num_experts` are fewer than a data
-      set of the user's has.
-    tally: of what is left out; by default one that allows `data.max_bad_share`.
+    seed: selects rows of the user's files if there are more than `num_rows` or `num_experts`.
+    tally: counts rows that are left out; by default one that allows `data.max_bad_share`.
 
   Raises:
-    UserError: the source is unknown, has no such rows, holds fewer, nothing of use, or too
-      many rows that cannot be used.
+    UserError: the source is unknown, has no rows of this kind, has fewer than the configured
+      number, or has too many rows that cannot be used.
   """
   _check_source(kind, data)
   tally = tally or make_tally(data)
@@ -83,14 +82,14 @@ def load_rows(
   wanted = 0 if kind == "experts" and data.source == "folder" else wanted
   if len(rows) < max(wanted, 1):
     field = "num_experts" if kind in ("experts", "captions") else "num_rows"
-    asked = f"data.{field} = {wanted} wanted" if wanted else "at least one wanted"
+    asked = f"data.{field} = {wanted} asks for more" if wanted else "at least one is needed"
     which = f" of data.min_change = {data.min_change:g} or more" if data.min_change else ""
-    raise UserError(f"the data has {len(rows)} {kind}{which}, {asked}")
+    raise UserError(f"the data has {len(rows)} {kind}{which}: {asked}")
   return rows
 
 
 def make_tally(data: Any) -> Tally:
-  """A tally that allows the configuration's share of bad rows."""
+  """Makes a tally that allows the configuration's share of bad rows."""
   return Tally(data.max_bad_share)
 
 
@@ -100,18 +99,18 @@ def _check_source(kind: str, data: Any) -> None:
     raise UserError(f"data.source {data.source!r} is unknown; did you mean {near!r}?")
   if data.source == "shapes" and data.path:
     raise UserError(
-      f"data.path = {data.path!r} is not read with data.source=shapes; did you mean "
+      f"data.source=shapes does not take data.path = {data.path!r}; did you mean "
       "data.source=folder?"
     )
   if data.source not in _FILES and data.split != "train":
     raise UserError(
-      f"data.split = {data.split!r} is for data.source=pickapic and folder, and "
-      f"data.source={data.source} is trained on whole"
+      f"data.split = {data.split!r} needs data.source=pickapic or folder: "
+      f"data.source={data.source} has no splits to choose from"
     )
   if kind not in _KINDS_OF[data.source]:
     able = ", ".join(s for s in SOURCES if kind in _KINDS_OF[s])
     raise UserError(
-      f"data.source={data.source} has no {kind}, which this loss learns from; {able} has"
+      f"data.source={data.source} has no {kind}, which this loss learns from; use {able}"
     )
 
 
@@ -175,7 +174,7 @@ def _captions(data: Any, seed: int | None, tally: Tally) -> list[str]:
 
 
 def _source_of(data: Any, kind: str, tally: Tally) -> Sequence[Mapping[str, Any]]:
-  """Rows with Pick-a-Pic's columns."""
+  """Opens the configured source as rows with Pick-a-Pic's columns."""
   if data.source == "pickapic":
     return pickapic.open_pickapic(data.path, kind, split=data.split, tally=tally)
   if data.source == "folder":
@@ -201,19 +200,19 @@ def from_pairs(
   seed: int | None = None,
   tally: Tally | None = None,
 ) -> list[Row]:
-  """Reads preferred image and other, of rows with Pick-a-Pic's columns, without the ties.
+  """Reads pairs of a preferred and another image; skips ties.
 
   Args:
-    source: the rows.
-    limit: number of rows wanted, 0 for all.
-    min_change: of pairs that `data.online` wrote: those of less `change` are left out.
-    image_size: height and width in pixels that images are brought to; 0 leaves them.
-    arms: 1 for the preferred image alone.
-    seed: of which rows are used where `limit` is less than all; None takes the first.
-    tally: of the rows that cannot be used.
+    source: rows with Pick-a-Pic's columns.
+    limit: number of pairs to read; 0 reads all.
+    min_change: skips generated pairs with a smaller `change`.
+    image_size: height and width in pixels to crop and resize to; 0 keeps the sizes.
+    arms: 2 for both images, 1 for the preferred image only.
+    seed: selects pairs at random if there are more than `limit`; None takes the first ones.
+    tally: counts the rows that cannot be used.
 
   Raises:
-    UserError: `min_change` is given and the rows do not tell theirs, or too many rows
+    UserError: `min_change` is set and the rows have no column `change`, or too many rows
       cannot be used.
   """
   tally = tally or Tally()
@@ -225,7 +224,7 @@ def from_pairs(
       tally.ties += 1
       return None
     if min_change and "change" not in values:
-      raise UserError("data.min_change is of drawn pairs, with data.source=online")
+      raise UserError("data.min_change needs generated pairs: set data.source=online")
     if min_change and float(values["change"]) < min_change:
       return None
     columns = [f"jpg_{k}" for k in (first, 1 - first)][:arms]
@@ -236,7 +235,7 @@ def from_pairs(
 
 
 def _winner(values: Mapping[str, Any]) -> int | None:
-  """The number of a pair's preferred image; None for a tie."""
+  """Returns the number of a pair's preferred image, 0 or 1; None for a tie."""
   first, second = (bad_rows.number_of(values[f"label_{k}"], f"label_{k}") for k in (0, 1))
   return None if first == second else int(second > first)
 
@@ -255,24 +254,23 @@ def to_singles(
   seed: int | None = None,
   tally: Tally | None = None,
 ) -> list[Row]:
-  """Reads each image of a data set of pairs once, and whether it ever was preferred.
+  """Reads each image of a data set of pairs once, with a label.
 
-  What is desirable is an image that won a pair, whatever became of it in others; all others
-  are not, those that have only been in ties among them. Images are known by their content
-  and caption.
+  An image is desirable if it won at least one pair; images that only lost or tied are not. Two
+  images are the same if their files and captions are equal.
 
   Args:
     source: rows with Pick-a-Pic's columns.
-    limit: number of images wanted, 0 for all.
-    image_size: height and width in pixels that images are brought to; 0 leaves them.
-    seed: of which images are used where `limit` is less than all; None takes the first.
-    tally: of the rows that cannot be used.
+    limit: number of images to read; 0 reads all.
+    image_size: height and width in pixels to crop and resize to; 0 keeps the sizes.
+    seed: selects images at random if there are more than `limit`; None takes the first ones.
+    tally: counts the rows that cannot be used.
 
   Returns:
-    Rows in order of their images' first appearance.
+    Rows in the order in which their images first appear.
 
   Raises:
-    UserError: there are images of one kind alone, or too many rows cannot be used.
+    UserError: all images have the same label, or too many rows cannot be used.
   """
   tally = tally or Tally()
   won: dict[tuple[bytes, str], bool] = {}
@@ -305,7 +303,9 @@ def to_singles(
   )
   if rows and len({row.desirable for row in rows}) == 1:
     which, other = ("liked", "disliked") if rows[0].desirable else ("disliked", "liked")
-    raise UserError(f"the {len(rows)} images of the data are all {which}, none {other}")
+    raise UserError(
+      f"the {len(rows)} images of the data are all {which}: the loss needs {other} ones, too"
+    )
   return rows
 
 
@@ -316,9 +316,13 @@ def from_rankings(
   image_size: int = 0,
   tally: Tally | None = None,
 ) -> list[Row]:
-  """Reads images from best to worst, of rows with `prompt`, `jpg_k` and `rank_k`.
+  """Reads ranked lists of images, sorted from best to worst.
 
-  The first `limit` of them, 0 for all.
+  Args:
+    source: rows with `prompt`, `jpg_k` and `rank_k`.
+    limit: number of lists to read; 0 reads all.
+    image_size: height and width in pixels to crop and resize to; 0 keeps the sizes.
+    tally: counts the rows that cannot be used.
   """
 
   def read(i: int) -> Row:
@@ -333,7 +337,7 @@ def from_rankings(
 
 
 def fingerprint(rows: Iterable[Row]) -> str:
-  """Changes with any image, caption or label."""
+  """Returns a digest of all images, captions and labels."""
   digest = hashlib.sha256()
   for row in rows:
     text = (row.prefix + row.caption).encode()

@@ -1,4 +1,4 @@
-"""Splits side by side in one folder: which files belong to which, by their names."""
+"""Selection of the files of one split by their names."""
 
 import re
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ _BASE = {
 }
 _NAME = re.compile(rf"({'|'.join(_BASE)})(_unique)?(?=$|[-_. ])")
 _FOLDER = re.compile(rf"({'|'.join(_BASE)})(_unique)?")
-# As `datasets` and tensorflow_datasets name their files; of these the whole name is meant.
+# File names of `datasets` and tensorflow_datasets; the split may be anywhere in these names.
 _SHARD = re.compile(rf"(?:^|[-. ])({'|'.join(_BASE)})(_\w+)?-\d+-of-\d+(?=$|[-. ])")
 ALL = "all"
 
@@ -21,20 +21,20 @@ ALL = "all"
 def choose(
   names: Sequence[str], split: str, root: Path, noun: str = "files"
 ) -> tuple[list[str], str]:
-  """The files of a split, where names have several.
+  """Chooses the files of a split if the names have several splits.
 
   Args:
-    names: of files, relative to `root`.
+    names: paths of the files, relative to `root`.
     split: 'train', 'validation', 'test', 'test_unique', ...; 'all' takes every file.
-    root: the folder, for messages.
-    noun: of what is named.
+    root: the folder, for error messages.
+    noun: 'files' or 'folders', for messages.
 
   Returns:
-    Names, and in words what was taken and what was not; all and '' where names have fewer
-    than two splits, so that there is nothing to choose from.
+    The chosen names, and a note on what was chosen. If the names have fewer than two splits,
+    all names and ''.
 
   Raises:
-    UserError: there is no such split.
+    UserError: the split does not exist.
   """
   found = [split_of(name) for name in names]
   known = sorted({s for s in found if s})
@@ -43,14 +43,14 @@ def choose(
   chosen = [name for name, s in zip(names, found, strict=True) if s == split]
   if not chosen:
     choices = ", ".join((*known, ALL))
-    raise UserError(f"{root} has no split {split!r}; data.split is one of {choices}")
+    raise UserError(f"{root} has no split {split!r}; data.split must be one of {choices}")
   others = ", ".join(s for s in known if s != split)
   number = f"{len(chosen)} of {len(names)} {noun}"
   return chosen, f"{number}, those of data.split={split} (not {others})"
 
 
 def split_of(name: str) -> str:
-  """The split that a file's name says, or that of the nearest folder which says one, or ''."""
+  """Returns the split in a file's name, else in the nearest folder's name, else ''."""
   *folders, file = name.lower().split("/")
   stem = re.sub(r"\.[a-z]+$", "", file)
   by_folder = (_FOLDER.fullmatch(part) for part in reversed(folders))

@@ -1,4 +1,4 @@
-"""Experts: the best images of a preference data set by its scores."""
+"""Selection of experts: the images of a preference data set with the best scores."""
 
 import dataclasses
 import hashlib
@@ -20,7 +20,10 @@ _SCORED = ("score_0", "score_1", "image_0_uid", "image_1_uid")
 class Example:
   """One image and its caption.
 
-  `image`: uint8 [H, W, 3]; `source`: where it is from, an image's uid or a file's path.
+  Attributes:
+    image: uint8 [H, W, 3].
+    caption: the image's caption.
+    source: the image's uid, or the path of its file.
   """
 
   image: np.ndarray
@@ -35,19 +38,19 @@ def top_k(
   image_size: int = 0,
   tally: Tally | None = None,
 ) -> list[Example]:
-  """Chooses the best images of a preference data source, each with one caption once.
+  """Chooses the best images of a preference data set, each image and caption once.
 
   Args:
-    source: rows with Pick-a-Pic's columns, and `score_0` and `score_1`.
-    k: how many, 0 for all.
-    image_size: height and width in pixels that images are brought to; 0 leaves them.
-    tally: of images that cannot be used; the next best are taken instead.
+    source: rows with Pick-a-Pic's columns, `score_0` and `score_1`.
+    k: number of images; 0 chooses all.
+    image_size: height and width in pixels to crop and resize to; 0 keeps the sizes.
+    tally: counts images that cannot be used; the next best replace them.
 
   Returns:
-    From the best score down; of equal scores, from the first uid on.
+    Examples by decreasing score; equal scores are sorted by uid.
 
   Raises:
-    UserError: there are fewer, or too many of them cannot be used.
+    UserError: there are fewer than `k` images, or too many of them cannot be used.
   """
   tally = tally or Tally()
   ranked = sorted(_images(source, tally), key=lambda image: (-image.score, image.uid))
@@ -57,7 +60,7 @@ def top_k(
   unique = list(first.values())
 
   def read(rank: int) -> tuple[int, Example]:
-    # Pixels are read again, so that only those of the best are ever held.
+    # Reads the pixels again, so that memory only ever holds those of the best images.
     of = unique[rank]
     pixels = images.decode(source[of.row][of.column], image_size)
     return rank, Example(pixels, of.caption, of.uid)
@@ -73,14 +76,15 @@ def top_k(
   )
   if not best or len(best) < k:
     raise UserError(
-      f"the data has {wording.count(len(best), 'image')} to pick experts from, not {k}"
+      f"data.num_experts = {k}, but the data has only "
+      f"{wording.count(len(best), 'image')} to choose from"
     )
   return [example for _, example in sorted(best, key=lambda found: found[0])]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Image:
-  """What ranks one image of a pair; `row` and `column` say where its pixels are."""
+  """The score of one image of a pair; `row` and `column` locate its pixels."""
 
   score: float
   uid: str
@@ -97,7 +101,7 @@ def _images(
     row, k = divmod(i, 2)
     values = source[row]
     if lacking := [c for c in _SCORED if c not in values]:
-      raise UserError(f"experts are chosen by score, and the data lacks {', '.join(lacking)}")
+      raise UserError(f"experts are chosen by score, but the data lacks {', '.join(lacking)}")
     return _Image(
       score=bad_rows.number_of(values[f"score_{k}"], f"score_{k}"),
       uid=_uid(values[f"image_{k}_uid"]),
@@ -121,10 +125,10 @@ def _uid(value: Any) -> str:
 
 
 def digest_of(image: bytes | Path | None, column: str) -> bytes:
-  """The digest of an image file's content.
+  """Returns the SHA-256 digest of an image file's content.
 
   Raises:
-    BadRow: there is none, or it cannot be read.
+    BadRow: the image is null, or its file cannot be read.
   """
   if image is None:
     raise BadRow(f"{column} is null")
@@ -135,5 +139,5 @@ def digest_of(image: bytes | Path | None, column: str) -> bytes:
 
 
 def text_of(value: bytes | str) -> str:
-  """Text, which data sources give as bytes."""
+  """Returns text; decodes the bytes that data sources give."""
   return value.decode() if isinstance(value, bytes) else value

@@ -69,7 +69,7 @@ def make_generator(
     decode: 'whole' decodes a batch in one VAE call, 'sliced' one image per call, 'tiled' one
       image in overlapping tiles.
     image_guidance: an improver's guidance scale towards the input image, see
-      `guidance.by_text_and_image`; None means that there are no input images.
+      `guidance.by_text_and_image`; None means no input images.
 
   Returns:
     `generate(unet_params, cond, seeds, on_batch=None, *, names=None) -> uint8 [N, H, W, 3]`.

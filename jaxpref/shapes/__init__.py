@@ -1,6 +1,6 @@
-"""The shapes world: a miniature of text-to-image preference tuning whose truth is known.
+"""The shapes world: a small text-to-image task with known ground truth.
 
-Compositional captions (`prompts`), a renderer (`render`), the flaws of a web-like corpus
-(`flaws`), a simulated annotator (`annotator`), a judge that sees only pixels
-(`verifier`), and a tensorflow_datasets builder (`builder`) that writes it all down.
+It has compositional captions (`prompts`), a renderer (`render`), the flaws of a web-like corpus
+(`flaws`), a simulated annotator (`annotator`), a judge that sees only pixels (`verifier`), and
+data sets of pairs (`builder`) and of ranked lists (`rankings`).
 """

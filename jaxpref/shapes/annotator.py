@@ -1,8 +1,9 @@
-"""A simulated annotator: what people would say of two images of one prompt.
+"""A simulated annotator of image preferences.
 
-Images have a utility: showing what was asked for counts most, then looks. Of two images
-the better one is preferred with the probability of Bradley and Terry (Biometrika 39, 1952);
-like people, the annotator calls a tie between images about as good, and slips at times.
+Each image has a utility, which depends most on showing what the prompt asks for and then on
+looks. Of two images, the annotator prefers the better one with the probability of Bradley and
+Terry (Biometrika 39, 1952). As people do, it calls some images of similar utility a tie and
+makes some mistakes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,32 +13,32 @@ import numpy as np
 from jaxpref.shapes import flaws as flaws_lib
 from jaxpref.shapes import prompts
 
-CORRECT = 2.0  # the utility of an image without a flaw
-PARTIAL = 0.8  # of a wrong image, times the share of things that are still right
+CORRECT = 2.0  # utility of an image without flaws
+PARTIAL = 0.8  # utility of a wrong image, times its share of correct objects
 PENALTIES: Mapping[str, float] = {
   "cropped": 0.5,
   "blur": 0.9,
   "noise": 0.7,
   "low_contrast": 0.6,
 }
-TIE_WITHIN = 0.25  # utilities closer than this are called a tie at TIE_RATE,
-TIE_RATE = 0.5  # which makes about 12 % ties over the pairs of the corpus
-SLIP_RATE = 0.04  # how often the two answers are mixed up; ties are not
+TIE_WITHIN = 0.25  # utilities closer than this become a tie with probability TIE_RATE
+TIE_RATE = 0.5  # gives about 12 % ties over the pairs of the corpus
+SLIP_RATE = 0.04  # probability that the preference is reversed; ties are not affected
 SCORE_NOISE = 0.2  # standard deviation of `observed_score`
 
 
 def utility(flaws: tuple[str, ...], spec: prompts.Spec) -> float:
-  """How good an image with these flaws is for its prompt; `CORRECT` at best.
+  """Returns the utility of an image with these flaws, at most `CORRECT`.
 
   Args:
-    flaws: names out of `flaws.applicable(spec)`.
-    spec: what the prompt asks for.
+    flaws: names from `flaws.applicable(spec)`.
+    spec: the meaning of the prompt.
 
   Raises:
-    ValueError: a flaw is unknown, or cannot befall this prompt.
+    ValueError: a flaw is unknown or not applicable to this prompt.
   """
   if unknown := set(flaws) - set(flaws_lib.applicable(spec)):
-    raise ValueError(f"{sorted(unknown)} cannot befall {prompts.caption(spec)!r}")
+    raise ValueError(f"{sorted(unknown)} are not applicable to {prompts.caption(spec)!r}")
   looks = sum(PENALTIES[f] for f in flaws if f in PENALTIES)
   if flaws_lib.is_right(flaws):
     return CORRECT - looks
@@ -46,9 +47,9 @@ def utility(flaws: tuple[str, ...], spec: prompts.Spec) -> float:
 
 
 def prefer(utility_0: float, utility_1: float, rng: np.random.Generator) -> float:
-  """Which of two images the annotator prefers.
+  """Samples which of two images the annotator prefers.
 
-  Where it is no tie, image 0 is preferred with probability `p + SLIP_RATE (1 - 2 p)`,
+  Unless it is a tie, image 0 is preferred with probability `p + SLIP_RATE (1 - 2 p)`, where
   `p = sigmoid(utility_0 - utility_1)`.
 
   Returns:
@@ -63,17 +64,17 @@ def prefer(utility_0: float, utility_1: float, rng: np.random.Generator) -> floa
 
 
 def rank(utilities: Sequence[float], rng: np.random.Generator) -> list[int]:
-  """Images in the order in which the annotator puts them, from best to worst.
+  """Samples the annotator's ranking of images, from best to worst.
 
-  Drawn from Plackett and Luce's model (Applied Statistics 24, 1975): the best one is chosen
-  with probability in proportion to exp(utility), then the best of the rest, and so on.
-  Between any two images that is `prefer` without ties and slips.
+  The ranking follows Plackett and Luce's model (Applied Statistics 24, 1975): the best image is
+  chosen with a probability proportional to exp(utility), then the best of the rest, and so on.
+  For two images it equals `prefer` without ties and slips.
   """
-  # The order of utilities with Gumbel noise has this distribution.
+  # Sorting utilities with Gumbel noise samples from this distribution.
   noisy = np.asarray(utilities) + rng.gumbel(size=len(utilities))
   return [int(k) for k in np.argsort(-noisy)]
 
 
 def observed_score(utility: float, rng: np.random.Generator) -> float:
-  """The utility as a preference scorer would see it, with Gaussian `SCORE_NOISE`."""
+  """Returns the score of a simulated preference scorer: utility plus Gaussian noise."""
   return utility + SCORE_NOISE * float(rng.standard_normal())

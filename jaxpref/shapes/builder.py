@@ -1,9 +1,9 @@
-"""The shapes world's preferences as a tensorflow_datasets builder, without TensorFlow.
+"""The shapes world's data set of preference pairs.
 
-`load_preferences("train")` draws the pairs on first use, writes them as ArrayRecord into
-the user's TFDS directory, and reads them back from then on. Columns are those of
-Pick-a-Pic v2 (Kirstain et al. 2023, https://arxiv.org/abs/2305.01569), and the scores that
-experts are picked by. `jpg_0` and `jpg_1` are images as files, here PNG: no loss.
+`load_preferences("train")` generates the pairs on first use and stores them in the user's TFDS
+directory, see `jaxpref.runtime.tfds_store`. The columns are those of Pick-a-Pic v2 (Kirstain et
+al. 2023, https://arxiv.org/abs/2305.01569) and the scores by which experts are chosen. `jpg_0`
+and `jpg_1` are image files, here lossless PNG.
 """
 
 import dataclasses
@@ -20,13 +20,13 @@ import tensorflow_datasets as tfds
 from jaxpref.runtime import progress, tfds_store
 from jaxpref.shapes import annotator, flaws, palette, prompts, render
 
-_STREAM = 0x50414952  # keeps pairs' random numbers apart from those of the corpus
+_STREAM = 0x50414952  # separates the pairs' random numbers from those of the lists
 _EPOCH = datetime.datetime(2024, 1, 1, tzinfo=datetime.UTC)
 
 
 @dataclasses.dataclass(eq=False)
 class PairsConfig(tfds.core.BuilderConfig):
-  """How many pairs there are of train and of test prompts, and their seed."""
+  """The numbers of pairs of train and of test prompts, and the seed."""
 
   num_train: int = 3000
   num_test: int = 300
@@ -34,7 +34,7 @@ class PairsConfig(tfds.core.BuilderConfig):
 
 
 class ShapesPreferences(tfds_store.StoredBuilder):
-  """Pairs of images of one prompt, and which of the two an annotator prefers."""
+  """Pairs of images of one prompt with the annotator's preference."""
 
   SOURCES = (annotator, flaws, palette, prompts, render)
   BUILDER_CONFIGS = [PairsConfig(name="default")]
@@ -74,22 +74,22 @@ class ShapesPreferences(tfds_store.StoredBuilder):
     )
     copies = Counter(prompts.caption(spec) for spec in drawn)
     for i in progress.progress_bar(
-      range(num_pairs), desc=f"drawing pairs to {split} on", unit="pair"
+      range(num_pairs), desc=f"generating the {split} pairs", unit="pair"
     ):
       row = draw_pair(i, split=split, seed=seed)
       yield i, {**row, "num_example_per_prompt": copies[row["caption"]]}
 
 
 def draw_pair(i: int, *, split: str, seed: int) -> dict[str, Any]:
-  """Row `i` of a split, a function of these arguments alone.
+  """Generates row `i` of a split, which depends only on these arguments.
 
-  Only `num_example_per_prompt` is missing, which takes the whole split to count.
-  `best_image_uid` is empty where the annotator calls a tie, as are the URLs.
+  The column `num_example_per_prompt` is missing, because it needs a count over the whole split.
+  `best_image_uid` is empty for ties, and the URLs are always empty.
   """
   rng = tfds_store.rng_of(seed, _STREAM, split, i)
   spec = prompts.draw_prompt(rng, split)
   row: dict[str, Any] = {
-    "are_different": True,  # no two images are alike
+    "are_different": True,  # no two images are equal
     "caption": prompts.caption(spec),
     "created_at": (_EPOCH + datetime.timedelta(minutes=i)).isoformat(),
     "has_label": True,
@@ -121,23 +121,23 @@ def load_preferences(
   seed: int = 0,
   data_dir: str | os.PathLike | None = None,
 ) -> Any:
-  """The pairs of a split; drawn and written first if they are not there yet.
+  """Opens the pairs of a split; generates and stores the data set first if necessary.
 
   Safe to call from several processes at once: one writes, the others wait.
 
   Args:
     split: 'train' or 'test', the split of the prompts.
-    num_train: pairs of train prompts.
-    num_test: pairs of test prompts.
-    seed: of everything in the pairs.
+    num_train: number of pairs of train prompts.
+    num_test: number of pairs of test prompts.
+    seed: seed of all random numbers of the pairs.
     data_dir: the TFDS directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
 
   Returns:
-    A random-access source of rows (`len`, `[i]`), columns to values, text as bytes.
+    A random-access sequence of rows, each a mapping from columns to values; text is bytes.
 
   Raises:
-    UserError: the directory cannot be written, or is not on this machine.
-    ValueError: there is no such split.
+    UserError: the directory cannot be written, or is not a local path.
+    ValueError: `split` is unknown.
   """
   config = _config(num_train, num_test, seed)
   return tfds_store.load(ShapesPreferences, config, split, data_dir=data_dir)

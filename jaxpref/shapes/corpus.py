@@ -1,4 +1,4 @@
-"""The base corpus: captioned, flawed images, rendered once and kept on disk."""
+"""The base corpus: flawed images with captions, rendered once and stored on disk."""
 
 import hashlib
 import inspect
@@ -15,16 +15,16 @@ from jaxpref.shapes import flaws, palette, prompts, render
 def build_corpus(
   directory: Path, *, num_images: int, size: int, seed: int
 ) -> tuple[np.ndarray, list[str]]:
-  """The corpus, from `directory` if it was built before.
+  """Builds the corpus, or opens it if `directory` has it already.
 
   Args:
-    directory: where it is kept; made if need be.
-    num_images: how many; image i depends on (seed, i) alone.
-    size: pixels, both ways; divides the renderer's 64, which are averaged.
-    seed: of prompts, scenes and flaws.
+    directory: where the corpus is stored; created if it does not exist.
+    num_images: number of images; image i depends only on (seed, i).
+    size: height and width in pixels, a divisor of the renderer's 64, which are averaged.
+    seed: seed of prompts, scenes and flaws.
 
   Returns:
-    Images, uint8 [N, size, size, 3], mapped from disk, and their training captions.
+    Images, uint8 [N, size, size, 3], memory-mapped, and their training captions.
   """
   stem = directory / f"corpus-{num_images}-{size}-{seed}-{_fingerprint()}"
   pixels, texts = stem.with_suffix(".npy"), stem.with_suffix(".json")
@@ -33,7 +33,7 @@ def build_corpus(
     partial = stem.with_suffix(".partial.npy")
     images = np.lib.format.open_memmap(partial, "w+", np.uint8, (num_images, size, size, 3))
     captions = []
-    for i in progress.progress_bar(range(num_images), desc="drawing the corpus", unit="image"):
+    for i in progress.progress_bar(range(num_images), desc="render the corpus", unit="image"):
       rng = np.random.default_rng([seed, i])
       spec = prompts.draw_prompt(rng, "train")
       image, _ = flaws.corpus_image(spec, rng)
@@ -48,6 +48,6 @@ def build_corpus(
 
 
 def _fingerprint() -> str:
-  """Changes whenever the code that draws changes, so that no stale corpus is read."""
+  """Returns a digest of the rendering code, so that a corpus of older code is not reused."""
   source = "".join(inspect.getsource(m) for m in (flaws, palette, prompts, render))
   return hashlib.sha256(source.encode()).hexdigest()[:8]

@@ -1,7 +1,7 @@
-"""What goes wrong in the base corpus: flaws at stated rates, as in pictures off the web.
+"""Flaws of the base corpus at fixed rates, similar to those of images from the web.
 
-Flaws of meaning make an image wrong for its prompt; flaws of looks spoil a right one. A
-cropped object counts as wrong: its shape can no longer be told.
+Flaws of meaning make an image wrong for its prompt; flaws of looks only make it worse. An image
+with a cropped object counts as wrong, because the object's shape cannot be recognized.
 """
 
 import dataclasses
@@ -13,8 +13,8 @@ from jaxpref.shapes import prompts, render
 
 MEANING = ("missing_object", "wrong_count", "swapped_color", "swapped_relation")
 LOOKS = ("cropped", "blur", "noise", "low_contrast")
-# The chance of each flaw, where the prompt allows it, drawn independently; at most one
-# flaw of meaning is applied, the first in this order.
+# Probability of each flaw if it is applicable to the prompt. Flaws are sampled independently;
+# of several flaws of meaning, only the first in this order is applied.
 RATES: Mapping[str, float] = {
   "missing_object": 0.10,
   "wrong_count": 0.16,
@@ -28,7 +28,7 @@ RATES: Mapping[str, float] = {
 
 
 def applicable(spec: prompts.Spec) -> tuple[str, ...]:
-  """The flaws that can befall an image of this prompt."""
+  """Returns the flaws that an image of this prompt can have."""
   colored = any(t.color for t in spec.things)
   ruled_out = set() if colored else {"swapped_color"}
   if not spec.relation:
@@ -37,32 +37,32 @@ def applicable(spec: prompts.Spec) -> tuple[str, ...]:
 
 
 def draw_flaws(spec: prompts.Spec, rng: np.random.Generator) -> tuple[str, ...]:
-  """The flaws of one image of the corpus, drawn at `RATES`."""
+  """Samples the flaws of one image of the corpus at `RATES`."""
   drawn = [f for f in applicable(spec) if rng.random() < RATES[f]]
   meaning = [f for f in drawn if f in MEANING][:1]
   return tuple(meaning + [f for f in drawn if f in LOOKS])
 
 
 def is_right(flaws: tuple[str, ...]) -> bool:
-  """Whether an image with these flaws still shows what its prompt asks for."""
+  """Checks whether an image with these flaws still shows what its prompt asks for."""
   return not any(f in MEANING or f == "cropped" for f in flaws)
 
 
 def flawed_scene(
   spec: prompts.Spec, flaws: tuple[str, ...], rng: np.random.Generator
 ) -> render.Scene:
-  """A scene for `spec` that has exactly these flaws.
+  """Samples a scene for `spec` that has exactly these flaws.
 
   Args:
-    spec: what the prompt asks for.
-    flaws: names out of `applicable(spec)`.
-    rng: decides everything else.
+    spec: the meaning of the prompt.
+    flaws: names from `applicable(spec)`.
+    rng: determines everything else.
 
   Raises:
-    ValueError: a flaw is unknown, or cannot befall this prompt.
+    ValueError: a flaw is unknown or not applicable to this prompt.
   """
   if unknown := set(flaws) - set(applicable(spec)):
-    raise ValueError(f"{sorted(unknown)} cannot befall {prompts.caption(spec)!r}")
+    raise ValueError(f"{sorted(unknown)} are not applicable to {prompts.caption(spec)!r}")
   if "swapped_relation" in flaws:
     spec = dataclasses.replace(spec, relation=_other(prompts.RELATIONS, spec, rng))
   if "swapped_color" in flaws:
@@ -86,7 +86,7 @@ def flawed_scene(
 def corpus_image(
   spec: prompts.Spec, rng: np.random.Generator, *, flawed: bool = True
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-  """One image of the base corpus, uint8 [64, 64, 3], and its flaws."""
+  """Samples one image of the base corpus, uint8 [64, 64, 3], and returns its flaws, too."""
   flaws = draw_flaws(spec, rng) if flawed else ()
   return render.draw(flawed_scene(spec, flaws, rng), rng), flaws
 
@@ -116,7 +116,7 @@ def _drop(scene: render.Scene, rng: np.random.Generator) -> render.Scene:
 
 
 def _recount(spec: prompts.Spec, scene: render.Scene, rng: np.random.Generator) -> render.Scene:
-  """One object too many, or one too few where several were asked for."""
+  """Adds an object, or removes one if the prompt asks for several."""
   if len(scene.objects) > 1 and spec.category == "counting" and rng.random() < 0.5:
     return _drop(scene, rng)
   twin = scene.objects[rng.integers(len(scene.objects))]
@@ -125,14 +125,14 @@ def _recount(spec: prompts.Spec, scene: render.Scene, rng: np.random.Generator) 
 
 
 def _crop(scene: render.Scene, rng: np.random.Generator) -> render.Scene:
-  """Pushes one object half out of the frame, without leaving its place in a relation."""
+  """Moves one object half out of the frame; its relation to the others stays the same."""
   if not scene.objects:
     return scene
   index = int(rng.integers(len(scene.objects)))
   victim = scene.objects[index]
-  depth = rng.uniform(-0.1, 0.25) * victim.reach  # of its centre, inside the frame
+  depth = rng.uniform(-0.1, 0.25) * victim.reach  # distance of its centre from the frame
   centres = np.array([[o.x, o.y] for o in scene.objects])
-  # The nearest side is the one towards which nothing else can be in the way.
+  # No other object can be between an object and its nearest side of the frame.
   distances = [victim.x, render.SIZE - victim.x, victim.y, render.SIZE - victim.y]
   side = int(np.argmin(distances))
   x, y = centres[index]

@@ -1,4 +1,4 @@
-"""The colours of the shapes world: all that its renderer and its verifier share."""
+"""The colours of the shapes world, which the renderer and the verifier share."""
 
 # Saturated object colours, far apart in hue or, within a hue, in lightness.
 OBJECTS: dict[str, tuple[int, int, int]] = {
@@ -12,7 +12,7 @@ OBJECTS: dict[str, tuple[int, int, int]] = {
   "pink": (246, 128, 190),
 }
 
-# Achromatic, so that an object is never lost in its background.
+# Achromatic, so that every object differs from its background.
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
   "white": (244, 244, 244),
   "silver": (186, 186, 186),

@@ -1,9 +1,9 @@
 """Captions of the shapes world in GenEval's six categories, and their meaning.
 
-A caption and its `Spec` are two forms of one thing: `caption(spec)` writes it, and
-`parse(text)` reads it back. Prompts are split once and for all: `split_of(spec)` holds out
-whole combinations (which colour of which shape, which pair, which relation), so that no
-test prompt is a rewording of a training prompt.
+A caption and its `Spec` are equivalent: `caption(spec)` writes the text, and `parse(text)`
+reads it. The split of a prompt is fixed: `split_of(spec)` holds out whole combinations of
+attributes (a colour with a shape, a pair of shapes, a relation), so that no test prompt is a
+paraphrase of a training prompt.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ CATEGORIES = (
 
 @dataclasses.dataclass(frozen=True)
 class Thing:
-  """One kind of object that a prompt asks for; None leaves an attribute open."""
+  """One kind of object that a prompt asks for; a None attribute can have any value."""
 
   shape: str
   color: str | None = None
@@ -44,9 +44,9 @@ class Thing:
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-  """What a prompt asks for: one or two things, their relation, the background.
+  """The meaning of a prompt: one or two things, their relation, the background.
 
-  `relation` says where the first thing is, seen from the second.
+  `relation` is the position of the first thing relative to the second.
   """
 
   category: str
@@ -56,7 +56,7 @@ class Spec:
 
 
 def caption(spec: Spec) -> str:
-  """The prompt's text, such as "a red circle left of a star on a white background"."""
+  """Writes the prompt's text, e.g. "a red circle left of a star on a white background"."""
   words = []
   for thing in spec.things:
     attributes = [a for a in (thing.size, thing.color) if a]
@@ -89,10 +89,10 @@ _GRAMMAR = re.compile(
 
 @functools.lru_cache(maxsize=65536)
 def parse(text: str) -> Spec:
-  """Reads a caption of the shapes world back into its meaning.
+  """Parses a caption of the shapes world.
 
   Raises:
-    ValueError: the text is not one of this world's captions.
+    ValueError: the text is not a caption of the shapes world.
   """
   found = _GRAMMAR.fullmatch(text.strip().lower())
   if not found:
@@ -126,7 +126,7 @@ def _category(part: dict, things: tuple[Thing, ...]) -> str:
 
 
 def _specs(category: str) -> list[Spec]:
-  """Every prompt of a category."""
+  """Lists all prompts of a category."""
   pairs = list(itertools.permutations(SHAPES, 2))
   backgrounds = (None, *BACKGROUNDS)
   sizes = (None, *SIZES)
@@ -159,12 +159,12 @@ def _specs(category: str) -> list[Spec]:
         one((Thing(a, c), Thing(b, d))) for (a, b), (c, d) in itertools.product(pairs, colors)
       ]
     case _:
-      raise ValueError(f"category is one of {CATEGORIES}, not {category!r}")
+      raise ValueError(f"category must be one of {CATEGORIES} (got {category!r})")
   return [spec for part in parts for spec in part]
 
 
 def _combination(spec: Spec) -> str:
-  """What must be new in a test prompt; for few-worded categories the whole prompt."""
+  """Returns the combination that a split holds out; for short prompts the whole prompt."""
   if spec.category in ("single_object", "counting"):
     return caption(spec)
   things = [f"{t.color} {t.shape}" for t in spec.things]
@@ -177,20 +177,20 @@ def _combination(spec: Spec) -> str:
 
 
 def split_of(spec: Spec) -> str:
-  """'test' for one combination in six, 'train' for the others; fixed for ever."""
+  """Returns 'test' for one combination in six, else 'train'; never changes."""
   digest = zlib.crc32(("shapes/1 " + _combination(spec)).encode())
   return "test" if digest % 6 == 0 else "train"
 
 
 @functools.cache
 def all_prompts(split: str) -> dict[str, tuple[Spec, ...]]:
-  """Every prompt of a split, by category.
+  """Returns all prompts of a split by category.
 
   Args:
-    split: 'train' or 'test'; no prompt and no combination is in both.
+    split: 'train' or 'test'; the splits share no prompt and no combination.
   """
   if split not in ("train", "test"):
-    raise ValueError(f"split is 'train' or 'test', not {split!r}")
+    raise ValueError(f"split must be 'train' or 'test' (got {split!r})")
   return {
     category: tuple(s for s in _specs(category) if split_of(s) == split)
     for category in CATEGORIES
@@ -198,27 +198,27 @@ def all_prompts(split: str) -> dict[str, tuple[Spec, ...]]:
 
 
 def draw_prompt(rng: np.random.Generator, split: str) -> Spec:
-  """A prompt at random: each category alike, then each of its prompts alike."""
+  """Samples a category uniformly, then one of its prompts uniformly."""
   category = CATEGORIES[rng.integers(len(CATEGORIES))]
   choices = all_prompts(split)[category]
   return choices[rng.integers(len(choices))]
 
 
 def held_out(num_prompts: int, *, seed: int = 0) -> list[str]:
-  """Distinct test prompts for an evaluation, the categories in turn while they last.
+  """Samples distinct test prompts for an evaluation, as balanced over categories as possible.
 
   Args:
-    num_prompts: how many, at least 0.
-    seed: which ones.
+    num_prompts: number of prompts, at least 0.
+    seed: seed of the choice.
 
   Raises:
-    ValueError: there are not so many test prompts.
+    ValueError: `num_prompts` is larger than the number of test prompts.
   """
   rng = np.random.default_rng([seed, 0x7E57])
   queues = [list(rng.permutation(np.asarray(v, object))) for v in _test_captions()]
   if num_prompts > sum(map(len, queues)):
     raise ValueError(
-      f"the shapes world has {sum(map(len, queues))} test prompts, not {num_prompts}"
+      f"the shapes world has only {sum(map(len, queues))} test prompts (got {num_prompts})"
     )
   texts: list[str] = []
   for turn in itertools.count():

@@ -1,24 +1,24 @@
-"""Rates the looks of an image, for the verifier, whatever the image should show."""
+"""The verifier's rating of how clean an image looks, whatever the prompt asks for."""
 
 import numpy as np
 from scipy import ndimage
 
 from jaxpref.shapes import segmentation
 
-GOOD = 0.55  # clean images are above, also when mildly soft or grainy; spoiled ones below
-_OBJECT = 48  # pixels, of the canvas; about half of the smallest object
-_HOLE = 20  # pixels; about half of the smallest ring's hole
-_EDGE = 3  # pixels on either side of an edge that belong to it
+GOOD = 0.55  # clean and slightly soft or grainy images score higher, flawed images lower
+_OBJECT = 48  # pixels of the canvas; about half of the smallest object's area
+_HOLE = 20  # pixels of the canvas; about half of the area of the smallest ring's hole
+_EDGE = 3  # pixels on each side of an edge that count as the edge
 
 
 def score(canvas: np.ndarray, regions: list[segmentation.Region]) -> float:
-  """The product of what follows, in [0, 1]; 0 where nothing is seen.
+  """Returns the product of sharpness, evenness, contrast and wholeness, in [0, 1].
 
   Args:
     canvas: float32 [SIDE, SIDE, 3] in [0, 255].
-    regions: what `segmentation.find_regions` sees in it.
+    regions: from `segmentation.find_regions`; without objects the score is 0.
   """
-  # Smaller ones are dirt on the background, or what the frame has left of an object.
+  # Smaller regions are specks, or rests of objects that the frame cuts off.
   objects = [region for region in regions if region.mask.sum() >= _OBJECT]
   if not objects:
     return 0.0
@@ -27,12 +27,12 @@ def score(canvas: np.ndarray, regions: list[segmentation.Region]) -> float:
 
 
 def sharpness(regions: list[segmentation.Region]) -> float:
-  """From how steeply coverage rises at the edges: 1 within a pixel, 0 over five."""
+  """Rates how steeply coverage rises at edges: 1 within one pixel, 0 over five pixels."""
   return float(np.mean([_ramp(edge_slope(region), 0.12, 0.38) for region in regions]))
 
 
 def edge_slope(region: segmentation.Region) -> float:
-  """Median rise of coverage a pixel where it passes one half."""
+  """Returns the median slope of coverage per pixel at the edge, where coverage is 1/2."""
   box = segmentation.box_of(region.mask, 2)
   mask = region.mask[box]
   down, across = np.gradient(region.coverage[box])
@@ -42,17 +42,17 @@ def edge_slope(region: segmentation.Region) -> float:
 
 
 def evenness(canvas: np.ndarray, regions: list[segmentation.Region]) -> float:
-  """From what flat colours leave unexplained: 1 up to the rounding of pixels, 1/2 at 12.5."""
+  """Rates how flat the colours are: 1 for an unevenness of at most 0.5, 1/2 at 12.5."""
   excess = max(unevenness(canvas, regions) - 0.5, 0.0)
   return 1 / (1 + (excess / 12.0) ** 2)
 
 
 def unevenness(canvas: np.ndarray, regions: list[segmentation.Region]) -> float:
-  """Deviation of the image from flat objects on a flat background, of 255.
+  """Returns the deviation from flat objects on a flat background, in units of 1/255.
 
-  The root mean square over channels and pixels of the background's, and that of the worst
-  object's, the two added as squares. Grain, blotches of any size and colour, stray specks
-  and shaded objects all count, by their contrast and the root of the area they cover.
+  It is the root of the sum of two mean squares over pixels and channels: the background's and
+  the worst object's. Grain, blotches of any size and colour, specks and shaded objects all
+  count, in proportion to their contrast and the square root of their area.
   """
   labels = np.zeros(canvas.shape[:2], np.uint8)
   for i, region in enumerate(regions, start=1):
@@ -67,15 +67,15 @@ def unevenness(canvas: np.ndarray, regions: list[segmentation.Region]) -> float:
 def _residual(
   canvas: np.ndarray, regions: list[segmentation.Region], labels: np.ndarray
 ) -> np.ndarray:
-  """The image minus its nearest explanation by flat colours, [SIDE, SIDE, 3].
+  """Returns the image minus its best fit with flat colours, [SIDE, SIDE, 3].
 
-  Well inside an object that is the object's colour and well outside the background's.
-  Within `_EDGE` pixels of an edge any mixture of the two will do: `sharpness` judges those.
+  The fit is the object's colour inside an object and the background's colour outside. Within
+  `_EDGE` pixels of an edge it is any mixture of the two, since `sharpness` rates the edges.
 
   Args:
     canvas: float32 [SIDE, SIDE, 3] in [0, 255].
     regions: the objects.
-    labels: number of the object that covers a pixel, from 1; 0 is the background.
+    labels: number of the object that covers each pixel, from 1; 0 is the background.
   """
   size = 2 * _EDGE + 1
   flat = ndimage.maximum_filter(labels, size) == ndimage.minimum_filter(labels, size)
@@ -91,19 +91,19 @@ def _residual(
     found[box][inside] = canvas[box][inside] - color
     edge = ~flat[box] & ndimage.maximum_filter(mine, size)
     rest = canvas[box][edge] - ground[box][edge]
-    across = color - ground[box][edge]  # from the background's colour to the object's
+    across = color - ground[box][edge]  # from background to object colour
     share = np.einsum("pc,pc->p", rest, across)
     share /= np.einsum("pc,pc->p", across, across).clip(1e-6)
     off = rest - share[:, None] * across
     distance = np.einsum("pc,pc->p", off, off)
-    nearer = distance < least[box][edge]  # between two objects the better explanation counts
+    nearer = distance < least[box][edge]  # between two objects, keeps the better fit
     where = tuple(index[nearer] for index in np.nonzero(edge))
     found[box][where], least[box][where] = off[nearer], distance[nearer]
   return found
 
 
 def _without_pits(region: segmentation.Region) -> np.ndarray:
-  """The region's mask with holes filled that are smaller than any object's."""
+  """Returns the region's mask with all holes filled that are smaller than a ring's hole."""
   mask = region.mask
   if region.area == mask.sum():
     return mask
@@ -116,19 +116,19 @@ def _without_pits(region: segmentation.Region) -> np.ndarray:
 
 
 def _background(canvas: np.ndarray, where: np.ndarray) -> np.ndarray:
-  """The background's colour at each pixel: one tint, under light with an even slope.
+  """Fits the background's colour at each pixel: one tint with linearly varying lightness.
 
   Args:
     canvas: float32 [SIDE, SIDE, 3] in [0, 255].
-    where: what to fit, [SIDE, SIDE]; black and white pixels, whose light was cut off, are
-      left out of the fit where there are others.
+    where: pixels to fit, bool [SIDE, SIDE]. Black and white pixels, which may be clipped, are
+      left out of the fit unless they are more than 90 %.
   """
   pixels = canvas.reshape(-1, 3)
   light = pixels @ np.full(3, 1 / 3, np.float32)
   known = where.ravel() if where.any() else np.ones(len(light), bool)
   within = known & (light > 1) & (light < 254)
   weight = (within if within.sum() > 0.1 * known.sum() else known).astype(np.float32)
-  # By its normal equations, which are far smaller.
+  # Solves the normal equations, which are much smaller than the full system.
   terms = segmentation.SLOPES.reshape(-1, 3).astype(np.float32)
   weighed = (terms * weight[:, None]).T
   fit = np.linalg.lstsq(weighed @ terms, weighed @ light, rcond=None)[0]
@@ -137,18 +137,18 @@ def _background(canvas: np.ndarray, where: np.ndarray) -> np.ndarray:
 
 
 def contrast(regions: list[segmentation.Region]) -> float:
-  """From the objects' chroma: 1 at that of the palette, 0 at a third of it."""
+  """Rates the objects' chroma: 1 from 0.85 of the palette's chroma on, 0 below 0.3 of it."""
   return _ramp(float(np.mean([r.strength for r in regions])), 0.3, 0.85)
 
 
 def wholeness(regions: list[segmentation.Region]) -> float:
-  """1 where the frame cuts nothing, less the longer a cut."""
+  """Returns 1 if the frame cuts no object, and less for longer cuts."""
   cut = max(r.contact / np.sqrt(r.area) for r in regions)
   return 1 - 0.8 * _ramp(cut, 0.1, 0.8)
 
 
 def _median(values: np.ndarray) -> np.ndarray:
-  """The middle along the first axis, of an even number the upper one."""
+  """Returns the median along the first axis; of an even number, the upper middle value."""
   return np.sort(values, axis=0)[len(values) // 2]
 
 

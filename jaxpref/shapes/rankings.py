@@ -1,7 +1,7 @@
-"""The shapes world's ranked lists: several images of a prompt, from best to worst.
+"""The shapes world's data set of ranked lists: several images of a prompt with their ranks.
 
-What listwise methods learn from. Columns are those of HPDv2's test set (Wu et al. 2023,
-https://arxiv.org/abs/2306.09341), `prompt` and `rank`, with the images as files beside them.
+Listwise methods learn from it. The columns are those of HPDv2's test set (Wu et al. 2023,
+https://arxiv.org/abs/2306.09341), `prompt` and `rank`, and the images as PNG files.
 """
 
 import dataclasses
@@ -15,12 +15,12 @@ import tensorflow_datasets as tfds
 from jaxpref.runtime import progress, tfds_store
 from jaxpref.shapes import annotator, flaws, palette, prompts, render
 
-_STREAM = 0x4C495354
+_STREAM = 0x4C495354  # separates the lists' random numbers from those of the pairs
 
 
 @dataclasses.dataclass(eq=False)
 class ListsConfig(tfds.core.BuilderConfig):
-  """How many lists there are of train and of test prompts, their length, and their seed."""
+  """The numbers of lists of train and of test prompts, their length, and the seed."""
 
   num_train: int = 1000
   num_test: int = 100
@@ -29,7 +29,7 @@ class ListsConfig(tfds.core.BuilderConfig):
 
 
 class ShapesRankings(tfds_store.StoredBuilder):
-  """Images of one prompt, and the order in which an annotator puts them."""
+  """Lists of images of one prompt with the annotator's ranks."""
 
   SOURCES = (annotator, flaws, palette, prompts, render)
 
@@ -48,13 +48,13 @@ class ShapesRankings(tfds_store.StoredBuilder):
   def _generate_examples(self, split: str, num_lists: int) -> Iterator:
     config = self.builder_config
     for i in progress.progress_bar(
-      range(num_lists), desc=f"drawing lists to {split} on", unit="list"
+      range(num_lists), desc=f"generating the {split} lists", unit="list"
     ):
       yield i, draw_list(i, config.num_images, split=split, seed=config.seed)
 
 
 def draw_list(i: int, num_images: int, *, split: str, seed: int) -> dict[str, Any]:
-  """Row `i` of a split, a function of these arguments alone; rank 1 is the best."""
+  """Generates row `i` of a split, which depends only on these arguments; rank 1 is best."""
   rng = tfds_store.rng_of(seed, _STREAM, split, i)
   spec = prompts.draw_prompt(rng, split)
   row: dict[str, Any] = {"prompt": prompts.caption(spec)}
@@ -71,11 +71,16 @@ def draw_list(i: int, num_images: int, *, split: str, seed: int) -> dict[str, An
 def load_rankings(
   split: str, num_images: int, *, data_dir: str | os.PathLike | None = None
 ) -> Any:
-  """The lists of `num_images` images of a split, drawn and written first if need be.
+  """Opens the ranked lists of a split; generates and stores the data set first if necessary.
+
+  Args:
+    split: 'train' or 'test', the split of the prompts.
+    num_images: number of images per list.
+    data_dir: the TFDS directory; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
 
   Raises:
-    UserError: the directory cannot be written, or is not on this machine.
-    ValueError: there is no such split.
+    UserError: the directory cannot be written, or is not a local path.
+    ValueError: `split` is unknown.
   """
   config = ListsConfig(name=f"of-{num_images}", num_images=num_images)
   return tfds_store.load(ShapesRankings, config, split, data_dir=data_dir)

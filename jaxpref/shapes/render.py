@@ -1,10 +1,10 @@
-"""Draws prompts of the shapes world: a scene that satisfies a spec, then its pixels.
+"""The renderer of the shapes world: a random scene for a prompt, then its pixels.
 
-Every image is a function of its random generator alone. As photographers do, it is
-composed: one object stands near the middle, two beside or above each other, more in a
-pattern. Places within that, sizes, tints, lighting and all that the prompt leaves open
-vary, so that the diversity of a set of images can be measured. What a network of a few
-million parameters can learn in an hour sets the limit.
+An image depends only on the prompt and its random generator. Objects follow a composition: one
+object is near the middle, two are beside or above each other, more are in a pattern. Exact
+positions, sizes, tints, lighting and everything that the prompt leaves open vary, so that the
+diversity of a set of images can be measured. The variation is limited to what a network of a
+few million parameters can learn in an hour.
 """
 
 import dataclasses
@@ -17,15 +17,19 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from jaxpref.shapes import palette, prompts
 
-SIZE = 64  # pixels, both ways
+SIZE = 64  # height and width in pixels
 _OVERSAMPLE = 4
 _MARGIN = 2.0  # pixels kept free at the frame
 _GAP = 4.0  # pixels kept free between objects
-_LATTICE = 4  # pixels between the places that a centre can take
-_RADII = {"small": (7.2, 8.2), None: (11.5, 14.0), "large": (17.0, 20.0)}  # of one object
-# Of several, by their number; no prompt gives a size to one of several.
+_LATTICE = 4  # pixels between possible positions of a centre
+_RADII = {
+  "small": (7.2, 8.2),
+  None: (11.5, 14.0),
+  "large": (17.0, 20.0),
+}  # one object
+# Ranges for several objects, by their number; no prompt asks for sizes of several objects.
 _CROWDED_RADII = {2: (8.5, 10.2), 3: (8.5, 10.0), 4: (8.5, 9.6), 5: (6.5, 7.0)}
-# Where the objects stand, by their number, and how far from there, in pixels.
+# Positions of the objects by their number, and the largest offset from them, in pixels.
 _PATTERNS: dict[int, tuple[tuple[tuple[int, int], ...], ...]] = {
   1: (((32, 32),),),
   2: (((16, 32), (48, 32)), ((32, 16), (32, 48))),
@@ -34,7 +38,7 @@ _PATTERNS: dict[int, tuple[tuple[tuple[int, int], ...], ...]] = {
   5: (((16, 16), (48, 16), (16, 48), (48, 48), (32, 32)),),
 }
 _STRAY = {1: 8, 2: 4, 3: 4, 4: 4, 5: 4}
-# Outer radius of each shape over the nominal one, so that all look equally large.
+# Ratio of outer to nominal radius, so that all shapes look equally large.
 _REACH = {
   "circle": 1.0,
   "square": 1.25,
@@ -47,7 +51,7 @@ _REACH = {
 
 @dataclasses.dataclass(frozen=True)
 class Object:
-  """One drawn object; centre and nominal radius in pixels."""
+  """One object of a scene; centre and nominal radius are in pixels."""
 
   shape: str
   color: str
@@ -57,23 +61,23 @@ class Object:
 
   @property
   def reach(self) -> float:
-    """Distance in pixels from the centre within which all of it lies."""
+    """Outer radius in pixels: the whole object is within this distance of its centre."""
     return self.radius * _REACH[self.shape]
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-  """What an image shows, and how its pixels are spoiled."""
+  """The contents of an image, and the degradation of its pixels."""
 
   objects: tuple[Object, ...]
   background: str
   blur: float = 0.0  # standard deviation in pixels
-  noise: float = 0.0  # standard deviation of the grain, of 255
-  contrast: float = 1.0  # 1 leaves the image as it is
+  noise: float = 0.0  # standard deviation of the grain, in units of 1/255
+  contrast: float = 1.0  # factor; 1 does not change the image
 
 
 def layout(spec: prompts.Spec, rng: np.random.Generator) -> Scene:
-  """A random scene in which everything is as `spec` says, and nothing else is."""
+  """Samples a scene that shows exactly what `spec` asks for."""
   background = spec.background or prompts.BACKGROUNDS[rng.integers(4)]
   free_color = prompts.COLORS[rng.integers(8)]
   wanted = []
@@ -89,7 +93,7 @@ def layout(spec: prompts.Spec, rng: np.random.Generator) -> Scene:
 
 
 def compose(things: Sequence[prompts.Thing], rng: np.random.Generator) -> tuple[Object, ...]:
-  """One object a thing, at most five, clear of the frame and of each other."""
+  """Places one object per thing, at most five, away from the frame and each other."""
   total = len(things)
   patterns = _PATTERNS[total]
   while True:
@@ -117,7 +121,7 @@ def _inside(thing: Object) -> bool:
 
 
 def related(objects: Sequence[Object], relation: str | None) -> bool:
-  """Whether the first object clearly stands in `relation` to the second."""
+  """Checks whether the first object is clearly in `relation` to the second."""
   if relation is None:
     return True
   dx, dy = objects[0].x - objects[1].x, objects[0].y - objects[1].y
@@ -127,7 +131,7 @@ def related(objects: Sequence[Object], relation: str | None) -> bool:
 
 
 def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-  """The scene's pixels, uint8 [64, 64, 3], anti-aliased."""
+  """Renders a scene with anti-aliasing, uint8 [64, 64, 3]."""
   image = _background(scene.background, rng)
   for thing in scene.objects:
     mask = _mask(thing)[..., None]
@@ -143,7 +147,7 @@ def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 
 def _background(name: str, rng: np.random.Generator) -> np.ndarray:
-  """An achromatic ground with a slight slope of light."""
+  """Returns a grey background with a small gradient of lightness."""
   level = np.asarray(palette.BACKGROUNDS[name], float).mean() + rng.uniform(-8, 8)
   slope = rng.uniform(-8, 8, 2)
   axis = np.linspace(-1, 1, SIZE)
@@ -156,13 +160,13 @@ def _tint(thing: Object, rng: np.random.Generator) -> np.ndarray:
 
 
 def _grain(rng: np.random.Generator) -> np.ndarray:
-  """Zero-mean grey grain of unit deviation, as coarse as film's."""
+  """Samples grey grain of zero mean and unit deviation, 2 x 2 pixels coarse."""
   coarse = rng.standard_normal((SIZE // 2, SIZE // 2, 1))
   return np.repeat(np.repeat(coarse, 2, axis=0), 2, axis=1)
 
 
 def _mask(thing: Object) -> np.ndarray:
-  """Coverage of each pixel by the object, float [64, 64] in [0, 1]."""
+  """Returns the object's coverage of each pixel, float [64, 64] in [0, 1]."""
   canvas = Image.new("L", (SIZE * _OVERSAMPLE, SIZE * _OVERSAMPLE))
   pen = ImageDraw.Draw(canvas)
   scale, centre = _OVERSAMPLE, np.array([thing.x, thing.y])

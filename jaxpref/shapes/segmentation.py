@@ -1,8 +1,8 @@
-"""Finds the coloured regions of an image, for the verifier; knows nothing of shapes.
+"""Segmentation of an image into coloured regions, for the verifier.
 
-Backgrounds are achromatic and objects are not, so everything is measured in the plane of
-chroma: grey grain and slopes of light vanish there, and poor contrast only shortens the
-vectors without turning them.
+Backgrounds are achromatic and objects are not, so regions are found in the chroma plane. Grey
+grain and gradients of lightness vanish there, and low contrast shortens the chroma vectors
+without changing their direction.
 """
 
 import dataclasses
@@ -13,23 +13,29 @@ from scipy import ndimage
 
 from jaxpref.shapes import palette
 
-SIDE = 64  # pixels to which images are brought, so that every length below is relative
-SPECK = 12  # pixels; smaller regions are dirt
-_FAINTEST = 10.0  # chroma under which nothing is seen, of 255
-_COLORED = 30.0  # chroma of 255 over which a background has a colour
-_CHROMA_NOISE = 4.0  # what is taken for the standard deviation of chroma, of 255
+SIDE = 64  # images are resized to this side; all lengths below are in these pixels
+SPECK = 12  # pixels; smaller regions are ignored
+_FAINTEST = 10.0  # smallest chroma of a region, in units of 1/255
+_COLORED = 30.0  # chroma above which a background counts as coloured, in units of 1/255
+_CHROMA_NOISE = 4.0  # assumed standard deviation of chroma, in units of 1/255
 _COLORS = tuple(palette.OBJECTS)
 _LEVELS = {name: np.mean(rgb) for name, rgb in palette.BACKGROUNDS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Region:
-  """One coloured region; lengths in pixels of an image of side `SIDE`.
+  """One coloured region; lengths are in pixels of the canvas.
 
-  `area` has the holes filled; `contact` is the length along which the frame cuts it;
-  `strength` is its chroma over that of its colour in the palette. `mask` [SIDE, SIDE] is
-  where it is more than half covered; `coverage` [SIDE, SIDE] is about 1 inside, 0 outside
-  and soft at the edges. Neighbours are in neither.
+  Attributes:
+    color: name of the nearest colour of the palette.
+    x: position of the centre from the left.
+    y: position of the centre from the top.
+    area: area with holes filled.
+    contact: length along which the frame cuts the region.
+    strength: ratio of its chroma to the palette colour's chroma.
+    mask: pixels with a coverage above 1/2, bool [SIDE, SIDE].
+    coverage: about 1 inside, 0 outside, and between at the edges, [SIDE, SIDE]. Mask and
+      coverage exclude neighbouring regions.
   """
 
   color: str
@@ -43,16 +49,16 @@ class Region:
 
 
 def to_canvas(image: np.ndarray) -> np.ndarray:
-  """The image as float32 [SIDE, SIDE, 3] in [0, 255].
+  """Resizes an image to the canvas, float32 [SIDE, SIDE, 3] in [0, 255].
 
   Args:
     image: uint8 [H, W, 3].
 
   Raises:
-    ValueError: it is something else.
+    ValueError: the image has another dtype or shape.
   """
   if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-    raise ValueError(f"image is uint8 [H, W, 3], not {image.dtype} {image.shape}")
+    raise ValueError(f"image must be uint8 [H, W, 3] (got {image.dtype} {image.shape})")
   if image.shape[:2] != (SIDE, SIDE):
     resized = Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     image = np.asarray(resized)
@@ -60,13 +66,13 @@ def to_canvas(image: np.ndarray) -> np.ndarray:
 
 
 def chroma(colors: np.ndarray) -> np.ndarray:
-  """Coordinates [..., 2] of colours [..., 3] in the plane across the grey axis."""
+  """Projects colours [..., 3] onto the plane orthogonal to the grey axis, [..., 2]."""
   red, green, blue = colors[..., 0], colors[..., 1], colors[..., 2]
   return np.stack([(red - green) / np.sqrt(2), (red + green - 2 * blue) / np.sqrt(6)], axis=-1)
 
 
 def background_of(canvas: np.ndarray) -> str | None:
-  """The background's name, after what most pixels show; None where that is a colour."""
+  """Names the background by the median colour; returns None if that is not grey."""
   color = np.median(canvas.reshape(-1, 3), axis=0)
   if np.linalg.norm(chroma(color)) > _COLORED:
     return None
@@ -74,9 +80,9 @@ def background_of(canvas: np.ndarray) -> str | None:
   return min(_LEVELS, key=lambda name: abs(_LEVELS[name] - level))
 
 
-NEIGHBORS = ndimage.generate_binary_structure(2, 1)  # made once: it takes as long as its use
+NEIGHBORS = ndimage.generate_binary_structure(2, 1)  # computed once, because it is slow
 _Y, _X = np.mgrid[-1 : 1 : SIDE * 1j, -1 : 1 : SIDE * 1j]
-SLOPES = np.stack([np.ones_like(_X), _X, _Y], axis=-1)  # of an even light, to be combined
+SLOPES = np.stack([np.ones_like(_X), _X, _Y], axis=-1)  # basis of linear gradients of lightness
 _PALETTE = chroma(np.asarray([palette.OBJECTS[c] for c in _COLORS], float))
 _CHROMA = np.linalg.norm(_PALETTE, axis=1)
 _HUES = (_PALETTE / _CHROMA[:, None]).astype(np.float32)
@@ -89,13 +95,13 @@ def expand_labels(labels: np.ndarray, distance: float) -> np.ndarray:
 
 
 def find_regions(canvas: np.ndarray) -> list[Region]:
-  """The coloured regions, specks left out.
+  """Finds the coloured regions, except specks.
 
   Args:
     canvas: float32 [SIDE, SIDE, 3], see `to_canvas`.
   """
   plane = chroma(canvas)
-  plane -= np.median(plane.reshape(-1, 2), axis=0)  # a cast of colour over everything
+  plane -= np.median(plane.reshape(-1, 2), axis=0)  # removes a colour cast of the whole image
   plane = ndimage.gaussian_filter(plane, (0.5, 0.5, 0))
   length = np.sqrt(plane[..., 0] ** 2 + plane[..., 1] ** 2)
   labels = _split_by_hue(_label(length), plane, length)
@@ -130,9 +136,9 @@ def find_regions(canvas: np.ndarray) -> list[Region]:
 
 
 def _light(canvas: np.ndarray, objects: np.ndarray) -> np.ndarray:
-  """Lightness over the background's slope, in units of chroma's noise, [SIDE, SIDE].
+  """Returns the lightness relative to the background, scaled to chroma's noise, [SIDE, SIDE].
 
-  The grainier the background, the less a difference of light means.
+  Grain of the background lowers the scale, because differences of lightness then mean less.
   """
   light = (canvas[..., 0] + canvas[..., 1] + canvas[..., 2]) / np.sqrt(3)
   light = ndimage.gaussian_filter(light, 0.5)
@@ -146,19 +152,19 @@ def _light(canvas: np.ndarray, objects: np.ndarray) -> np.ndarray:
 
 
 def _coverage(pixels: np.ndarray, core: np.ndarray, domain: np.ndarray) -> np.ndarray:
-  """Soft coverage of a region: how far each pixel is from background to object.
+  """Estimates the coverage of each pixel by a region, from 0 (background) to 1 (object).
 
   Args:
-    pixels: two chromas and lightness over the background's [SIDE, SIDE, 3].
-    core: where the region surely is [SIDE, SIDE].
-    domain: outside of this the region is not [SIDE, SIDE].
+    pixels: the two chroma coordinates and the relative lightness, [SIDE, SIDE, 3].
+    core: pixels that certainly belong to the region, bool [SIDE, SIDE].
+    domain: pixels that can belong to the region, bool [SIDE, SIDE].
   """
   direction, reach = _axis(pixels[core])
   return np.clip(np.where(domain, pixels @ direction / reach, 0), 0, 1.6)
 
 
 def box_of(mask: np.ndarray, margin: int = 0) -> tuple[slice, slice]:
-  """The smallest box around a mask with a margin, as far as the image goes."""
+  """Returns the bounding box of a mask plus a margin, clipped to the image."""
   rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
   if not rows.size:
     return slice(0), slice(0)
@@ -179,8 +185,8 @@ def _largest(mask: np.ndarray) -> np.ndarray:
 
 
 def _label(length: np.ndarray) -> np.ndarray:
-  """Components above half of their own height, so that blur moves no edge."""
-  # Most pixels are background, so the median tells how blotchy it is.
+  """Labels components at half of their own maximum, so that blur does not move edges."""
+  # Most pixels are background, so the median measures the background's blotches.
   floor = max(_FAINTEST, 0.25 * float(length.max()), 4 * float(np.median(length)))
   rough = _drop_specks(ndimage.label(length > floor, NEIGHBORS)[0])
   mask = np.zeros(length.shape, bool)
@@ -192,16 +198,17 @@ def _label(length: np.ndarray) -> np.ndarray:
 
 
 def _drop_specks(labels: np.ndarray) -> np.ndarray:
-  """The labels that are left, numbered from 1 without gaps."""
+  """Removes small components and renumbers the others from 1."""
   kept = np.bincount(labels.ravel()) >= SPECK
   kept[0] = False
   return np.where(kept, np.cumsum(kept), 0)[labels]
 
 
 def _split_by_hue(labels: np.ndarray, plane: np.ndarray, length: np.ndarray) -> np.ndarray:
-  """Parts touching objects of different colours; an odd pixel keeps its neighbours' hue.
+  """Separates touching objects of different colours.
 
-  A component is split when a second hue has a good share of its full-coloured pixels.
+  A component is split if a second hue has more than 20 % of its saturated pixels. Single pixels
+  of another hue do not split it.
   """
   pieces = np.zeros_like(labels)
   for i, box in enumerate(ndimage.find_objects(labels), start=1):
@@ -221,12 +228,12 @@ def _split_by_hue(labels: np.ndarray, plane: np.ndarray, length: np.ndarray) -> 
 
 
 def _axis(vectors: np.ndarray) -> tuple[np.ndarray, float]:
-  """The direction of a region's colours [P, D], and how far along it they reach."""
+  """Returns the mean direction of a region's colours [P, D], and their extent along it."""
   total = vectors.sum(axis=0)
   direction = total / max(float(np.linalg.norm(total)), 1e-6)
   return direction, max(float(np.percentile(vectors @ direction, 75)), 1e-6)
 
 
 def is_whole(region: Region) -> bool:
-  """Whether the frame leaves a region whole; to graze the frame is not to be cut."""
+  """Checks that the frame does not cut a region; a short contact does not count as a cut."""
   return region.contact <= max(2.0, 0.25 * float(np.sqrt(region.area)))

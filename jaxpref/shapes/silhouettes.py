@@ -1,8 +1,8 @@
-"""Names the shape of a region by the nearest of a few ideal silhouettes.
+"""Classification of a region's shape by the most similar ideal silhouette.
 
-The ideals are plain geometry (a pentagram, a cross of five squares, ...) at every angle
-and at several degrees of blur, brought to one size and place; a region takes the shape
-of the ideal with which its coverage correlates best, and none if that is not much.
+The ideals are geometric figures (a pentagram, a cross of five squares, ...) at all angles and
+several degrees of blur, normalised in size and position. A region has the shape of the ideal
+with the highest correlation, or no shape if that correlation is low.
 """
 
 import functools
@@ -11,18 +11,18 @@ import numpy as np
 from scipy import ndimage
 
 _GRID = 20  # samples across a silhouette
-_SPAN = 1.9  # half width of the sampled window, in radii of a disk of the same area
-_CANVAS = 96  # pixels on which ideals are drawn
+_SPAN = 1.9  # half width of the sampled window, in radii of a disk of equal area
+_CANVAS = 96  # side of the canvas of the ideals, in pixels
 _REACH = 22.0  # outer radius of an ideal on that canvas
 _BLURS = (0.06, 0.12, 0.20, 0.30, 0.40)  # standard deviations, in radii of equal area
-_LEAST = 0.90  # correlation under which a region has none of the shapes
+_LEAST = 0.90  # smallest correlation with which a region has a shape
 
 
 def normalise(coverage: np.ndarray) -> np.ndarray:
-  """A region at standard size and place, of zero mean and unit norm, [_GRID**2].
+  """Normalises a region in size, position, mean (0) and norm (1), [_GRID**2].
 
   Args:
-    coverage: soft coverage of the region [H, W], positive somewhere.
+    coverage: coverage of the pixels by the region, [H, W]; not all zero.
   """
   full = np.percentile(coverage[coverage > 0.3 * coverage.max()], 75)
   inside = coverage > 0.5 * full
@@ -35,7 +35,7 @@ def normalise(coverage: np.ndarray) -> np.ndarray:
 
 
 def closest(coverage: np.ndarray) -> tuple[str | None, float]:
-  """The shape's name, or None if it is none of them, and its correlation in [-1, 1]."""
+  """Returns the name of the best shape (None if it is not similar) and its correlation."""
   names, ideals = _ideals()
   scores = ideals @ normalise(coverage)
   best = int(np.argmax(scores))
@@ -45,7 +45,7 @@ def closest(coverage: np.ndarray) -> tuple[str | None, float]:
 
 @functools.cache
 def _ideals() -> tuple[tuple[str, ...], np.ndarray]:
-  """Names and normalised silhouettes [names, _GRID**2]."""
+  """Returns the names and the normalised silhouettes, [names, _GRID**2]."""
   drawn: list[tuple[str, np.ndarray]] = [("circle", _disk(1.0))]
   drawn += [("ring", _disk(1.0) - _disk(hole)) for hole in (0.4, 0.5, 0.6)]
   for name, corners, period in _polygons():
@@ -62,7 +62,7 @@ def _ideals() -> tuple[tuple[str, ...], np.ndarray]:
 
 
 def _polygons() -> list[tuple[str, np.ndarray, float]]:
-  """Names, corners in the unit disk as complex numbers, angles of symmetry."""
+  """Returns names, corners as complex numbers in the unit disk, and angles of symmetry."""
   circle = 2 * np.pi
   star = _regular(10)
   arms = np.array([3 + 1j, 1 + 1j, 1 + 3j])
@@ -71,7 +71,7 @@ def _polygons() -> list[tuple[str, np.ndarray, float]]:
     ("triangle", _regular(3), circle / 3),
     ("square", _regular(4), circle / 4),
     ("cross", cross, circle / 4),
-    # The pentagram, and a stouter one.
+    # The pentagram, and a star with wider arms.
     ("star", star * np.tile([1, 0.382], 5), circle / 5),
     ("star", star * np.tile([1, 0.5], 5), circle / 5),
   ]

@@ -1,10 +1,10 @@
-"""Judges an image of the shapes world against a prompt, from its pixels alone.
+"""The judge of the shapes world: rates an image against its prompt from pixels alone.
 
-The image is segmented by colour (`segmentation`), each region is named after the nearest
-ideal silhouette (`silhouettes`), and what was found is held against what the prompt means.
-Correct is meant as in GenEval (Ghosh et al. 2023, https://arxiv.org/abs/2310.11513): the
-objects asked for, in their number, colours, sizes and places; what the prompt leaves open
-is free. Here also nothing else may be seen, and nothing may be cut by the frame.
+It segments the image by colour (`segmentation`), names each region after the most similar
+silhouette (`silhouettes`), and compares the objects with the meaning of the prompt. An image is
+correct in the sense of GenEval (Ghosh et al. 2023, https://arxiv.org/abs/2310.11513) if it
+shows the objects of the prompt with the right number, colours, sizes and positions. In
+addition, it must not show other objects, and the frame must not cut any object.
 """
 
 import dataclasses
@@ -16,18 +16,23 @@ import numpy as np
 
 from jaxpref.shapes import prompts, quality, segmentation, silhouettes
 
-# Radii of equal area over the image's side; an object between the two is neither.
+# Radius of a disk of equal area, relative to the image's side; between the two limits an object
+# is neither small nor large.
 SMALL_BELOW = 0.15
 LARGE_ABOVE = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-  """One object seen in an image.
+  """One object found in an image.
 
-  `x`, `y`: its centre in pixels from the left and from the top; `radius`: in pixels, of
-  a disk of the same area, holes filled. `shape` is None where it is none of the known
-  ones. `whole` is False where the frame cuts it.
+  Attributes:
+    shape: name of the shape; None if it is unknown.
+    color: name of the colour.
+    x: position of the centre from the left, in pixels.
+    y: position of the centre from the top, in pixels.
+    radius: radius of a disk with the same area, holes filled, in pixels.
+    whole: False if the frame cuts the object.
   """
 
   shape: str | None
@@ -39,13 +44,13 @@ class Found:
 
 
 def find_objects(image: np.ndarray) -> tuple[list[Found], str | None]:
-  """The objects in an image, and the name of its background (None if it has a colour).
+  """Finds the objects of an image and the name of its background (None if it is coloured).
 
   Args:
     image: uint8 [H, W, 3].
 
   Raises:
-    ValueError: the image has another shape or type.
+    ValueError: the image has another shape or dtype.
   """
   canvas = segmentation.to_canvas(image)
   found = _name(segmentation.find_regions(canvas))
@@ -60,22 +65,22 @@ def find_objects(image: np.ndarray) -> tuple[list[Found], str | None]:
 
 
 def is_correct(image: np.ndarray, prompt: str) -> bool:
-  """Whether the image shows exactly what the prompt asks for.
+  """Checks whether the image shows exactly what the prompt asks for.
 
   Args:
     image: uint8 [H, W, 3].
     prompt: a caption of the shapes world.
 
   Raises:
-    ValueError: the image or the prompt is of another kind.
+    ValueError: the image has another shape or dtype, or the prompt is not such a caption.
   """
   return explain(image, prompt) == "right"
 
 
 def explain(image: np.ndarray, prompt: str) -> str:
-  """The word "right", or the first thing wrong, such as "2 circles instead of 3".
+  """Returns "right" or the first difference, such as "2 circles instead of 3".
 
-  Args and errors are those of `is_correct`.
+  Takes the arguments of `is_correct` and raises the same errors.
   """
   canvas = segmentation.to_canvas(image)
   found = _name(segmentation.find_regions(canvas))
@@ -83,10 +88,10 @@ def explain(image: np.ndarray, prompt: str) -> str:
 
 
 def visual_quality(image: np.ndarray) -> float:
-  """How clean the image of uint8 [H, W, 3] looks, from 0 to 1, whatever it should show.
+  """Rates how clean an image, uint8 [H, W, 3], looks, from 0 to 1, independent of the prompt.
 
-  The product of four shares: sharp edges, even colours, full contrast, nothing cut by the
-  frame; 0 where nothing is seen. Clean images have more than `quality.GOOD`.
+  The rating is the product of sharpness, evenness, contrast and wholeness, and 0 without any
+  object. Clean images have a rating above `quality.GOOD`.
   """
   canvas = segmentation.to_canvas(image)
   return quality.score(canvas, segmentation.find_regions(canvas))
@@ -105,7 +110,8 @@ def verify(
     `correct`: bool [N], see `is_correct`; `quality`: float64 [N], see `visual_quality`.
 
   Raises:
-    ValueError: the numbers differ, or an image or a prompt is of another kind.
+    ValueError: the numbers of images and texts differ, an image has another shape or dtype, or
+      a text is not such a caption.
   """
   correct, looks = [], []
   for image, text in zip(images, texts, strict=True):
@@ -132,14 +138,14 @@ def _name(regions: list[segmentation.Region]) -> list[Found]:
 
 
 def _verdict(found: list[Found], background: str | None, spec: prompts.Spec) -> str:
-  """`explain` on lengths in pixels of the canvas."""
+  """Returns the result of `explain`, with lengths in pixels of the canvas."""
   for f in found:
     if not f.whole:
       return f"the {_noun(f)} is cut by the frame"
   if wrong := _miscounted(found, spec):
     return wrong
   wanted = [t for t in spec.things for _ in range(t.count)]
-  # Objects of one shape are given to the things asked for as suits these best.
+  # Assigns the objects to the things in the order with the fewest differences.
   orders = (list(zip(wanted, o, strict=True)) for o in itertools.permutations(found))
   wrongs = min((_differences(pairs, spec) for pairs in orders), key=len)
   if wrongs:
@@ -164,7 +170,7 @@ def _miscounted(found: list[Found], spec: prompts.Spec) -> str | None:
 
 
 def _differences(pairs: list[tuple[prompts.Thing, Found]], spec: prompts.Spec) -> list[str]:
-  """What is wrong when each found object is taken for the thing beside it."""
+  """Lists the differences between things and the objects assigned to them."""
   wrongs = []
   for thing, f in pairs:
     if f.shape != thing.shape:
@@ -190,7 +196,7 @@ def _centre(group: list[Found]) -> np.ndarray:
 
 
 def _stands(offset: np.ndarray, relation: str) -> bool:
-  """Whether an offset [2] (right, down) points mostly the way of `relation`."""
+  """Checks whether an offset [2] (right, down) points mostly in the direction of `relation`."""
   way = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
   along = float(offset @ np.asarray(way[relation], float))
   return along > 0 and along >= np.abs(offset).max()
