@@ -36,6 +36,8 @@ PAGES = (
   "docs/api.md",
   "CONTRIBUTING.md",
 )
+# XLA compiles programs in less time than a few updates would save.
+_QUICK = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
 _BLOCK = re.compile(
   r"(?:^<!-- (?P<mark>(?:not )?run[^>]*?) -->\n\n?)?"
   r"^```(?P<language>\w+)(?: title=\"(?P<title>[^\"]+)\")?\n(?P<text>.*?)^```$",
@@ -109,6 +111,8 @@ def run_page(page: str, *, slow: bool) -> None:
     _copy_checkout(copy)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(copy)}
+    if not slow:
+      environment.setdefault("XLA_FLAGS", _QUICK)
     for block in blocks:
       if block.title:
         apply(block, copy)

@@ -324,7 +324,7 @@ def test_dpo_metrics():
 
 def test_all_methods_are_known():
   ours = {p.stem for p in (ROOT / "jaxpref" / "losses").glob("*.py")} - {"__init__", "base"}
-  assert len(ours) == 12 and ours <= set(losses.known_losses())
+  assert len(ours) >= 12 and ours <= set(losses.known_losses())
   for name in ours:
     assert losses.load_loss(name).__doc__
 
