@@ -61,6 +61,14 @@ def test_importing_says_nothing():
   assert done.stdout == done.stderr == ""
 
 
+def test_packages_are_imported_at_their_first_use():
+  program = "import jaxpref; print(jaxpref.losses.dpo_loss.__name__)"
+  done = subprocess.run(
+    [sys.executable, "-c", program], capture_output=True, text=True, check=True
+  )
+  assert done.stdout == "dpo_loss\n"
+
+
 def test_the_package_itself_imports_nothing_heavy():
   program = "import sys, jaxpref; print(*sorted({m.partition('.')[0] for m in sys.modules}))"
   done = subprocess.run(
