@@ -23,7 +23,7 @@ def main(argv: list[str]) -> None:
   checked = side_by_side.checked_of(options, f"rollout.batch_size={options.lots}")
   published = side_by_side.checked_of(options, "rollout.batch_size=0")
   if (
-    rollout_lib.rows_at_once(options.rows, options.lots, devices=checked.mesh.size)
+    rollout_lib.chunk_size(options.rows, options.lots, devices=checked.mesh.size)
     == options.rows
   ):
     parser.error("--lots leaves a single lot of all --rows")

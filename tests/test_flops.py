@@ -125,11 +125,11 @@ def test_a_step_costs_what_its_method_says(name, option, passes, monkeypatch):
 
 
 @pytest.mark.parametrize("states", [1, 3])
-@pytest.mark.parametrize("at_once", [8, 2])
-def test_expected_steps_are_the_mean_of_those_taken(states, at_once):
+@pytest.mark.parametrize("chunk", [8, 2])
+def test_expected_steps_are_the_mean_of_those_taken(states, chunk):
   rng = np.random.default_rng(0)
   first = rng.integers(20, size=(20_000, 8, 1))
   last = ((first + 20 // states * np.arange(states)) % 20).max(-1)
-  taken = 1 + np.sort(last).reshape(20_000, -1, at_once).max(-1)
-  expected = flops.expected_steps(8, 20, states=states, at_once=at_once)
+  taken = 1 + np.sort(last).reshape(20_000, -1, chunk).max(-1)
+  expected = flops.expected_steps(8, 20, states=states, chunk=chunk)
   assert taken.mean() == pytest.approx(expected, rel=0.003)

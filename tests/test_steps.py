@@ -312,7 +312,7 @@ def test_rollout_keeps_states_of_all_timesteps_alike():
     {"solver": "ddpm", "prompt_dropout": 0.5},
   ],
 )
-def test_lots_that_stop_early_give_the_states_of_whole_trajectories(options, monkeypatch):
+def test_chunks_that_stop_early_give_the_states_of_whole_trajectories(options, monkeypatch):
   params, rows, empty = devices_main.initial()
   steps_done = []
 
@@ -320,7 +320,7 @@ def test_lots_that_stop_early_give_the_states_of_whole_trajectories(options, mon
     jax.debug.callback(lambda: steps_done.append(1))
     return devices_main.denoise(params, x_t, t, cond)
 
-  lots = make_rollout(counting, batch_size=2, **options)(params, 3, 0, rows["cond"], empty)
+  chunked = make_rollout(counting, batch_size=2, **options)(params, 3, 0, rows["cond"], empty)
   jax.effects_barrier()
   count = len(steps_done)
 
@@ -333,20 +333,20 @@ def test_lots_that_stop_early_give_the_states_of_whole_trajectories(options, mon
 
   monkeypatch.setattr(sampler_lib, "sample_until", whole)
   full = make_rollout(**options)(params, 3, 0, rows["cond"], empty)
-  np.testing.assert_array_equal(lots.t, full.t)
-  np.testing.assert_allclose(lots.x_t, full.x_t, rtol=1e-4, atol=2e-5)
-  np.testing.assert_allclose(lots.target, full.target, rtol=1e-4, atol=2e-5)
-  # Each lot of two rows went as far as the further one, and no step beyond.
+  np.testing.assert_array_equal(chunked.t, full.t)
+  np.testing.assert_allclose(chunked.x_t, full.x_t, rtol=1e-4, atol=2e-5)
+  np.testing.assert_allclose(chunked.target, full.target, rtol=1e-4, atol=2e-5)
+  # Each chunk of two rows went as far as the further one, and no step beyond.
   levels = 20 - np.asarray(full.t) // 50
   assert count == np.sort(levels.max(axis=1)).reshape(-1, 2).max(axis=1).sum()
   assert count < 20 * 8
 
 
-def test_lots_are_alike_on_all_devices():
-  at_once = lambda *a, devices=1: rollout_lib.rows_at_once(*a, devices=devices)  # noqa: E731
-  assert at_once(32, 0) == 32 and at_once(32, 8) == 8 and at_once(32, 7) == 8
-  assert at_once(32, 8, devices=16) == 16 and at_once(32, 8, devices=32) == 32
-  assert at_once(24, 5, devices=2) == 6 and at_once(32, 100) == 32
+def test_chunks_are_equal_on_all_devices():
+  size = lambda *a, devices=1: rollout_lib.chunk_size(*a, devices=devices)  # noqa: E731
+  assert size(32, 0) == 32 and size(32, 8) == 8 and size(32, 7) == 8
+  assert size(32, 8, devices=16) == 16 and size(32, 8, devices=32) == 32
+  assert size(24, 5, devices=2) == 6 and size(32, 100) == 32
 
 
 def test_prompts_are_dropped_at_the_rate():

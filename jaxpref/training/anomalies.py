@@ -1,4 +1,4 @@
-"""What a run looks for in its own numbers: no effect, spikes, what is not finite."""
+"""Checks of a run's health: zero gradients, spikes and non-finite updates."""
 
 import collections
 import logging
@@ -16,74 +16,81 @@ from jaxpref.errors import DivergedError
 from jaxpref.runtime import distributed, workdir
 from jaxpref.training.setup import Prepared
 
-_REMEMBERED, _ENOUGH = 50, 10  # logged updates that a spike is measured against; at least
-_SPIKE, _HIGH = 10.0, 3.0  # in spreads of those updates, and in their medians
+# Most and fewest past logged updates that a value is compared with.
+_REMEMBERED, _ENOUGH = 50, 10
+# A spike exceeds their median by `_SPIKE` median absolute deviations and `_HIGH`-fold.
+_SPIKE, _HIGH = 10.0, 3.0
 
 _log = logging.getLogger(__name__)
 
 
-class Finite:
-  """Says of updates that they were skipped, and ends a run of too many.
+class FiniteCheck:
+  """A check of each update, which ends a run with too many non-finite ones.
 
   Args:
-    prepared: the run.
-    rows: that it deals, as `encode.encode_rows` makes them.
-    workdir: where `diverged/` gets the rows of the last such update.
+    prepared: the run's input.
+    rows: the encoded rows, from `encode.encode_rows`.
+    workdir: the run's workdir; its `diverged/` receives the rows of the last such update.
   """
 
   def __init__(self, prepared: Prepared, rows: Any, workdir: Path):
     self._prepared, self._rows, self._directory = prepared, rows, workdir / "diverged"
-    self._in_a_row: list[tuple] = []
+    self._consecutive: list[tuple] = []  # non-finite updates since the last finite one
 
   def check(self, done: int, index: np.ndarray, values: Mapping[str, jax.Array]) -> None:
-    """Looks at an update, by its number, the indices of its rows and its metrics.
+    """Warns if an update is not finite.
+
+    Args:
+      done: number of the update.
+      index: indices of its rows.
+      values: its metrics by name.
 
     Raises:
-      DivergedError: more were skipped than `train.max_skipped`.
+      DivergedError: the run has skipped more than `train.max_skipped` updates.
     """
     skipped, loss, norm = jax.device_get(
       [values[name] for name in ("optim/skipped", "loss", "optim/grad_norm")]
     )
     if np.isfinite(loss) and np.isfinite(norm):
-      self._in_a_row.clear()
+      self._consecutive.clear()
       return
-    self._in_a_row.append((done, index, values))
+    self._consecutive.append((done, index, values))
     _log.warning(
-      "update %d changed nothing: its loss is %s, its gradient's norm %s (skipped so far: %d)",
+      "update %d changed nothing: its loss is %s, its gradient norm %s (skipped so far: %d)",
       *(done, loss, norm, skipped),
     )
     if skipped > self._prepared.config.train.max_skipped:
       self._end()
 
   @property
-  def is_well(self) -> bool:
-    """Whether the last update was finite; else no checkpoint takes a good one's place."""
-    return not self._in_a_row
+  def is_finite(self) -> bool:
+    """Whether the last update was finite; if not, a checkpoint that is due must wait."""
+    return not self._consecutive
 
   def check_at_the_end(self) -> None:
-    """A run whose last updates were skipped has diverged; a single one may be a bad row.
+    """Ends a run whose last updates were skipped; a single one may be due to a bad row.
 
     Raises:
-      DivergedError: the last updates were skipped, more than one.
+      DivergedError: at least the last two updates were skipped.
     """
-    if len(self._in_a_row) > 1:
+    if len(self._consecutive) > 1:
       self._end()
 
   def _end(self) -> NoReturn:
-    done, index, values = self._in_a_row[-1]
+    done, index, values = self._consecutive[-1]
     distributed.first(
-      lambda: _keep_rows(self._directory, self._prepared, self._rows, done, index, values)
+      lambda: _write_rows(self._directory, self._prepared, self._rows, done, index, values)
     )
     skipped = int(values["optim/skipped"])
     were = "was" if skipped == 1 else "were"
     raise DivergedError(
       "the run has diverged, which a lower optim.lr may prevent: "
       f"{wording.count(skipped, 'update')} {were} not finite and {were} skipped. The rows of "
-      f"the last, update {done}, are in {self._directory}; checkpoints before are intact"
+      f"the last, update {done}, are in {self._directory}; earlier checkpoints are intact"
     )
 
 
-def _keep_rows(
+def _write_rows(
   directory: Path,
   prepared: Prepared,
   rows: Any,
@@ -104,32 +111,32 @@ def _keep_rows(
   workdir.write_json(directory / "batch.json", described)
 
 
-def warn_of_nothing(values: Mapping[str, float], done: int) -> None:
-  """Where an update has learned nothing, which nobody wants to wait for."""
+def warn_of_zero_gradient(values: Mapping[str, float], done: int) -> None:
+  """Warns if the gradient of an update is exactly zero."""
   if values["optim/grad_norm"] == 0.0:
-    closed = ": every hinge is closed, see loss.margin" if "dro/active" in values else ""
+    closed = ": every hinge is closed (see loss.margin)" if "dro/active" in values else ""
     _log.warning("update %d learned nothing, its gradient is 0%s", done, closed)
 
 
 class Spikes:
-  """Warns where the loss or the gradient leaves the range of the last logged updates."""
+  """A detector of spikes: values far above those of the last logged updates."""
 
   def __init__(self):
     self._seen: dict[str, collections.deque] = {}
 
   def add(self, done: int, values: Mapping[str, float]) -> None:
-    """Looks at an update's values by name, then remembers them."""
+    """Warns of spikes among an update's values, then remembers the values by name."""
     for name, value in values.items():
       seen = self._seen.setdefault(name, collections.deque(maxlen=_REMEMBERED))
       if not np.isfinite(value):
-        continue  # `Finite` has said so
+        continue  # `FiniteCheck` warns of these
       if len(seen) >= _ENOUGH:
         median = statistics.median(seen)
         spread = statistics.median(abs(x - median) for x in seen)
         if value > median + _SPIKE * spread and value > _HIGH * abs(median):
           _log.warning(
-            "%s is %.3g at update %d, its median over the last %d logged updates %.3g; if "
-            "that lasts, a lower optim.lr may help",
+            "%s is %.3g at update %d; its median over the last %d logged updates is %.3g. If "
+            "this persists, a lower optim.lr may help",
             *(name, value, done, len(seen), median),
           )
       seen.append(value)

@@ -1,7 +1,7 @@
-"""Batches as networks see them: rows with their images noised, an arm each.
+"""Noised batches: the images of each row, noised to one timestep, are the row's arms.
 
-Draws of noise and timesteps are either new at every update, or a fixed number for each row,
-so that a reference's errors on them need to be computed only once.
+Noise and timesteps are new at every update. With `data.noise_draws`, each row has a fixed
+number of samples of them instead, and the reference's errors on them are computed only once.
 """
 
 from collections.abc import Callable
@@ -19,16 +19,16 @@ from jaxpref.training.rollout import States
 
 @flax.struct.dataclass
 class Arms:
-  """Rows of a batch; R of them with A arms.
+  """A noised batch of R rows with A arms.
 
   Attributes:
-    x_t: noised latents, [R, A, C, h, w]. Arms are on axis 1, so that splitting rows over
-      devices keeps the images of a row together.
-    target: what a denoiser should answer, [R, A, C, h, w].
-    t: timesteps, which a row's arms share, int32 [R].
-    cond: prompts, which they share, too, a tree of [R, ...].
+    x_t: noised latents, [R, A, C, h, w]. Arms are on axis 1, so that sharding the rows keeps
+      the images of a row on one device.
+    target: correct predictions of the denoiser, [R, A, C, h, w].
+    t: timesteps, shared by the arms of a row, int32 [R].
+    cond: conditioning, also shared by the arms of a row, a tree of [R, ...].
     labels: further columns by name, [R].
-    ref: a reference's errors by arm, [R], where they are known beforehand.
+    ref: the reference's errors by arm, [R]; empty if they were not computed beforehand.
   """
 
   x_t: jax.Array
@@ -51,26 +51,29 @@ def make_arms(
   prompt_dropout: float,
   arrange: Callable[..., Arranged] | None = None,
 ) -> Arms:
-  """A batch with what the policy drew for it, noised.
+  """Noises a batch and appends the policy's own samples as the last arm.
 
   Args:
     schedule: noise schedule.
-    needs: of the loss.
+    needs: the inputs that the loss needs.
     batch: 'latents' [B, A, C, h, w], 'cond' (a tree of [B, ...]) and 'labels' (a dict of
-      [B]); where latents are to be sampled also 'std' [B, A, C, h, w]; where draws are fixed
-      also 'row' and 'draw' (int32 [B]), which number them, and perhaps 'ref' (a dict of [B]).
-    rollout: one more arm, or None.
-    uncond: the empty prompt, [1, ...].
-    seed: of the run.
+      [B]). With 'std' [B, A, C, h, w], latents are sampled from the VAE's posterior. With
+      fixed noise also 'row' and 'draw' (int32 [B]), the numbers of the row and of its noise
+      sample, and optionally 'ref', the reference's errors on it (a dict of [B]).
+    rollout: S states per trajectory, or None. Each row is repeated for each of its states,
+      so R is B * S.
+    uncond: conditioning of the dropped prompt, a tree of [1, ...].
+    seed: seed of the run.
     update: number of updates done.
-    prompt_dropout: share of rows that lose their prompt.
-    arrange: the loss's, with its hyper-parameters.
+    prompt_dropout: share of rows trained without their prompt.
+    arrange: the loss's `arrange` with its hyper-parameters bound; None keeps the rows as
+      they are.
   """
   x0, cond, labels = _clean(batch, seed, update), batch["cond"], batch.get("labels", {})
   image = None
   if arrange:
     key = rng.key_of(seed, "arrange", update)
-    if "std" in batch:  # what is shown is not sampled, as InstructPix2Pix has it
+    if "std" in batch:  # the input image is the posterior's mode, as in InstructPix2Pix
       image = arrange(batch["latents"], cond, uncond, key).image
     x0, cond, shown, more = arrange(x0, cond, uncond, key)
     image = shown if image is None else image
@@ -91,7 +94,7 @@ def make_arms(
   if image is not None:
     cond = {**cond, "image": image}
   if rollout is not None:
-    # Each state stands in a row of its own, beside the row's images at its timestep.
+    # Each state becomes a row, with the images of its row noised to the state's timestep.
     count = rollout.t.shape[1]
     repeat = lambda x: jnp.repeat(x, count, axis=0)  # noqa: E731
     x0, cond, labels = jax.tree.map(repeat, (x0, cond, labels))
@@ -107,9 +110,9 @@ def make_arms(
 
 
 def _clean(batch: Any, seed: int | jax.Array, update: int | jax.Array) -> jax.Array:
-  """Returns the clean latents [B, A, C, h, w], sampled from posteriors that have a 'std'.
+  """Returns clean latents [B, A, C, h, w], sampled from the posterior if 'std' is given.
 
-  Each update samples anew; where draws are fixed, each draw of a row has its own sample.
+  Samples are new at every update. With fixed noise, each noise sample of a row has its own.
   """
   mode = batch["latents"]
   if "std" not in batch:
@@ -125,7 +128,7 @@ def _clean(batch: Any, seed: int | jax.Array, update: int | jax.Array) -> jax.Ar
 
 
 def _fixed_draws(schedule, row, draw, noise_shape, *, seed, rate):
-  """Which prompts are dropped, timesteps and noise of draw `draw` of row `row`."""
+  """Returns whether the prompt is dropped, the timestep and the noise of each sample."""
   root = rng.key_of(seed, "noise draws", 0)
 
   def one(row, draw):

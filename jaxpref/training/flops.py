@@ -1,7 +1,7 @@
-"""What the work costs, counted from programs' shapes: matrix products and convolutions.
+"""FLOPs of programs, counted from the shapes of their matrix products and convolutions.
 
-A multiplication with its addition counts as two, as is usual; all else is left out, a few
-per cent. Recomputation by `model.remat` is no part of what a method costs.
+A multiplication and its addition count as two FLOPs, as is usual. Other operations, a few per
+cent, are left out. Recomputation by `model.remat` is not counted as work of a method.
 """
 
 import functools
@@ -21,44 +21,47 @@ from jaxpref.training.setup import Checked
 
 
 def count(jaxpr: Any) -> float:
-  """FLOPs of a program, over all devices.
+  """Counts the FLOPs of a program over all devices.
 
   Args:
-    jaxpr: as `jax.make_jaxpr` returns it. Of a conditional the costlier branch counts; the
-      body of a `while`, which has no number of turns, counts once. Custom kernels, cuDNN's
-      attention for one, cannot be looked into.
+    jaxpr: from `jax.make_jaxpr`. A conditional counts as its most expensive branch. The body
+      of a `while`, whose number of iterations is unknown, counts once. Custom kernels, such
+      as cuDNN's attention, are opaque and count as 0.
   """
   return sum(map(_count_equation, getattr(jaxpr, "jaxpr", jaxpr).eqns))
 
 
 def of_forward(pipeline: Pipeline) -> float:
-  """FLOPs of the UNet's prediction for one latent."""
-  told = unet_lib.abstract_cond(pipeline.modules, 1)
+  """Counts the FLOPs of the UNet's prediction for one latent."""
+  cond = unet_lib.abstract_cond(pipeline.modules, 1)
   if pipeline.is_improver:
-    told["image"] = jax.ShapeDtypeStruct((1, *pipeline.latent_shape), jnp.float32)
-  shapes = tuple((name, leaf.shape) for name, leaf in told.items())
+    cond["image"] = jax.ShapeDtypeStruct((1, *pipeline.latent_shape), jnp.float32)
+  shapes = tuple((name, leaf.shape) for name, leaf in cond.items())
   return _of_forward(pipeline.modules["unet"], pipeline.latent_shape, shapes)
 
 
-@functools.cache  # iterations and campaigns ask for the same again
-def _of_forward(unet: Any, latent_shape: tuple[int, ...], told: tuple) -> float:
+@functools.cache  # iterations and campaigns repeat the same call
+def _of_forward(unet: Any, latent_shape: tuple[int, ...], cond_shapes: tuple) -> float:
   x_t = jax.ShapeDtypeStruct((1, *latent_shape), jnp.float32)
   t = jax.ShapeDtypeStruct((1,), jnp.int32)
-  cond = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in told}
+  cond = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in cond_shapes}
   denoise = unet_lib.make_denoise(unet, attention="stock", norm="stock")
   return count(jax.make_jaxpr(denoise)(abstract_params(unet), x_t, t, cond))
 
 
 def of_update(checked: Checked, forward: float) -> dict[str, float]:
-  """FLOPs of one update over all devices, by phase: 'rollout', 'reference', 'policy'.
+  """Counts the FLOPs of one update over all devices.
 
-  A backward pass counts as two forward passes; where only additions to the weights are
-  trained as one, since the weights need no gradients (and those of the first layers not even
-  that: a few per cent less).
+  A backward pass counts as two forward passes. With LoRA it counts as one, because the frozen
+  weights need no gradients. (The first layers need no gradients of their inputs either, which
+  would save a few per cent more.)
 
   Args:
     checked: the run's configuration and models.
-    forward: FLOPs of a prediction, see `of_forward`.
+    forward: FLOPs of a prediction, from `of_forward`.
+
+  Returns:
+    FLOPs by phase: 'policy' and, if the run has them, 'reference' and 'rollout'.
   """
   config, needs = checked.config, checked.loss.needs
   rows, states = config.train.batch_size, config.rollout.states if needs.rollout else 1
@@ -69,33 +72,33 @@ def of_update(checked: Checked, forward: float) -> dict[str, float]:
     cost["reference"] = rows * states * len(checked.arms) * forward
   if needs.rollout:
     guided = 2 if config.rollout.guidance > 1 else 1
-    lot = rollout_lib.rows_at_once(rows, config.rollout.batch_size, devices=checked.mesh.size)
+    chunk = rollout_lib.chunk_size(rows, config.rollout.batch_size, devices=checked.mesh.size)
     cost["rollout"] = (
       rows
       * guided
       * forward
-      * expected_steps(rows, config.rollout.num_steps, states=states, at_once=lot)
+      * expected_steps(rows, config.rollout.num_steps, states=states, chunk=chunk)
     )
   return cost
 
 
-def expected_steps(rows: int, num_steps: int, *, states: int, at_once: int) -> float:
-  """Solver steps that a rollout takes, mean over its rows and its draws.
+def expected_steps(rows: int, num_steps: int, *, states: int, chunk: int) -> float:
+  """Returns the expected number of solver steps per row of a rollout.
 
-  A lot of rows goes as far as the last state that any of them keeps; of rows in order that
-  is an order statistic of where rows keep their last.
+  A chunk stops at the last state that any of its rows keeps. Rows are sorted by the step of
+  their last kept state, so a chunk's number of steps is an order statistic of those steps.
 
   Args:
-    rows: of an update.
-    num_steps: of a whole trajectory.
-    states: kept of each, see `rollouts.make_rollout`.
-    at_once: rows of a lot.
+    rows: number of rows of an update.
+    num_steps: number of solver steps of a whole trajectory.
+    states: number of states kept per trajectory, see `rollout.make_rollout`.
+    chunk: number of rows per chunk, from `rollout.chunk_size`.
   """
   first, kept = np.arange(num_steps)[:, None], np.arange(states)
   last = ((first + num_steps // states * kept) % num_steps).max(axis=1)
   reached = np.searchsorted(np.sort(last), np.arange(num_steps), side="right") / num_steps
-  # The r-th of the rows lies beyond step k where fewer than r lie at k or before.
-  ranks = np.arange(at_once, rows + 1, at_once)[:, None]
+  # The r-th row stops after step k if fewer than r rows stop at step k or before.
+  ranks = np.arange(chunk, rows + 1, chunk)[:, None]
   beyond = stats.binom.cdf(ranks - 1, rows, reached)
   return float(1 + beyond.sum(axis=1).mean())
 
@@ -109,14 +112,14 @@ def _count_equation(equation: Any) -> float:
   if name == "conv_general_dilated":
     kernel, out = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
     features = kernel[params["dimension_numbers"].rhs_spec[0]]
-    # Zeros between the numbers, as in a strided convolution's gradient, are not counted.
+    # A strided convolution's gradient dilates its input with zeros, which are not counted.
     holes = np.prod(params["lhs_dilation"], dtype=float)
     return 2.0 * np.prod(out, dtype=float) * np.prod(kernel, dtype=float) / features / holes
   if name == "cond":
     return max(map(count, params["branches"]))
   times = params["length"] if name == "scan" else 1
   if name == "shard_map":
-    # Its body is what each device does; the parameter's name has changed between versions.
+    # The body is the work of one device. JAX versions name the parameter differently.
     axes = params.get("newly_manual_axes") or params.get("manual_axes", ())
     times = np.prod([params["mesh"].shape[axis] for axis in axes])
   return float(times) * sum(map(count, _inner(params)))

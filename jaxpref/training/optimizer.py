@@ -17,16 +17,16 @@ def make_schedule(
   num_updates: int,
   decay: float = 0.2,
 ) -> optax.Schedule:
-  """The learning rate as a function of the number of updates done.
+  """Makes the learning rate, a function of the number of updates done.
 
   Args:
-    name: after the linear warm-up, 'constant' stays at `lr`, 'linear' and 'cosine' fall
-      to 0 at the end of the run, 'trapezoid' stays and falls linearly over the last
-      `decay` share of the run.
-    lr: the peak.
-    warmup_updates: from 0 to `lr`, linearly.
-    num_updates: of the whole run, the warm-up included.
-    decay: see 'trapezoid'; unused by the others.
+    name: what follows the linear warm-up: 'constant' stays at `lr`; 'linear' and 'cosine'
+      decay to 0 at the end of the run; 'trapezoid' stays at `lr` and decays linearly over
+      the last `decay` of the run.
+    lr: peak learning rate.
+    warmup_updates: number of updates of the linear warm-up; 0: none.
+    num_updates: number of updates of the run, including the warm-up.
+    decay: share of the run over which 'trapezoid' decays; the others ignore it.
 
   Raises:
     ValueError: the name is unknown.
@@ -43,10 +43,10 @@ def make_schedule(
       fall = max(int(decay * num_updates), 1)
       after = optax.linear_schedule(lr, 0.0, fall, max(left - fall, 0))
     case _:
-      raise ValueError(f"the schedule is one of {SCHEDULES}, not {name!r}")
+      raise ValueError(f"the schedule must be one of {', '.join(SCHEDULES)} (got {name!r})")
   if not warmup_updates:
     return after
-  # Not from 0: the first update would do nothing.
+  # Starts above 0: with a learning rate of 0, the first update would change nothing.
   warmup = optax.linear_schedule(lr / warmup_updates, lr, warmup_updates - 1)
   return optax.join_schedules([warmup, after], [warmup_updates])
 
@@ -60,7 +60,7 @@ def make_optimizer(
   weight_decay: float = 0.01,
   clip_norm: float | None = 1.0,
 ) -> optax.GradientTransformation:
-  """AdamW after clipping by the global norm; `clip_norm=None` does not clip."""
+  """Makes AdamW with clipping by the global norm; `clip_norm=None` does not clip."""
   adamw = optax.chain(
     _scale_by_adam(b1=b1, b2=b2, eps=eps),
     optax.add_decayed_weights(weight_decay),
@@ -72,10 +72,11 @@ def make_optimizer(
 
 
 def _scale_by_adam(*, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-  """`optax.scale_by_adam`, with moments that are finished before they are used.
+  """Makes `optax.scale_by_adam` with a barrier after the moments.
 
-  Else XLA computes them a second time, from the old ones, where the parameters are updated,
-  and so it may not write them over the old ones before that: it copies all of those first.
+  Without the barrier, XLA recomputes the new moments from the old ones inside the update of
+  the parameters. It then needs the old moments until the end, cannot overwrite them in place,
+  and copies all of them first.
   """
 
   def update(grads, state, params=None):
@@ -95,14 +96,14 @@ def _scale_by_adam(*, b1: float, b2: float, eps: float) -> optax.GradientTransfo
 
 
 def update_ema(ema: Any, params: Any, update: jax.Array, *, decay: float) -> Any:
-  """The moving average after an update, with a ramp at its start.
+  """Returns the EMA weights after an update; the decay starts at 0 and rises.
 
   Args:
-    ema: averages, float32, as `params`.
-    params: after the update.
-    update: n, how many updates were done before this one, int32 scalar.
-    decay: its limit; early on (1 + n) / (10 + n) is smaller and used instead. The first
-      update, n = 0, sets the average to the parameters, as in diffusers' EMAModel.
+    ema: EMA weights, float32, a tree like `params`.
+    params: parameters after the update.
+    update: n, the number of updates done before this one, int32 scalar.
+    decay: limit of the decay. Early on, (1 + n) / (10 + n) is smaller and is used instead.
+      The first update, n = 0, sets the average to the parameters, as in diffusers' EMAModel.
   """
   n = update.astype(jnp.float32)
   kept = jnp.where(n > 0, jnp.minimum(decay, (1.0 + n) / (10.0 + n)), 0.0)

@@ -1,7 +1,7 @@
-"""Online negatives: what the policy itself makes of the rows' prompts.
+"""Online negatives: samples that the policy generates for the prompts of the rows.
 
-The sampler is a program of its own, apart from the train step, and its parameters are an
-argument: the policy as it is (refreshed at every update) or a copy that lags behind.
+The sampler is a separate program from the train step and takes the parameters as an argument:
+those of the current policy or of a copy that lags behind it.
 """
 
 from collections.abc import Callable
@@ -23,12 +23,12 @@ from jaxpref.models.unet import Denoise
 
 @flax.struct.dataclass
 class States:
-  """States of each sampled trajectory.
+  """The S states that are kept of each of B sampled trajectories.
 
   Attributes:
-    x_t: what the denoiser was shown, [B, S, C, h, w].
-    target: what it answered, [B, S, C, h, w].
-    t: timesteps, int32 [B, S]; the row's images are trained at the same.
+    x_t: noised latents, [B, S, C, h, w].
+    target: the sampling model's predictions for them, [B, S, C, h, w].
+    t: timesteps, int32 [B, S]. The images of a row are noised to the same timesteps.
   """
 
   x_t: jax.Array
@@ -50,34 +50,36 @@ def make_rollout(
   states_per_trajectory: int = 1,
   batch_size: int = 0,
 ) -> Callable[..., States]:
-  """The rollout as one jitted program.
+  """Makes the jitted program that samples from the policy.
 
-  Each sample's timesteps are shifted by a random offset, so that every timestep is
-  trained (where `num_steps` divides their number; else the last few are not). Of its
-  `num_steps` states so many are kept, evenly spaced from a random one on: all are equally
-  likely, and none is kept twice.
+  Each sample's timesteps are shifted by a random offset, so that all timesteps are trained.
+  (The last few are not if `num_steps` does not divide the number of timesteps.) Of the
+  `num_steps` states of a trajectory, `states_per_trajectory` are kept, evenly spaced from a
+  random one on. Every state is equally likely, and none is kept twice.
 
-  A trajectory beyond its last kept state is of no use. With a `batch_size`, rows are drawn in
-  the order of where that state is, so many at once, and each lot stops at its last: with one
-  state of each, and many lots, halfway on average. States are the same, whatever the lots.
+  Steps after a trajectory's last kept state would be wasted. With `batch_size`, rows are
+  sorted by the step of that state and sampled in chunks, and each chunk stops at its last kept
+  state. With one state per trajectory and many chunks, that is halfway on average. The states
+  do not depend on the chunks.
 
   Args:
     denoise: (params, x_t, t, cond) -> prediction.
     schedule: noise schedule.
     mesh: from `sharding.make_mesh`.
-    latent_shape: channels, height and width.
-    num_steps: solver steps from noise to image.
+    latent_shape: channels, height and width of a latent.
+    num_steps: number of solver steps from noise to image.
     solver: 'dpm_solver', 'ddim' or 'ddpm'.
-    order: of the DPM-Solver.
-    guidance: classifier-free guidance scale; at most 1: none, as published.
-    prompt_dropout: as in the train step, which drops the same rows' prompts.
-    states_per_trajectory: how many are kept, 1 to `num_steps`.
-    batch_size: rows drawn at once, see `rows_at_once`; 0: all, which is the published loop.
+    order: order of the DPM-Solver.
+    guidance: classifier-free guidance scale; at most 1: no guidance, as published.
+    prompt_dropout: share of rows sampled without their prompt. With the same share, the train
+      step drops the prompts of the same rows.
+    states_per_trajectory: number of states to keep, from 1 to `num_steps`.
+    batch_size: rows per chunk, rounded up by `chunk_size`; 0: all rows at once, as published.
 
   Returns:
-    `rollout(params, seed, update, cond, uncond, guide=None)`, trees of [B, ...], [1, ...] and
-    [1, ...]: `uncond` is the dropped prompt, `guide` what guidance leads away from, by default
-    the same.
+    `rollout(params, seed, update, cond, uncond, guide=None) -> States`. `cond` is a tree of
+    [B, ...], the others of [1, ...]: `uncond` is the conditioning of the dropped prompt, and
+    guidance leads away from `guide`, by default `uncond`.
   """
 
   @jax.jit
@@ -93,8 +95,8 @@ def make_rollout(
     stride = num_steps // states_per_trajectory
     picks = (first[:, None] + stride * jnp.arange(states_per_trajectory)) % num_steps
 
-    def draw(lot) -> States:
-      cond, offsets, noise_keys, picks = lot
+    def sample(chunk) -> States:
+      cond, offsets, noise_keys, picks = chunk
       guided = guidance_lib.classifier_free(
         *(lambda x_t, t, c: denoise(params, x_t, t, c), cond),
         *(uncond if guide is None else guide, guidance),
@@ -112,78 +114,82 @@ def make_rollout(
       by_row = lambda x: x.swapaxes(0, 1)  # noqa: E731
       return States(*map(by_row, (seen.states, seen.predictions, seen.timesteps)))
 
-    drawn = (cond, offsets, noise_keys, picks)
-    size = rows_at_once(rows, batch_size, devices=mesh.size)
+    inputs = (cond, offsets, noise_keys, picks)
+    size = chunk_size(rows, batch_size, devices=mesh.size)
     if size == rows:
-      return draw(drawn)
-    return _by_lots(draw, drawn, jnp.argsort(picks.max(axis=1)), size, mesh)
+      return sample(inputs)
+    return _map_chunks(sample, inputs, jnp.argsort(picks.max(axis=1)), size, mesh)
 
   return rollout
 
 
-def rows_at_once(rows: int, batch_size: int, *, devices: int) -> int:
-  """Rows of a lot: as many as asked for, or so many more that lots and devices are alike.
+def chunk_size(rows: int, batch_size: int, *, devices: int) -> int:
+  """Returns the number of rows per chunk.
+
+  It is the smallest divisor of `rows` that is at least `batch_size` and a multiple of
+  `devices`: all chunks, and all devices within a chunk, get the same number of rows.
 
   Args:
-    rows: of an update, a multiple of the devices.
-    batch_size: asked for, over all devices; 0 for all.
-    devices: over which they are spread.
+    rows: number of rows of an update, a multiple of `devices`.
+    batch_size: smallest number of rows per chunk, over all devices; 0: all rows.
+    devices: number of devices that share a chunk.
   """
   sizes = range(batch_size or rows, rows)
   return next((n for n in sizes if rows % n == 0 and n % devices == 0), rows)
 
 
-def _by_lots(
-  draw: Callable[[Any], Any], rows: Any, order: jax.Array, batch_size: int, mesh: Mesh
+def _map_chunks(
+  sample: Callable[[Any], Any], rows: Any, order: jax.Array, size: int, mesh: Mesh
 ) -> Any:
-  """`draw` of so many rows at once, in this order; its results in the rows' own."""
+  """Applies `sample` to chunks of `size` rows, taken in `order`; restores the rows' order."""
   count = order.shape[0]
   over_devices = NamedSharding(mesh, P(None, sharding.BATCH_AXES))
 
   def split(x):
-    x = x[order].reshape(count // batch_size, batch_size, *x.shape[1:])
+    x = x[order].reshape(count // size, size, *x.shape[1:])
     return jax.lax.with_sharding_constraint(x, over_devices)
 
-  drawn = jax.lax.map(draw, jax.tree.map(split, rows))
+  sampled = jax.lax.map(sample, jax.tree.map(split, rows))
   place = jnp.argsort(order)
   return jax.tree.map(
     lambda x: jax.lax.with_sharding_constraint(
       x.reshape(count, *x.shape[2:])[place], sharding.batch_sharding(mesh)
     ),
-    drawn,
+    sampled,
   )
 
 
 @flax.struct.dataclass
 class Replay:
-  """The rows of the last updates, for the ablation of online training.
+  """A buffer of the rows of past updates, for an ablation of online training.
 
-  `rows`: a tree of [N, R, ...], N updates of R rows each.
+  Attributes:
+    rows: N updates of R rows each, a tree of [N, R, ...].
   """
 
   rows: Any
 
 
 def init_replay(rows: Any, size: int) -> Replay:
-  """An empty buffer of the rows of `size` updates, shaped as the tree `rows` [R, ...]."""
+  """Makes an empty buffer for `size` updates with rows shaped like `rows`, [R, ...]."""
   return Replay(jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), rows))
 
 
 def replay(buffer: Replay, rows: Any, update: jax.Array, key: jax.Array) -> tuple[Any, Replay]:
-  """Each row as it is or, all equally likely, as it was at one of the updates held.
+  """Picks each row uniformly from this update and the buffered ones.
 
   Args:
-    buffer: of N updates' rows.
-    rows: of this update, a tree of [R, ...].
+    buffer: rows of N updates.
+    rows: rows of this update, a tree of [R, ...].
     update: number of updates done.
-    key: for the choice.
+    key: random key of the choice.
 
   Returns:
-    The rows to train on, and the buffer with the rows of this update in the oldest's place.
+    The rows to train on, and the buffer, in which the rows of this update replace the oldest.
   """
   size, count = jax.tree.leaves(buffer.rows)[0].shape[:2]
   held = jnp.minimum(update, size)
-  pick = jax.random.randint(key, (count,), 0, held + 1)  # the last one: this update's
+  pick = jax.random.randint(key, (count,), 0, held + 1)  # `held`: this update
   old = jax.tree.map(lambda x: x[pick.clip(max=size - 1), jnp.arange(count)], buffer.rows)
 
   def choose(now, before):

@@ -63,7 +63,7 @@ def run(
   writer = _open_writer(workdir, train.num_updates, start)
   meter, clock = _speedometer(prepared), metrics.Stopwatch()
   profiler = throughput.Profiler(workdir / "profile", first=start + 3, updates=config.profile)
-  finite, spikes = anomalies.Finite(prepared, rows, workdir), anomalies.Spikes()
+  finite, spikes = anomalies.FiniteCheck(prepared, rows, workdir), anomalies.Spikes()
   pending: collections.deque = collections.deque()  # updates whose metrics are not read yet
   save_is_due = False
   with contextlib.ExitStack() as at_last:
@@ -113,7 +113,7 @@ def run(
         meter.reset()  # the first update includes compilation
       if last:
         finite.check_at_the_end()
-      if last or (save_is_due and finite.is_well):
+      if last or (save_is_due and finite.is_finite):
         save_is_due = False
         ckptr.save(done, state, loader.get_state(), identity)
       if stop and not last:
@@ -261,7 +261,7 @@ def _log_update(
   if writer is None:
     return
   if not last:
-    anomalies.warn_of_nothing(numbers, done)
+    anomalies.warn_of_zero_gradient(numbers, done)
   times = {f"time/{name}": share for name, share in shares.items()}
   writer.write(done, {**numbers, **performance, **times})
   writer.progress(
