@@ -1,27 +1,27 @@
-"""Errors that are not a defect of the program, and how they are shown: in one line."""
+"""Exceptions with an exit status, and helpers for one-line messages."""
 
 import errno
 from collections.abc import Sequence
 
-# A disk, or a file system's server, that does not answer now.
+# Errors of a disk or file server that may work again later.
 _TRANSIENT = (
   *(errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN),
   *(errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ECONNRESET, errno.ENOTCONN),
 )
 
 
-_LONGEST = 700  # characters of an error: two long paths, and what to do
-_LONGEST_REASON = 200  # characters of what a library said
+_LONGEST = 700  # characters of an error: room for two long paths and the advice
+_LONGEST_REASON = 200  # characters of another library's message
 
 
 def one_line(value: object, *, longest: int = _LONGEST) -> str:
   """Returns a text as one printable line of bounded length.
 
-  File names and what libraries say may hold line ends, terminal sequences or characters that
-  reorder a line: those are escaped as Python writes them. A long text loses its middle.
+  File names and other libraries' messages may hold line ends, terminal sequences or characters
+  that reorder a line: those are escaped as in Python's `repr`. A long text loses its middle.
 
   Args:
-    value: a text, or what `str` makes one of, such as an exception.
+    value: a text, or an object that `str` converts, such as an exception.
     longest: in characters; a text that is cut may be a few longer.
   """
   text = str(value).strip()
@@ -38,53 +38,58 @@ def _escape(text: str) -> str:
 
 
 class UserError(Exception):
-  """Bad input; `main` prints it and exits with status 2.
+  """Bad input; the entry points print it and exit with status 2.
 
-  As a text it is one line of bounded length, whatever it quotes.
+  Its text is one line of bounded length, whatever the message quotes.
   """
 
   status = 2
 
   def __str__(self) -> str:
-    """The message, as `one_line` shows it."""
+    """Returns the message in the form of `one_line`."""
     return one_line(super().__str__())
 
 
 class DamagedError(UserError):
-  """A file whose contents are not what was written into it."""
+  """A file that does not hold what was written to it."""
 
 
 class DivergedError(UserError):
-  """A run whose numbers are no longer finite; the exit status is 3."""
+  """Non-finite numbers in a run; exit status 3."""
 
   status = 3
 
 
 class TransientError(UserError):
-  """What may be well at the next start, which launchers then make; the exit status is 75."""
+  """A failure that a restart may fix; exit status 75 asks launchers to retry."""
 
   status = 75
 
 
 class StoppedError(UserError):
-  """A run that was asked to stop and can go on; the exit status is that of SIGTERM."""
+  """A run that stopped on request and can be resumed; the exit status of SIGTERM, 143."""
 
   status = 143
 
 
 def first_line(error: BaseException) -> str:
-  """Returns what an error says first, cut if it is long, or its name if it says nothing."""
+  """Returns the first line of an error's message, or its class name if it has none."""
   line = str(error).strip().partition("\n")[0] or type(error).__name__
   return one_line(line, longest=_LONGEST_REASON)
 
 
 def storage_error(message: str, error: OSError) -> UserError:
-  """What a failure to write is: for the user to mend, or one that may pass."""
+  """Returns the error for a failed write: transient if a retry may succeed, else the user's."""
   passes = error.errno in _TRANSIENT or isinstance(error, TimeoutError)
   return (TransientError if passes else UserError)(message)
 
 
 def listed(names: Sequence[str], limit: int = 3) -> str:
-  """Joins names with commas: the first few, and how many more there are."""
+  """Joins names with commas: the first `limit` of them, and how many more there are."""
   rest = len(names) - limit
   return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def count(number: int, noun: str) -> str:
+  """Returns a number with its noun: '1 image', '2 images', '1,200 images'."""
+  return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -19,9 +19,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-from jaxpref import wording
 from jaxpref.data import prompt_files as prompt_files_lib
-from jaxpref.errors import DivergedError, UserError
+from jaxpref.errors import DivergedError, UserError, count
 from jaxpref.paths import user_path
 from jaxpref.runtime import cli
 from jaxpref.runtime.workdir import parse_json
@@ -170,7 +169,7 @@ def _run(argv: list[str]) -> None:
   of_images = _left_out(flags, len(wanted) // flags.images_per_prompt)
   missing = [picture for picture in wanted if not is_drawn(picture.file, picture.settings)]
   if not missing:
-    print(f"{wording.count(len(wanted), 'picture')} in {out}, 0 of them new{of_images}")
+    print(f"{count(len(wanted), 'picture')} in {out}, 0 of them new{of_images}")
     return
   text.warn_of_cut(pipeline.tokenizers, [p.settings["prompt"] for p in wanted])
   generator = sampling.make_generator(
@@ -213,11 +212,11 @@ def _run(argv: list[str]) -> None:
           left_out.append(picture)
       bar.update(len(part))
   written, new = len(wanted) - len(left_out), len(missing) - len(left_out)
-  print(f"{wording.count(written, 'picture')} in {out}, {new} of them new{of_images}")
+  print(f"{count(written, 'picture')} in {out}, {new} of them new{of_images}")
   if left_out:
     first = left_out[0]
     raise DivergedError(
-      f"not written, for pixels that are not finite: {wording.count(len(left_out), 'picture')} "
+      f"not written, for pixels that are not finite: {count(len(left_out), 'picture')} "
       f"of {len(missing)}, the first is {first.file.name} of {first.settings['prompt']!r}: the "
       "network overflows; a smaller --guidance or --dtype=float32 may help"
     )
@@ -299,20 +298,18 @@ def _pictures(
     ]
   else:
     subjects = [(f"{i:05d}", prompt, None, {}) for i, prompt in enumerate(flags.prompts)]
-  count = flags.images_per_prompt
-  total = len(subjects) * count
+  each = flags.images_per_prompt
+  total = len(subjects) * each
   if not 0 <= flags.seed < 2**32 - total:
-    raise UserError(
-      f"--seed must be at least 0 and below 2^32 less {wording.count(total, 'picture')}"
-    )
+    raise UserError(f"--seed must be at least 0 and below 2^32 less {count(total, 'picture')}")
   names = [stem for stem, *_ in subjects]
   if twice := sorted({name for name in names if names.count(name) > 1}):
     raise UserError(f"several pictures in --images would become {twice[0]}: rename them")
   pictures = []
   for i, (stem, prompt, image, more) in enumerate(subjects):
     # Pictures to improve differ by themselves; so they keep their seeds among others.
-    first = flags.seed + (0 if flags.images else i * count)
-    for number in range(count):
+    first = flags.seed + (0 if flags.images else i * each)
+    for number in range(each):
       settings = {**shared, **more, "prompt": prefix + prompt, "seed": first + number}
       pictures.append(Picture(out / f"{stem}-{number:02d}.png", settings, image))
   return pictures
@@ -324,10 +321,10 @@ def _left_out(flags: argparse.Namespace, used: int) -> str:
     return ""
   from jaxpref.data import folder  # noqa: PLC0415
 
-  count = folder.count_images(flags.images)
-  if not (rest := count - used):
+  total = folder.count_images(flags.images)
+  if not (rest := total - used):
     return ""
-  return f"; {rest} of {count} in {flags.images} left out, see the warning"
+  return f"; {rest} of {total} in {flags.images} left out, see the warning"
 
 
 def read_prompts(text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Paths as users write them."""
+"""Helpers for paths that users write."""
 
 import os
 import re
@@ -8,10 +8,10 @@ from jaxpref.errors import UserError
 
 
 def user_path(text: str | os.PathLike) -> Path:
-  """The path, `~` expanded.
+  """Returns a path with `~` expanded.
 
   Raises:
-    UserError: there is no such user, or no home directory, or no file can have this name.
+    UserError: the user or the home directory does not exist, or no file can have this name.
   """
   try:
     path = Path(text).expanduser()
@@ -22,15 +22,15 @@ def user_path(text: str | os.PathLike) -> Path:
     raise UserError(f"{os.fspath(text)!r} is not a path") from error
   except RuntimeError as error:
     own = os.fspath(text).partition("/")[0] == "~"
-    reason = "there is no home directory" if own else "no such user's home"
+    reason = "the home directory is not known" if own else "this user has no home directory"
     raise UserError(f"{text}: {reason}") from error
 
 
 def number_of(name: str) -> int | None:
-  """The number that a directory is named after, such as a checkpoint's step.
+  """Parses the number that a directory is named after, such as a checkpoint's step.
 
   Returns:
-    None for every other way to write a number ('007', '+5', '5 (copy)', other scripts'
-    digits) and for all other names.
+    None for all other names, including other ways to write a number ('007', '+5', '5 (copy)',
+    digits of other scripts).
   """
   return int(name) if re.fullmatch("0|[1-9][0-9]{0,17}", name) else None

@@ -1,6 +1,6 @@
-"""Every random draw of a run as a function of its seed, its purpose and its step.
+"""Random keys of a run as a function of its seed, a purpose and the step.
 
-Nothing random is carried along, so a resumed run draws what an uninterrupted one draws.
+No generator state is stored, so a resumed run samples what an uninterrupted run samples.
 """
 
 import zlib
@@ -11,38 +11,38 @@ import jax.numpy as jnp
 
 
 def key_of(seed: int | jax.Array, purpose: str, step: int | jax.Array) -> jax.Array:
-  """The key for `purpose` at `step`.
+  """Returns the random key for `purpose` at `step`.
 
   Args:
-    seed: of the run; may be traced.
-    purpose: a name; other names give independent keys.
-    step: integer; may be traced.
+    seed: the run's seed; may be traced.
+    purpose: a name; different names give independent keys.
+    step: an integer; may be traced.
   """
   named = jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
   return jax.random.fold_in(named, step)
 
 
-def dropped_rows(
+def sample_dropped_rows(
   seed: int | jax.Array, update: int | jax.Array, rows: int, *, rate: float
 ) -> jax.Array:
-  """Which rows of a batch lose their prompt, bool [B].
+  """Samples which rows of a batch lose their prompt, bool [B].
 
   Args:
-    seed: of the run.
-    update: number of updates done; the same rows are dropped wherever it is asked.
+    seed: the run's seed.
+    update: number of completed updates; the result depends on nothing else of the run.
     rows: B.
-    rate: share of rows, 0 to 1.
+    rate: expected share of dropped rows, 0 to 1.
   """
   return jax.random.bernoulli(key_of(seed, "prompt_dropout", update), rate, (rows,))
 
 
-def without_prompts(dropped: jax.Array, cond: Any, uncond: Any) -> Any:
-  """Takes the prompts away from rows.
+def drop_prompts(dropped: jax.Array, cond: Any, uncond: Any) -> Any:
+  """Replaces the conditioning of dropped rows by the unconditional one.
 
   Args:
-    dropped: from which, bool [B].
-    cond: what the denoiser is told, a tree of arrays [B, ...].
-    uncond: the same without a prompt, [1, ...].
+    dropped: which rows to replace, bool [B].
+    cond: conditioning, a tree of arrays [B, ...].
+    uncond: conditioning of the empty prompt, a tree of arrays [1, ...].
 
   Returns:
     A tree like `cond`.

@@ -1,8 +1,8 @@
-"""The mesh, and where parameters and batches lie on it.
+"""The device mesh, and how parameters and batches are sharded over it.
 
-A mesh is (data, fsdp): batches are split over both axes, large parameters over `fsdp`. It has
-the devices of all processes. What is on the host is the same on each of them, and each puts
-its part of it on its own devices; `to_host` is the way back.
+The mesh has the axes (data, fsdp) and spans the devices of all processes. Batches are sharded
+over both axes, large parameters over `fsdp`. Every process holds the same host arrays and puts
+its shards on its own devices; `to_host` gathers them again.
 """
 
 import logging
@@ -16,41 +16,40 @@ from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxpref import wording
-from jaxpref.errors import UserError
+from jaxpref.errors import UserError, count
 
 BATCH_AXES = ("data", "fsdp")
-_LARGE = 1 << 20  # bytes; splitting less costs more in messages than it saves
+_LARGE = 1 << 20  # bytes; sharding a smaller tensor costs more communication than it saves
 
 _log = logging.getLogger(__name__)
 
 
 def make_mesh(*, data: int = -1, fsdp: int = 1, devices: Sequence[Any] = ()) -> Mesh:
-  """The mesh over all devices, of all processes.
+  """Makes the mesh over the devices of all processes.
 
   Args:
-    data: devices along `data`; -1 fills up.
-    fsdp: devices along `fsdp`; -1 fills up.
-    devices: others than those there are.
+    data: number of devices along `data`; -1 takes all that `fsdp` leaves.
+    fsdp: number of devices along `fsdp`; -1 takes all that `data` leaves.
+    devices: the devices to use; by default all of `jax.devices()`.
 
   Raises:
-    UserError: they do not multiply to the number of devices.
+    UserError: the axes do not multiply to the number of devices.
   """
   shape = _mesh_shape(data, fsdp, len(devices) or jax.device_count())
-  # Auto: diffusers' modules do not run under the default, explicit sharding in types.
+  # Auto: diffusers' modules do not run under JAX's default, explicit sharding.
   types = (AxisType.Auto,) * 2
   return jax.make_mesh(shape, BATCH_AXES, axis_types=types, devices=devices or None)
 
 
 def abstract_mesh(mesh: Any, total: int) -> AbstractMesh:
-  """A mesh of so many devices that are not there, to reason about shapes.
+  """Makes a mesh without devices, to compute shapes and shardings.
 
   Args:
-    mesh: the configuration's section.
-    total: devices.
+    mesh: the configuration's section `mesh`.
+    total: number of devices.
 
   Raises:
-    UserError: as `make_mesh`.
+    UserError: the axes do not multiply to `total`.
   """
   shape = _mesh_shape(mesh.data, mesh.fsdp, total)
   return AbstractMesh(shape, BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
@@ -59,32 +58,40 @@ def abstract_mesh(mesh: Any, total: int) -> AbstractMesh:
 def _mesh_shape(data: int, fsdp: int, total: int) -> tuple[int, int]:
   if data == -1 and fsdp == -1:
     raise UserError("only one of mesh.data and mesh.fsdp can be -1")
-  for name, count in (("data", data), ("fsdp", fsdp)):
-    if count > 0 and total % count:
-      raise UserError(f"mesh.{name} = {count} does not divide the number of devices, {total}")
+  for name, size in (("data", data), ("fsdp", fsdp)):
+    if size > 0 and total % size:
+      raise UserError(
+        f"mesh.{name} must divide the number of devices, {total} (got {size}): change "
+        f"mesh.{name}, or set it to -1"
+      )
   shape = (total // fsdp if data == -1 else data, total // data if fsdp == -1 else fsdp)
   if shape[0] * shape[1] != total:
-    raise UserError(f"mesh.data x mesh.fsdp = {shape[0]} x {shape[1]}, but devices: {total}")
+    raise UserError(
+      f"mesh.data x mesh.fsdp must be the number of devices, {total} (got {shape[0]} x "
+      f"{shape[1]}): set one of them to -1"
+    )
   return shape
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """The same on every device."""
+  """Returns the sharding of an array that every device holds whole."""
   return NamedSharding(mesh, P())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Rows over all devices."""
+  """Returns the sharding of a batch: its rows split over all devices."""
   return NamedSharding(mesh, P(BATCH_AXES))
 
 
 def params_sharding(mesh: Mesh, tree: Any, *, min_bytes: int = _LARGE) -> Any:
-  """A sharding for each leaf: the largest axis that divides, over `fsdp`, if it is large.
+  """Returns a sharding for each leaf; large ones are split over `fsdp`.
+
+  The largest axis that `fsdp` divides is split. A leaf without such an axis is replicated.
 
   Args:
     mesh: from `make_mesh`.
-    tree: of arrays or shapes; parameters, moments and averages alike.
-    min_bytes: tensors below it stay whole.
+    tree: arrays or shapes: parameters, Adam moments or EMA weights.
+    min_bytes: smaller leaves are replicated.
   """
   size = mesh.shape["fsdp"]
 
@@ -102,12 +109,12 @@ def params_sharding(mesh: Mesh, tree: Any, *, min_bytes: int = _LARGE) -> Any:
   return jax.tree.map(one, tree)
 
 
-def large_and_whole(tree: Any, placement: Any) -> list[str]:
-  """Large tensors that every device has all of, by their paths; names what it costs.
+def list_unsharded(tree: Any, placement: Any) -> list[str]:
+  """Lists the paths of large tensors that are replicated, and logs their total size.
 
   Args:
-    tree: of arrays or shapes.
-    placement: their shardings, from `params_sharding`.
+    tree: arrays or shapes.
+    placement: the shardings of its leaves, from `params_sharding`.
   """
   leaves = jax.tree.leaves_with_path(tree)
   whole = [
@@ -118,8 +125,8 @@ def large_and_whole(tree: Any, placement: Any) -> list[str]:
   if whole:
     total = sum(size for _, size in whole) / 2**20
     _log.warning(
-      "%d large tensors have no axis that mesh.fsdp divides; every device holds all their "
-      "%.0f MiB, among them %s",
+      "%d large tensors have no axis that mesh.fsdp divides: every device holds all %.0f MiB "
+      "of them, for example %s",
       *(len(whole), total, whole[0][0]),
     )
   return [name for name, _ in whole]
@@ -130,48 +137,51 @@ def _nbytes(leaf: Any) -> int:
 
 
 def place_params(tree: Any, mesh: Mesh) -> Any:
-  """Puts parameters where `params_sharding` says; what lies there already stays."""
+  """Puts parameters on the devices, sharded as in `params_sharding`, moving only what must."""
   return jax.tree.map(_place, tree, params_sharding(mesh, tree))
 
 
 def gather_params(tree: Any, mesh: Mesh) -> Any:
-  """In a program: all of each parameter on every device, for as long as it is computed with.
+  """All-gathers parameters inside a jitted function.
 
-  Without it XLA also splits what is computed by channels, as it finds the parameters, and
-  moves activations to and fro.
+  Otherwise XLA shards the computation by channels, as the parameters are sharded, and reshards
+  the activations between layers.
   """
   whole = NamedSharding(known_mesh(mesh), P())
   return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, whole), tree)
 
 
 def known_mesh(mesh: Mesh) -> Mesh | AbstractMesh:
-  """The mesh as a program may name it: inside of `jax.shard_map` it has taken some axes."""
+  """Returns the mesh to name inside a jitted function.
+
+  Inside `jax.shard_map` that is the abstract mesh, in which some axes are already manual.
+  """
   around = jax.sharding.get_abstract_mesh()
   return mesh if around.empty else around
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-  """Puts all of it on every device."""
+  """Puts a whole copy of every array on every device."""
   return jax.tree.map(lambda x: _place(x, replicated(mesh)), tree)
 
 
 def _place(array: Any, where: NamedSharding) -> jax.Array:
   if isinstance(array, jax.Array):
     return jax.device_put(array, where)
-  # `device_put` would have the processes compare what they have.
+  # `device_put` would compare the host arrays of all processes, which costs a collective.
   return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
 
 
 def check_batch(
   batch_size: int, mesh: Mesh, *, accumulate: int = 1, section: str = "train"
 ) -> None:
-  """Whether a batch splits into equal micro-batches on equal devices.
+  """Checks that a batch splits into equal micro-batches on all devices.
 
   Args:
-    batch_size: rows.
+    batch_size: number of rows.
     mesh: from `make_mesh`.
-    accumulate: micro-batches.
-    section: of the configuration, for the message.
+    accumulate: number of micro-batches.
+    section: the configuration's section, for the error message.
 
   Raises:
     UserError: it does not.
@@ -179,24 +189,24 @@ def check_batch(
   if batch_size % (accumulate * mesh.size):
     micro = f"{accumulate} micro-batches ({section}.accumulate) x " if accumulate > 1 else ""
     raise UserError(
-      f"{section}.batch_size = {batch_size} does not divide by "
-      f"{micro}{wording.count(mesh.size, 'device')}"
+      f"{section}.batch_size must be a multiple of {micro}{count(mesh.size, 'device')} "
+      f"(got {batch_size})"
     )
 
 
 def round_up(rows: int, mesh: Mesh) -> int:
-  """The least number of rows, not below this one, that all devices share alike."""
+  """Rounds `rows` up to a multiple of the number of devices."""
   return -(-rows // mesh.size) * mesh.size
 
 
 def place_batch(tree: Any, mesh: Mesh, index: np.ndarray | None = None) -> Any:
-  """Puts a batch on the devices, each its part of the rows.
+  """Puts a batch on the devices, its rows sharded over all of them.
 
   Args:
-    tree: of numpy arrays [N, ...], alike on every process.
+    tree: numpy arrays [N, ...], equal on every process.
     mesh: from `make_mesh`.
-    index: the batch's rows, int [B]; by default all N. Only those of this process's devices
-      are read.
+    index: the batch's rows, int [B]; by default all N. Each process reads only the rows of its
+      own devices.
   """
   where = batch_sharding(mesh)
   if index is None:
@@ -210,7 +220,7 @@ def place_batch(tree: Any, mesh: Mesh, index: np.ndarray | None = None) -> Any:
 
 
 def to_host(tree: Any) -> Any:
-  """All of every array, as numpy, on each process; a collective where there are several."""
+  """Gathers arrays as numpy on every process; with several processes, a collective."""
 
   def fetch(x):
     if jax.process_count() == 1 or x.is_fully_replicated:

@@ -120,7 +120,7 @@ def test_what_is_no_hub_id_is_a_directory(tmp_path):
       pipeline.load_pipeline(name)
   with pytest.raises(UserError, match="is neither a directory nor an id"):
     pipeline.load_pipeline("runs/my--run")
-  with pytest.raises(UserError, match="no such user"):
+  with pytest.raises(UserError, match="this user has no home"):
     pipeline.load_pipeline("~nobody-here/x")
   (tmp_path / "pipeline").mkdir()
   with pytest.raises(UserError, match="not a complete pipeline"):

@@ -60,7 +60,7 @@ def test_every_large_tensor_is_split_over_eight_devices(family):
     shapes = pipeline.abstract_params(module)
     placement = sharding.params_sharding(mesh, shapes)
     if part != "text_encoder":  # whose table of words is a prime number
-      assert sharding.large_and_whole(shapes, placement) == []
+      assert sharding.list_unsharded(shapes, placement) == []
     if part == "unet":
       pairs = zip(jax.tree.leaves(shapes), jax.tree.leaves(placement), strict=True)
       held = sum(np.prod(where.shard_shape(leaf.shape)) for leaf, where in pairs)
@@ -71,7 +71,7 @@ def test_what_cannot_be_split_is_said(caplog):
   mesh = sharding.abstract_mesh(types.SimpleNamespace(data=1, fsdp=3), 3)
   shapes = {"a": {"b": jax.ShapeDtypeStruct((512, 1024), np.float32)}}
   placement = sharding.params_sharding(mesh, shapes)
-  assert sharding.large_and_whole(shapes, placement) == ["a/b"]
+  assert sharding.list_unsharded(shapes, placement) == ["a/b"]
   assert "2 MiB, among them a/b" in caplog.text
 
 

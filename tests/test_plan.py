@@ -125,7 +125,10 @@ REFUSALS = {
   "no run": (["--config=configs/shapes_base.py", "--topology=h100:8"], "trains no UNet with a"),
   "no file": (["--topology=h100:8", "--json="], "--json is a file to write"),
   "a directory": (["--topology=h100:8", "--json=/tmp"], "--json is a file to write"),
-  "mesh": (["--topology=h100:8", "--config.mesh.fsdp=3"], "mesh.fsdp = 3 does not divide"),
+  "mesh": (
+    ["--topology=h100:8", "--config.mesh.fsdp=3"],
+    "mesh.fsdp must divide the",
+  ),
 }
 
 

@@ -73,7 +73,7 @@ def test_trained_on_interrupted_and_continued(tmp_path, tiny_pipeline, monkeypat
   for part, name in (("vae", "vae"), ("denoiser", "unet")):
     arguments = ["--config=configs/shapes_base.py:tiny", f"--config.{part}.path=shapes"]
     assert pretrain.main([*arguments, f"--workdir={tmp_path / 'other'}"]) == 2
-    assert f"{part}.path: 'shapes' has another {name}" in capsys.readouterr().err
+    assert f"{part}.path: the {name} of 'shapes' has other shapes" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
 
 
@@ -103,7 +103,7 @@ def test_a_decoder_is_trained_on(tmp_path, tiny_pipeline, monkeypatch, capsys):
   assert f"that of `{tiny_pipeline}`, its decoder trained on for 2 updates" in card.read_text()
   arguments = ["--config=configs/shapes_base.py:tiny", "--config.vae.num_updates=0"]
   assert pretrain.main([*arguments, f"--workdir={tmp_path / 'none'}"]) == 2
-  assert "vae.num_updates is 0 and vae.path names no trained one" in capsys.readouterr().err
+  assert "vae.num_updates is 0 and vae.path is empty" in capsys.readouterr().err
 
 
 def _assert_same(ours, theirs):

@@ -252,8 +252,8 @@ def test_update_equals_the_formula_by_hand():
   t = jax.random.randint(jax.random.fold_in(key, 0), (devices_main.ROWS,), 0, 1000)
   x0 = rows["latents"][:, 0]
   eps = jax.random.normal(jax.random.fold_in(key, 1), x0.shape)
-  dropped = rng.dropped_rows(0, 0, devices_main.ROWS, rate=0.2)
-  cond = rng.without_prompts(dropped, rows["cond"], empty)
+  dropped = rng.sample_dropped_rows(0, 0, devices_main.ROWS, rate=0.2)
+  cond = rng.drop_prompts(dropped, rows["cond"], empty)
   alpha_bar = np.asarray(schedule.alpha_bar, np.float64)[t][:, None, None, None]
   x_t = np.sqrt(alpha_bar) * x0 + np.sqrt(1 - alpha_bar) * np.asarray(eps)
 
@@ -351,16 +351,16 @@ def test_chunks_are_equal_on_all_devices():
 
 def test_prompts_are_dropped_at_the_rate():
   cond, empty = jnp.ones((4000, 1, 1)), jnp.zeros((1, 1, 1))
-  dropped = rng.dropped_rows(0, jnp.int32(5), 4000, rate=0.2)
-  out = rng.without_prompts(dropped, cond, empty)
+  dropped = rng.sample_dropped_rows(0, jnp.int32(5), 4000, rate=0.2)
+  out = rng.drop_prompts(dropped, cond, empty)
   assert abs(float(1 - out.mean()) - 0.2) < 0.03
 
 
 def test_a_missing_row_of_the_mesh_is_refused():
-  with pytest.raises(UserError, match="mesh.data = 3 does not divide the number of devices, 1"):
+  with pytest.raises(UserError, match="mesh.data must divide the number of devices, 1"):
     sharding.make_mesh(data=3)
   mesh = sharding.make_mesh()
-  with pytest.raises(UserError, match="train.batch_size = 9 does not divide by 2"):
+  with pytest.raises(UserError, match="train.batch_size must be a multiple of 2"):
     sharding.check_batch(9, mesh, accumulate=2)
 
 

@@ -16,10 +16,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxpref import wording
 from jaxpref.data import bad_rows, images, parquet, splits
 from jaxpref.data.bad_rows import BadRow
-from jaxpref.errors import UserError, first_line
+from jaxpref.errors import UserError, count, first_line
 
 _CAPTIONS = (".txt", ".caption")  # the first takes precedence
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -169,11 +168,11 @@ def scan(root: Path, split: str, follow_links: bool) -> Found:
   beside, unmatched = _match_captions(root, rest, free)
   entries += beside
   by_caption = sum(isinstance(e.caption, Path) and e.caption.suffix != ".txt" for e in beside)
-  notes += [f"{wording.count(n, 'caption')} from {name}" for name, n in sorted(counts.items())]
+  notes += [f"{count(n, 'caption')} from {name}" for name, n in sorted(counts.items())]
   if by_caption:
-    notes.append(f"{wording.count(by_caption, 'caption')} from .caption files")
+    notes.append(f"{count(by_caption, 'caption')} from .caption files")
   if pairs:
-    notes.append(f"{wording.count(len(pairs), 'pair')}; only their winners can be experts")
+    notes.append(f"{count(len(pairs), 'pair')}; only their winners can be experts")
   return Found(sorted(entries), sorted(pairs), skipped, unmatched, incomplete, notes)
 
 
@@ -244,7 +243,7 @@ def _find_pairs(
   for stem, (winners, losers) in sorted(sides.items()):
     name = (winners or losers)[0].relative_to(root).as_posix()
     if len(winners) != 1 or len(losers) != 1:
-      sizes = wording.count(len(winners), "winner"), wording.count(len(losers), "loser")
+      sizes = count(len(winners), "winner"), count(len(losers), "loser")
       incomplete.append((name, BadRow(f"{sizes[0]} and {sizes[1]} with one name")))
       continue
     own = [listed.get(p) or captions.get(p.with_suffix("")) for p in (winners[0], losers[0])]

@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxpref import wording
 from jaxpref.data import bad_rows, images
 from jaxpref.data.bad_rows import BadRow, Tally
-from jaxpref.errors import UserError
+from jaxpref.errors import UserError, count
 
 _SCORED = ("score_0", "score_1", "image_0_uid", "image_1_uid")
 
@@ -77,7 +76,7 @@ def top_k(
   if not best or len(best) < k:
     raise UserError(
       f"data.num_experts = {k}, but the data has only "
-      f"{wording.count(len(best), 'image')} to choose from"
+      f"{count(len(best), 'image')} to choose from"
     )
   return [example for _, example in sorted(best, key=lambda found: found[0])]
 

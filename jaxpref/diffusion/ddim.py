@@ -1,4 +1,4 @@
-"""DDIM: Song et al. 2020, arXiv 2010.02502, eq. 12 and 16."""
+"""The DDIM solver: Song et al. 2020, arXiv 2010.02502, eq. 12 and 16."""
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +9,12 @@ from jaxpref.errors import UserError
 
 
 def coefficients(grid: Grid, *, eta: float = 0.0) -> Coefficients:
-  """The sampler's steps on a grid.
+  """Computes the coefficients of DDIM's steps on a grid.
 
   Args:
     grid: N steps of B samples.
-    eta: noise put back at each step, in [0, 1]: 0 deterministic, 1 the same
-      distribution of steps as DDPM.
+    eta: noise added at each step, in [0, 1]: 0 is deterministic, 1 has the same distribution
+      of steps as DDPM.
 
   Raises:
     UserError: eta is not in [0, 1].
@@ -33,6 +33,6 @@ def coefficients(grid: Grid, *, eta: float = 0.0) -> Coefficients:
 
 
 def fresh_variance(grid: Grid) -> jax.Array:
-  """`1 - alpha_bar_s / alpha_bar_t`: noise between a step's two levels [N, B]."""
+  """Computes `1 - alpha_bar_s / alpha_bar_t`: the noise between a step's two levels [N, B]."""
   log_alpha_bar = jax.nn.log_sigmoid(grid.log_snr)
   return -jnp.expm1(log_alpha_bar[:-1] - log_alpha_bar[1:])

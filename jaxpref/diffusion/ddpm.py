@@ -1,4 +1,4 @@
-"""Ancestral sampling: Ho et al. 2020, arXiv 2006.11239, eq. 6 and 7."""
+"""The DDPM solver, ancestral sampling: Ho et al. 2020, arXiv 2006.11239, eq. 6 and 7."""
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +8,12 @@ from jaxpref.diffusion.timesteps import Coefficients, Grid
 
 
 def coefficients(grid: Grid) -> Coefficients:
-  """Mean and standard deviation of `q(x_t | x_s, x0)` for each step s -> t of a grid.
+  """Computes mean and standard deviation of `q(x_t | x_s, x0)` for each step s -> t of a grid.
 
-  The variance is the posterior's ("fixed small"), 0 when the step lands on an image.
+  The variance is the posterior's ("fixed small"); it is 0 for a step to a clean image.
 
   Args:
-    grid: N steps of B samples; levels need not be neighbouring timesteps.
+    grid: N steps of B samples; its levels need not be adjacent timesteps.
   """
   beta = fresh_variance(grid)
   variance_s = jax.nn.sigmoid(-grid.log_snr[:-1])

@@ -1,12 +1,12 @@
-"""DPM-Solver++ multistep: order 1, 2 (2M, midpoint) and 3, data prediction.
+"""The multistep DPM-Solver++ of order 1, 2 (2M, midpoint) and 3, with data prediction.
 
 Lu et al. 2022, arXiv 2211.01095. With `l = log(alpha / sigma)` the step from s to t is
-`x_t = sigma_t / sigma_s x_s + sigma_t int_{l_s}^{l_t} e^l x0(l) dl`, and order p puts a
-polynomial through the last p predictions of x0 under the integral.
+`x_t = sigma_t / sigma_s x_s + sigma_t int_{l_s}^{l_t} e^l x0(l) dl`. Order p replaces x0 under
+the integral by the polynomial through its last p predictions.
 
-Order 3 weighs its quadratic term as the authors' code and diffusers do, which is half of
-what that polynomial asks for: its error is a quarter of order 2's, but falls like order
-2's once steps are very short.
+Order 3 gives its quadratic term half the weight that this polynomial needs, as in the authors'
+code and diffusers. Its error is a quarter of order 2's, but falls at order 2's rate for very
+short steps.
 """
 
 import math
@@ -24,12 +24,12 @@ _FEW_STEPS = 15
 
 
 def coefficients(grid: Grid, *, order: int = 2, lower_order_final: bool = True) -> Coefficients:
-  """The solver's steps on a grid, as linear combinations of its last predictions.
+  """Computes the coefficients of the solver's steps on a grid.
 
   Args:
     grid: N steps of B samples.
-    order: 1, 2 or 3; the first steps have lower order, having no history.
-    lower_order_final: with fewer than 15 steps, lower the order towards the end.
+    order: 1, 2 or 3; the first steps have a lower order, because they have no history.
+    lower_order_final: with fewer than 15 steps, lower the order of the last steps.
 
   Raises:
     UserError: order is not 1, 2 or 3.
@@ -48,7 +48,7 @@ def coefficients(grid: Grid, *, order: int = 2, lower_order_final: bool = True) 
   first = -alpha * jnp.expm1(-h)
 
   h = jnp.where(lands_clean, 1.0, h)
-  # Steps back from k to k - 1 and from k - 1 to k - 2; 1 where there is no history,
+  # Steps back from k to k - 1 and from k - 1 to k - 2; 1 without history,
   # so that the unused branch stays finite.
   h_0 = jnp.where(orders >= 2, _step_back(lam, 0), 1.0)
   h_1 = jnp.where(orders >= 3, _step_back(lam, 1), 1.0)

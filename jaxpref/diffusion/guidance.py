@@ -1,4 +1,4 @@
-"""Classifier-free guidance: Ho and Salimans 2022, arXiv 2207.12598; and by an image as well."""
+"""Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598), by text and by image."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,17 +17,17 @@ def classifier_free(
   uncond: Any,
   scale: float | jax.Array,
 ) -> Denoise:
-  """A denoiser of (x_t, t) that is pushed from `uncond` towards `cond`.
+  """Returns a denoiser of (x_t, t) with classifier-free guidance.
 
-  `uncond + scale (cond - uncond)`, in float32, from one call of twice the batch. A scale of at
-  most 1 means no guidance, the plain conditional prediction, as in diffusers; a Python number
-  then makes one call of the batch itself, at half the cost.
+  It computes `uncond + scale (cond - uncond)` in float32, in one call with twice the batch. A
+  scale of at most 1 means no guidance, the plain conditional prediction, as in diffusers. If
+  that scale is a Python number, the call has the batch itself, at half the cost.
 
   Args:
     denoise_with_cond: (x_t [B, ...], t [B], cond) -> prediction [B, ...].
     cond: conditioning, a pytree of arrays [B, ...].
-    uncond: the same tree for the empty or negative prompt, [B, ...] or [1, ...].
-    scale: guidance scale, a number or one for each sample, [B].
+    uncond: conditioning of the empty or negative prompt, a tree of [B, ...] or [1, ...].
+    scale: guidance scale, a number or an array with one per sample, [B].
   """
   if isinstance(scale, int | float) and scale <= 1:
     return lambda x_t, t: denoise_with_cond(x_t, t, cond)
@@ -54,44 +54,44 @@ def by_text_and_image(
   text_scale: float,
   image_scale: float,
 ) -> Denoise:
-  """A denoiser of (x_t, t) that is pushed towards a text and, apart from it, an image.
+  """Returns a denoiser of (x_t, t) with separate guidance by a text and by an image.
 
-  `e(0, "") + s_I [e(x, "") - e(0, "")] + s_T [e(x, c) - e(x, "")]`, in float32, from one
-  call of three times the batch; `s_I` says how closely to keep to the image. The Python
-  numbers 1 and 1 make a plain call with both. The form is that of Brooks et al. 2023
-  (https://arxiv.org/abs/2211.09800). Other scales are the formula's weights, also below 1:
-  with `s_T = 0` the text has no influence, with `s_I = 0` the image alone has none.
+  It computes `e(0, "") + s_I [e(x, "") - e(0, "")] + s_T [e(x, c) - e(x, "")]` in float32, in
+  one call with three times the batch. `s_I` sets how closely the output keeps to the image. The
+  form is that of Brooks et al. 2023 (https://arxiv.org/abs/2211.09800). The Python numbers 1
+  and 1 make a single call with text and image. All other scales are weights in the formula,
+  also below 1: with `s_T = 0` the text has no influence, with `s_I = 0` the image alone has
+  none.
 
   Args:
     denoise_with_cond: (x_t [B, ...], t [B], cond) -> prediction [B, ...].
-    cond: of the text, a dict of arrays [B, ...].
-    uncond: the same for the empty prompt, [B, ...] or [1, ...].
-    image: clean latents x, [B, C, h, w]; joins `cond` as 'image', zeros for none.
+    cond: conditioning of the text, a dict of arrays [B, ...].
+    uncond: conditioning of the empty prompt, a dict of arrays [B, ...] or [1, ...].
+    image: clean latents x, [B, C, h, w]; the denoiser gets them as `cond["image"]`, and zeros
+      where the formula has 0.
     text_scale: s_T.
     image_scale: s_I.
   """
-  told = {**cond, "image": image}
+  both = {**cond, "image": image}
   if all(isinstance(s, int | float) and s == 1 for s in (text_scale, image_scale)):
-    return lambda x_t, t: denoise_with_cond(x_t, t, told)
-  blank = {**uncond, "image": jnp.zeros_like(image)}
-  shown = {**uncond, "image": image}
+    return lambda x_t, t: denoise_with_cond(x_t, t, both)
+  neither = {**uncond, "image": jnp.zeros_like(image)}
+  image_only = {**uncond, "image": image}
 
   def three(*leaves):
     return _interleave(*(jnp.broadcast_to(x, leaves[-1].shape) for x in leaves))
 
-  conds = jax.tree.map(three, blank, shown, told)
+  conds = jax.tree.map(three, neither, image_only, both)
 
   def denoise(x_t: jax.Array, t: jax.Array) -> jax.Array:
-    neither, with_image, with_both = _evaluate(denoise_with_cond, x_t, t, conds, 3)
-    return (
-      neither + image_scale * (with_image - neither) + text_scale * (with_both - with_image)
-    )
+    plain, with_image, with_both = _evaluate(denoise_with_cond, x_t, t, conds, 3)
+    return plain + image_scale * (with_image - plain) + text_scale * (with_both - with_image)
 
   return denoise
 
 
 def _evaluate(denoise_with_cond, x_t, t, conds, count) -> list[jax.Array]:
-  """The predictions for each of a row's `count` conditionings, float32, from one call."""
+  """Evaluates each row under its `count` conditionings in one call; float32 predictions."""
   out = denoise_with_cond(_interleave(*[x_t] * count), _interleave(*[t] * count), conds)
   return [out[i::count].astype(jnp.float32) for i in range(count)]
 

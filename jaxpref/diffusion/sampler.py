@@ -1,7 +1,7 @@
-"""The sampler: one loop over a grid for every solver.
+"""The sampling loop, which is the same for every solver.
 
-A solver is a table of coefficients (`grid.Coefficients`); this file applies it. Call it
-inside `jax.jit` with the denoiser's parameters as arguments of the jitted function.
+A solver is a table of coefficients (`timesteps.Coefficients`), which this loop applies. Call it
+inside `jax.jit`, with the denoiser's parameters as arguments of the jitted function.
 """
 
 import flax.struct
@@ -18,11 +18,11 @@ from jaxpref.errors import UserError
 
 @flax.struct.dataclass
 class Trajectory:
-  """What the denoiser saw and said at each step.
+  """The denoiser's inputs and outputs at each step.
 
   Attributes:
-    states: inputs x_t of the steps, float32 [N, B, ...].
-    predictions: the denoiser's outputs there, in its dtype [N, B, ...].
+    states: inputs x_t, float32 [N, B, ...].
+    predictions: the denoiser's outputs, in its dtype, [N, B, ...].
     timesteps: int32 [N, B].
   """
 
@@ -44,28 +44,28 @@ def sample(
   key: jax.Array | None = None,
   trajectory: bool = False,
 ):
-  """Integrates from noise to images.
+  """Samples by integrating from noise to clean latents.
 
   Args:
     denoise: (x_t float32 [B, ...], t int32 [B]) -> prediction [B, ...].
     x_T: standard normal noise [B, ...].
-    grid: the levels to visit, for each sample its own.
-    schedule: says what the denoiser predicts; the levels are the grid's.
+    grid: the noise levels to visit, per sample.
+    schedule: its `prediction_type` says how to read predictions; the levels are the grid's.
     solver: 'dpm_solver', 'ddim' or 'ddpm'.
-    order: of DPM-Solver++, 1, 2 or 3.
-    lower_order_final: DPM-Solver++ only, see `dpm_solver.coefficients`.
-    eta: DDIM only, see `ddim.coefficients`.
-    key: typed keys [B], one a sample, for ddpm and for ddim with eta > 0. A sample's
-      noise depends on its key and the step alone, not on the batch around it (with
-      JAX's default threefry keys).
-    trajectory: also return every step's input and prediction; without it, memory does
-      not grow with the number of steps.
+    order: order of DPM-Solver++, 1, 2 or 3.
+    lower_order_final: for DPM-Solver++, see `dpm_solver.coefficients`.
+    eta: for DDIM, see `ddim.coefficients`.
+    key: typed keys [B], one per sample, for ddpm and for ddim with eta > 0. A sample's noise
+      depends only on its key and the step, not on the rest of the batch (with JAX's default
+      threefry keys).
+    trajectory: also return every step's input and prediction; otherwise memory does not grow
+      with the number of steps.
 
   Returns:
     x0 float32 [B, ...], or (x0, Trajectory).
 
   Raises:
-    UserError: unknown solver, bad order or eta.
+    UserError: the solver is unknown, or the order or eta is out of range.
     ValueError: a stochastic solver without keys [B].
   """
   start, step, rows = _prepare(
@@ -95,14 +95,23 @@ def sample_until(
   eta: float = 0.0,
   key: jax.Array | None = None,
 ) -> Trajectory:
-  """Integrates no further than the last of the steps that are asked for.
+  """Samples up to the last step in `kept`, and returns the kept steps.
 
-  Takes what `sample` takes, and `kept`: which of each sample's steps to return, int32 [S, B].
-  The batch goes on until all have theirs.
+  Args:
+    denoise: as for `sample`.
+    x_T: as for `sample`.
+    grid: as for `sample`.
+    schedule: as for `sample`.
+    kept: which of each sample's steps to return, int32 [S, B]. The loop ends after the last of
+      them in the batch.
+    solver: as for `sample`.
+    order: as for `sample`.
+    lower_order_final: as for `sample`.
+    eta: as for `sample`.
+    key: as for `sample`.
 
   Returns:
-    What `sample` would have as trajectory, at these steps: [S, B, ...] in place of
-    [N, B, ...].
+    The trajectory of `sample` at the kept steps: [S, B, ...] instead of [N, B, ...].
   """
   start, step, rows = _prepare(
     denoise, x_T, grid, schedule, solver, order, lower_order_final, eta, key
@@ -130,12 +139,12 @@ def sample_until(
 
 
 def initial_noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """Standard normal x_T [B, *shape] from typed keys [B], one a sample."""
+  """Samples standard normal x_T [B, *shape] from typed keys [B], one per sample."""
   return _noise(key, 0, shape)
 
 
 def step_noise(key: jax.Array, k: int | jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """Standard normal noise [B, *shape] of step k, independent of `initial_noise`."""
+  """Samples standard normal noise [B, *shape] of step k, independent of `initial_noise`."""
   return _noise(key, k + 1, shape)
 
 
@@ -148,9 +157,9 @@ def _coefficients(
   grid: Grid, solver: str, order: int, lower_order_final: bool, eta: float
 ) -> Coefficients:
   if solver not in SOLVERS:
-    raise UserError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
+    raise UserError(f"solver must be one of {', '.join(SOLVERS)} (got {solver!r})")
   if eta and solver != "ddim":
-    raise UserError(f"eta is a setting of the solver ddim, not of {solver}")
+    raise UserError(f"eta is a setting of the solver ddim, not of {solver}: set eta to 0")
   if solver == "ddim":
     return ddim.coefficients(grid, eta=eta)
   if solver == "ddpm":
@@ -159,16 +168,16 @@ def _coefficients(
 
 
 def _prepare(denoise, x_T, grid, schedule, solver, order, lower_order_final, eta, key):  # noqa: N803
-  """What loops over steps share: the carry before the first, the step, and its inputs [N, ...].
+  """Builds the parts of the loop: the first carry, the step function, and the steps' inputs.
 
-  A step's output is what the denoiser was shown and what it answered.
+  A step returns the denoiser's input and output.
   """
   batch = x_T.shape[0]
   if grid.timesteps.shape[1] != batch:
     raise ValueError(f"grid of {grid.timesteps.shape[1]} samples for a batch of {batch}")
   table = _coefficients(grid, solver, order, lower_order_final, eta)
   if table.noise is not None and (key is None or key.shape != (batch,)):
-    raise ValueError(f"{solver} with noise needs one key a sample, shape ({batch},)")
+    raise ValueError(f"{solver} with noise needs one key per sample, shape ({batch},)")
 
   def step(carry, row):
     x_t, history = carry

@@ -1,7 +1,7 @@
-"""The variance-preserving noise schedule: noising, targets, reading a prediction.
+"""The variance-preserving noise schedule, training targets, and conversion of predictions.
 
-Everything is kept as the log signal-to-noise ratio `log(alpha_bar / (1 - alpha_bar))`,
-because float32 loses `1 - alpha_bar` where `alpha_bar` is near 1, and because both ends
+Noise levels are stored as log signal-to-noise ratios, `log(alpha_bar / (1 - alpha_bar))`.
+float32 would lose `1 - alpha_bar` where `alpha_bar` is near 1, and both ends of the log ratio
 are harmless: `+inf` is a clean image, `-inf` pure noise.
 """
 
@@ -19,7 +19,7 @@ from jaxpref.errors import UserError
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
-# What diffusers fills in where a scheduler_config.json is silent.
+# diffusers' defaults for fields that a scheduler_config.json does not have.
 _CONFIG_DEFAULTS = {
   "beta_schedule": "linear",
   "beta_start": 0.0001,
@@ -27,13 +27,13 @@ _CONFIG_DEFAULTS = {
   "num_train_timesteps": 1000,
   "prediction_type": "epsilon",
 }
-# Families whose training process is not the variance-preserving one.
+# Prefixes of schedulers whose training process is not variance-preserving.
 _OTHER_PROCESSES = ("FlowMatch", "EDM", "VE", "VQDiffusion", "Consistency", "LCM")
 
 
 @flax.struct.dataclass
 class NoiseSchedule:
-  """How much noise each training timestep carries.
+  """The noise level of each training timestep.
 
   Attributes:
     log_snr: `log(alpha_bar / (1 - alpha_bar))` of timesteps 0..T-1, float32 [T].
@@ -45,7 +45,7 @@ class NoiseSchedule:
 
   @property
   def alpha_bar(self) -> jax.Array:
-    """Share of the signal's variance that is left, float32 [T]."""
+    """The share of the signal in the variance, float32 [T]."""
     return jax.nn.sigmoid(self.log_snr)
 
   @property
@@ -64,9 +64,9 @@ def make_schedule(
   trained_betas: Any = None,
   rescale_betas_zero_snr: bool = False,
 ) -> NoiseSchedule:
-  """Makes a schedule from its betas; the defaults are Stable Diffusion's.
+  """Makes a schedule from betas; the defaults are Stable Diffusion's.
 
-  Computed in float64 on the host, then cast.
+  The computation is in float64 on the host; the result is cast to float32.
 
   Args:
     beta_schedule: 'linear', 'scaled_linear' (linear in the square root) or
@@ -80,12 +80,11 @@ def make_schedule(
       pure noise (arXiv 2305.08891, algorithm 1).
 
   Raises:
-    UserError: naming the field that is not supported.
+    UserError: a field is not supported; the message names it.
   """
   if prediction_type not in PREDICTION_TYPES:
     raise UserError(
-      f"prediction_type {prediction_type!r} is not supported, only "
-      + " and ".join(PREDICTION_TYPES)
+      f"prediction_type must be one of {', '.join(PREDICTION_TYPES)} (got {prediction_type!r})"
     )
   if trained_betas is not None:
     try:
@@ -93,7 +92,7 @@ def make_schedule(
     except (TypeError, ValueError):
       raise UserError("trained_betas must be a list of numbers") from None
     if betas.ndim != 1 or not betas.size:
-      raise UserError(f"trained_betas must be a list, got shape {betas.shape}")
+      raise UserError(f"trained_betas must be a flat list (got shape {betas.shape})")
   else:
     betas = _named_betas(beta_schedule, beta_start, beta_end, num_train_timesteps)
   if not ((betas > 0) & (betas < 1)).all():
@@ -103,8 +102,8 @@ def make_schedule(
   if rescale_betas_zero_snr:
     if prediction_type == "epsilon":
       raise UserError(
-        "rescale_betas_zero_snr needs prediction_type 'v_prediction': noise alone does "
-        "not tell x0 from an input that is all noise"
+        "rescale_betas_zero_snr needs prediction_type 'v_prediction': at zero SNR the noise "
+        "does not determine x0"
       )
     log_alpha_bar = _rescaled_to_zero_snr(log_alpha_bar)
   log_snr = log_alpha_bar - np.log(-np.expm1(log_alpha_bar))
@@ -114,16 +113,16 @@ def make_schedule(
 
 
 def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
-  """Reads the noise schedule out of a diffusers scheduler_config.json.
+  """Makes the noise schedule of a diffusers scheduler_config.json.
 
-  Fields that only choose which timesteps a sampler visits (spacing, offset, Karras
-  sigmas, ...) are not part of the schedule and are not read.
+  Fields that only choose the timesteps a sampler visits (spacing, offset, Karras sigmas, ...)
+  are not part of the schedule and are not read.
 
   Args:
     config: the file's content.
 
   Raises:
-    UserError: naming the field that is not supported.
+    UserError: a field is not supported; the message names it.
   """
   name = str(config.get("_class_name", ""))
   if name.startswith(_OTHER_PROCESSES) or config.get("use_flow_sigmas"):
@@ -148,19 +147,19 @@ def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
 
 
 def per_sample(values: jax.Array, like: jax.Array) -> jax.Array:
-  """Reshapes values [B] to [B, 1, ...], as many axes as `like` has."""
+  """Reshapes values [B] to [B, 1, ...], with as many axes as `like`."""
   return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
 
 
 def scales(log_snr: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Signal and noise amplitudes `(sqrt(alpha_bar), sqrt(1 - alpha_bar))`."""
+  """Computes the amplitudes `(sqrt(alpha_bar), sqrt(1 - alpha_bar))` of signal and noise."""
   return jnp.sqrt(jax.nn.sigmoid(log_snr)), jnp.sqrt(jax.nn.sigmoid(-log_snr))
 
 
 def add_noise(
   schedule: NoiseSchedule, x0: jax.Array, eps: jax.Array, t: jax.Array
 ) -> jax.Array:
-  """Forward process, arXiv 2006.11239 eq. 4: `x_t = alpha x0 + sigma eps`.
+  """Adds noise to clean latents (arXiv 2006.11239 eq. 4): `x_t = alpha x0 + sigma eps`.
 
   Args:
     schedule: the noise schedule.
@@ -176,9 +175,9 @@ def add_noise(
 
 
 def target(schedule: NoiseSchedule, x0: jax.Array, eps: jax.Array, t: jax.Array) -> jax.Array:
-  """What the denoiser should predict at `add_noise(schedule, x0, eps, t)`.
+  """Computes the denoiser's target at `add_noise(schedule, x0, eps, t)`.
 
-  `eps`, or `v = alpha eps - sigma x0` (arXiv 2202.00512, appendix D).
+  That is `eps`, or `v = alpha eps - sigma x0` (arXiv 2202.00512, appendix D).
 
   Args:
     schedule: the noise schedule.
@@ -198,7 +197,7 @@ def target(schedule: NoiseSchedule, x0: jax.Array, eps: jax.Array, t: jax.Array)
 def split_prediction(
   schedule: NoiseSchedule, prediction: jax.Array, x_t: jax.Array, t: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """The clean latents and the noise that a prediction implies.
+  """Converts a prediction to the clean latents and the noise that it implies.
 
   Args:
     schedule: the noise schedule.
@@ -215,7 +214,7 @@ def split_prediction(
 def split_at(
   prediction_type: str, prediction: jax.Array, x_t: jax.Array, log_snr: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """`split_prediction` at noise levels log_snr [B] that need not be a timestep's."""
+  """Computes `split_prediction` at any noise levels log_snr [B], also between timesteps."""
   alpha, sigma = scales(per_sample(log_snr, x_t))
   prediction, x_t = prediction.astype(jnp.float32), x_t.astype(jnp.float32)
   if prediction_type == "epsilon":
@@ -224,15 +223,15 @@ def split_at(
 
 
 def denoising_error(prediction: jax.Array, target: jax.Array) -> jax.Array:
-  """Mean squared error of each sample over all its axes.
+  """Computes the mean squared error of each sample over all its axes.
 
   Args:
     prediction: the denoiser's output [B, ...], any float dtype.
-    target: what it should be [B, ...].
+    target: its target [B, ...].
 
   Returns:
-    float32 [B]. The difference too is taken in float32: two bfloat16 errors would
-    differ by more than a preference margin.
+    float32 [B]. The difference is in float32 as well: two errors in bfloat16 would differ by
+    more than a preference margin.
   """
   difference = prediction.astype(jnp.float32) - target.astype(jnp.float32)
   return jnp.mean(jnp.square(difference), axis=tuple(range(1, difference.ndim)))
@@ -247,27 +246,27 @@ def _named_betas(
 ) -> np.ndarray:
   steps = num_train_timesteps
   if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-    raise UserError(f"num_train_timesteps must be a positive integer, got {steps!r}")
+    raise UserError(f"num_train_timesteps must be a positive integer (got {steps!r})")
   if beta_schedule == "squaredcos_cap_v2":
     times = np.arange(steps + 1) / steps
     alpha_bar = np.cos((times + 0.008) / 1.008 * math.pi / 2) ** 2
     return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
   for field, beta in (("beta_start", beta_start), ("beta_end", beta_end)):
     if not isinstance(beta, int | float) or not 0 < beta < 1:
-      raise UserError(f"{field} must be a number between 0 and 1, got {beta!r}")
+      raise UserError(f"{field} must be a number between 0 and 1 (got {beta!r})")
   if beta_schedule == "linear":
     return np.linspace(beta_start, beta_end, steps)
   if beta_schedule == "scaled_linear":
     return np.linspace(beta_start**0.5, beta_end**0.5, steps) ** 2
   raise UserError(
-    f"beta_schedule {beta_schedule!r} is not supported, only " + ", ".join(BETA_SCHEDULES)
+    f"beta_schedule must be one of {', '.join(BETA_SCHEDULES)} (got {beta_schedule!r})"
   )
 
 
 def _rescaled_to_zero_snr(log_alpha_bar: np.ndarray) -> np.ndarray:
   root = np.exp(0.5 * log_alpha_bar)
   rescaled = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-  # Exactly zero would start every solver at an infinite log-SNR. 2**-24 is what diffusers
-  # puts there too, but on some schedules that lies above the level before it.
+  # Exactly zero would start every solver at an infinite log-SNR. diffusers uses 2**-24, too,
+  # but on some schedules that is above the level before it.
   rescaled[-1] = np.min([2.0**-24, *rescaled[-2:-1] / 2])
   return np.log(rescaled)

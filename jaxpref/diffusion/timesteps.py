@@ -1,8 +1,8 @@
-"""Which noise levels a sampler visits, and the linear step that every solver is.
+"""The noise levels that a sampler visits, and the coefficients of a solver's steps.
 
-Grids are per sample: column b of a batch may visit other timesteps than column c, at
-no cost. Against diffusers 0.39: `trailing` always gives exactly `num_steps` timesteps;
-Karras timesteps are rounded for every schedule (diffusers truncates the cosine one's).
+Grids are per sample: column b of a batch may visit other timesteps than column c, at no extra
+cost. Differences from diffusers 0.39: `trailing` always gives exactly `num_steps` timesteps;
+Karras timesteps are rounded for every schedule (diffusers truncates those of the cosine one).
 """
 
 import flax.struct
@@ -23,9 +23,9 @@ class Grid:
   """The noise levels of a sampler's steps, from noise to image.
 
   Attributes:
-    timesteps: what the denoiser is told at step k, int32 [N, B].
-    log_snr: the level of step k's input; row N is where the last step lands, `+inf`
-      for a clean image. float32 [N + 1, B].
+    timesteps: the denoiser's timestep input at step k, int32 [N, B].
+    log_snr: the noise level of step k's input; row N is the level of the last step's output,
+      `+inf` for a clean image. float32 [N + 1, B].
   """
 
   timesteps: jax.Array
@@ -33,12 +33,12 @@ class Grid:
 
   @property
   def alpha_bar(self) -> jax.Array:
-    """Share of the signal's variance at each level, float32 [N + 1, B]."""
+    """The share of the signal in the variance at each level, float32 [N + 1, B]."""
     return jax.nn.sigmoid(self.log_snr)
 
   @property
   def num_steps(self) -> int:
-    """N."""
+    """The number of steps, N."""
     return self.timesteps.shape[0]
 
 
@@ -50,7 +50,7 @@ class Coefficients:
 
   Attributes:
     state: float32 [N, B].
-    data: float32 [N, J, B], J the solver's order; 0 where step k - j does not exist.
+    data: float32 [N, J, B] with J the solver's order; 0 where step k - j does not exist.
     noise: float32 [N, B], or None for a deterministic solver.
   """
 
@@ -70,28 +70,29 @@ def uniform_grid(
   karras: bool = False,
   final: str = "zero",
 ) -> Grid:
-  """The same evenly spaced timesteps for every sample (arXiv 2305.08891, table 2).
+  """Makes a grid of evenly spaced timesteps, the same for every sample (arXiv 2305.08891).
 
   Args:
     schedule: the noise schedule.
-    num_steps: N, denoiser calls.
+    num_steps: N, the number of denoiser calls.
     batch: B.
-    spacing: 'leading', 'linspace' or 'trailing'.
+    spacing: 'leading', 'linspace' or 'trailing', as in table 2 of the paper.
     steps_offset: added to the timesteps of 'leading' (Stable Diffusion uses 1).
-    visit_lowest: 'leading' and 'linspace' split 0..T-1 into N points and call the
-      denoiser at the lowest too, as diffusers' DDIM and DDPM do. Otherwise they take
-      N + 1 points and leave the lowest out, as its DPM-Solver does.
-    karras: space the levels by Karras et al. (arXiv 2206.00364 eq. 5, rho = 7) and tell
-      the denoiser the nearest timestep; spacing and offset are then not used.
-    final: where the last step lands: 'zero' noise, or 'sigma_min', timestep 0's level.
+    visit_lowest: for 'leading' and 'linspace', split 0..T-1 into N points and call the
+      denoiser at the lowest one as well, as diffusers' DDIM and DDPM do. By default they take
+      N + 1 points and leave the lowest one out, as diffusers' DPM-Solver does.
+    karras: space the levels as Karras et al. (arXiv 2206.00364 eq. 5, rho = 7), and give the
+      denoiser the nearest timestep; spacing and offset then have no effect.
+    final: the level of the last step's output: 'zero' noise, or 'sigma_min', the level of
+      timestep 0.
 
   Raises:
-    UserError: no such spacing, or it has no such number of distinct timesteps.
+    UserError: the spacing is unknown, or does not have `num_steps` distinct timesteps.
   """
   total = schedule.num_timesteps
   _check_steps(num_steps, total)
   if final not in FINALS:
-    raise UserError(f"final must be one of {', '.join(FINALS)}, got {final!r}")
+    raise UserError(f"final must be one of {', '.join(FINALS)} (got {final!r})")
   if karras:
     timesteps, log_snr = _karras(schedule, num_steps)
   else:
@@ -106,15 +107,15 @@ def uniform_grid(
 
 
 def offset_grid(schedule: NoiseSchedule, num_steps: int, offsets: jax.Array) -> Grid:
-  """Evenly spaced timesteps, each sample's shifted by its own offset.
+  """Makes a grid of evenly spaced timesteps, shifted by an offset per sample.
 
-  `t_k = T - (T // N) (k + 1) + offset`, so that random offsets train every timestep
-  (Diffusion-DRO's rollouts): 950, 900, ..., 0 plus 0..49 for N = 20.
+  `t_k = T - (T // N) (k + 1) + offset`, so random offsets train every timestep (Diffusion-DRO's
+  rollouts): 950, 900, ..., 0 plus 0..49 for N = 20.
 
   Args:
     schedule: the noise schedule.
-    num_steps: N, denoiser calls.
-    offsets: int [B], in [0, T // N); may be traced, so they are not checked.
+    num_steps: N, the number of denoiser calls.
+    offsets: int [B], in [0, T // N). They may be traced, so their range is not checked.
 
   Raises:
     UserError: num_steps is not in 1..T.
@@ -129,7 +130,7 @@ def offset_grid(schedule: NoiseSchedule, num_steps: int, offsets: jax.Array) -> 
 
 def _check_steps(num_steps: int, total: int) -> None:
   if not 1 <= num_steps <= total:
-    raise UserError(f"sampling steps must be between 1 and {total}, got {num_steps}")
+    raise UserError(f"sampling steps must be between 1 and {total} (got {num_steps})")
 
 
 def _spaced(
@@ -144,12 +145,12 @@ def _spaced(
   elif spacing == "trailing":
     spaced = np.round(total - np.arange(num_steps) * (total / num_steps)) - 1
   else:
-    raise UserError(f"spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}")
+    raise UserError(f"spacing must be one of {', '.join(SPACINGS)} (got {spacing!r})")
   timesteps = spaced[:num_steps].astype(np.int32)
   if timesteps[0] >= total or timesteps[-1] < 0 or (np.diff(timesteps) >= 0).any():
     raise UserError(
-      f"{spacing!r} spacing with steps_offset {steps_offset} has no {num_steps} "
-      f"distinct timesteps below {total}"
+      f"{spacing!r} spacing with steps_offset {steps_offset} does not have {num_steps} "
+      f"distinct timesteps below {total}: use fewer steps"
     )
   return timesteps
 

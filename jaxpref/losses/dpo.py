@@ -1,7 +1,8 @@
 """Diffusion-DPO (Wallace et al., 2023, https://arxiv.org/abs/2311.12908), and two variants.
 
-The hinge is SLiC's (Zhao et al., 2023, https://arxiv.org/abs/2305.10425), the square IPO's
-(Azar et al., 2023, https://arxiv.org/abs/2310.12036), both on Diffusion-DPO's margin.
+Both variants apply another loss to Diffusion-DPO's margin: the hinge of SLiC (Zhao et al.,
+2023, https://arxiv.org/abs/2305.10425) and the square of IPO (Azar et al., 2023,
+https://arxiv.org/abs/2310.12036).
 """
 
 import jax
@@ -23,7 +24,7 @@ def dpo_loss(
   beta: float,
   variant: str = "sigmoid",
 ) -> jax.Array:
-  """How surely the policy, against the reference, tells the winner from the loser.
+  """Computes the Diffusion-DPO loss of preferred images over the others.
 
   With margin = (err_l - ref_l) - (err_w - ref_w):
     'sigmoid': -log sigmoid(beta / 2 margin), which is ln 2 where policy = reference;
@@ -31,18 +32,18 @@ def dpo_loss(
     'ipo': (margin - 1 / (2 beta))^2.
 
   Args:
-    err_w: the policy's errors on preferred images, [B].
-    err_l: on the others, at the same timestep and noise, [B].
-    ref_w: the reference's errors on the former, [B].
-    ref_l: and on the latter, [B].
-    beta: how much the policy is bound to the reference; the number of timesteps is folded in.
-    variant: see above.
+    err_w: the policy's errors on the preferred images, [B].
+    err_l: the policy's errors on the other images, at the same timestep and noise, [B].
+    ref_w: the reference's errors on the preferred images, [B].
+    ref_l: the reference's errors on the other images, [B].
+    beta: strength of the tie to the reference; includes the factor of the number of timesteps.
+    variant: 'sigmoid', 'hinge' or 'ipo'.
 
   Returns:
     Losses, [B].
 
   Raises:
-    UserError: there is no such variant.
+    UserError: `variant` is unknown.
   """
   margin = (err_l - ref_l) - (err_w - ref_w)
   match variant:
@@ -52,18 +53,18 @@ def dpo_loss(
       return jax.nn.relu(1.0 - 0.5 * beta * margin)
     case "ipo":
       return jnp.square(margin - 1.0 / (2.0 * beta))
-  raise UserError(f"loss.variant is one of {', '.join(VARIANTS)}, not {variant!r}")
+  raise UserError(f"loss.variant must be one of {', '.join(VARIANTS)} (got {variant!r})")
 
 
 def objective(terms: Terms, *, beta, variant):
-  """Loss and metrics; the contract is in `jaxpref.losses.base`."""
+  """Returns the loss and metrics, as `jaxpref.losses.base` describes."""
   err, ref = terms.err, terms.ref
   loss = dpo_loss(err["w"], err["l"], ref["w"], ref["l"], beta=beta, variant=variant)
   return loss, reward_metrics(err["w"], err["l"], ref["w"], ref["l"])
 
 
 def reward_metrics(err_w, err_l, ref_w, ref_l):
-  """The implicit rewards, how far the policy leads the reference, of either image."""
+  """Computes the implicit rewards (reference error minus policy error) of both images."""
   reward_w, reward_l = ref_w - err_w, ref_l - err_l
   return {
     "rewards/winner": reward_w,

@@ -1,8 +1,8 @@
 """Diffusion-DRO: rank expert images above the policy's own samples (Wu et al., 2025).
 
-Max-margin inverse reinforcement learning in which the reward is the log-ratio of policy and
-reference, so that a single network is trained. The reference drops out of the gradient but
-decides, in the hinge, which samples still count.
+Max-margin inverse reinforcement learning. The reward is the log-ratio of policy and reference,
+so a single network is trained. The reference drops out of the gradient but decides, in the
+hinge, which samples still count.
 """
 
 import jax
@@ -21,18 +21,19 @@ def dro_loss(
   *,
   margin: float,
 ) -> jax.Array:
-  """Hinge on how much more the policy improved on its own samples than on experts.
+  """Computes a hinge on how much more the policy improved on its own samples than on experts.
 
   max((err_e - ref_e) - (err_p - ref_p) + margin, 0), the per-sample form of Diffusion-DRO's
-  objective. Just on the hinge half of the gradient passes: with a margin of 0 training can
-  then leave the reference, where every sample is on it.
+  objective. Exactly at the kink half of the gradient passes: with a margin of 0, training can
+  still leave the reference, where every sample is at the kink.
 
   Args:
     err_e: the policy's errors on noised expert images, [B].
-    err_p: its errors on its own samples, against the prediction that made them, [B].
-    ref_e: the reference's errors on the former, [B].
-    ref_p: and on the latter, [B].
-    margin: m, by which the experts must lead.
+    err_p: the policy's errors on its own samples, relative to the prediction that made them,
+      [B].
+    ref_e: the reference's errors on the expert images, [B].
+    ref_p: the reference's errors on the policy's samples, [B].
+    margin: m, the lead that the experts must have.
 
   Returns:
     Losses, [B].
@@ -41,10 +42,10 @@ def dro_loss(
 
 
 def objective(terms: Terms, *, margin):
-  """Loss and metrics; the contract is in `jaxpref.losses.base`."""
+  """Returns the loss and metrics, as `jaxpref.losses.base` describes."""
   err, ref = terms.err, terms.ref
   loss = dro_loss(err["e"], err["p"], ref["e"], ref["p"], margin=margin)
-  # The implicit rewards: how far the policy leads the reference on either kind.
+  # The implicit rewards: reference error minus policy error.
   reward_e, reward_p = ref["e"] - err["e"], ref["p"] - err["p"]
   return loss, {
     "rewards/expert": reward_e,

@@ -1,9 +1,10 @@
 """DSPO: direct score preference optimization (Zhu et al., ICLR 2025).
 
-The winner's score matching with a target that moves away from the reference where the
-policy does not yet tell winner from loser. Needs predictions, not only their errors. After
-the form in Fu et al.'s public code (https://arxiv.org/abs/2511.03317), in which one beta
-serves both places and the weight carries a gradient, too.
+Score matching on the preferred image. While the policy does not yet separate the preferred
+image from the other one, the target moves away from the reference. The loss needs predictions,
+not only their errors. The form is that of Fu et al.'s public code
+(https://arxiv.org/abs/2511.03317): one beta is both weight and scale, and the weight carries a
+gradient.
 """
 
 import jax
@@ -22,16 +23,16 @@ def dspo_loss(
   *,
   beta: float,
 ) -> jax.Array:
-  """mean((r_w - beta (1 - sigmoid(logit)) (r_w - r_ref_w))^2).
+  """Computes mean((r_w - beta (1 - sigmoid(logit)) (r_w - r_ref_w))^2).
 
   r is prediction minus target; logit = beta / 2 ((err_l - ref_l) - (err_w - ref_w)), with
   err_w = mean(r_w^2) and ref_w = mean(r_ref_w^2).
 
   Args:
-    residual_w: the policy's predictions minus targets on preferred images, [B, ...].
-    residual_ref_w: the reference's, [B, ...].
-    err_l: the policy's errors on the others, [B].
-    ref_l: the reference's, [B].
+    residual_w: the policy's predictions minus targets on the preferred images, [B, ...].
+    residual_ref_w: the reference's predictions minus the same targets, [B, ...].
+    err_l: the policy's errors on the other images, [B].
+    ref_l: the reference's errors on the other images, [B].
     beta: weight, and scale of the logit.
 
   Returns:
@@ -46,7 +47,7 @@ def dspo_loss(
 
 
 def objective(terms: Terms, *, beta):
-  """Loss and metrics; the contract is in `jaxpref.losses.base`."""
+  """Returns the loss and metrics, as `jaxpref.losses.base` describes."""
   err, ref = to_errors(terms.err), to_errors(terms.ref)
   loss = dspo_loss(terms.err["w"], terms.ref["w"], err["l"], ref["l"], beta=beta)
   return loss, reward_metrics(err["w"], err["l"], ref["w"], ref["l"])

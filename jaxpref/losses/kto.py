@@ -1,7 +1,7 @@
-"""Diffusion-KTO: images that are liked or not, no pairs (Li et al., 2024).
+"""Diffusion-KTO: images labelled as liked or not, without pairs (Li et al., 2024).
 
-https://arxiv.org/abs/2404.04465, after Ethayarajh et al.'s KTO: each image's implicit reward
-goes through a utility of people's attitude to gain and loss.
+https://arxiv.org/abs/2404.04465, after Ethayarajh et al.'s KTO: a utility function, which
+models people's attitude to gains and losses, maps each image's implicit reward.
 """
 
 import jax
@@ -25,9 +25,9 @@ def kto_loss(
   weight_desirable: float = 1.0,
   weight_undesirable: float = 1.0,
 ) -> jax.Array:
-  """Weight w times 1 - U(s beta (g - kl)), g = ref - err, s = 1 for desirable images or -1.
+  """Computes w (1 - U(s beta (g - kl))), g = ref - err, s = 1 for desirable images, else -1.
 
-  U is, by the name of `utility`,
+  `utility` names U:
     'kt': sigmoid(v), Kahneman and Tversky's, concave in gains, convex in losses; the loss is
       0.5 where policy = reference and kl = 0;
     'loss_averse': log sigmoid(v), concave;
@@ -35,20 +35,19 @@ def kto_loss(
 
   Args:
     err: the policy's errors, [B].
-    ref: the reference's, [B].
+    ref: the reference's errors, [B].
     desirable: whether the image is a good one, bool or 0 and 1, [B].
     beta: scale of the reward.
-    kl: what rewards are measured from; the mean reward of the batch of all devices, not
-      below 0, see `reference_point`.
-    utility: see above.
+    kl: the reference point of the rewards, see `reference_point`.
+    utility: 'kt', 'loss_averse' or 'risk_seeking'.
     weight_desirable: w of desirable images.
-    weight_undesirable: w of the others.
+    weight_undesirable: w of the other images.
 
   Returns:
     Losses, [B].
 
   Raises:
-    UserError: there is no such utility.
+    UserError: `utility` is unknown.
   """
   good = desirable.astype(bool)
   value = jnp.where(good, 1.0, -1.0) * beta * (ref - err - kl)
@@ -60,23 +59,23 @@ def kto_loss(
     case "risk_seeking":
       gain = -jax.nn.log_sigmoid(-value)
     case _:
-      raise UserError(f"loss.utility is one of {', '.join(UTILITIES)}, not {utility!r}")
+      raise UserError(f"loss.utility must be one of {', '.join(UTILITIES)} (got {utility!r})")
   return jnp.where(good, weight_desirable, weight_undesirable) * (1.0 - gain)
 
 
 def reference_point(err: jax.Array, ref: jax.Array, mean) -> jax.Array:
-  """The batch's mean reward, not below 0, a scalar that carries no gradient.
+  """Computes the mean reward of the batch, at least 0: a scalar without gradient.
 
   Args:
     err: the policy's errors, [B].
-    ref: the reference's, [B].
-    mean: of an array over the batch of all devices.
+    ref: the reference's errors, [B].
+    mean: averages an array over the batch of all devices.
   """
   return jax.lax.stop_gradient(jnp.maximum(mean(ref - err), 0.0))
 
 
 def objective(terms: Terms, *, beta, utility, weight_desirable, weight_undesirable):
-  """Loss and metrics; the contract is in `jaxpref.losses.base`."""
+  """Returns the loss and metrics, as `jaxpref.losses.base` describes."""
   err, ref, good = terms.err["x"], terms.ref["x"], terms.labels["desirable"]
   kl = reference_point(err, ref, terms.mean)
   loss = kto_loss(

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on expert images: the denoising error itself."""
+"""Supervised fine-tuning on expert images: the denoising error."""
 
 import jax
 
@@ -8,17 +8,17 @@ NEEDS = Needs(rows="experts")
 
 
 def sft_loss(err: jax.Array) -> jax.Array:
-  """The plain denoising loss.
+  """Returns the plain denoising loss.
 
   Args:
     err: denoising errors of expert images, [B].
 
   Returns:
-    The same, [B].
+    The same errors, [B].
   """
   return err
 
 
 def objective(terms: Terms):
-  """Loss and metrics; the contract is in `jaxpref.losses.base`."""
+  """Returns the loss and metrics, as `jaxpref.losses.base` describes."""
   return sft_loss(terms.err["e"]), {}

@@ -1,7 +1,7 @@
-"""DPO without a reference and with a target margin, after SimPO (Meng et al., 2024).
+"""SimPO for diffusion: DPO without a reference, with a target margin (Meng et al., 2024).
 
-https://arxiv.org/abs/2405.14734, whose average log-likelihood is here the negative
-denoising error.
+https://arxiv.org/abs/2405.14734. The negative denoising error takes the role of SimPO's average
+log-likelihood.
 """
 
 import jax
@@ -15,13 +15,13 @@ NEEDS = Needs(rows="pairs")
 def simpo_loss(
   err_w: jax.Array, err_l: jax.Array, *, beta: float, target_margin: float
 ) -> jax.Array:
-  """-log sigmoid(beta / 2 (err_l - err_w) - target_margin).
+  """Computes -log sigmoid(beta / 2 (err_l - err_w) - target_margin).
 
   Args:
-    err_w: the policy's errors on preferred images, [B].
-    err_l: on the others, at the same timestep and noise, [B].
+    err_w: the policy's errors on the preferred images, [B].
+    err_l: the policy's errors on the other images, at the same timestep and noise, [B].
     beta: scale of the difference, as in `dpo_loss`.
-    target_margin: gamma, by which the scaled difference should lead.
+    target_margin: gamma, the lead that the scaled difference should have.
 
   Returns:
     Losses, [B].
@@ -30,7 +30,7 @@ def simpo_loss(
 
 
 def objective(terms: Terms, *, beta, target_margin):
-  """Loss and metrics; the contract is in `jaxpref.losses.base`."""
+  """Returns the loss and metrics, as `jaxpref.losses.base` describes."""
   err_w, err_l = terms.err["w"], terms.err["l"]
   loss = simpo_loss(err_w, err_l, beta=beta, target_margin=target_margin)
   return loss, {

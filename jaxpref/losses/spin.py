@@ -1,8 +1,8 @@
 """SPIN-Diffusion: self-play against the previous iterate (Yuan et al., 2024).
 
-https://arxiv.org/abs/2402.10210: DPO's loss in which the winner is a real image, the loser
-one that the previous iterate has drawn, and the reference that iterate.
-`jaxpref.training.iterate` draws the losers and begins a new iterate.
+https://arxiv.org/abs/2402.10210: DPO's loss, in which the winner is a real image, the loser a
+sample of the previous iterate, and the reference the previous iterate.
+`jaxpref.training.iterate` generates the losers and starts each iterate.
 """
 
 import jax
@@ -16,22 +16,23 @@ NEEDS = Needs(rows="pairs", reference=True)
 def spin_loss(
   err_w: jax.Array, err_l: jax.Array, ref_w: jax.Array, ref_l: jax.Array, *, beta: float
 ) -> jax.Array:
-  """DPO of real images over the previous iterate's.
+  """Computes the DPO loss of real images over samples of the previous iterate.
 
   Args:
     err_w: the policy's errors on real images, [B].
-    err_l: on images that the previous iterate drew, at the same timestep and noise, [B].
-    ref_w: the previous iterate's errors on the former, [B].
-    ref_l: and on the latter, [B].
+    err_l: the policy's errors on samples of the previous iterate, at the same timestep and
+      noise, [B].
+    ref_w: the previous iterate's errors on the real images, [B].
+    ref_l: the previous iterate's errors on its samples, [B].
     beta: as for `dpo_loss`.
 
   Returns:
-    Losses, [B]; ln 2 where policy and previous iterate are the same.
+    Losses, [B]; ln 2 where policy = previous iterate.
   """
   return dpo_loss(err_w, err_l, ref_w, ref_l, beta=beta)
 
 
 def objective(terms: Terms, *, beta):
-  """Loss and metrics; the contract is in `jaxpref.losses.base`."""
+  """Returns the loss and metrics, as `jaxpref.losses.base` describes."""
   errors = (terms.err["w"], terms.err["l"], terms.ref["w"], terms.ref["l"])
   return spin_loss(*errors, beta=beta), reward_metrics(*errors)

@@ -1,1 +1,1 @@
-"""Training of the bundled base pipeline from scratch; see configs/shapes_base.py."""
+"""Training of the bundled base pipeline from scratch, with configs/shapes_base.py."""

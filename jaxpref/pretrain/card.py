@@ -1,7 +1,7 @@
-"""The model card that stands beside the exported pipeline, with its training curves.
+"""The model card of the exported pipeline, with its training curves.
 
-A pipeline that was trained on from another carries that one's history along, in
-`history.json`: the card shows all of it.
+A pipeline whose weights begin from another pipeline copies its history, `history.json`: the
+card shows all rounds of training.
 """
 
 import importlib.util
@@ -35,12 +35,12 @@ def check_plots() -> None:
 
 
 def write_card(pipeline: Path, workdir: Path, config: Any) -> None:
-  """Writes README.md, history.json and the curves into the pipeline's directory."""
+  """Writes README.md, history.json and the training curves into the pipeline's directory."""
   history = _history(pipeline, config)
   number = len(history) + 1
   stages = [stage for stage in ("vae", "denoiser") if config[stage].num_updates]
   curves = f"training-{number}.png"
-  _draw(workdir, stages, pipeline / curves)
+  _plot(workdir, stages, pipeline / curves)
   made = f"jaxpref {__version__}, jax {jax.__version__}, {platform.machine()} "
   made += jax.default_backend()
   history.append(
@@ -60,16 +60,16 @@ def write_card(pipeline: Path, workdir: Path, config: Any) -> None:
   (pipeline / "README.md").write_text(
     f"""# The shapes world's base pipeline
 
-A text-to-image latent diffusion pipeline of {size:.1f} MB, in diffusers' layout, for pictures
+A text-to-image latent diffusion pipeline of {size:.1f} MB, in diffusers' layout, for images
 of coloured shapes, {config.corpus.image_size} pixels wide and high; predicts
 {config.unet.prediction_type}.
 
-It exists to be tuned: its corpus is flawed, as data from the web is, and so are its
-pictures. It knows nothing but the captions of `jaxpref.shapes.prompts`. No person,
-photograph or text of others went into it; weights and pictures may be used freely.
+Its purpose is to be tuned: its corpus is flawed, as data from the web is, and so are its
+images. It knows only the captions of `jaxpref.shapes.prompts`. It contains no person,
+photograph or text of others; weights and images may be used freely.
 
-Flaws of the corpus, each drawn where a prompt allows it; of several flaws of meaning only the
-first befalls an image:
+Flaws of the corpus, each added at random where a prompt allows it; an image has at most one
+flaw of meaning:
 
 | flaw | rate |
 |---|---|
@@ -83,7 +83,7 @@ How it was made:
 
 
 def _history(pipeline: Path, config: Any) -> list[dict[str, str]]:
-  """That of the pipeline which was trained on, its curves copied."""
+  """Reads the history of the pipeline that training began from, and copies its curves."""
   source = config.denoiser.path or config.vae.path
   if not source or not (path := hub.find_pipeline(source) / HISTORY).exists():
     return []
@@ -106,11 +106,11 @@ def _summary(stage: Any, on: str) -> str:
   trained = f"{stage.num_updates} updates of {stage.batch_size} images"
   if not stage.path:
     return trained
-  kept = f"that of `{stage.path}`"
+  kept = f"the weights of `{stage.path}`"
   return f"{kept}, {on}{trained}" if stage.num_updates else kept
 
 
-def _draw(workdir: Path, stages: list[str], target: Path) -> None:
+def _plot(workdir: Path, stages: list[str], target: Path) -> None:
   import matplotlib  # noqa: PLC0415  # of the extra 'pretrain'; `check_plots` has found it
   from matplotlib.figure import Figure  # noqa: PLC0415
 

@@ -1,4 +1,4 @@
-"""The pretraining run: corpus, tokenizer, VAE, latents, denoiser, export; each resumable."""
+"""The pretraining run: corpus, tokenizer, VAE, latents, denoiser, export; all resumable."""
 
 import dataclasses
 import functools
@@ -65,7 +65,7 @@ RULES: config_lib.Rules = {
 
 
 def main(argv: list[str]) -> int:
-  """Entry point; returns the exit status."""
+  """Runs the pretraining; returns the exit status."""
   return cli.exit_status(_main, argv)
 
 
@@ -85,7 +85,7 @@ def _main(argv: list[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-  """A run's configuration, its mesh, and the pipelines it takes weights from, if any."""
+  """A run's configuration, its mesh, and the pipelines that its weights begin from, if any."""
 
   config: Any
   mesh: Mesh
@@ -94,11 +94,11 @@ class Prepared:
 
 
 def prepare(config: Any) -> Prepared:
-  """Everything a run reads.
+  """Reads everything that a run needs.
 
   Raises:
-    UserError: a batch does not divide by the devices, or weights to be taken from another
-      pipeline are not there or do not fit.
+    UserError: the number of devices does not divide a batch, or the pipeline that the weights
+      begin from is missing or does not fit.
   """
   jax_setup.cache_programs()
   mesh = sharding.make_mesh()
@@ -106,13 +106,16 @@ def prepare(config: Any) -> Prepared:
     if config[stage].num_updates:
       sharding.check_batch(config[stage].batch_size, mesh, section=stage)
     elif not config[stage].path:
-      raise UserError(f"{stage}.num_updates is 0 and {stage}.path names no trained one")
+      raise UserError(
+        f"{stage}.num_updates is 0 and {stage}.path is empty: train the {stage}, or name a "
+        "pipeline that has one"
+      )
   vae_from = _load(config, "vae", ["vae"])
   return Prepared(config, mesh, vae_from, _load(config, "denoiser", ["unet", "text_encoder"]))
 
 
 def _load(config: Any, stage: str, parts: Sequence[str]) -> pipeline_lib.Pipeline | None:
-  """The pipeline in the stage's `path`, if one is given, whose parts are those it trains."""
+  """Loads the pipeline in the stage's `path`, if set, and checks the stage's parts."""
   path = config[stage].path
   if not path:
     return None
@@ -123,12 +126,14 @@ def _load(config: Any, stage: str, parts: Sequence[str]) -> pipeline_lib.Pipelin
   for part in parts:
     wanted = pipeline_lib.abstract_params(modules[part])
     if jax.tree.map(np.shape, pipeline.params[part]) != jax.tree.map(np.shape, wanted):
-      raise UserError(f"{stage}.path: {path!r} has another {part} than this configuration")
+      raise UserError(
+        f"{stage}.path: the {part} of {path!r} has other shapes than this configuration's"
+      )
   return pipeline
 
 
 def pipeline_configs(config: Any, *, vocab_size: int) -> dict[str, dict[str, Any]]:
-  """Configuration files of the pipeline's parts; the VAE's scaling factor comes later."""
+  """Returns the configuration files of the parts; the VAE's scaling factor is set later."""
   return {
     "vae": vae_stage.vae_config(config),
     "unet": train_denoiser_lib.unet_config(config),
@@ -138,10 +143,10 @@ def pipeline_configs(config: Any, *, vocab_size: int) -> dict[str, dict[str, Any
 
 
 def run(prepared: Prepared, workdir: Path) -> Path:
-  """Trains whatever is not there yet; returns the pipeline's directory.
+  """Trains what is not trained yet; returns the pipeline's directory.
 
   Raises:
-    UserError: the workdir's checkpoints were trained on another corpus or from other
+    UserError: the checkpoints in the workdir were trained on another corpus or from other
       weights.
   """
   config, mesh = prepared.config, prepared.mesh
@@ -152,7 +157,7 @@ def run(prepared: Prepared, workdir: Path) -> Path:
     seed=config.seed,
   )
   tokenizer_dir = workdir / "tokenizer"
-  if prepared.denoiser_from:  # its text encoder knows its own tokens
+  if prepared.denoiser_from:  # its text encoder needs its own tokenizer
     source = prepared.denoiser_from.path / "tokenizer"
     shutil.copytree(source, tokenizer_dir, dirs_exist_ok=True)
   else:
@@ -173,7 +178,7 @@ def run(prepared: Prepared, workdir: Path) -> Path:
       config, modules["vae"], kept, workdir / "vae", images, mesh=mesh, identity=identity
     )
   latents, scaling = encode_corpus(modules["vae"], vae_params, images, mesh)
-  if prepared.denoiser_from and prepared.vae_from:  # which knows these latents
+  if prepared.denoiser_from and prepared.vae_from:  # its denoiser expects their old scale
     before = prepared.vae_from.configs["vae"]["scaling_factor"]
     latents, scaling = latents * np.float32(before / scaling), before
   configs["vae"]["scaling_factor"] = scaling
@@ -199,7 +204,7 @@ def run(prepared: Prepared, workdir: Path) -> Path:
 
 
 def _fingerprint(images: np.ndarray, captions: Sequence[str]) -> str:
-  """Changes with any image or caption of the corpus."""
+  """Computes a digest that changes with any image or caption of the corpus."""
   digest = hashlib.sha256("\n".join(captions).encode())
   for start in range(0, len(images), 10_000):
     digest.update(np.ascontiguousarray(images[start : start + 10_000]).data)
@@ -216,7 +221,7 @@ def train_vae(
   mesh: Mesh,
   identity: dict[str, str],
 ) -> Any:
-  """The VAE's parameters, trained on the corpus; of one that is kept, the decoder's."""
+  """Trains the VAE, or only the decoder if `kept` has weights; returns its parameters."""
   settings = config.vae
   key = jax.random.key(config.seed)
   if kept is None:
@@ -249,7 +254,7 @@ def train_vae(
 def encode_corpus(
   vae: Any, params: Any, images: np.ndarray, mesh: Mesh
 ) -> tuple[np.ndarray, float]:
-  """Latents of unit variance, float32 [N, C, h, w], and the factor that made them so."""
+  """Encodes images to latents of unit variance [N, C, h, w]; also returns their scale."""
   run = jax.jit(lambda p, x: vae_lib.encode(vae, p, x))
   latents = encode.in_batches(run, params, images, 200, mesh)
   scaling = round(float(1.0 / latents.std()), 6)
@@ -257,7 +262,7 @@ def encode_corpus(
 
 
 def _first_params(prepared: Prepared, modules: Mapping[str, Any]) -> dict[str, Any]:
-  """What text encoder and UNet begin with: another pipeline's weights, or random ones."""
+  """Returns the initial weights of text encoder and UNet: another pipeline's, or random."""
   if prepared.denoiser_from:
     return {p: prepared.denoiser_from.params[p] for p in ("unet", "text_encoder")}
   key = jax.random.key(prepared.config.seed)
@@ -281,7 +286,7 @@ def train_denoiser(
   mesh: Mesh,
   identity: dict[str, str],
 ) -> dict[str, Any]:
-  """Averaged parameters {'unet', 'text_encoder'}, trained together from `first` on."""
+  """Trains UNet and text encoder together, from `first`; returns their EMA weights."""
   settings = config.denoiser
   tx = _optimizer(settings, weight_decay=settings.weight_decay, clip_norm=settings.clip_norm)
   ema = jax.tree.map(jnp.copy, first)
@@ -327,7 +332,7 @@ def _fit(
   *,
   purpose: int,
 ) -> Any:
-  """Runs a stage's updates from its newest checkpoint on; returns the last state."""
+  """Runs a stage's updates, from its newest checkpoint; returns the last state."""
   ckptr = checkpoint.Checkpointer(directory / "checkpoints", keep=2)
   start = 0
   if ckptr.latest_step() is not None:
@@ -338,7 +343,7 @@ def _fit(
     start, state = restored.step, restored.state
     if restored.metadata != identity:
       raise UserError(
-        f"{directory} was trained on another corpus or from other weights; choose another "
+        f"{directory} was trained on another corpus or from other weights: choose another "
         "--workdir"
       )
   writer = metrics.MetricWriter(
@@ -353,7 +358,7 @@ def _fit(
       state, values = update(state, rows)
       unwritten.append(values)
       if done % config.log_every == 0 or done == settings.num_updates:
-        # Means: the loss of one batch hides the slope of thousands.
+        # Means over the interval: the loss of one batch hides a slope over thousands.
         numbers = {name: float(np.mean([v[name] for v in unwritten])) for name in values}
         speed = len(unwritten) * settings.batch_size / (time.perf_counter() - since)
         unwritten, since = [], time.perf_counter()
@@ -362,7 +367,7 @@ def _fit(
       if done % config.save_every == 0 or done == settings.num_updates:
         ckptr.save(done, state, None, identity)
   finally:
-    # Also when interrupted: the save under way is finished.
+    # After an interruption, too: an unfinished checkpoint is completed.
     writer.close()
     ckptr.close()
   return state

@@ -1,4 +1,4 @@
-"""Second stage of the base's pretraining: text encoder and UNet, on the VAE's latents."""
+"""The second pretraining stage: text encoder and UNet, on the VAE's latents."""
 
 import functools
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from jaxpref.training import optimizer as optimizer_lib
 
 @flax.struct.dataclass
 class DenoiserState:
-  """Parameters {'unet', 'text_encoder'}, their averages, optimizer, updates done."""
+  """Parameters {'unet', 'text_encoder'}, EMA weights, optimizer state, completed updates."""
 
   params: Any
   ema: Any
@@ -26,7 +26,7 @@ class DenoiserState:
 
 
 def unet_config(settings: Any) -> dict[str, Any]:
-  """Diffusers' `unet/config.json` for the shapes world."""
+  """Returns diffusers' `unet/config.json` for the shapes world."""
   blocks = ["CrossAttn" if attend else "" for attend in settings.unet.attention]
   return {
     "_class_name": "UNet2DConditionModel",
@@ -52,7 +52,7 @@ def unet_config(settings: Any) -> dict[str, Any]:
 
 
 def text_config(settings: Any, *, vocab_size: int) -> dict[str, Any]:
-  """Transformers' `text_encoder/config.json` for the shapes world."""
+  """Returns transformers' `text_encoder/config.json` for the shapes world."""
   return {
     "_class_name": "CLIPTextModel",
     "architectures": ["CLIPTextModel"],
@@ -72,10 +72,10 @@ def text_config(settings: Any, *, vocab_size: int) -> dict[str, Any]:
 
 
 def init_text_encoder(encoder: Any, key: jax.Array) -> Any:
-  """Random parameters, with words of unit size and places of a third of it.
+  """Initializes parameters: token embeddings of std 1, position embeddings of std 0.3.
 
-  The module's own initial embeddings are a hundredth: what the layers add drowns them, all
-  words look alike after the last normalisation, and training seldom finds its way back.
+  The module's own embeddings have std 0.01. The layers' outputs would then be far larger:
+  all tokens look the same after the last normalization, and training seldom recovers.
   """
   flat = flax.traverse_util.flatten_dict(text.init_text_encoder(encoder, key))
   sizes = {"token_embedding": 1.0, "position_embedding": 0.3}
@@ -84,7 +84,7 @@ def init_text_encoder(encoder: Any, key: jax.Array) -> Any:
 
 
 def scheduler_config(settings: Any) -> dict[str, Any]:
-  """Diffusers' `scheduler/scheduler_config.json`, Stable Diffusion's schedule."""
+  """Returns diffusers' `scheduler/scheduler_config.json`, with Stable Diffusion's schedule."""
   return {
     "_class_name": "DPMSolverMultistepScheduler",
     "algorithm_type": "dpmsolver++",
@@ -111,7 +111,7 @@ def make_denoiser_step(
   prompt_dropout: float,
   ema_decay: float,
 ) -> Callable:
-  """`step(state, latents [B, C, h, w], ids [B, L]) -> (state, metrics)`, jitted, donated."""
+  """Makes `step(state, latents [B, C, h, w], ids [B, L]) -> (state, metrics)`, donated."""
   denoise = unet_lib.make_denoise(unet)
 
   def loss(params, latents, ids, key):
@@ -119,8 +119,8 @@ def make_denoiser_step(
     rows = latents.shape[0]
     drop = jax.random.bernoulli(keys["drop"], prompt_dropout, (rows, 1))
     ids = jnp.where(drop, empty_ids, ids)
-    # One timestep from each of `rows` equal shares of them all: less noise in the gradient.
-    # Rows come in the data's order, hence the permutation.
+    # One timestep from each of B equal intervals lowers the variance of the gradient. Rows come
+    # in the order of the data, so the intervals are permuted.
     slot_key, place_key = jax.random.split(keys["t"])
     slots = jax.random.permutation(slot_key, rows)
     share = (slots + jax.random.uniform(place_key, (rows,))) / rows

@@ -1,4 +1,4 @@
-"""First stage of the base's pretraining: the VAE."""
+"""The first pretraining stage: the VAE."""
 
 import functools
 from typing import Any
@@ -10,13 +10,13 @@ import optax
 
 from jaxpref.models import vae as vae_lib
 
-# What turns latents into pictures; trained alone, it leaves the latents as they are.
+# The modules that map latents to images. Training them alone does not change the latents.
 DECODER = ("decoder", "post_quant_conv")
 
 
 @flax.struct.dataclass
 class VaeState:
-  """Parameters that are trained, optimizer state and the number of updates done."""
+  """Trained parameters, optimizer state and the number of completed updates."""
 
   params: Any
   opt_state: Any
@@ -24,7 +24,7 @@ class VaeState:
 
 
 def vae_config(config: Any) -> dict[str, Any]:
-  """Diffusers' `vae/config.json` for the shapes world; the scaling factor comes later."""
+  """Returns diffusers' `vae/config.json` for the shapes world; the scale is set later."""
   settings = config.vae
   levels = len(settings.channels)
   return {
@@ -44,10 +44,10 @@ def vae_config(config: Any) -> dict[str, Any]:
 
 
 def init_vae(vae: Any, key: jax.Array) -> Any:
-  """Random parameters, with every residual branch silent.
+  """Initializes parameters so that every residual branch outputs zero.
 
-  A bare chain of convolutions passes colours on from the first updates; the branches learn
-  to bend it later.
+  The remaining chain of convolutions transmits colours from the first updates on; the branches
+  then learn the rest.
   """
   flat = flax.traverse_util.flatten_dict(vae.init_weights(key))
   silent = (("conv2", "kernel"), ("proj_attn", "kernel"))
@@ -64,19 +64,19 @@ def vae_loss(
   kl_weight: float,
   edge_weight: float,
 ):
-  """Absolute and squared error of the reconstruction, and the divergence from N(0, I).
+  """Computes the reconstruction error and the KL divergence from N(0, I).
 
   Args:
     vae: module.
     params: its parameters.
     images: uint8 [B, H, W, 3].
-    key: for the posterior's sample.
-    kl_weight: per image, on the KL divergence summed over the latent.
-    edge_weight: on the absolute error of the steps between neighbouring pixels, which a
-      blurred edge gets wrong twice.
+    key: for the sample from the posterior.
+    kl_weight: weight of the KL divergence, which is summed over the latent, per image.
+    edge_weight: weight of the absolute error of the differences between adjacent pixels; a
+      blurred edge has two such errors.
 
   Returns:
-    The loss, and its parts by name.
+    The loss, and its terms by name.
   """
   pixels = vae_lib.to_unit(images)
   mean, logvar = vae_lib.encode_moments(vae, params, pixels)
@@ -99,9 +99,9 @@ def make_vae_step(
   kl_weight: float,
   edge_weight: float,
 ):
-  """`step(state, frozen, images) -> (state, metrics)`, jitted, the state donated.
+  """Makes `step(state, frozen, images) -> (state, metrics)`, jitted; `state` is donated.
 
-  `frozen` are the parameters that the state does not hold.
+  `frozen` holds the parameters that the state does not have.
   """
 
   @functools.partial(jax.jit, donate_argnums=0)

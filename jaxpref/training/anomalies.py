@@ -11,8 +11,7 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from jaxpref import wording
-from jaxpref.errors import DivergedError
+from jaxpref.errors import DivergedError, count
 from jaxpref.runtime import distributed, workdir
 from jaxpref.training.setup import Prepared
 
@@ -85,7 +84,7 @@ class FiniteCheck:
     were = "was" if skipped == 1 else "were"
     raise DivergedError(
       "the run has diverged, which a lower optim.lr may prevent: "
-      f"{wording.count(skipped, 'update')} {were} not finite and {were} skipped. The rows of "
+      f"{count(skipped, 'update')} {were} not finite and {were} skipped. The rows of "
       f"the last, update {done}, are in {self._directory}; earlier checkpoints are intact"
     )
 

@@ -86,11 +86,11 @@ def make_arms(
   else:
     rows = x0.shape[0]
     key = rng.key_of(seed, "train", update)
-    dropped = rng.dropped_rows(seed, update, rows, rate=prompt_dropout)
+    dropped = rng.sample_dropped_rows(seed, update, rows, rate=prompt_dropout)
     t = jax.random.randint(jax.random.fold_in(key, 0), (rows,), 0, schedule.num_timesteps)
     states = 1 if rollout is None else rollout.t.shape[1]
     eps = jax.random.normal(jax.random.fold_in(key, 1), (rows * states, *noise_shape))
-  cond = rng.without_prompts(dropped, cond, uncond)
+  cond = rng.drop_prompts(dropped, cond, uncond)
   if image is not None:
     cond = {**cond, "image": image}
   if rollout is not None:

@@ -71,7 +71,7 @@ def make_programs(checked: Checked, trained: Any, rows: Any, uncond: Any) -> Pro
   shapes = jax.eval_shape(make_state, trained)
   placement = sharding.params_sharding(mesh, shapes)
   if mesh.shape["fsdp"] > 1:
-    sharding.large_and_whole(shapes, placement)
+    sharding.list_unsharded(shapes, placement)
   denoise = unet_lib.make_denoise(
     pipeline.modules["unet"],
     attention=config.model.attention,

@@ -86,8 +86,8 @@ def make_rollout(
   def rollout(params: Any, seed, update, cond, uncond, guide=None) -> States:
     rows = jax.tree.leaves(cond)[0].shape[0]
     key = rng.key_of(seed, "rollout", update)
-    dropped = rng.dropped_rows(seed, update, rows, rate=prompt_dropout)
-    cond = rng.without_prompts(dropped, cond, uncond)
+    dropped = rng.sample_dropped_rows(seed, update, rows, rate=prompt_dropout)
+    cond = rng.drop_prompts(dropped, cond, uncond)
     spacing = schedule.num_timesteps // num_steps
     offsets = jax.random.randint(jax.random.fold_in(key, 0), (rows,), 0, spacing)
     first = jax.random.randint(jax.random.fold_in(key, 1), (rows,), 0, num_steps)

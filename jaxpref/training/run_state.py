@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxpref import __version__, wording
-from jaxpref.errors import UserError
+from jaxpref import __version__
+from jaxpref.errors import UserError, count
 from jaxpref.models import unet as unet_lib
 from jaxpref.runtime.checkpoint import Checkpointer
 from jaxpref.training import programs
@@ -143,7 +143,7 @@ def check_resumes(
   wanted, before = identity["num_updates"], stored["num_updates"]
   if done > wanted:
     raise UserError(
-      f"this workdir's run has done {wording.count(done, 'update')}, more than "
+      f"this workdir's run has done {count(done, 'update')}, more than "
       f"train.num_updates = {wanted}; choose another --workdir"
     )
   if wanted != before and config.optim.schedule != "constant":
