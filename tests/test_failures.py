@@ -32,7 +32,10 @@ REFUSALS = {
   "unknown field": (["--config.optim.learning_rate=1"], "did you mean 'optim.lr'"),
   "ill-typed field": (["--config.optim.lr=fast"], "'optim.lr' takes a float"),
   "negative steps": (["--config.train.num_updates=-5"], "'train.num_updates' must be"),
-  "missing weights": (["--config.model.path=/nowhere"], "there is no directory /nowhere"),
+  "missing weights": (
+    ["--config.model.path=/nowhere"],
+    "/nowhere is neither a directory nor a Hub id",
+  ),
   "odd batch": (["--config.train.accumulate=3"], "must be a multiple of 3"),
   "lacking parameter": (["--config.loss.name=dro"], "needs 'loss.margin'"),
   "too many steps": (["--config.evaluate.num_steps=2000"], "between 1 and 1000"),

@@ -373,9 +373,9 @@ def test_hyper_parameters_are_all_there_and_no_others():
 @pytest.mark.parametrize(
   ("name", "hyper", "message"),
   [
-    ("dpo", {"beta": 1.0, "variant": "square"}, "sigmoid, hinge, ipo, not 'square'"),
-    ("kto", {"utility": "greedy"}, "kt, loss_averse, risk_seeking, not 'greedy'"),
-    ("sdpo", {"guarded": "kto"}, "dpo, dspo, not 'kto'"),
+    ("dpo", {"beta": 1.0, "variant": "square"}, "sigmoid, hinge, ipo .got 'square'"),
+    ("kto", {"utility": "greedy"}, "kt, loss_averse, risk_seeking .got 'greedy'"),
+    ("sdpo", {"guarded": "kto"}, "dpo, dspo .got 'kto'"),
     ("sdpo", {"mu": 1.5}, "loss.mu must be between 0 and 1"),
   ],
 )

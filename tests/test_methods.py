@@ -131,7 +131,7 @@ def test_presets_are_sound(name, preset):
     ("kto", ["--config.loss.weight_desirable=-1"], "'loss.weight_desirable' must be"),
     ("dpo", ["--config.loss.name=.x"], "no loss '.x'"),
     ("dpo", ["--config.loss.name=contract"], "no loss 'contract'"),
-    ("dpo", ["--config.lora.rank=2", "--config.lora.targets=none"], "matches no layer"),
+    ("dpo", ["--config.lora.rank=2", "--config.lora.targets=none"], "does not match a layer"),
     ("dpo", ["--config.loss.name=kto"], "needs 'loss.utility'"),
     ("listwise", ["--config.data.source=pickapic"], "pickapic has no lists"),
     ("dpo", ["--config.data.source=online"], "has no generated pairs"),

@@ -57,7 +57,7 @@ def test_a_prefix_of_every_name_is_left_out(copy, loaded, caplog, prefix):
   read = pipeline.load_pipeline(str(copy))
   same(read.params, loaded.params)
   assert read.digest == loaded.digest
-  assert "unet: " in caplog.text and "left out" in caplog.text + "left out" * ("mod" in prefix)
+  assert "unet: " in caplog.text and "ignored" in caplog.text + "ignored" * ("mod" in prefix)
 
 
 def test_wrappers_within_names(copy, loaded):
@@ -87,8 +87,8 @@ def test_surplus_that_changes_no_image(copy, loaded, caplog):
   read = pipeline.load_pipeline(str(copy))
   same(read.params, loaded.params)
   assert read.digest == loaded.digest
-  assert "2 tensors that its configuration has no place for are not read: decay" in caplog.text
-  assert "3 tensors that its configuration has no place for" in caplog.text
+  assert "2 tensors that the configuration does not have are ignored: decay" in caplog.text
+  assert "3 tensors that the configuration does not have" in caplog.text
   rename(copy / "unet" / UNET, str, **{"conv_in2.weight": np.zeros((3, 3), np.float32)})
   refused(copy, "surplus conv_in2.weight")
 
@@ -104,7 +104,7 @@ def test_variants_that_only_some_parts_have(copy, loaded, caplog):
     lambda x: x.astype(np.float16).astype(np.float32), loaded.params["unet"]
   )
   same(params["unet"], halved)
-  assert "variant fp16: read without it, from plain files: vae" in caplog.text
+  assert "parts without the variant fp16, read from plain files: vae" in caplog.text
   (copy / "vae" / UNET).rename(copy / "vae" / UNET.replace(".s", ".bf16.s"))
   refused(copy, "vae has only the variants bf16: name one")
 
@@ -113,7 +113,7 @@ def test_weights_of_other_formats_are_named(copy):
   (copy / "unet" / UNET).unlink()
   for name, kind in (("model.onnx", "ONNX"), ("diffusion_flax_model.msgpack", "Flax")):
     (copy / "unet" / name).write_bytes(b"x")
-    refused(copy, rf"unet has only {kind} weights \({name}\), which are not read")
+    refused(copy, rf"unet has only {kind} weights \({name}\), which are not supported")
   files = ["model_index.json", "unet/config.json", "unet/diffusion_flax_model.msgpack"]
   with pytest.raises(UserError, match=r"x/unet has only Flax weights"):
     hub.needed_files(files, where="x")
@@ -189,10 +189,10 @@ def test_parts_of_a_hub_repository(tiny_pipeline, other, monkeypatch, root):
 @pytest.mark.parametrize(
   ("name", "message"),
   [
-    ("https://huggingface.co/org/name/tree/main", "is an address: name the id, org/name"),
-    ("hf://org/name", "is an address: name the id, org/name"),
-    ("org/name@", "no id of the Hugging Face hub"),
-    ("org/name@a b", "no id of the Hugging Face hub"),
+    ("https://huggingface.co/org/name/tree/main", "is a URL: name the id, org/name"),
+    ("hf://org/name", "is a URL: name the id, org/name"),
+    ("org/name@", "neither a directory nor a Hub id"),
+    ("org/name@a b", "neither a directory nor a Hub id"),
   ],
 )
 def test_names_of_other_kinds(name, message):
@@ -203,12 +203,12 @@ def test_directories_of_the_hubs_cache(tiny_pipeline, loaded, tmp_path):
   cache = tmp_path / "hub" / "models--org--name"
   for name in ("abc", "def"):
     shutil.copytree(tiny_pipeline, cache / "snapshots" / name)
-  refused(cache, "is a cache of the hub with 2 snapshots: name one")
+  refused(cache, "is a cache of the Hub with 2 snapshots: name one")
   (cache / "refs").mkdir()
   (cache / "refs" / "main").write_text("abc")
   for path in (cache, cache / "snapshots", cache / "snapshots" / "abc"):
     assert hub.find_pipeline(str(path)) == cache / "snapshots" / "abc"
-  refused(tmp_path / "hub", "is the hub's cache: name a model by its id")
+  refused(tmp_path / "hub", "is the Hub's cache: name a model by its id")
 
 
 def test_directories_of_other_kinds(copy, tmp_path):
@@ -222,7 +222,7 @@ def test_directories_of_other_kinds(copy, tmp_path):
   run = tmp_path / "run"
   (run / "checkpoints").mkdir(parents=True)
   (run / "config.json").write_text("{}")
-  refused(run, "is a run's workdir: training begins with it as model.start")
+  refused(run, "is a run's workdir: set model.start to it")
 
 
 def test_files_that_are_not_regular(copy):
@@ -345,8 +345,8 @@ def test_clip_skip_by_the_configuration(families_of_two, tmp_path, caplog):
   read = pipeline.load_pipeline(str(copy))
   cond = encode.encode_prompts(read, mesh, families.PROMPTS)
   np.testing.assert_allclose(cond["text"], want["text"], rtol=0, atol=1e-6)
-  assert "text_encoder: 16 tensors that its configuration has no place for" in caplog.text
-  refused(copy, "clip_skip is 2, the text encoder has 2 layers", clip_skip=2)
+  assert "text_encoder: 16 tensors that the configuration does not have" in caplog.text
+  refused(copy, "clip_skip must be at least 0 and below 2", clip_skip=2)
 
 
 def test_the_index_says_a_text_encoders_class(families_of_two, tmp_path):

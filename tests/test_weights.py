@@ -81,7 +81,7 @@ def test_variants(copy, loaded):
   same(pipeline.load_pipeline(str(copy), variant="fp16").params, halved)
   (copy / "vae" / f"{UNET}.safetensors").unlink()
   same(pipeline.load_pipeline(str(copy)).params["vae"], halved["vae"])
-  with pytest.raises(UserError, match=rf"no weights at .*/unet/{UNET}.ema.safetensors"):
+  with pytest.raises(UserError, match=rf"/unet/{UNET}.ema.safetensors is missing"):
     pipeline.load_pipeline(str(copy), variant="ema")
 
 
@@ -159,11 +159,11 @@ def test_damaged_shards(copy):
   files[1].write_bytes(whole[:-50])
   refused(copy, "00002-of-00003.safetensors is damaged or truncated")
   files[1].unlink()
-  refused(copy, "no weights at .*00002-of-00003")
+  refused(copy, "00002-of-00003.* is missing")
   save_file({"another": np.zeros(1)}, files[1])
-  refused(copy, "promises tensors that its files lack")
+  refused(copy, "lists tensors that its files lack")
   (copy / "unet" / f"{UNET}.safetensors.index.json").write_text("[]")
-  refused(copy, "no index of weight files")
+  refused(copy, "is not an index of weight files")
 
 
 def test_low_rank_adapters_are_no_model(copy, tmp_path):
@@ -300,9 +300,9 @@ def test_what_is_no_weight_is_refused(copy):
   file = copy / "unet" / f"{UNET}.safetensors"
   tensors = load_file(file)
   save_file({**tensors, "conv_in.bias": np.zeros(32, np.int8)}, file)
-  refused(copy, r"of a kind that is not read: conv_in.bias \(I8\)")
+  refused(copy, r"are: conv_in.bias \(I8\)")
   file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-  refused(copy, "only git-lfs's pointer")
+  refused(copy, "only a git-lfs pointer")
   file.unlink()
   file.mkdir()
   refused(copy, "is a directory, not a file of weights")

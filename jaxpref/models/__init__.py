@@ -1,13 +1,12 @@
-"""Models: diffusers and transformers Flax modules, and directories of weights.
+"""Pretrained models: diffusers' and transformers' Flax modules, and their files.
 
-Nothing outside this package imports those two libraries.
+Only this package imports those two libraries.
 """
 
 import logging
 
-# Every Flax module of diffusers announces at each use that it ends with the release that
-# setup.py pins. diffusers sets the level of its own logger when it is imported, so it is
-# imported first.
+# Every Flax module of diffusers logs at each use that it will be removed after the release that
+# setup.py pins. diffusers sets its logger's level on import, so the level is set after that.
 import diffusers.utils.logging  # noqa: F401
 
 logging.getLogger("diffusers").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""JSON files of a pipeline: read safely, kept within bounds, compared with known fields."""
+"""Reading and checking the JSON files of a pipeline."""
 
 import json
 import logging
@@ -10,9 +10,9 @@ from jaxpref.errors import UserError, listed
 
 _log = logging.getLogger(__name__)
 _MAX_BYTES = 64 << 20  # a tokenizer.json of 50,000 words takes 4 MB
-_MAX_VALUES = 100  # of a list: one value for each block of a network
+_MAX_VALUES = 100  # in a list, which has one value per block of a network
 _MAX_INTEGER = 2**31 - 1
-# The largest numbers that something could be built of; real models have a tenth of them.
+# The largest values that a module can be built with; real models use about a tenth of them.
 _MOST = {
   "layers_per_block": 50,
   "num_hidden_layers": 200,
@@ -21,10 +21,10 @@ _MOST = {
   "sample_size": 16_384,
   "transformer_layers_per_block": 100,
 }
-_LONG_LISTS = ("trained_betas",)  # one value for each timestep
+_LONG_LISTS = ("trained_betas",)  # one value per timestep
 
-# Fields without which a network or a schedule is another one than was trained. Others have
-# defaults that the published files of old models rely on.
+# Fields without which the defaults build another network or schedule than was trained. For all
+# other fields, published files of old models rely on the defaults.
 _NEEDED = {
   "unet": (
     *("attention_head_dim", "block_out_channels", "cross_attention_dim", "down_block_types"),
@@ -40,8 +40,8 @@ _NEEDED = {
   ),
   "scheduler": ("beta_end", "beta_schedule", "beta_start", "num_train_timesteps"),
 }
-# Fields of diffusers' schedulers for models of this kind; other files' fields are their
-# modules' own.
+# Fields of diffusers' schedulers for models of this kind. The known fields of other files are
+# those of their modules.
 SCHEDULER_FIELDS = frozenset(
   (
     *("algorithm_type", "beta_end", "beta_schedule", "beta_start", "clip_sample"),
@@ -82,18 +82,20 @@ def read_json(path: Path) -> dict[str, Any]:
   try:
     value = json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError as error:
-    raise UserError(f"no {path}: not a complete pipeline in diffusers' layout") from error
+    raise UserError(
+      f"{path} is missing: not a complete pipeline in diffusers' layout"
+    ) from error
   except RecursionError as error:
     raise UserError(f"cannot read {path}: it is nested too deeply") from error
   except (OSError, ValueError) as error:
     raise UserError(f"cannot read {path}: {error}") from error
   if not isinstance(value, dict):
-    raise UserError(f"{path} holds no JSON object")
+    raise UserError(f"{path} does not hold a JSON object")
   return value
 
 
 def check_regular(path: Path) -> None:
-  """Refuses what would be read for ever: pipes, devices, and huge files.
+  """Refuses files that could not be read in bounded time: pipes, devices and huge files.
 
   Args:
     path: a file to be read whole; it may be missing.
@@ -110,25 +112,25 @@ def check_regular(path: Path) -> None:
 
 
 def check_bounds(config: Mapping[str, Any], where: Path) -> None:
-  """Refuses numbers of which nothing could be built, before anything is built.
+  """Refuses numbers that no module could be built with, before anything is built.
 
   Args:
     config: the contents of a configuration file.
     where: that file, for errors.
 
   Raises:
-    UserError: a number or a list is larger than any model's; names the field.
+    UserError: a number or a list is larger than in any model; the message names the field.
   """
   for field, value in config.items():
     most = _MOST.get(field, _MAX_INTEGER)
     if isinstance(value, list) and len(value) > _MAX_VALUES and field not in _LONG_LISTS:
       raise UserError(
-        f"{where}: {field} has {len(value)} values, at most {_MAX_VALUES} are read"
+        f"{where}: {field} must have at most {_MAX_VALUES} values (got {len(value)})"
       )
     for number in _numbers(value):
-      # Floats may be infinite where they are no sizes.
+      # Floats that are not sizes may be infinite.
       if abs(number) > most and (isinstance(number, int) or field in _MOST):
-        raise UserError(f"{where}: {field} is {brief(number)}, at most {most} is read")
+        raise UserError(f"{where}: {field} must be at most {most} (got {brief(number)})")
 
 
 def _numbers(value: Any) -> Iterator[float]:
@@ -141,10 +143,10 @@ def _numbers(value: Any) -> Iterator[float]:
 
 
 def brief(value: Any) -> str:
-  """A value for an error message, cut where it is long."""
+  """Formats a value for an error message, cut to 60 characters."""
   try:
     text = repr(value)
-  except ValueError:  # Python writes no integers of more than 4,300 digits
+  except ValueError:  # Python does not print integers of more than 4,300 digits
     return "an integer of thousands of digits"
   return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -152,15 +154,15 @@ def brief(value: Any) -> str:
 def warn_of_fields(
   part: str, config: Mapping[str, Any], known: Iterable[str], where: Path
 ) -> None:
-  """Logs fields that are unknown, and missing ones that every published file states.
+  """Warns of unknown fields, and of missing fields that every published file has.
 
-  Either may be a misspelling, with which a default is taken that the model was not trained
-  with, and images come out as nonsense.
+  Either may be a misspelling. The default then replaces the value that the model was trained
+  with, and its images are nonsense.
 
   Args:
     part: 'unet', 'vae', 'text_encoder', 'text_encoder_2' or 'scheduler'.
     config: the contents of its configuration file.
-    known: names of all its fields; those that begin with an underscore are always known.
+    known: names of all its fields; fields that begin with an underscore are always known.
     where: that file.
   """
   unknown = sorted(k for k in config.keys() - set(known) if not k.startswith("_"))

@@ -1,7 +1,8 @@
-"""Parameter trees of diffusers' and transformers' Flax modules to PyTorch's names, and back.
+"""Conversion of parameters between Flax trees and PyTorch's tensors by name.
 
-PyTorch is not needed: tensors are numpy arrays from and for safetensors. What a Flax module
-calls `down_blocks_0/resnets_1/conv1/kernel` [kh, kw, in, out] is PyTorch's
+The parameters are those of diffusers' and transformers' modules. PyTorch is not needed: tensors
+are numpy arrays, which safetensors files hold. The Flax parameter
+`down_blocks_0/resnets_1/conv1/kernel` [kh, kw, in, out] is PyTorch's
 `down_blocks.0.resnets.1.conv1.weight` [out, in, kh, kw].
 """
 
@@ -20,21 +21,21 @@ from jaxpref.models.weights import StoredTensor
 
 _log = logging.getLogger(__name__)
 
-# Flax joins list indices by underscore; these are the lists (conv1, linear_1 are names).
+# Flax joins list indices with underscores; these are the lists (conv1, linear_1 are names).
 _LISTS = re.compile(
   r"(down_blocks|up_blocks|resnets|attentions|transformer_blocks|downsamplers|upsamplers"
   r"|to_out|net)_(\d+)"
 )
-# Names of the VAE's attention as diffusers writes them since 0.14, by Flax's names, which
-# are those of older files, Stable Diffusion 1.x's among them.
+# diffusers' names for the VAE's attention since 0.14, by the older names. Flax modules have the
+# older names, and so do older files, such as those of Stable Diffusion 1.x.
 _VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-# Safetensors' names of what numpy and ml_dtypes know as floats of two bytes and more.
+# safetensors' names of the floats of two or more bytes, which numpy and ml_dtypes have.
 _FLOATS = ("F64", "F32", "F16", "BF16")
-# Buffers that older files carry along.
+# Buffers in older files.
 _IGNORED = ("text_model.embeddings.position_ids",)
-# What PyTorch's wrappers put between the names of modules: compiled, sharded, distributed.
+# What PyTorch's wrappers add to module names: torch.compile, FSDP, DistributedDataParallel.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
-# Of a whole CLIP model, what its text encoder has no use for.
+# Tensors of a whole CLIP model that its text encoder does not use.
 _OTHER_THAN_TEXT = re.compile(
   r"logit_scale|(vision_model|visual_projection|text_projection)\..+|.*\.position_ids"
 )
@@ -42,7 +43,7 @@ _TEXT_LAYER = re.compile(r"text_model\.encoder\.layers\.(\d+)\..+")
 
 
 def torch_name(path: tuple[str, ...]) -> str:
-  """PyTorch's name of the Flax parameter at `path`."""
+  """Returns PyTorch's name of the Flax parameter at `path`."""
   *modules, leaf = path
   parts = [_VAE_ATTENTION.get(m, _LISTS.sub(r"\1.\2", m)) for m in modules]
   leaf = {"kernel": "weight", "scale": "weight", "embedding": "weight"}.get(leaf, leaf)
@@ -50,7 +51,7 @@ def torch_name(path: tuple[str, ...]) -> str:
 
 
 def _current_name(name: str) -> str:
-  """The name of a tensor today, whenever its file was written."""
+  """Returns a tensor's name in current versions of diffusers."""
   parts = [p for p in name.split(".") if p not in _WRAPPERS]
   if "attentions" in parts:
     parts = [_VAE_ATTENTION.get(p, p) for p in parts]
@@ -58,7 +59,7 @@ def _current_name(name: str) -> str:
 
 
 def to_torch_layout(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
-  """A Flax parameter in PyTorch's order of axes; a view."""
+  """Transposes a Flax parameter to PyTorch's order of axes; returns a view."""
   if path[-1] != "kernel":
     return array
   return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
@@ -77,7 +78,7 @@ def _to_flax_layout(
 
 
 def export_tensors(params: Mapping[str, Any], dtype: Any) -> dict[str, np.ndarray]:
-  """A Flax tree as PyTorch tensors by name, contiguous, in `dtype`.
+  """Converts a Flax tree to PyTorch tensors by name, contiguous, in `dtype`.
 
   Raises:
     UserError: finite weights are too large for `dtype`.
@@ -90,7 +91,7 @@ def export_tensors(params: Mapping[str, Any], dtype: Any) -> dict[str, np.ndarra
 
 
 def cast(name: str, array: np.ndarray, dtype: Any) -> np.ndarray:
-  """A tensor to be written, contiguous, in `dtype`; `name` is for the message.
+  """Casts a tensor to `dtype`, contiguous; `name` is for the error message.
 
   Raises:
     UserError: finite weights are too large for `dtype`.
@@ -99,7 +100,7 @@ def cast(name: str, array: np.ndarray, dtype: Any) -> np.ndarray:
     out = np.ascontiguousarray(array, dtype)
   if np.isinf(out).sum() > np.isinf(array).sum():
     raise UserError(
-      f"{name} has weights too large for {np.dtype(dtype).name}; write them in bfloat16 or "
+      f"{name} has weights too large for {np.dtype(dtype).name}: write them in bfloat16 or "
       "float32"
     )
   return out
@@ -112,28 +113,31 @@ def import_tensors(
   where: str,
   place: Callable[[tuple[str, ...], np.ndarray], Any] = lambda path, array: array,
 ) -> tuple[dict[str, Any], str]:
-  """PyTorch tensors as the Flax tree `abstract`, in its dtypes.
+  """Converts PyTorch tensors to the Flax tree `abstract`, in its dtypes.
 
-  Names and shapes are checked before anything is read; then one tensor at a time is read,
-  turned and placed, so that the host never holds more than that one besides what is placed.
+  All names and shapes are checked before a tensor is read. Then tensors are read, transposed
+  and placed one at a time, so that the host holds only one tensor that is not placed yet.
 
   Args:
     tensors: by PyTorch's names.
-    abstract: tree of `jax.ShapeDtypeStruct`, as `jax.eval_shape` of the module's init.
-    where: named in messages.
-    place: (path, array) -> leaf, such as to put it on devices.
+    abstract: a tree of `jax.ShapeDtypeStruct`, such as `jax.eval_shape` of the module's init.
+    where: the source, for messages.
+    place: (path, array) -> leaf, for example to put it on devices.
 
   Returns:
     The tree, and a digest that changes with any name or stored value.
 
   Raises:
-    UserError: tensors are missing, left over, or of another shape; names the first few.
+    UserError: tensors are missing, surplus, or of another shape; names the first few.
   """
   flat = flax.traverse_util.flatten_dict(abstract)
   names = {torch_name(path): path for path in flat}
   found = _without_surplus(_by_current_names(tensors, names, where), names, where)
   if odd := [f"{n} ({a.dtype})" for n, a in found.items() if a.dtype not in _FLOATS]:
-    raise UserError(f"{where} holds tensors of a kind that is not read: {', '.join(odd[:3])}")
+    raise UserError(
+      f"{where} holds tensors of a dtype that is not supported, only floats of two or more "
+      f"bytes are: {', '.join(odd[:3])}"
+    )
   check_tensors({n: a.shape for n, a in found.items()}, abstract, where=where)
   digest = hashlib.sha256()
   params, bad = {}, {}
@@ -159,7 +163,7 @@ def import_tensors(
 def _by_current_names(
   tensors: Mapping[str, StoredTensor], wanted: Collection[str], where: str
 ) -> dict[str, StoredTensor]:
-  """The tensors by today's names, without wrappers' and another common prefix."""
+  """Renames tensors to current names, without wrappers' parts and without a common prefix."""
   found: dict[str, StoredTensor] = {}
   for name, tensor in tensors.items():
     if found.setdefault(_current_name(name), tensor) is not tensor:
@@ -167,17 +171,17 @@ def _by_current_names(
   wrapped = sorted(n for n in tensors if any(part in _WRAPPERS for part in n.split(".")))
   if wrapped:
     _log.warning(
-      "%s: names without PyTorch's wrappers are read for %d tensors: %s",
+      "%s: the parts of names that PyTorch's wrappers add are ignored in %d tensors: %s",
       *(where, len(wrapped), listed(wrapped)),
     )
   if prefix := _common_prefix(found, wanted):
-    _log.warning("%s: every name begins with %r, which is left out", where, prefix)
+    _log.warning("%s: every name begins with %r, which is ignored", where, prefix)
     found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
   return found
 
 
 def _common_prefix(names: Collection[str], wanted: Collection[str]) -> str:
-  """What all names begin with, where without it they are those that are wanted; else ''."""
+  """Returns the prefix without which the names include all wanted ones, or ''."""
   first = min(wanted)
   for name in names:
     prefix = name.removesuffix(first)
@@ -190,13 +194,13 @@ def _common_prefix(names: Collection[str], wanted: Collection[str]) -> str:
 def _without_surplus(
   found: dict[str, StoredTensor], wanted: Collection[str], where: str
 ) -> dict[str, StoredTensor]:
-  """Leaves out tensors without which the same image is drawn, as PyTorch does."""
+  """Drops tensors that do not influence the output, as loading in PyTorch does."""
   layers = [int(m[1]) for name in wanted if (m := _TEXT_LAYER.fullmatch(name))]
 
   def needless(name: str) -> bool:
     if name in wanted:
       return False
-    if found[name].shape in ((), (1,)):  # counters and scales that training left there
+    if found[name].shape in ((), (1,)):  # counters and scales left over from training
       return True
     layer = _TEXT_LAYER.fullmatch(name)
     if layer is not None:  # the configuration skips the last layers
@@ -206,7 +210,7 @@ def _without_surplus(
   left_out = sorted(filter(needless, found))
   if said := [name for name in left_out if name not in _IGNORED]:
     _log.warning(
-      "%s: %d tensors that its configuration has no place for are not read: %s",
+      "%s: %d tensors that the configuration does not have are ignored: %s",
       *(where, len(said), listed(said)),
     )
   return {name: found[name] for name in found.keys() - set(left_out)}
@@ -215,15 +219,15 @@ def _without_surplus(
 def check_tensors(
   shapes: Mapping[str, tuple[int, ...]], abstract: Mapping[str, Any], *, where: str
 ) -> None:
-  """Whether PyTorch tensors of these shapes fill the Flax tree `abstract` exactly.
+  """Checks that PyTorch tensors of these shapes match the Flax tree `abstract` exactly.
 
   Args:
-    shapes: by PyTorch's names of today.
+    shapes: by PyTorch's current names.
     abstract: as for `import_tensors`.
-    where: named in the error.
+    where: the source, for the error message.
 
   Raises:
-    UserError: tensors are missing, left over, or of another shape; names the first few.
+    UserError: tensors are missing, surplus, or of another shape; names the first few.
   """
   wanted = {
     torch_name(path): torch_shape(path, leaf.shape)
@@ -244,12 +248,12 @@ def check_tensors(
 
 
 def torch_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
-  """The shape of a Flax parameter in PyTorch's order of axes."""
+  """Transposes the shape of a Flax parameter to PyTorch's order of axes."""
   if path[-1] != "kernel":
     return tuple(shape)
   return (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else tuple(reversed(shape))
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
-  """A linear layer's shape for that of a 1 x 1 convolution, which may stand for it."""
+  """Returns [out, in] for a 1 x 1 convolution, which may stand for a linear layer."""
   return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape

@@ -9,17 +9,17 @@ _log = logging.getLogger(__name__)
 
 
 def are_made(index: Mapping[str, Any]) -> bool:
-  """Whether the pipeline of this `model_index.json` makes them: SDXL's does not."""
+  """Returns whether diffusers makes them for this `model_index.json`; not for SDXL's."""
   return not str(index.get("_class_name")).startswith("StableDiffusionXL")
 
 
 def correct_configs(
   configs: Mapping[str, Mapping[str, Any]], *, where: str
 ) -> dict[str, dict[str, Any]]:
-  """Returns configurations as diffusers' pipeline has them once it is built.
+  """Corrects configurations as diffusers' pipeline does when it is built.
 
-  A stated offset of leading spacing is 1, predicted images are not clipped, and a UNet that was
-  saved before diffusers 0.9 was trained on latents of at least 64 x 64. Each is logged.
+  A stated offset of leading spacing becomes 1, predicted images are not clipped, and a UNet
+  saved before diffusers 0.9 has a sample size of at least 64. Each correction is logged.
 
   Args:
     configs: 'model_index', 'scheduler' and 'unet' among others.
@@ -31,7 +31,7 @@ def correct_configs(
   scheduler, unet = corrected["scheduler"], corrected["unet"]
   wanted: list[tuple[dict[str, Any], str, Any]] = []
   offset = scheduler.get("steps_offset", 1)
-  if offset is None or type(offset) is int and offset != 1:  # another type is refused later
+  if offset is None or type(offset) is int and offset != 1:  # `_schedule` refuses other types
     wanted.append((scheduler, "steps_offset", 1))
   if scheduler.get("clip_sample") is True:
     wanted.append((scheduler, "clip_sample", False))

@@ -1,4 +1,4 @@
-"""Pipelines by name: one that ships with the package, a directory, or a Hugging Face hub id."""
+"""Lookup of pipelines by name: bundled ones, directories, and Hugging Face Hub ids."""
 
 import re
 from collections.abc import Callable, Collection, Iterable
@@ -12,7 +12,7 @@ from jaxpref.models import weights
 from jaxpref.paths import user_path
 
 BUNDLED = {"shapes": Path(__file__).parent.parent / "pipelines" / "shapes"}
-# Of these repositories the package has the configuration files, so that planning needs no
+# The package has the configuration files of these repositories, so that planning needs no
 # network.
 _DESCRIBED = {
   "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
@@ -22,7 +22,7 @@ _DESCRIBED = {
 INDEX = "model_index.json"
 _HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w.][\w./-]*))?")
 _URL = re.compile(r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)([\w.-]+/[\w.-]+)")
-# Files of accelerate and of the Trainer beside what is trained.
+# Files that accelerate and transformers' Trainer save beside the trained weights.
 _TRAINING_STATE = (
   *("optimizer.bin", "optimizer.pt", "scheduler.bin", "scheduler.pt", "scaler.pt"),
   *("random_states_0.pkl", "rng_state.pth", "trainer_state.json"),
@@ -41,20 +41,20 @@ _TOKENIZER_FILES = (
 def find_pipeline(
   name: str, *, variant: str = "", configs_only: bool = False, without: Collection[str] = ()
 ) -> Path:
-  """The directory that `name` stands for.
+  """Returns the directory of a pipeline; downloads it if necessary.
 
   Args:
-    name: 'shapes' for the bundled pipeline, a directory in diffusers' layout or of the hub's
-      cache, or the id of a repository on the Hugging Face hub, perhaps with `@revision`, of
-      which the files needed are downloaded once.
+    name: 'shapes' for the bundled pipeline, a directory in diffusers' layout or in the Hub's
+      cache, or the id of a repository on the Hugging Face Hub, perhaps with `@revision`. Of a
+      repository only the files needed are downloaded, once.
     variant: of the weights, see `weights.choose`.
-    configs_only: download no more than the configuration files, which the package itself
-      has of the best-known repositories.
+    configs_only: download only the configuration files; the package itself has those of the
+      best-known repositories.
     without: parts that are not needed.
 
   Raises:
-    UserError: it is something else, or there is neither such a directory nor such a
-      repository, or the hub cannot be reached.
+    UserError: neither a pipeline's directory nor a repository has this name, or the Hub cannot
+      be reached.
   """
   if name in BUNDLED:
     return BUNDLED[name]
@@ -75,17 +75,17 @@ def find_pipeline(
 
 
 def find_part(name: str, part: str, *, variant: str = "", configs_only: bool = False) -> Path:
-  """The directory of a part that is taken from elsewhere.
+  """Returns the directory of a part that replaces the pipeline's own.
 
   Args:
-    name: a directory with `config.json` and weights, or one that holds the part as a
-      subdirectory, or a repository of the hub that is either.
+    name: a directory with `config.json` and weights, or with the part as a subdirectory, or a
+      Hub repository with either layout.
     part: 'unet' or 'vae'.
     variant: of the weights, see `weights.choose`.
-    configs_only: download no more than the configuration file.
+    configs_only: download only the configuration file.
 
   Raises:
-    UserError: there is no such part.
+    UserError: the part does not exist.
   """
   field = f"model.{part}"
   try:
@@ -107,7 +107,7 @@ def find_part(name: str, part: str, *, variant: str = "", configs_only: bool = F
 
 
 def _local(name: str) -> Path | None:
-  """The directory of this name, or of the snapshot in the hub's cache that it holds."""
+  """Returns the directory of this name, or the snapshot in it if it is the Hub's cache."""
   path = user_path(name)
   if path.exists() and not path.is_dir():
     raise weights.refuse_file(path)
@@ -124,34 +124,37 @@ def _local(name: str) -> Path | None:
       return cache / "snapshots" / named
     if len(snapshots) == 1:
       return snapshots[0]
-    raise UserError(f"{path} is a cache of the hub with {len(snapshots)} snapshots: name one")
+    raise UserError(
+      f"{path} is a cache of the Hub with {len(snapshots)} snapshots: name one of them"
+    )
   return path
 
 
 def _is_run(path: Path) -> bool:
-  """Whether a directory is the workdir of a run."""
+  """Returns whether a directory is the workdir of a run."""
   return (path / "config.json").is_file() and (
     (path / "checkpoints").is_dir() or (path / "starts.json").is_file()
   )
 
 
 def _refuse_directory(path: Path) -> None:
-  """Raises what a directory without an index may be instead."""
+  """Raises an error that says what a directory without `model_index.json` is instead."""
   if (path / "pipeline" / INDEX).exists():
     raise UserError(f"{path} is a pretraining run: its pipeline is {path / 'pipeline'}")
   if _is_run(path):
     raise UserError(
-      f"{path} is a run's workdir: training begins with it as model.start, and "
-      "`python -m jaxpref.export` makes a pipeline of it"
+      f"{path} is a run's workdir: set model.start to it to train from it, or make a pipeline "
+      "of it with `python -m jaxpref.export`"
     )
-  for file in sorted(path.glob("*")):  # an adapter's directory, for example
+  for file in sorted(path.glob("*")):  # for example an adapter's directory
     if file.suffix == ".safetensors" and not (path / "config.json").exists():
       raise weights.refuse_file(file)
   inside = [p for p in ("unet", "unet_ema", "vae") if (path / p / "config.json").exists()]
   if any((path / name).exists() for name in _TRAINING_STATE):
     way = f": its UNet is model.unet={path / inside[0]}" if inside else ""
     raise UserError(
-      f"{path} is a training state, not a pipeline; name the pipeline it was trained on{way}"
+      f"{path} is a training state, not a pipeline: name the pipeline that it was trained "
+      f"on{way}"
     )
   if (path / "config.json").exists():
     of = path.parent if (path.parent / INDEX).exists() else None
@@ -165,26 +168,26 @@ def _refuse_directory(path: Path) -> None:
       f"and this as model.{inside[0].removesuffix('_ema')}"
     )
   if any(path.glob("models--*")):
-    raise UserError(f"{path} is the hub's cache: name a model by its id, such as org/name")
+    raise UserError(f"{path} is the Hub's cache: name a model by its id, such as org/name")
   for file in sorted(path.glob("*")):
     if file.suffix in weights.PICKLES:
       raise weights.refuse_file(file)
-  raise UserError(f"no {path / INDEX}: not a complete pipeline in diffusers' layout")
+  raise UserError(f"{path / INDEX} is missing: not a complete pipeline in diffusers' layout")
 
 
 def _download(name: str, choose: Callable[[Iterable[str]], list[str]], *, whole: bool) -> Path:
-  """Downloads those files of a repository that are chosen; returns their directory.
+  """Downloads the chosen files of a repository; returns their directory.
 
   Args:
     name: the repository's id, perhaps with `@revision`.
-    choose: which of its files are wanted; raises a UserError of those that cannot be read.
-    whole: whether an earlier download must hold all that would be wanted of it.
+    choose: (files) -> the files to download; raises a UserError if they cannot be used.
+    whole: without a connection, accept an earlier download only if it has all chosen files.
   """
   path = user_path(name)
   if url := _URL.match(name):
-    raise UserError(f"{name} is an address: name the id, {url[1]}, perhaps with @revision")
+    raise UserError(f"{name} is a URL: name the id, {url[1]}, perhaps with @revision")
   if not (match := _HUB_ID.fullmatch(name)):
-    raise UserError(f"there is no directory {path}, and it is no id of the Hugging Face hub")
+    raise UserError(f"{path} is neither a directory nor a Hub id such as org/name")
   repo, revision = match["repo"], match["revision"]
   try:
     files = huggingface_hub.HfApi().list_repo_files(repo, revision=revision)
@@ -192,17 +195,17 @@ def _download(name: str, choose: Callable[[Iterable[str]], list[str]], *, whole:
     raise UserError(f"{repo} has no revision {revision!r}") from error
   except hub_errors.RepositoryNotFoundError as error:
     raise UserError(
-      f"{repo} is neither a directory nor a public repository of the Hugging Face hub; for a "
+      f"{repo} is neither a directory nor a public repository of the Hugging Face Hub; for a "
       "private or gated one, log in with `hf auth login`"
     ) from error
   except hub_errors.HFValidationError as error:
-    raise UserError(f"{repo} is neither a directory nor an id of the hub: {error}") from error
+    raise UserError(f"{repo} is neither a directory nor a Hub id: {error}") from error
   except (hub_errors.HfHubHTTPError, OSError) as error:
     if (cached := _cached(repo, revision, choose if whole else None)) is not None:
       return cached
     raise UserError(
-      f"{name} is no directory, is not whole in the cache of the Hugging Face hub, and the "
-      f"hub cannot be asked: {_root(error)}"
+      f"{name} is not a directory and not completely in the Hub's cache, and the Hugging Face "
+      f"Hub cannot be reached: {_root(error)}"
     ) from error
   wanted = choose(files)
   try:
@@ -214,7 +217,7 @@ def _download(name: str, choose: Callable[[Iterable[str]], list[str]], *, whole:
 
 
 def _root(error: BaseException) -> str:
-  """The first line of what went wrong in the end."""
+  """Returns the first line of the error at the end of the chain of causes."""
   while (deeper := error.__cause__ or error.__context__) is not None:
     error = deeper
   return (str(error).splitlines() or [type(error).__name__])[0][:200]
@@ -223,12 +226,12 @@ def _root(error: BaseException) -> str:
 def _cached(
   repo: str, revision: str | None, choose: Callable[[Iterable[str]], list[str]] | None
 ) -> Path | None:
-  """The snapshot that an earlier download has left, if it is whole."""
+  """Returns the snapshot of an earlier download, if it is complete."""
   try:
     path = Path(
       huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True)
     )
-    if choose is not None:  # else what is missing will be named when it is read
+    if choose is not None:  # otherwise a missing file is reported when it is read
       choose([p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()])
   except (OSError, UserError):
     return None
@@ -238,18 +241,18 @@ def _cached(
 def needed_files(
   files: Iterable[str], *, variant: str = "", where: str, without: Collection[str] = ()
 ) -> list[str]:
-  """Those of a repository's files that `load_pipeline` reads.
+  """Lists the files of a repository that `load_pipeline` reads.
 
   Args:
-    files: all its paths.
-    variant: of the weights, for parts that have it; with '' the full ones, of parts that have
-      none fp16's.
-    where: named in errors.
+    files: all paths in the repository.
+    variant: of the weights, for parts that have it; '' takes the full weights, or fp16's for
+      parts that have only those.
+    where: the repository, for error messages.
     without: parts that are not needed.
 
   Raises:
-    UserError: they make no pipeline, or some of its weights are pickled or of other formats,
-      or no part has such a variant.
+    UserError: the files are not a pipeline, some weights are not safetensors, or no part has
+      the variant.
   """
   there = set(files)
   if INDEX not in there:
@@ -258,35 +261,37 @@ def needed_files(
     part = next((p for p in ("unet", "vae") if f"{p}/config.json" in there), "")
     if part or "config.json" in there:
       rest += f"; name its base as model.path, and this as model.{part or 'unet'}"
-    raise UserError(f"{where} has no {INDEX}, so it is no pipeline in diffusers' layout{rest}")
+    raise UserError(
+      f"{where} is not a pipeline in diffusers' layout, because {INDEX} is missing{rest}"
+    )
   wanted, kinds = [INDEX, "scheduler/scheduler_config.json"], []
   for part in _WEIGHTED:
     if part in without:
       continue
     if f"{part}/config.json" not in there:
       if part != "text_encoder_2":
-        raise UserError(f"{where} has no {part}/config.json: not a complete pipeline")
+        raise UserError(f"{where}: {part}/config.json is missing: not a complete pipeline")
       continue
     of_part = _part_files(there, part, variant=variant, where=where)
     kinds += [f".{variant}" in file for file in of_part[1:2]]
     wanted += of_part
   if variant and not any(kinds):
-    raise UserError(f"{where} has no weights of the variant {variant}")
+    raise UserError(f"{where} does not have weights of the variant {variant}")
   for tokenizer in ("tokenizer", "tokenizer_2"):
     wanted += [f"{tokenizer}/{file}" for file in _TOKENIZER_FILES]
   return [file for file in wanted if file in there]
 
 
 def _part_files(there: set[str], part: str, *, variant: str, where: str) -> list[str]:
-  """The configuration and weights of a part, in its subdirectory or without one."""
+  """Lists the configuration and weights of a part, in its subdirectory or at the top."""
   folder = f"{part}/" if f"{part}/config.json" in there else ""
   if f"{folder}config.json" not in there:
-    raise UserError(f"{where} has no {part}/config.json, nor a config.json of its own")
+    raise UserError(f"{where} has neither {part}/config.json nor config.json")
   names = [f.removeprefix(folder) for f in there if f.startswith(folder)]
   names = [name for name in names if "/" not in name]
   found = weights.choose(names, part, variant)
   if found is None:
     raise weights.no_weights(names, part, variant, f"{where}/{folder}".rstrip("/"))
   if found[1][-1].endswith(".json"):
-    raise UserError(f"{where}: {folder}{found[1][0]} names shards that are not there")
+    raise UserError(f"{where}: {folder}{found[1][0]} names shards that are missing")
   return [f"{folder}{name}" for name in ("config.json", *found[1])]

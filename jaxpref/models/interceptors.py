@@ -1,6 +1,7 @@
-"""What is changed inside diffusers' Flax modules, from outside, with flax interceptors.
+"""Changes inside diffusers' Flax modules, as flax interceptors.
 
-Each is (next_fun, args, kwargs, context) -> output; parameters keep their names and places.
+An interceptor is (next_fun, args, kwargs, context) -> output. Parameters keep their names and
+places.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from jax.sharding import Mesh
 from jaxpref.models import kernels
 
 Interceptor = Callable[..., Any]
-# What is computed again on the way back, rather than kept; from little to much.
+# Modules recomputed in the backward pass instead of stored; later entries save more memory.
 REMAT: dict[str, tuple[type[nn.Module], ...]] = {
   "none": (),
   "attention": (FlaxAttention,),
@@ -32,7 +33,7 @@ REMAT: dict[str, tuple[type[nn.Module], ...]] = {
 
 
 def exact_gelu(next_fun, args, kwargs, context: nn.module.InterceptorContext):
-  """GEGLU with the exact GELU that PyTorch trained with; the stock module's is tanh's."""
+  """Computes GEGLU with the exact GELU, as PyTorch trained; the Flax module's is tanh's."""
   module = context.module
   if not (isinstance(module, FlaxGEGLU) and context.method_name == "__call__"):
     return next_fun(*args, **kwargs)
@@ -44,7 +45,7 @@ def exact_gelu(next_fun, args, kwargs, context: nn.module.InterceptorContext):
 
 
 def transformer_norm(next_fun, args, kwargs, context: nn.module.InterceptorContext):
-  """A spatial transformer's GroupNorm with PyTorch's epsilon; the stock module's is 1e-5."""
+  """Applies a transformer's GroupNorm with PyTorch's epsilon, 1e-6; Flax has 1e-5."""
   module = context.module
   if not (
     isinstance(module, nn.GroupNorm) and isinstance(module.parent, FlaxTransformer2DModel)
@@ -54,20 +55,22 @@ def transformer_norm(next_fun, args, kwargs, context: nn.module.InterceptorConte
 
 
 def attention(kernel: str, mesh: Mesh | None = None) -> Interceptor:
-  """Attention by `kernels.dot_product_attention`; the stock module keeps all logits."""
+  """Computes attention by `kernels.dot_product_attention`; the Flax module keeps all logits."""
 
   def intercept(next_fun, args, kwargs, context: nn.module.InterceptorContext):
     module = context.module
     if not (isinstance(module, FlaxAttention) and context.method_name == "__call__"):
       return next_fun(*args, **kwargs)
-    hidden, told = _given(args, kwargs, "hidden_states", "context")
-    told = hidden if told is None else told
+    hidden, source = _given(args, kwargs, "hidden_states", "context")
+    source = hidden if source is None else source
 
     def by_head(x):
       return x.reshape(*x.shape[:2], module.heads, module.dim_head)
 
     out = kernels.dot_product_attention(
-      *(by_head(module.query(hidden)), by_head(module.key(told)), by_head(module.value(told))),
+      by_head(module.query(hidden)),
+      by_head(module.key(source)),
+      by_head(module.value(source)),
       scale=module.scale,
       kernel=kernel,
       mesh=mesh,
@@ -80,7 +83,7 @@ def attention(kernel: str, mesh: Mesh | None = None) -> Interceptor:
 
 
 def lean_norm(next_fun, args, kwargs, context: nn.module.InterceptorContext):
-  """Group norms by `kernels.group_norm`, in residual blocks with the SiLU after them."""
+  """Computes group norms by `kernels.group_norm`, in residual blocks with the SiLU."""
   module = context.module
   if context.method_name != "__call__":
     return next_fun(*args, **kwargs)
@@ -99,7 +102,7 @@ def lean_norm(next_fun, args, kwargs, context: nn.module.InterceptorContext):
 
 
 def remat(which: str) -> Interceptor:
-  """Computes the inside of these modules again in the backward pass.
+  """Recomputes the inside of some modules in the backward pass.
 
   Args:
     which: a key of `REMAT`.
@@ -123,5 +126,5 @@ def _norm(module: nn.GroupNorm, x: jax.Array, *, epsilon=None, silu=False) -> ja
 
 
 def _given(args, kwargs, *names) -> list[Any]:
-  """Arguments by position or by name, None where they are not given."""
+  """Returns arguments by position or by name; None if they are not given."""
   return [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]

@@ -1,6 +1,6 @@
-"""Attention and group normalisation that cost less than the stock modules', to the same result.
+"""Memory-efficient attention and group norm, numerically equivalent to the stock modules.
 
-What they are put in the place of `jaxpref.models.interceptors` says.
+`jaxpref.models.interceptors` swaps them in.
 """
 
 import functools
@@ -15,13 +15,13 @@ from jax.sharding import PartitionSpec as P
 
 from jaxpref import sharding
 
-_LONG = 1024  # tokens; below, fused kernels gain nothing
-_TILES = (512, 256, 128)  # tokens of a tile of splash attention; the largest that divides
+_LONG = 1024  # tokens; fused kernels are not faster for shorter sequences
+_TILES = (512, 256, 128)  # tokens per tile of splash attention; the largest that divides
 _Moments = tuple[jax.Array, jax.Array]
 
 
 def resolve_attention(kernel: str, platform: str) -> str:
-  """What 'auto' is: cuDNN's on GPUs, splash on TPUs, the modules' own on CPUs, else XLA's."""
+  """Resolves 'auto': 'cudnn' on GPUs, 'splash' on TPUs, 'stock' on CPUs, otherwise 'xla'."""
   if kernel != "auto":
     return kernel
   return {"gpu": "cudnn", "tpu": "splash", "cpu": "stock"}.get(platform, "xla")
@@ -36,18 +36,17 @@ def dot_product_attention(
   kernel: str,
   mesh: Mesh | None = None,
 ) -> jax.Array:
-  """softmax(scale q k^T) v, each head by itself.
+  """Computes softmax(scale q k^T) v for each head.
 
   Args:
     query: [B, Q, heads, D].
     key: [B, K, heads, D].
-    value: the same.
-    scale: of the logits.
-    kernel: 'xla', or for long sequences 'cudnn' or 'splash' where they can, else XLA's.
-      cuDNN's is for two bytes a number and heads of a size that it has (up to 128 in steps
-      of 8); splash attention, JAX's own kernel for TPUs, for sequences that divide into
-      tiles.
-    mesh: whose devices the rows are split over; without it 'splash' is XLA's.
+    value: [B, K, heads, D].
+    scale: factor of the logits.
+    kernel: 'xla', 'cudnn' or 'splash'. The last two are for long sequences and fall back to
+      XLA. cuDNN needs a dtype of two bytes and a head size of at most 128 that is a multiple
+      of 8; splash attention, JAX's own TPU kernel, needs sequences that divide into tiles.
+    mesh: the mesh that the rows are sharded over; without it 'splash' is 'xla'.
 
   Returns:
     [B, Q, heads, D], in the dtype of the query.
@@ -63,20 +62,20 @@ def dot_product_attention(
 
 
 def has_tiles(tokens: int) -> bool:
-  """Whether splash attention takes a sequence: a long one that divides into tiles."""
+  """Returns whether splash attention takes a sequence: long, and divisible into tiles."""
   return tokens >= _LONG and tokens % _TILES[-1] == 0
 
 
 def _splash_attention(
   query: jax.Array, key: jax.Array, value: jax.Array, *, scale: float
 ) -> jax.Array:
-  """Attention that holds a tile of logits at a time, on a single device."""
+  """Computes attention with one tile of logits at a time, on a single device."""
   # Pallas takes long to import, and only TPUs need it.
   from jax.experimental.pallas.ops.tpu import splash_attention as splash  # noqa: PLC0415
 
   q, kv = (next(t for t in _TILES if x.shape[1] % t == 0) for x in (query, key))
   mask = splash.FullMask((query.shape[1], key.shape[1]))
-  # Rows are heads like others: each by itself, under the same mask.
+  # The batch is folded into the heads: splash attention treats them independently.
   heads = query.shape[0] * query.shape[2]
   attend = splash.make_splash_mha(
     splash.MultiHeadMask([mask] * heads),
@@ -91,9 +90,10 @@ def _splash_attention(
 
 
 def _over_rows(local: Callable, rows: int, mesh: Mesh) -> Callable | None:
-  """A function of a device's rows as one of all rows: XLA cannot split a Pallas kernel.
+  """Maps a function of one device's rows over the mesh; XLA cannot shard a Pallas kernel.
 
-  None where the rows do not divide. Inside of `jax.shard_map`, of a device's rows there.
+  Returns None if the rows do not divide by the devices. Inside `jax.shard_map`, where the rows
+  are already one device's, returns `local`.
   """
   known = sharding.known_mesh(mesh)
   kinds = dict(zip(known.axis_names, known.axis_types, strict=True))
@@ -121,18 +121,19 @@ def group_norm(
   epsilon: float,
   silu: bool,
 ) -> jax.Array:
-  """Group normalisation (Wu and He, 2018), with SiLU after it if asked for.
+  """Applies group normalization (Wu and He, 2018), and SiLU after it if `silu`.
 
-  Statistics are float32. Of the forward pass only `x` and its moments are kept, whose dtype
-  the output has: the stock module's is float32 and keeps several arrays of its size.
+  Statistics are float32. The forward pass stores only `x` and its moments, and the output has
+  the dtype of `x`. The stock module's output is float32, and it stores several arrays of that
+  size.
 
   Args:
     x: [B, ..., C].
     scale: float32 [C].
     bias: float32 [C].
-    groups: into which the channels are split.
+    groups: number of groups of channels.
     epsilon: added to the variance.
-    silu: whether y sigmoid(y) follows.
+    silu: whether to return y sigmoid(y) instead of y.
 
   Returns:
     [B, ..., C] in the dtype of `x`.
@@ -160,7 +161,7 @@ def _backward(groups, epsilon, silu, kept, g):
     gate = jax.nn.sigmoid(y)
     g = g * gate * (1 + y * (1 - gate))
   d_scale, d_bias = jnp.sum(g * unit, (0, 1)), jnp.sum(g, (0, 1))
-  # Of x: what changes neither the mean nor the variance of its group.
+  # Remove the components that would change the mean or the variance of a group.
   inner, unit = _split(g * scale, groups), _split(unit, groups)
   along = jnp.mean(inner * unit, (1, 3), keepdims=True)
   d_x = moments[1] * (inner - inner.mean((1, 3), keepdims=True) - unit * along)
@@ -171,12 +172,12 @@ group_norm.defvjp(_forward, _backward)
 
 
 def _split(x: jax.Array, groups: int) -> jax.Array:
-  """[B, ..., C] to float32 [B, N, groups, C / groups]."""
+  """Reshapes [B, ..., C] to float32 [B, N, groups, C / groups]."""
   return x.astype(jnp.float32).reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
 
 
 def _normalised(x: jax.Array, moments: _Moments, groups: int) -> jax.Array:
-  """Of mean 0 and variance 1 in each group, float32 [B, N, C]."""
+  """Normalizes each group to mean 0 and variance 1, float32 [B, N, C]."""
   mean, rstd = moments
   unit = (_split(x, groups) - mean) * rstd
   return unit.reshape(x.shape[0], -1, x.shape[-1])

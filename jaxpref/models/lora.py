@@ -1,9 +1,9 @@
-"""LoRA: low-rank additions to a network's layers in the place of training all of them.
+"""LoRA: training of low-rank additions to a network's layers, instead of all weights.
 
 Hu et al., 2021 (https://arxiv.org/abs/2106.09685): a layer's kernel W becomes
-W + (alpha / rank) A B, of which only A and B are trained. `Adapted` stands wherever a
-network's parameters do, so that nothing else needs to know; the base is there once, and is
-its own reference.
+W + (alpha / rank) A B, and only A and B are trained. `Adapted` takes the place of a network's
+parameters everywhere, so other code does not depend on LoRA. The base weights exist once, and
+are also the reference.
 """
 
 import math
@@ -24,12 +24,12 @@ from jaxpref.models.convert import cast, to_torch_layout, torch_name
 
 @flax.struct.dataclass
 class Adapted:
-  """Parameters of a network with additions.
+  """A network's parameters with low-rank additions.
 
   Attributes:
-    base: the network's own, frozen.
-    lora: by module, 'down' (A) [in, rank] and 'up' (B) [rank, out], of a convolution
-      [h, w, in, rank] and [1, 1, rank, out]; float32.
+    base: the network's own parameters, frozen.
+    lora: by module, 'down' (A) [in, rank] and 'up' (B) [rank, out]; for a convolution
+      [h, w, in, rank] and [1, 1, rank, out]. float32.
     scale: alpha / rank.
   """
 
@@ -39,46 +39,51 @@ class Adapted:
 
 
 def check_rank(params: Mapping[str, Any], *, rank: int, targets: str) -> None:
-  """Refuses a rank that none of the layers' own kernels has, see `init_lora`.
+  """Refuses a rank that is larger than the rank of every targeted kernel.
+
+  Args:
+    params: as for `init_lora`.
+    rank: of the additions.
+    targets: as for `init_lora`.
 
   Raises:
-    UserError: it is one.
+    UserError: the rank is too large.
   """
   shapes = _kernels(params, targets).values()
   largest = max(min(math.prod(shape[:-1]), shape[-1]) for shape in shapes)
   if rank > largest:
     raise UserError(
-      f"lora.rank = {rank} exceeds {largest}, the largest rank of the layers that lora.targets "
-      "matches"
+      f"lora.rank must be at most {largest}, the largest rank of the layers that lora.targets "
+      f"matches (got {rank})"
     )
 
 
 def _kernels(params: Mapping[str, Any], targets: str) -> dict[tuple[str, ...], tuple[int, ...]]:
-  """Shapes of the kernels of the layers that are meant, by the layers' paths, sorted."""
+  """Returns the kernel shapes of the targeted layers, by the layers' paths, sorted."""
   try:
     wanted = re.compile(targets)
   except re.error as error:
-    raise UserError(f"lora.targets {targets!r} is no regular expression: {error}") from error
+    raise UserError(f"lora.targets {targets!r} is not a regular expression: {error}") from error
   flat = flax.traverse_util.flatten_dict(params)
   kernels = {p[:-1]: leaf.shape for p, leaf in flat.items() if p[-1] == "kernel"}
   chosen = [module for module in sorted(kernels) if wanted.search(_module_name(module))]
   if not chosen:
-    raise UserError(f"lora.targets {targets!r} matches no layer of the network")
+    raise UserError(f"lora.targets {targets!r} does not match a layer of the network")
   return {module: kernels[module] for module in chosen}
 
 
 def init_lora(params: Mapping[str, Any], *, rank: int, targets: str, key: jax.Array) -> Any:
-  """Additions that are zero so far: A uniform as in PyTorch's linear layer, B zero.
+  """Initializes additions that sum to zero: A uniform as PyTorch's linear layer, B zero.
 
   Args:
-    params: of the network, arrays or shapes.
+    params: the network's, arrays or shapes.
     rank: of the additions.
     targets: a regular expression, searched for in the PyTorch names of the network's
       modules, such as `down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q`.
-    key: for A.
+    key: random key for A.
 
   Raises:
-    UserError: no layer is meant, or the expression is none.
+    UserError: `targets` matches no layer, or is not a regular expression.
   """
   additions = {}
   for i, (module, kernel) in enumerate(_kernels(params, targets).items()):
@@ -92,7 +97,7 @@ def init_lora(params: Mapping[str, Any], *, rank: int, targets: str, key: jax.Ar
 
 
 def merge(params: Any) -> Any:
-  """Plain parameters of the same function; what is no `Adapted` stays as it is."""
+  """Merges additions into plain parameters of the same function; returns others unchanged."""
   if not isinstance(params, Adapted):
     return params
   flat = flax.traverse_util.flatten_dict(params.base)
@@ -104,7 +109,7 @@ def merge(params: Any) -> Any:
 
 
 def interceptor(scale: float):
-  """Adds, to the output of each layer that has them, its additions'; for flax modules."""
+  """Returns a flax interceptor that adds the low-rank additions to layers' outputs."""
 
   def add(next_fun, args, kwargs, context: nn.module.InterceptorContext):
     module = context.module
@@ -114,7 +119,7 @@ def interceptor(scale: float):
       return out
     down: jax.Array = module.get_variable("lora", "down")
     up: jax.Array = module.get_variable("lora", "up")
-    # The same layer, with its strides and padding, onto fewer features.
+    # The same layer, with its strides and padding, but with `rank` output features.
     narrow = module.clone(features=down.shape[-1], use_bias=False, parent=None)
     hidden: Any = narrow.apply({"params": {"kernel": down}}, *args, **kwargs)
     wide = up.reshape(up.shape[-2:]).astype(out.dtype)
@@ -124,14 +129,14 @@ def interceptor(scale: float):
 
 
 def export_tensors(params: Adapted, dtype: Any) -> dict[str, np.ndarray]:
-  """Names a UNet's additions as kohya's scripts do, for ComfyUI, A1111 and diffusers.
+  """Converts a UNet's additions to tensors by kohya's names, for ComfyUI, A1111 and diffusers.
 
-  A is `lora_unet_<module>.lora_down.weight`, B `.lora_up.weight` and alpha, a scalar,
-  `.alpha`, with the module's PyTorch name written with underscores. All three programs
-  multiply B A by alpha / rank.
+  A is `lora_unet_<module>.lora_down.weight`, B `.lora_up.weight` and alpha, a scalar, `.alpha`.
+  <module> is the module's PyTorch name with underscores. All three programs multiply B A by
+  alpha / rank.
 
   Args:
-    params: with the additions; their base is of no account.
+    params: with the additions; the base is not used.
     dtype: of A and B; alpha is float32.
 
   Raises:
@@ -149,11 +154,11 @@ def export_tensors(params: Adapted, dtype: Any) -> dict[str, np.ndarray]:
 
 
 def export_metadata(params: Adapted, *, family: str) -> dict[str, str]:
-  """Describes the file of `export_tensors` in kohya's words, by which A1111 lists it.
+  """Returns the metadata of kohya's files, which A1111 needs to list the file.
 
   Args:
     params: with the additions.
-    family: the base's, see `single_file.family_of`.
+    family: of the base, see `single_file.family_of`.
   """
   rank = next(iter(_layers(params.lora).values()))[0].shape[-1]
   versions = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}

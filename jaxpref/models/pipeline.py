@@ -1,7 +1,7 @@
 """Text-to-image pipelines in diffusers' directory layout, read without PyTorch.
 
-Stable Diffusion 1.x and 2.x, and SDXL, which has a second text encoder. `load_pipeline`
-takes the name of a bundled pipeline, a directory, or an id of the Hugging Face hub.
+Supported are Stable Diffusion 1.x, 2.x and XL, which has a second text encoder. `load_pipeline`
+takes the name of a bundled pipeline, a directory, or an id of the Hugging Face Hub.
 """
 
 import dataclasses
@@ -20,28 +20,27 @@ from jax.sharding import Mesh
 
 from jaxpref import sharding
 from jaxpref.diffusion import schedule as schedule_lib
-from jaxpref.diffusion import timesteps as timesteps_lib
 from jaxpref.errors import UserError
-from jaxpref.models import config_files, convert, corrections, hub, text, weights
+from jaxpref.models import convert, corrections, hub, pipeline_configs, text, weights
 from jaxpref.models import unet as unet_lib
 from jaxpref.models import vae as vae_lib
 
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-  """Modules without parameters, parameters apart, and what belongs to both.
+  """A pipeline's modules, parameters, tokenizers and noise schedule.
 
   Attributes:
     path: the directory it was read from.
-    configs: contents of its configuration files: 'model_index', 'scheduler', and one for
-      each module.
-    modules: 'unet', 'vae', 'text_encoder', for SDXL also 'text_encoder_2'; Flax linen.
-    params: float32 trees under the same names, on the mesh's devices or numpy.
-    tokenizers: of transformers, one for each text encoder, in their order.
-    schedule: the noise schedule it was trained with.
+    configs: contents of the configuration files: 'model_index', 'scheduler', and one per
+      module.
+    modules: 'unet', 'vae', 'text_encoder', for SDXL also 'text_encoder_2'; Flax linen modules,
+      without parameters.
+    params: float32 trees by module name; numpy arrays or on the mesh's devices.
+    tokenizers: transformers' tokenizers, one per text encoder, in their order.
+    schedule: the noise schedule that the UNet was trained with.
     digest: changes with any name or stored value of the weights.
-    clip_skip: how many of the text encoders' last layers are left out for prompts, see
-      `text.encode_text`.
+    clip_skip: number of last layers of the text encoders to skip, see `text.encode_text`.
   """
 
   path: Path
@@ -55,23 +54,23 @@ class Pipeline:
 
   @property
   def latent_shape(self) -> tuple[int, int, int]:
-    """Channels, height and width of a latent at the size the UNet was trained for."""
+    """Channels, height and width of a latent at the UNet's training size."""
     size = self.modules["unet"].sample_size
     return self.modules["vae"].latent_channels, size, size
 
   @property
   def is_improver(self) -> bool:
-    """Whether the UNet is shown an image beside the noised latents, see `widen`."""
+    """Whether the UNet has a clean image as a second input, see `widen`."""
     return self.modules["unet"].in_channels == 2 * self.latent_shape[0]
 
   @property
   def vae_factor(self) -> int:
-    """Pixels along an axis for each latent."""
+    """Pixels per latent along an axis."""
     return 2 ** (len(self.modules["vae"].block_out_channels) - 1)
 
   @property
   def image_size(self) -> int:
-    """Pixels, both ways, of an image at the size the UNet was trained for."""
+    """Height and width in pixels of an image at the UNet's training size."""
     return self.modules["unet"].sample_size * self.vae_factor
 
   @property
@@ -81,15 +80,15 @@ class Pipeline:
 
   @property
   def zeroes_uncond(self) -> bool:
-    """Whether no prompt means zeros, as SDXL was trained, rather than the empty prompt."""
+    """Whether the unconditional input is zeros, as in SDXL, and not the empty prompt."""
     return self.is_xl and self.configs["model_index"].get("force_zeros_for_empty_prompt", True)
 
   def spacing(self, solver: str = "dpm_solver") -> dict[str, Any]:
-    """How the scheduler's configuration wants timesteps spaced, for `grid.uniform_grid`.
+    """Returns the scheduler configuration's spacing of timesteps, for `uniform_grid`.
 
-    What it leaves open is filled as diffusers' scheduler of that solver does, whichever
-    scheduler wrote the file. An offset that is left open is 0 there, and 1 where the file is
-    that scheduler's own: its pipeline then keeps and corrects it.
+    Missing fields get the defaults of diffusers' scheduler for `solver`, whichever scheduler
+    wrote the file. A missing offset is 0, or 1 if `solver`'s own scheduler wrote the file,
+    because diffusers' pipeline then corrects it.
 
     Args:
       solver: 'dpm_solver', 'ddim' or 'ddpm'.
@@ -115,15 +114,7 @@ _SCHEDULERS = {
   "ddim": "DDIMScheduler",
   "ddpm": "DDPMScheduler",
 }
-# Ways to space timesteps that the samplers lack; and the choices among those they have.
-_OTHER_SPACINGS = ("use_beta_sigmas", "use_exponential_sigmas", "use_lu_lambdas")
-_SPACING = {
-  "timestep_spacing": timesteps_lib.SPACINGS,
-  "final_sigmas_type": timesteps_lib.FINALS,
-}
-_CLASSES = ("StableDiffusionPipeline", "StableDiffusionImg2Img", "StableDiffusionXL")
-_OTHER_TASKS = ("Inpaint", "Upscale", "ControlNet", "Adapter", "InstructPix2Pix")
-# What the libraries raise of configurations that describe nothing.
+# What diffusers and transformers raise for invalid configurations.
 _LIBRARY_ERRORS = (
   *(AttributeError, TypeError, ValueError, LookupError, ArithmeticError),
   *(AssertionError, NotImplementedError, RecursionError, MemoryError),
@@ -135,23 +126,16 @@ _BUILD: dict[str, Callable] = {
   "text_encoder": text.build_text_encoder,
   "text_encoder_2": text.build_text_encoder,
 }
-_FIELDS = {
-  "unet": unet_lib.FIELDS,
-  "vae": vae_lib.FIELDS,
-  "text_encoder": text.FIELDS,
-  "text_encoder_2": text.FIELDS,
-  "scheduler": config_files.SCHEDULER_FIELDS,
-}
 
 
 def build_modules(
   configs: Mapping[str, Mapping[str, Any]], *, dtype: Any = jnp.float32
 ) -> dict[str, nn.Module]:
-  """The modules of these configurations, by part.
+  """Builds the modules of configurations, by part.
 
   Args:
-    configs: as `save_pipeline` takes them.
-    dtype: of the computation, but for the VAE's.
+    configs: as for `save_pipeline`.
+    dtype: of the computation; the VAE always computes in float32.
   """
   return {
     part: make(configs[part], dtype=_dtype_of(part, dtype))
@@ -161,7 +145,7 @@ def build_modules(
 
 
 def _dtype_of(part: str, dtype: Any) -> Any:
-  # The VAE runs once a picture, its errors are seen, and SDXL's overflows in float16.
+  # The VAE runs once per image, its errors are visible, and SDXL's overflows in float16.
   return jnp.float32 if part == "vae" else dtype
 
 
@@ -180,20 +164,18 @@ def load_pipeline(
 
   Args:
     name: 'shapes' for the bundled one, a directory in diffusers' layout, or an id of the
-      Hugging Face hub, perhaps with `@revision`.
-    dtype: of the UNet's and text encoders' computation; parameters are float32.
-    mesh: each tensor goes to its devices as soon as it is read, placed as by
-      `sharding.params_sharding`; without one parameters are numpy arrays.
-    variant: of the weights, such as 'fp16', for parts that have it; with '' the full ones if
-      there are any.
-    unet: another UNet than the pipeline's, see `hub.find_part`.
-    vae: another VAE.
+      Hugging Face Hub, perhaps with `@revision`.
+    dtype: of the computation in UNet and text encoders; parameters are float32.
+    mesh: each tensor is placed on its devices as soon as it is read, sharded as in
+      `sharding.params_sharding`; without a mesh, parameters are numpy arrays.
+    variant: of the weights, such as 'fp16', for parts that have it; '' prefers the full ones.
+    unet: a UNet to use instead of the pipeline's, see `hub.find_part`.
+    vae: a VAE to use instead of the pipeline's.
     clip_skip: see `Pipeline`.
-    without: parts whose parameters are read for the digest alone and not kept.
+    without: parts whose parameters are only read for the digest, and not kept.
 
   Raises:
-    UserError: a file is missing or damaged, is not what it should be, or does not fit its
-      configuration.
+    UserError: a file is missing, damaged or invalid, or does not fit its configuration.
   """
   path, places = _find(name, variant, unet, vae)
   _check_variant(places, variant)
@@ -210,7 +192,7 @@ def load_pipeline(
       return array
     where = sharding.params_sharding(mesh, array)
     placed = jax.make_array_from_callback(array.shape, where, lambda index: array[index])
-    return jax.block_until_ready(placed)  # else several tensors wait on the host
+    return jax.block_until_ready(placed)  # otherwise several tensors would stay on the host
 
   def forget(*_):
     return None
@@ -239,25 +221,25 @@ def describe_pipeline(
   vae: str = "",
   clip_skip: int = 0,
 ) -> Pipeline:
-  """A pipeline without its parameters and tokenizers, from its configuration files.
+  """Reads a pipeline without its parameters and tokenizers, from its configuration files.
 
   Args:
-    name: as `load_pipeline` takes it.
-    dtype: of the UNet's and text encoders' computation.
-    variant: of the weights, of which none are downloaded.
-    unet: as there.
-    vae: as there.
-    clip_skip: as there.
+    name: as for `load_pipeline`.
+    dtype: of the computation in UNet and text encoders.
+    variant: as for `load_pipeline`; no weights are downloaded.
+    unet: as for `load_pipeline`.
+    vae: as for `load_pipeline`.
+    clip_skip: as for `load_pipeline`.
 
   Raises:
-    UserError: a file is missing, or is not what it should be.
+    UserError: a file is missing or invalid.
   """
   path, places = _find(name, variant, unet, vae, configs_only=True)
   return _describe(path, places, dtype, clip_skip)[0]
 
 
 def source_of(model: Any) -> dict[str, Any]:
-  """What `load_pipeline` takes besides the name, from a configuration's section `model`."""
+  """Returns arguments of `load_pipeline`, without the name, from the section `model`."""
   texts = {name: str(model.get(name) or "") for name in ("variant", "unet", "vae")}
   return {**texts, "clip_skip": model.get("clip_skip") or 0}
 
@@ -265,7 +247,7 @@ def source_of(model: Any) -> dict[str, Any]:
 def _find(
   name: str, variant: str, unet: str, vae: str, *, configs_only: bool = False
 ) -> tuple[Path, dict[str, Path]]:
-  """The pipeline's directory, and those of its parts, some of which may lie elsewhere."""
+  """Returns the directories of the pipeline and of its parts, which may be elsewhere."""
   others = {"unet": unet, "vae": vae}
   found = {
     part: hub.find_part(source, part, variant=variant, configs_only=configs_only)
@@ -277,7 +259,7 @@ def _find(
 
 
 def _check_variant(places: Mapping[str, Path], variant: str) -> None:
-  """Refuses a variant that no part has, and says which parts are read without it."""
+  """Refuses a variant that no part has; warns of parts that are read without it."""
   if not variant:
     return
   chosen = {
@@ -287,16 +269,20 @@ def _check_variant(places: Mapping[str, Path], variant: str) -> None:
   }
   if variant not in chosen.values():
     file = f"{weights.stem_of('unet')}.{variant}.safetensors"
-    raise UserError(f"no weights at {places['unet']}/{file}, and no other part has {variant}")
+    raise UserError(
+      f"{places['unet']}/{file} is missing, and no other part has the variant {variant}"
+    )
   if plain := [part for part, kind in chosen.items() if not kind]:
-    _log.warning("variant %s: read without it, from plain files: %s", variant, ", ".join(plain))
+    _log.warning(
+      "parts without the variant %s, read from plain files: %s", variant, ", ".join(plain)
+    )
 
 
 def _describe(
   path: Path, places: Mapping[str, Path], dtype: Any, clip_skip: int
 ) -> tuple[Pipeline, dict[str, Any]]:
-  """The pipeline without parameters, and their shapes by part."""
-  configs = _read_configs(path, places)
+  """Returns the pipeline without parameters, and their shapes by part."""
+  configs = pipeline_configs.read_configs(path, places)
   modules, shapes = {}, {}
   for part, make in _BUILD.items():
     if part in configs:
@@ -308,117 +294,44 @@ def _describe(
         raise UserError(f"{file}: {error}") from error
       except _LIBRARY_ERRORS as error:
         reason = str(error).partition("\n")[0]
-        raise UserError(f"{file} describes no {part} that can be built: {reason}") from error
-  schedule = _schedule(path / "scheduler" / "scheduler_config.json", configs["scheduler"])
-  _check_fit(places, modules)
+        raise UserError(f"{file} does not describe a valid {part}: {reason}") from error
+  schedule = pipeline_configs.read_schedule(
+    path / "scheduler" / "scheduler_config.json", configs["scheduler"]
+  )
+  pipeline_configs.check_fit(places, modules)
   encoders = [m for part, m in modules.items() if part.startswith("text_encoder")]
   layers = min(e.config.num_hidden_layers for e in encoders)
   if not 0 <= clip_skip < layers:
-    raise UserError(f"clip_skip is {clip_skip}, the text encoder has {layers} layers")
+    raise UserError(
+      f"clip_skip must be at least 0 and below {layers}, the text encoder's number of layers "
+      f"(got {clip_skip})"
+    )
   return Pipeline(path, configs, modules, {}, (), schedule, "", clip_skip), shapes
-
-
-def _read_configs(path: Path, places: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
-  index = config_files.read_json(path / "model_index.json")
-  name = index.get("_class_name", "StableDiffusionPipeline")
-  if not str(name).startswith(_CLASSES) or any(part in str(name) for part in _OTHER_TASKS):
-    raise UserError(f"{path}/model_index.json is of {name}, not of Stable Diffusion 1, 2 or XL")
-  there = {name for name, component in index.items() if component != [None, None]}
-  parts = ["unet", "vae", "text_encoder"]
-  if "text_encoder_2" in there:
-    parts.append("text_encoder_2")
-  tokenizers = (part.replace("text_encoder", "tokenizer") for part in parts)
-  if missing := {*parts, *tokenizers, "scheduler"} - there:
-    raise UserError(f"{path}/model_index.json lacks {', '.join(sorted(missing))}")
-  files = {part: places[part] / "config.json" for part in parts}
-  files["scheduler"] = path / "scheduler" / "scheduler_config.json"
-  configs = {"model_index": index}
-  for part, file in files.items():
-    config = config_files.read_json(file)
-    if part.startswith("text_encoder"):
-      config = text.text_config(config)
-      # As in diffusers the index says the class, whatever the file was saved of.
-      if part == "text_encoder_2":
-        config["architectures"] = ["CLIPTextModelWithProjection"]
-      elif "CLIPTextModel" in index["text_encoder"]:
-        config["architectures"] = ["CLIPTextModel"]
-    config_files.check_bounds(config, file)
-    config_files.warn_of_fields(part, config, _FIELDS[part], file)
-    configs[part] = config
-  return corrections.correct_configs(configs, where=str(path))
-
-
-def _schedule(file: Path, config: Mapping[str, Any]) -> schedule_lib.NoiseSchedule:
-  try:
-    schedule = schedule_lib.schedule_from_config(config)
-  except UserError as error:
-    raise UserError(f"{file}: {error}") from error
-  if odd := [f for f in _OTHER_SPACINGS if config.get(f)]:
-    raise UserError(f"{file}: {odd[0]} = {config[odd[0]]!r} is not supported")
-  for field, known in _SPACING.items():
-    if (value := config.get(field)) is not None and value not in known:
-      raise UserError(f"{file}: {field} is {value!r}, not one of {', '.join(known)}")
-  offset = config.get("steps_offset")
-  if offset is not None and (type(offset) is not int or not 0 <= offset < 1000):
-    raise UserError(f"{file}: steps_offset is {offset!r}, not a number of steps")
-  return schedule
 
 
 def _load_tokenizer(pipeline: Pipeline, name: str, encoder: Any) -> Any:
   path, named = pipeline.path, pipeline.configs["model_index"][name]
   tokenizer = text.load_tokenizer(path / name, fast="CLIPTokenizerFast" in named)
   config = encoder.config
-  # Further rows are never looked up: some programs round their number up.
+  # More embeddings than tokens are fine: some programs round their number up.
   if len(tokenizer) > config.vocab_size:
     raise UserError(
-      f"{path}/{name} has {len(tokenizer)} tokens, its text encoder {config.vocab_size}: "
+      f"{path}/{name} has {len(tokenizer)} tokens, but its text encoder {config.vocab_size}: "
       "they do not belong together"
     )
   if tokenizer.model_max_length > config.max_position_embeddings:
     raise UserError(
-      f"{path}/{name} makes {tokenizer.model_max_length} tokens, its text encoder takes "
+      f"{path}/{name} makes {tokenizer.model_max_length} tokens, but its text encoder takes "
       f"{config.max_position_embeddings}: they do not belong together"
     )
   return tokenizer
 
 
-def _check_fit(places: Mapping[str, Path], modules: Mapping[str, Any]) -> None:
-  """Whether the parts belong to one model."""
-  unet, vae = modules["unet"], modules["vae"]
-  factor, shift = vae.scaling_factor, vae.shift_factor
-  if not isinstance(factor, int | float) or not factor > 0:
-    raise UserError(f"{places['vae']}/config.json: scaling_factor is {factor}, not positive")
-  if not isinstance(shift, int | float):
-    raise UserError(f"{places['vae']}/config.json: shift_factor is {shift}, not a number")
-  encoders = [m.config for part, m in modules.items() if part.startswith("text_encoder")]
-  xl = unet.addition_embed_type == "text_time"
-  if xl != (len(encoders) == 2):
-    raise UserError(
-      f"{places['unet']} takes {'two texts' if xl else 'one text'}, the pipeline has "
-      f"{len(encoders)} text encoder(s): they do not belong together"
-    )
-  taken = unet.cross_attention_dim, unet.in_channels
-  given = sum(c.hidden_size for c in encoders), vae.latent_channels
-  # Twice as many where an improver is shown an image, too.
-  if taken[0] != given[0] or taken[1] not in (given[1], 2 * given[1]):
-    raise UserError(
-      f"{places['unet']} takes texts of width {taken[0]} and latents of {taken[1]} channels, "
-      f"its text encoder and VAE make {given[0]} and {given[1]}: they do not belong together"
-    )
-  if xl:
-    width = 6 * unet.addition_time_embed_dim + encoders[1].projection_dim
-    if (wanted := unet.projection_class_embeddings_input_dim) != width:
-      raise UserError(
-        f"{places['unet']} takes {wanted} numbers beside the text, its second text encoder and "
-        f"six sizes make {width}: they do not belong together"
-      )
-
-
 def widen(pipeline: Pipeline) -> Pipeline:
-  """The pipeline as an improver, whose UNet is also shown a clean image; or one as it is.
+  """Adds a clean-image input to the UNet; returns improvers unchanged.
 
-  So far it makes nothing of the image, see `unet.widen_input`. Parameters may have been
-  left out.
+  The image has no influence until it is trained, see `unet.widen_input`. The pipeline may be
+  without parameters.
   """
   if pipeline.is_improver:
     return pipeline
@@ -437,9 +350,9 @@ def widen(pipeline: Pipeline) -> Pipeline:
 
 
 def fingerprint(params: Any, *, of: str = "") -> str:
-  """Changes with any name or value in a tree of arrays, and with `of`.
+  """Computes a digest that changes with any name or value in a tree of arrays, and with `of`.
 
-  On several processes a collective, of one array after the other.
+  With several processes it is a collective, which gathers one array after the other.
   """
   digest = hashlib.sha256(of.encode())
   for path, leaf in jax.tree.leaves_with_path(params):
@@ -449,7 +362,7 @@ def fingerprint(params: Any, *, of: str = "") -> str:
 
 
 def abstract_params(module: nn.Module) -> Any:
-  """Shapes of a module's parameters, without computing any."""
+  """Returns the shapes of a module's parameters, without computing any."""
   if hasattr(module, "init_weights"):
     return jax.tree.map(lambda shape: shape, _abstract_weights(module))  # its own containers
   return jax.eval_shape(lambda k: text.init_text_encoder(module, k), jax.random.key(0))
@@ -457,5 +370,5 @@ def abstract_params(module: nn.Module) -> Any:
 
 @functools.lru_cache(maxsize=8)
 def _abstract_weights(module: nn.Module) -> Any:
-  """Those of diffusers' modules, which are traced in seconds and asked for again and again."""
+  """Traces the shapes of a diffusers module, which takes seconds; cached for later calls."""
   return jax.eval_shape(module.init_weights, jax.random.key(0))

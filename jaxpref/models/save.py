@@ -1,4 +1,4 @@
-"""Pipelines written for other programs, without PyTorch: whole, or not at all."""
+"""Writing of pipelines for other programs, without PyTorch. Writes are atomic."""
 
 import json
 import shutil
@@ -15,9 +15,9 @@ from jaxpref.errors import UserError
 from jaxpref.models import convert, single_file, weights
 from jaxpref.runtime import workdir
 
-# Components that pictures do not need; their places in the index are emptied.
+# Components that do not influence images; the written index has null entries for them.
 _LEFT_OUT = ("feature_extractor", "image_encoder", "safety_checker")
-# The index of a pipeline that never had one.
+# The index for a pipeline that was not read from files.
 _INDEX = {
   "_class_name": "StableDiffusionPipeline",
   "_diffusers_version": "0.39.0",
@@ -47,13 +47,13 @@ def save_pipeline(
   tokenizers_from: Path,
   dtype: Any = np.float16,
 ) -> None:
-  """Writes a pipeline that diffusers loads, whole or not at all.
+  """Writes a pipeline that diffusers loads, atomically.
 
   Args:
-    target: directory; one that exists is replaced once the new one is complete.
-    params: trees by part.
+    target: directory; an existing one is replaced once the new one is complete.
+    params: parameter trees by part.
     configs: one for each part of `params`, 'scheduler', and perhaps 'model_index'.
-    tokenizers_from: the directory whose `tokenizer/`, and `tokenizer_2/`, are copied.
+    tokenizers_from: the directory with `tokenizer/`, and `tokenizer_2/` for SDXL, to copy.
     dtype: of the weights on disk.
 
   Raises:
@@ -94,17 +94,17 @@ def save_single_file(
   scheduler: Mapping[str, Any],
   dtype: Any = np.float16,
 ) -> None:
-  """Writes a pipeline's weights as one file, by the names of the original code.
+  """Writes a pipeline's weights as one file, by the names of the original code, atomically.
 
   Args:
-    target: the file; whole or not at all.
-    params: trees by part.
-    modules: of the parts.
+    target: the file.
+    params: parameter trees by part.
+    modules: modules by part.
     scheduler: the scheduler's configuration.
     dtype: of the weights on disk.
 
   Raises:
-    UserError: a weight is too large for `dtype`.
+    UserError: a weight is too large for `dtype`, or the file cannot be written.
   """
   tensors = {part: convert.export_tensors(tree, dtype) for part, tree in params.items()}
   save_tensors(target, single_file.to_single_file(tensors, modules, scheduler))
@@ -113,7 +113,7 @@ def save_single_file(
 def save_tensors(
   target: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> None:
-  """Writes a safetensors file, whole or not at all, with `metadata` in its header.
+  """Writes a safetensors file with `metadata` in its header, atomically.
 
   Raises:
     UserError: it cannot be written.
@@ -132,14 +132,14 @@ def _save_file(
 ) -> None:
   try:
     save_file(dict(tensors), file, metadata={"format": "pt", **(metadata or {})})
-  except SafetensorError as error:  # of the operating system's, which it wraps
+  except SafetensorError as error:  # it wraps the operating system's error
     reason = str(error).removeprefix("Error while serializing: ").removeprefix("I/O error: ")
     raise UserError(f"cannot write to {file.parent}: {reason}") from error
-  file.chmod(0o644)  # safetensors keeps its files to their owner
+  file.chmod(0o644)  # safetensors makes its files readable by their owner only
 
 
 def replace_directory(new: Path, target: Path) -> None:
-  """Puts `new` in the place of `target`, which is kept until the new one stands."""
+  """Replaces `target` by `new`; the old directory is kept until the new one is in place."""
   old = target.with_name(f".{target.name}-old")
   shutil.rmtree(old, ignore_errors=True)
   if target.exists():

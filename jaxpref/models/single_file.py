@@ -1,7 +1,8 @@
-"""A pipeline as one safetensors file, by the names that ComfyUI and A1111's web UI read.
+"""Conversion of a pipeline to the tensor names that ComfyUI and A1111's web UI read.
 
-They are those of the original Stable Diffusion code and, for the text encoders of SD 2.x and
-of SDXL's second, of OpenCLIP, where queries, keys and values are one matrix. Written only.
+The names are those of the original Stable Diffusion code. The text encoder of SD 2.x and the
+second one of SDXL have OpenCLIP's names, with queries, keys and values in one matrix. There is
+only the conversion to these names, not from them.
 """
 
 import re
@@ -55,7 +56,7 @@ _OPEN_CLIP_ENDS = {
 
 
 def family_of(modules: Mapping[str, Any]) -> str:
-  """The family whose names a pipeline of these modules has: 'sd1', 'sd2' or 'sdxl'."""
+  """Returns the family whose names a pipeline of these modules has: 'sd1', 'sd2' or 'sdxl'."""
   if "text_encoder_2" in modules:
     return "sdxl"
   openclip = modules["text_encoder"].config.hidden_act == "gelu"
@@ -65,19 +66,19 @@ def family_of(modules: Mapping[str, Any]) -> str:
 def to_single_file(
   parts: Mapping[str, Tensors], modules: Mapping[str, Any], scheduler: Mapping[str, Any]
 ) -> Tensors:
-  """All parts' tensors under their original names.
+  """Renames all parts' tensors to their original names.
 
-  A single file holds no configuration. That an SDXL predicts v, or ends in pure noise,
-  ComfyUI and A1111 learn from empty tensors: 'v_pred' and 'ztsnr'.
+  A single file has no configuration. Empty tensors tell ComfyUI and A1111 that an SDXL model
+  predicts v ('v_pred') or has zero terminal SNR ('ztsnr').
 
   Args:
     parts: PyTorch tensors by diffusers' names: 'unet', 'vae', 'text_encoder', for SDXL also
       'text_encoder_2'.
-    modules: of the parts.
+    modules: modules by part.
     scheduler: the scheduler's configuration.
 
   Raises:
-    UserError: the pipeline is of no family that has such names.
+    UserError: a tensor does not have a name in a single file.
   """
   levels = len(modules["vae"].block_out_channels)
   out = {
@@ -116,10 +117,10 @@ def _unet_name(name: str, unet: Any) -> str:
     return f"middle_block.{_MIDDLE[match[1]]}.{_unet_inner(match[1], match[2])}"
   match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", name)
   if match is None:
-    raise UserError(f"the UNet's {name} has no name in a single file")
+    raise UserError(f"the UNet's {name} does not have a name in a single file")
   way, block, kind, number = match[1], int(match[2]), match[3], int(match[4])
-  # A block is `layers` pairs of resnet and transformer, then the change of resolution;
-  # upwards one pair more, and the change shares the last one's place.
+  # A block is `layers` pairs of resnet and transformer, and a downsampler. An up block has one
+  # more pair, and its upsampler has the index of the last pair.
   if way == "down":
     if kind == "downsamplers":
       return f"input_blocks.{(block + 1) * (layers + 1)}.0.op.{leaf}"
@@ -135,7 +136,7 @@ def _unet_name(name: str, unet: Any) -> str:
 
 def _unet_inner(kind: str, name: str) -> str:
   if not kind.startswith("resnets"):
-    return name  # transformers are named alike
+    return name  # transformers have the same names
   stem, _, leaf = name.rpartition(".")
   return f"{_RESNET[stem]}.{leaf}"
 
@@ -143,7 +144,7 @@ def _unet_inner(kind: str, name: str) -> str:
 def _vae_name(name: str, levels: int) -> str:
   def level(match: re.Match) -> str:
     number = int(match[2])
-    if match[1] == "up":  # counted from the picture, not from the latent
+    if match[1] == "up":  # counted from the image, not from the latent
       number = levels - 1 - number
     return f"{match[1]}.{number}."
 
@@ -172,7 +173,7 @@ def _open_clip(tensors: Tensors) -> Tensors:
       else:
         heads[f"{layer}.attn.in_proj_{leaf}", stem] = tensor
     else:
-      raise UserError(f"the text encoder's {name} has no name in a single file")
+      raise UserError(f"the text encoder's {name} does not have a name in a single file")
   for joint in {joint for joint, _ in heads}:
     three = [heads[joint, f"self_attn.{x}_proj"] for x in "qkv"]
     out[joint] = np.concatenate(three)

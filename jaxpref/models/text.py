@@ -1,8 +1,8 @@
 """CLIP text encoders and their tokenizers.
 
-Texts become the ids that diffusers' users get where ftfy is installed: those of transformers'
-`CLIPTokenizer`, which has ftfy mend a text (curly quotes, HTML entities, ligatures, full-width
-letters, mojibake), joins its whitespace and lower-cases it before byte-pair encoding.
+Token ids are the ones that diffusers computes if ftfy is installed: those of transformers'
+`CLIPTokenizer`. It repairs a text with ftfy (curly quotes, HTML entities, ligatures, full-width
+letters, mojibake), normalizes whitespace and lower-cases it before byte-pair encoding.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import ftfy  # noqa: F401  # without it CLIPTokenizer would clean texts in another way
+import ftfy  # noqa: F401  # without it CLIPTokenizer would clean texts differently
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,18 +29,18 @@ from jaxpref.errors import UserError, first_line, listed
 from jaxpref.models import config_files
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-# How CLIP cuts text before byte-pair encoding: contractions, words, single digits, the rest.
+# CLIP's split before byte-pair encoding: contractions, words, single digits, other characters.
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 _PROJECTED = "CLIPTextModelWithProjection"
-# What a configuration may hold without a warning.
+# Known fields of a configuration; others cause a warning.
 FIELDS = frozenset(CLIPTextConfig().to_dict())
 FIELDS |= {"gradient_checkpointing", "torch_dtype", "use_cache"}
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-  """The fields of a text encoder, also where the file is that of the whole CLIP model."""
+  """Returns a text encoder's fields, also from the configuration of a whole CLIP model."""
   if (
     isinstance(inner := config.get("text_config"), dict) and config.get("model_type") == "clip"
   ):
@@ -53,9 +53,9 @@ def _is_projected(config: Mapping[str, Any]) -> bool:
 
 
 def build_text_encoder(config: Mapping[str, Any], *, dtype: Any) -> nn.Module:
-  """The text encoder of a `text_encoder/config.json`, without parameters.
+  """Builds the text encoder of a `text_encoder/config.json`, without parameters.
 
-  With a projection of the pooled text where `architectures` says so, as in SDXL's second.
+  It has a projection of the pooled text if `architectures` says so, as in SDXL's second.
   """
   projected = _is_projected(config)
   module = FlaxCLIPTextModelWithProjectionModule if projected else FlaxCLIPTextModule
@@ -63,22 +63,22 @@ def build_text_encoder(config: Mapping[str, Any], *, dtype: Any) -> nn.Module:
 
 
 def init_text_encoder(encoder: nn.Module, key: jax.Array) -> Any:
-  """Random parameters."""
+  """Initializes random parameters."""
   ids = jnp.zeros((1, encoder.config.max_position_embeddings), jnp.int32)
   return encoder.init(key, ids, jnp.ones_like(ids), _positions(ids))["params"]
 
 
 def encode_text(encoder: Any, params: Any, ids: jax.Array, *, clip_skip: int = 0) -> jax.Array:
-  """The last hidden state [B, L, D] of token ids [B, L].
+  """Computes the last hidden state [B, L, D] of token ids [B, L].
 
-  As in Stable Diffusion there is no padding mask: padding is encoded like any token.
+  As in Stable Diffusion, padding is not masked: it is encoded like any token.
 
   Args:
     encoder: the text encoder.
     params: its parameters.
     ids: token ids.
-    clip_skip: how many of the last layers are left out, as diffusers counts; the final
-      normalization follows all the same.
+    clip_skip: number of last layers to skip, as diffusers counts; the final normalization is
+      still applied.
   """
   if not clip_skip:
     return _apply(encoder, params, ids).last_hidden_state
@@ -96,18 +96,18 @@ def encode_text_xl(
   *,
   clip_skip: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
-  """What SDXL reads of a text, from its two encoders (arXiv 2307.01952).
+  """Computes SDXL's conditioning of a text, from its two encoders (arXiv 2307.01952).
 
   Args:
-    encoders: the second one with a projection.
-    params: of either.
-    ids: token ids [B, L] of either's tokenizer.
-    clip_skip: how many layers before the penultimate the hidden states are taken; the
-      projected text remains that of all layers, as in diffusers.
+    encoders: the first, and the second, which has a projection.
+    params: parameters of each encoder.
+    ids: token ids [B, L] of each encoder's tokenizer.
+    clip_skip: number of layers to skip before the penultimate one; as in diffusers, the
+      projected text is always that of all layers.
 
   Returns:
-    The penultimate hidden states of both side by side, without the last normalisation,
-    [B, L, D1 + D2], and the second's projected text, [B, P].
+    The penultimate hidden states of both encoders, concatenated, without the final
+    normalization, [B, L, D1 + D2]; and the projected text of the second encoder, [B, P].
   """
   out = [
     _apply(e, p, i, output_hidden_states=True)
@@ -127,13 +127,13 @@ def _positions(ids: jax.Array) -> jax.Array:
   return jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
 
 
-# Of a text's characters. None of the tokens that are kept lies behind them, and a word without
-# end would be merged for minutes.
+# Characters of a text that are tokenized. The tokens that are kept come from far fewer, and the
+# byte-pair encoding of an endless word would take minutes.
 _LONGEST = 20_000
 
 
 def tokenize(tokenizers: Sequence[Any], texts: Sequence[str]) -> list[np.ndarray]:
-  """Token ids by tokenizer, int32 [B, L], cut and padded to its length."""
+  """Tokenizes texts with each tokenizer: int32 [B, L], cut and padded to its length."""
   texts = [text[:_LONGEST] for text in texts]
   ids = []
   for tokenizer in tokenizers:
@@ -144,16 +144,16 @@ def tokenize(tokenizers: Sequence[Any], texts: Sequence[str]) -> list[np.ndarray
 
 
 def warn_of_cut(tokenizers: Sequence[Any], texts: Sequence[str], what: str = "prompts") -> None:
-  """Logs, once for all of them, how many distinct texts are longer than a tokenizer's length.
+  """Warns, once for all texts, how many distinct ones are longer than a tokenizer's length.
 
   Args:
     tokenizers: of a pipeline.
-    texts: any; `what` says in the message what they are.
-    what: see there.
+    texts: any texts.
+    what: a noun for the texts, for the message.
   """
   unique = list(dict.fromkeys(text[:_LONGEST] for text in texts))
   cut = np.zeros(len(unique), bool)
-  # The count is ours to tell, not a warning for each text.
+  # transformers would warn once per text.
   with _quiet("transformers.tokenization_utils_base"):
     for tokenizer in tokenizers:
       length = tokenizer.model_max_length
@@ -179,9 +179,8 @@ def load_tokenizer(directory: Path, *, fast: bool = False) -> Any:
 
   Args:
     directory: with `vocab.json` and `merges.txt`, or with `tokenizer.json`.
-    fast: whether diffusers, too, would take transformers' `CLIPTokenizerFast`, which does not
-      mend texts, as a pipeline's index says. Where `tokenizer.json` stands alone, only that
-      class reads it.
+    fast: whether the pipeline's index names `CLIPTokenizerFast`, which diffusers then uses; it
+      does not repair texts. That class is always used if there is only a `tokenizer.json`.
 
   Raises:
     UserError: it is missing, damaged, or not CLIP's.
@@ -193,19 +192,24 @@ def load_tokenizer(directory: Path, *, fast: bool = False) -> Any:
   fast = fast or ((directory / "tokenizer.json").exists() and not _has_vocabulary(directory))
   try:
     if not fast:
-      # The library says of a damaged or missing vocabulary only that it is no path.
+      # For a damaged or missing vocabulary, the library's message only says "not a path".
       json.loads((directory / "vocab.json").read_text(encoding="utf-8"))
       (directory / "merges.txt").read_text(encoding="utf-8")
     kind = CLIPTokenizerFast if fast else CLIPTokenizer
     tokenizer = kind.from_pretrained(str(directory), local_files_only=True)
-  except Exception as error:  # the tokenizers library raises nothing more special
-    raise UserError(f"{directory} holds no CLIP tokenizer: {first_line(error)}") from error
+  except Exception as error:  # the tokenizers library raises plain Exceptions
+    raise UserError(
+      f"{directory} does not hold a CLIP tokenizer: {first_line(error)}"
+    ) from error
   _check_merges(tokenizer, directory)
   length = tokenizer.model_max_length
-  if not isinstance(length, int) or not 2 < length < 10_000:  # beyond: "not stated"
-    raise UserError(f"{directory}/tokenizer_config.json states no model_max_length of use")
+  if not isinstance(length, int) or not 2 < length < 10_000:  # larger: "not stated"
+    raise UserError(
+      f"{directory}/tokenizer_config.json: model_max_length must be between 3 and 9,999 (got "
+      f"{length})"
+    )
   if tokenizer.pad_token is None:
-    raise UserError(f"{directory}/tokenizer_config.json states no pad_token")
+    raise UserError(f"{directory}/tokenizer_config.json lacks pad_token")
   return tokenizer
 
 
@@ -214,10 +218,10 @@ def _has_vocabulary(directory: Path) -> bool:
 
 
 def _check_merges(tokenizer: Any, directory: Path) -> None:
-  """Refuses merges that are not those of the vocabulary: other ids would come out, silently.
+  """Refuses merges that do not belong to the vocabulary, which would give other token ids.
 
-  Every token is a byte, with or without a word's end, or a special token, or what one of the
-  merges makes.
+  Every token must be a byte, with or without the end of a word, a special token, or the result
+  of a merge.
   """
   if isinstance(tokenizer, CLIPTokenizer):
     vocabulary, merges = tokenizer.encoder, list(tokenizer.bpe_ranks)
@@ -226,8 +230,8 @@ def _check_merges(tokenizer: Any, directory: Path) -> None:
     vocabulary, merges = model["vocab"], [_pair_of(merge) for merge in model["merges"]]
   if odd := [" ".join(m) for m in merges if len(m) != 2 or "".join(m) not in vocabulary]:
     raise UserError(
-      f"{directory} holds no CLIP tokenizer: the vocabulary lacks what {len(odd)} of "
-      f"{len(merges)} merges make: {listed([config_files.brief(m) for m in odd])}"
+      f"{directory} does not hold a CLIP tokenizer: the results of {len(odd)} of {len(merges)} "
+      f"merges are missing in the vocabulary: {listed([config_files.brief(m) for m in odd])}"
     )
   alphabet = pre_tokenizers.ByteLevel.alphabet()
   known = {*alphabet, *(a + "</w>" for a in alphabet), *map("".join, merges)}
@@ -236,14 +240,14 @@ def _check_merges(tokenizer: Any, directory: Path) -> None:
   known |= {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab(), START, END}
   if unmade := [t for t in vocabulary if t not in known]:
     raise UserError(
-      f"{directory}: no merge makes {len(unmade)} of {len(vocabulary)} tokens "
+      f"{directory}: {len(unmade)} of {len(vocabulary)} tokens are not the result of a merge "
       f"({listed([config_files.brief(t) for t in unmade])}): vocabulary and merges do not "
       "belong together, or merges.txt is cut"
     )
 
 
 def _pair_of(merge: Any) -> tuple[str, ...]:
-  """A merge of `tokenizer.json`, which older versions of the library wrote as one text."""
+  """Splits a merge of `tokenizer.json`; older versions of the library wrote one string."""
   return tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge)
 
 
@@ -253,10 +257,10 @@ def train_tokenizer(
   """Trains a byte-pair encoding on `texts` and writes it in CLIP's format.
 
   Args:
-    texts: whatever the vocabulary should be good at; any other text still encodes.
+    texts: texts that the vocabulary is optimized for; any other text can still be encoded.
     directory: gets vocab.json, merges.txt and tokenizer_config.json.
-    vocab_size: at least 514, the bytes with and without word end and the two marks.
-    max_length: in tokens, the marks included.
+    vocab_size: at least 514: the bytes with and without the end of a word, and START and END.
+    max_length: in tokens, with START and END.
   """
   bpe = Tokenizer(bpe_models.BPE(end_of_word_suffix="</w>"))
   bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])

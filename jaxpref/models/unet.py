@@ -1,4 +1,4 @@
-"""diffusers' Flax UNet as a pure function, the one place that applies it."""
+"""diffusers' Flax UNet as a pure function. Only this module applies it."""
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
@@ -15,14 +15,14 @@ from jaxpref.errors import UserError
 from jaxpref.models import config_files, interceptors, kernels, lora
 
 Params = Mapping[str, Any]
-# What a text says to a UNet, a row a prompt: 'text' [B, L, D], and for SDXL 'pooled' [B, P]
+# The UNet's conditioning, one row per prompt: 'text' [B, L, D], and for SDXL 'pooled' [B, P]
 # and 'time_ids' [B, 6]: original height and width, top and left of the crop, target height
-# and width, in pixels. An improver is also shown an 'image', clean latents [B, C, h, w].
+# and width, in pixels. An improver also gets an 'image', clean latents [B, C, h, w].
 Cond = Mapping[str, Any]
 # (params, x_t [B, C, H, W], t [B], cond) -> prediction [B, C, H, W]
 Denoise = Callable[[Params, jax.Array, jax.Array, Cond], jax.Array]
 
-# Switches of PyTorch's class that the Flax module lacks, and the value it has built in.
+# Options of PyTorch's class that the Flax module lacks, and the value that it implements.
 _SUPPORTED = {
   "act_fn": "silu",
   "attention_type": "default",
@@ -58,22 +58,21 @@ _BLOCKS = {
   "mid_block_type": ("UNetMidBlock2DCrossAttn",),
   "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
 }
-# All fields of either library's class: what a configuration may hold without a warning.
+# Fields of PyTorch's or Flax's class: known fields of a configuration; others cause a warning.
 FIELDS = frozenset(FlaxUNet2DConditionModel.__dataclass_fields__) | set(_SUPPORTED)
-FIELDS |= {"upcast_attention"}  # attention's softmax is in float32 anyway
+FIELDS |= {"upcast_attention"}  # attention's softmax is always in float32
 _ONE_FOR_ALL = ("cross_attention_dim", "layers_per_block", "sample_size")
 
 
 def build_unet(config: Mapping[str, Any], *, dtype: Any) -> Any:
-  """The UNet of a diffusers `unet/config.json`, without parameters.
+  """Builds the UNet of a diffusers `unet/config.json`, without parameters.
 
   Args:
-    config: the file's contents; names that neither library knows are ignored, as
-      diffusers does.
-    dtype: of the computation; parameters are float32 whatever it is.
+    config: the file's contents; fields that neither class has are ignored, as in diffusers.
+    dtype: of the computation; parameters are always float32.
 
   Raises:
-    UserError: the configuration asks for what the Flax module cannot do.
+    UserError: the Flax module does not support the configuration.
   """
   refuse_unsupported(config, _SUPPORTED)
   for field, blocks in _BLOCKS.items():
@@ -84,7 +83,7 @@ def build_unet(config: Mapping[str, Any], *, dtype: Any) -> Any:
           f"{field}: {config_files.brief(name)} is not one of {', '.join(blocks)}"
         )
   fields = module_fields(FlaxUNet2DConditionModel, config, _ONE_FOR_ALL)
-  if fields.get("sample_size") is None:  # as diffusers' pipelines without it
+  if fields.get("sample_size") is None:  # the default of diffusers' pipelines
     fields["sample_size"] = 128 if config.get("addition_embed_type") == "text_time" else 64
   return FlaxUNet2DConditionModel(**{**fields, "dtype": dtype})
 
@@ -92,16 +91,16 @@ def build_unet(config: Mapping[str, Any], *, dtype: Any) -> Any:
 def module_fields(
   module: Any, config: Mapping[str, Any], one_for_all: Sequence[str] = ()
 ) -> dict[str, Any]:
-  """The fields of a Flax module that a configuration states, as the module takes them.
+  """Returns the fields of a Flax module that a configuration sets, converted for the module.
 
   Args:
-    module: its class.
-    config: of PyTorch's class.
-    one_for_all: fields that may be lists there, of a value for each block or axis; here all
-      values must be one.
+    module: the Flax class.
+    config: fields of PyTorch's class.
+    one_for_all: fields that may be lists in `config`, with one value per block or axis; all
+      values must be equal.
 
   Raises:
-    UserError: a whole number is something else; names the field.
+    UserError: an integer field has another type; the message names the field.
   """
   known, fields = module.__dataclass_fields__, {}
   for name in config.keys() & known.keys():
@@ -116,14 +115,14 @@ def module_fields(
     if (
       known[name].type in ("int", int) and not whole and (value, name) != (None, "sample_size")
     ):
-      raise UserError(f"{name} is {config_files.brief(value)}, not a whole number")
-    # JSON has lists where flax wants hashable fields.
+      raise UserError(f"{name} must be a whole number (got {config_files.brief(value)})")
+    # flax needs hashable fields, and JSON has lists.
     fields[name] = tuple(value) if isinstance(value, list) else value
   return fields
 
 
 def refuse_unsupported(config: Mapping[str, Any], supported: Mapping[str, Any]) -> None:
-  """Raises a UserError that names fields of `config` with another value than `supported`."""
+  """Raises a UserError if fields of `config` have other values than `supported`; names them."""
   others = {
     k: config[k]
     for k, v in supported.items()
@@ -144,19 +143,19 @@ def make_denoise(
   remat: str = "none",
   mesh: Mesh | None = None,
 ) -> Denoise:
-  """The UNet's forward pass as `denoise(params, x_t, t, cond)`.
+  """Returns the UNet's forward pass as `denoise(params, x_t, t, cond)`.
 
-  Policy and reference both go through this function, in one program: other kernels for
-  either would drown the margin between them in rounding. `params` may be `lora.Adapted`.
+  Policy and reference both use this function, in one program. With different kernels, rounding
+  differences would exceed the margin between them. `params` may be `lora.Adapted`.
 
   Args:
     unet: from `build_unet`.
     attention: 'stock', 'xla', 'cudnn' or 'splash', see `kernels.dot_product_attention`, or
       'auto', see `kernels.resolve_attention`.
     norm: 'stock', 'lean' (`interceptors.lean_norm`), or 'auto', which is 'stock' on CPUs.
-    remat: of `interceptors.REMAT`.
-    mesh: whose devices the rows are split over, for kernels that XLA cannot split, and
-      parameters, if `fsdp` has several: those are gathered, in the dtype of the computation.
+    remat: a key of `interceptors.REMAT`.
+    mesh: the mesh that rows and parameters are sharded over. Kernels that XLA cannot shard need
+      it, and FSDP parameters are gathered, in the dtype of the computation.
   """
   platform = jax.default_backend()
   attention = kernels.resolve_attention(attention, platform)
@@ -178,7 +177,7 @@ def make_denoise(
       x_t = jnp.concatenate([x_t, cond["image"].astype(x_t.dtype)], axis=1)
     if "pooled" in cond:
       added = {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]}
-    # Interceptors live on a global stack that is read while tracing, hence inside.
+    # The stack of interceptors is global and read during tracing, so it is set inside.
     with contextlib.ExitStack() as stack:
       for interceptor in (  # the outermost first
         *([interceptors.remat(remat)] if remat != "none" else []),
@@ -194,10 +193,10 @@ def make_denoise(
 
 
 def abstract_cond(modules: Mapping[str, Any], rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes of what a UNet is told, float32 here, for so many rows.
+  """Returns abstract conditioning (float32) for a batch of `rows`.
 
   Args:
-    modules: of a pipeline.
+    modules: the pipeline's modules.
     rows: B.
   """
   shape = lambda *of: jax.ShapeDtypeStruct((rows, *of), jnp.float32)  # noqa: E731
@@ -210,26 +209,26 @@ def abstract_cond(modules: Mapping[str, Any], rows: int) -> dict[str, jax.ShapeD
 
 
 def freeze(params: Params, dtype: Any) -> Any:
-  """Parameters as they are when they are not trained, or not now: their kernels in `dtype`.
+  """Casts kernels to `dtype`; norm scales and biases stay float32.
 
-  A computation in the same dtype rounds kernels to it on their way into each layer: its
-  outputs stay the same, bit for bit. Scales of norms, which it does not round, stay, too.
+  Layers that compute in `dtype` would cast their kernels to it anyway, so their outputs are the
+  same bit for bit. Layers do not cast norm scales and biases.
   """
   return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, params)
 
 
 def widen_input(params: Mapping[str, Any], channels: int) -> dict[str, Any]:
-  """Parameters of a UNet that also reads further input channels, and makes nothing of them.
+  """Appends zero-initialized input channels to `conv_in`; outputs do not change.
 
-  The improver's surgery: the weights of the new channels are zero, so that the output is
-  the original's whatever they hold, until training says otherwise.
+  The improver's additional channels have zero weights, so they have no influence on the output
+  before training.
 
   Args:
-    params: of the UNet.
-    channels: of the input then, those of today included; those come first.
+    params: the UNet's parameters.
+    channels: number of input channels after the change; the existing ones come first.
 
   Raises:
-    ValueError: it has as many channels already.
+    ValueError: the UNet has as many channels already.
   """
   kernel = params["conv_in"]["kernel"]  # [3, 3, in, out]
   if (more := channels - kernel.shape[2]) < 1:

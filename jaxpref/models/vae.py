@@ -12,7 +12,7 @@ from diffusers.configuration_utils import flax_register_to_config
 
 from jaxpref.models.unet import module_fields, refuse_unsupported
 
-# Switches of PyTorch's class that the Flax module lacks, and the value it has built in.
+# Options of PyTorch's class that the Flax module lacks, and the value that it implements.
 _SUPPORTED = {
   "act_fn": "silu",
   "mid_block_add_attention": True,
@@ -25,20 +25,20 @@ _SUPPORTED = {
 
 @flax_register_to_config
 class AutoencoderKL(FlaxAutoencoderKL):
-  """diffusers' VAE, and the `shift_factor` that its Flax class does not know."""
+  """diffusers' VAE with the field `shift_factor`, which its Flax class lacks."""
 
   shift_factor: float = 0.0
 
 
-# What a configuration may hold without a warning; in float32 nothing needs to be upcast.
+# Known fields of a configuration; others cause a warning. float32 needs no upcast.
 FIELDS = frozenset(AutoencoderKL.__dataclass_fields__) | set(_SUPPORTED) | {"force_upcast"}
 
 
 def build_vae(config: Mapping[str, Any], *, dtype: Any) -> Any:
-  """The VAE of a diffusers `vae/config.json`, without parameters.
+  """Builds the VAE of a diffusers `vae/config.json`, without parameters.
 
   Raises:
-    UserError: the configuration asks for what the Flax module cannot do.
+    UserError: the Flax module does not support the configuration.
   """
   refuse_unsupported(config, _SUPPORTED)
   fields = module_fields(AutoencoderKL, config, ("layers_per_block", "sample_size"))
@@ -47,22 +47,23 @@ def build_vae(config: Mapping[str, Any], *, dtype: Any) -> Any:
 
 
 def to_unit(images: jax.Array) -> jax.Array:
-  """Bytes to what the VAE reads: uint8 [B, H, W, 3] to float32 [B, 3, H, W] in [-1, 1]."""
+  """Converts uint8 [B, H, W, 3] to the VAE's input, float32 [B, 3, H, W] in [-1, 1]."""
   return jnp.transpose(images.astype(jnp.float32) / 127.5 - 1.0, (0, 3, 1, 2))
 
 
 def to_bytes(images: jax.Array) -> jax.Array:
-  """The inverse of `to_unit`, clipped: float [B, 3, H, W] to uint8 [B, H, W, 3]."""
+  """Converts float [B, 3, H, W] in [-1, 1], clipped, to uint8 [B, H, W, 3]."""
   scaled = jnp.clip(jnp.transpose(images, (0, 2, 3, 1)) * 127.5 + 127.5, 0.0, 255.0)
   return jnp.round(scaled).astype(jnp.uint8)
 
 
 class Decoded(NamedTuple):
-  """Images as they leave the decoder.
+  """Decoded images.
 
   Attributes:
     pixels: uint8 [B, H, W, 3].
-    finite: bool [B], whether all of an image's numbers were; else its pixels mean nothing.
+    finite: bool [B], whether all values of an image were finite; if not, its pixels are
+      meaningless.
   """
 
   pixels: jax.Array
@@ -74,7 +75,7 @@ def _finish(images: jax.Array) -> Decoded:
 
 
 def encode_moments(vae: nn.Module, params: Any, images: jax.Array):
-  """Mean and log-variance of the posterior.
+  """Computes mean and log-variance of the posterior.
 
   Args:
     vae: from `build_vae`.
@@ -86,13 +87,13 @@ def encode_moments(vae: nn.Module, params: Any, images: jax.Array):
   """
   encoded: Any = vae.apply({"params": params}, images, method=vae.encode)
   posterior = encoded.latent_dist
-  # diffusers' Flax posterior is channels-last, everything of ours channels-first.
+  # diffusers' Flax posterior is channels-last; all arrays of this package are channels-first.
   to_nchw = (0, 3, 1, 2)
   return jnp.transpose(posterior.mean, to_nchw), jnp.transpose(posterior.logvar, to_nchw)
 
 
 def encode_posterior(vae: nn.Module, params: Any, images: jax.Array):
-  """Encodes images to the posterior of the latents a denoiser sees.
+  """Encodes images to the posterior of scaled latents.
 
   Args:
     vae: from `build_vae`.
@@ -100,7 +101,7 @@ def encode_posterior(vae: nn.Module, params: Any, images: jax.Array):
     images: uint8 [B, H, W, 3].
 
   Returns:
-    `(mode, std)`, each float [B, C, h, w]: shifted and scaled as `encode` does.
+    `(mode, std)`, each float [B, C, h, w]: shifted and scaled as in `encode`.
   """
   mean, logvar = encode_moments(vae, params, to_unit(images))
   std = jnp.exp(0.5 * logvar) * vae.scaling_factor
@@ -110,14 +111,14 @@ def encode_posterior(vae: nn.Module, params: Any, images: jax.Array):
 def encode(
   vae: nn.Module, params: Any, images: jax.Array, keys: jax.Array | None = None
 ) -> jax.Array:
-  """The latents a denoiser sees: (z - shift) scale.
+  """Encodes images to the denoiser's latents: (z - shift) scale.
 
   Args:
     vae: from `build_vae`.
     params: its parameters.
     images: uint8 [B, H, W, 3].
-    keys: typed keys [B] to draw z from the posterior, each image's by its own; without
-      them z is the posterior's mode.
+    keys: typed keys [B], one per image, to sample z from the posterior; without them z is the
+      posterior's mode.
 
   Returns:
     float [B, C, h, w].
@@ -137,10 +138,10 @@ def decode(vae: nn.Module, params: Any, latents: jax.Array) -> Decoded:
 def decode_sliced(
   vae: nn.Module, params: Any, latents: jax.Array, *, at_once: int = 1
 ) -> Decoded:
-  """Like `decode`, `at_once` images at a time: the decoder's memory is theirs alone.
+  """Decodes like `decode`, `at_once` images at a time, so memory does not grow with the batch.
 
-  Images are dealt like cards, so that with a batch split over as many devices each decodes
-  its own. `at_once` divides the batch.
+  The images of a chunk are B / at_once apart, so with a batch sharded over `at_once` devices,
+  every device decodes its own. `at_once` must divide the batch.
   """
   hands = latents.reshape(at_once, -1, *latents.shape[1:]).swapaxes(0, 1)
   decoded = jax.lax.map(lambda z: decode(vae, params, z), hands)
@@ -148,9 +149,9 @@ def decode_sliced(
   return jax.tree.map(undealt, decoded)
 
 
-@functools.partial(jax.jit, static_argnums=0)  # else each tile would be a program of its own
+@functools.partial(jax.jit, static_argnums=0)  # otherwise traced again for each tile
 def _decode_unit(vae: nn.Module, params: Any, latents: jax.Array) -> jax.Array:
-  """Images [B, 3, H, W] in about [-1, 1] of scaled latents [B, C, h, w]."""
+  """Decodes scaled latents [B, C, h, w] to images [B, 3, H, W] in about [-1, 1]."""
   z = latents / vae.scaling_factor + vae.shift_factor
   out: Any = vae.apply({"params": params}, z, method=vae.decode)
   return out.sample
@@ -164,20 +165,20 @@ def decode_tiled(
   tile: int | None = None,
   overlap: float = 0.25,
 ) -> Decoded:
-  """Like `decode`, tile by tile: for images whose decoder would not fit in memory.
+  """Decodes like `decode`, tile by tile, for images that do not fit in the decoder's memory.
 
-  Neighbours overlap and are blended linearly, as diffusers' tiled VAE does. What a tile
-  does not see of its surroundings can show as a faint change of tone.
+  Adjacent tiles overlap and are blended linearly, as in diffusers' tiled VAE. A tile's lack of
+  context can show as a faint change of tone.
 
   Args:
     vae: from `build_vae`.
     params: its parameters.
     latents: [B, C, h, w].
-    tile: height and width of a tile in latents; by default those the VAE was trained on.
-    overlap: share of a tile that its neighbour decodes too, from 0 to a half.
+    tile: height and width of a tile in latents; by default the VAE's training size.
+    overlap: share of a tile that the next tile decodes, too, from 0 to 0.5.
 
   Returns:
-    Images of 8 h x 8 w pixels, with a VAE that halves three times.
+    Images of 8 h x 8 w pixels, for a VAE that halves the size three times.
   """
   factor = 2 ** (len(vae.block_out_channels) - 1)
   tile = tile or vae.sample_size // factor
@@ -202,7 +203,7 @@ def decode_tiled(
 
 
 def _blend(before: jax.Array, after: jax.Array, extent: int, *, axis: int) -> jax.Array:
-  """`after`, whose first `extent` places along `axis` fade in from the last of `before`."""
+  """Blends the first `extent` entries of `after` along `axis` with the last of `before`."""
   extent = min(extent, before.shape[axis], after.shape[axis])
   if extent == 0:
     return after

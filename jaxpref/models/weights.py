@@ -1,8 +1,8 @@
-"""Safetensors of one part of a pipeline: where they lie, and tensors read one at a time.
+"""Safetensors files of one part of a pipeline, read one tensor at a time.
 
-diffusers and transformers write one file, or shards with an index, either of them perhaps
-with a variant such as fp16 in its name. Pickled weights are refused: reading one can run
-any program that its author put there.
+diffusers and transformers write one file, or shards with an index. Either may have a variant
+such as fp16 in its name. Pickled weights are refused, because reading them can run any program
+that their author put there.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from jaxpref.models import config_files
 _STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _OTHER_FORMATS = {".msgpack": "Flax", ".onnx": "ONNX", ".h5": "TensorFlow", ".gguf": "GGUF"}
-# Parts of the names of a low-rank adapter's tensors, as several programs write them.
+# Parts of tensor names in LoRA files of several programs.
 _LORA = ("lora_A", "lora_B", "lora_down", "lora_up", "lora.down", "lora.up", "_lora.")
 _FILE_NAME = re.compile(r"[\w-][\w.-]*")
 
@@ -30,9 +30,9 @@ class StoredTensor:
   """A tensor on disk.
 
   Attributes:
-    file: an open safetensors file, closed when the last of its tensors is forgotten.
-    path: of that file.
-    name: in it.
+    file: an open safetensors file, which is closed when its last tensor is garbage-collected.
+    path: the file's path.
+    name: the tensor's name in the file.
     shape: as stored.
     dtype: as stored, in safetensors' names, such as F16.
   """
@@ -44,7 +44,7 @@ class StoredTensor:
   dtype: str
 
   def read(self) -> np.ndarray:
-    """The tensor, in the dtype it is stored in.
+    """Reads the tensor, in its stored dtype.
 
     Raises:
       UserError: the file is damaged.
@@ -56,7 +56,7 @@ class StoredTensor:
 
 
 def stem_of(part: str) -> str:
-  """The name of a part's weight files, without their endings."""
+  """Returns the name of a part's weight files, without suffixes."""
   return _STEMS.get(part, "model")
 
 
@@ -64,13 +64,13 @@ def choose(files: Collection[str], part: str, variant: str) -> tuple[str, list[s
   """Chooses a part's weight files.
 
   Args:
-    files: names of all files beside its configuration.
+    files: names of all files beside the part's configuration.
     part: such as 'unet'.
-    variant: such as 'fp16', without which plain files do; with '' the plain files, without
-      which fp16's do.
+    variant: such as 'fp16', with plain files as the second choice; '' chooses the plain files,
+      with fp16's as the second choice.
 
   Returns:
-    The variant chosen, '' for plain files, and one file, or an index and its shards; or None.
+    The variant ('' for plain files), and one file, or an index and its shards; or None.
   """
   stem = stem_of(part)
   for kind in (variant, "") if variant else ("", "fp16"):
@@ -79,26 +79,26 @@ def choose(files: Collection[str], part: str, variant: str) -> tuple[str, list[s
       return kind, [single]
     if (index := f"{stem}.safetensors.index{dot}.json") in files:
       number, dot = r"-\d+-of-\d+", re.escape(dot)
-      # The variant stood behind the number until diffusers 0.29.
+      # Until diffusers 0.29 the variant came after the number.
       shard = re.compile(rf"{re.escape(stem)}(?:{dot}{number}|{number}{dot})\.safetensors")
       return kind, [index, *sorted(file for file in files if shard.fullmatch(file))]
   return None
 
 
 def no_weights(files: Collection[str], part: str, variant: str, where: str) -> UserError:
-  """Why a part without weights that could be read is refused, and what is there instead.
+  """Makes the error for a part without readable weights; says what there is instead.
 
   Args:
-    files: names of all files beside its configuration.
+    files: names of all files beside the part's configuration.
     part: such as 'unet'.
-    variant: asked for.
-    where: of the part's directory.
+    variant: the requested variant.
+    where: the part's directory.
   """
   stem = stem_of(part)
   known = {m[1] for f in files if (m := re.fullmatch(rf"{stem}\.(\w+)\.safetensors", f))}
   if known:
     return UserError(
-      f"{where} has only the variants {', '.join(sorted(known))}: name one as the variant"
+      f"{where} has only the variants {', '.join(sorted(known))}: choose one as the variant"
     )
   for file in sorted(files):
     if Path(file).suffix in PICKLES:
@@ -106,29 +106,29 @@ def no_weights(files: Collection[str], part: str, variant: str, where: str) -> U
   for file in sorted(files):
     if kind := _OTHER_FORMATS.get(Path(file).suffix):
       return UserError(
-        f"{where} has only {kind} weights ({file}), which are not read: name a repository or "
-        "directory with safetensors"
+        f"{where} has only {kind} weights ({file}), which are not supported: name a repository "
+        "or directory with safetensors"
       )
   dot = f".{variant}" if variant else ""
-  return UserError(f"no weights at {where}/{stem}{dot}.safetensors")
+  return UserError(f"{where}/{stem}{dot}.safetensors is missing")
 
 
 def files_in(directory: Path) -> list[str]:
-  """Names in a directory, [] where there is none."""
+  """Lists the names in a directory; [] if it does not exist."""
   return [p.name for p in directory.iterdir()] if directory.is_dir() else []
 
 
 def open_part(directory: Path, part: str = "", *, variant: str = "") -> dict[str, StoredTensor]:
-  """The tensors of one part of a pipeline, by name, none of them read yet.
+  """Opens the tensors of one part of a pipeline, by name, without reading them.
 
   Args:
     directory: such as `PIPELINE/unet`.
-    part: which it is; by default the directory's name says.
+    part: the part's name; by default the directory's name.
     variant: see `choose`.
 
   Raises:
-    UserError: there are no weights, only pickled ones, a file is damaged or misses tensors
-      that the index promises, or the index names a file elsewhere.
+    UserError: weights are missing, pickled or damaged, a file lacks tensors that are in the
+      index, or the index names a file elsewhere.
   """
   part, files = part or directory.name, files_in(directory)
   found = choose(files, part, variant)
@@ -139,16 +139,16 @@ def open_part(directory: Path, part: str = "", *, variant: str = "") -> dict[str
 
 
 def pickled(path: Path) -> UserError:
-  """Why pickled weights are not read, and what to do."""
+  """Makes the error for pickled weights; says how to convert them."""
   return UserError(
-    f"{path} is pickled, and reading it could run any program inside it; convert it once, "
-    "where PyTorch is and the file is trusted: load it with diffusers or transformers and call "
-    "save_pretrained(DIR, safe_serialization=True)"
+    f"{path} is pickled, and reading it may run any program in it. If you trust the file, "
+    "convert it once where PyTorch is installed, by loading it with diffusers or transformers "
+    "and calling save_pretrained(DIR, safe_serialization=True)"
   )
 
 
 def open_file(path: Path) -> dict[str, StoredTensor]:
-  """The tensors of one file.
+  """Opens the tensors of one file.
 
   Raises:
     UserError: it is missing, damaged or truncated, or holds a low-rank adapter.
@@ -159,17 +159,17 @@ def open_file(path: Path) -> dict[str, StoredTensor]:
     raise UserError(f"{path} is not a regular file")
   try:
     if path.stat().st_size < 1000 and path.read_bytes().startswith(b"version https://git-lfs"):
-      raise UserError(f"{path} is only git-lfs's pointer to the weights; run `git lfs pull`")
+      raise UserError(f"{path} is only a git-lfs pointer to the weights: run `git lfs pull`")
     file = safe_open(path, framework="numpy")
     slices = {name: file.get_slice(name) for name in list(file.keys())}
   except FileNotFoundError as error:
-    raise UserError(f"no weights at {path}") from error
+    raise UserError(f"{path} is missing") from error
   except (OSError, SafetensorError) as error:
     raise UserError(f"{path} is damaged or truncated: {error}") from error
   if any(mark in name for name in slices for mark in _LORA):
     raise UserError(
       f"{path} holds a low-rank adapter (LoRA), not a model: name the pipeline that it was "
-      "trained on, and fuse the adapter into that with diffusers first if it is to be tuned"
+      "trained on; to tune the two together, first fuse the adapter into it with diffusers"
     )
   return {
     name: StoredTensor(file, path, name, tuple(s.get_shape()), s.get_dtype())
@@ -182,10 +182,10 @@ def _open_shards(index: Path) -> dict[str, StoredTensor]:
     places = config_files.read_json(index)["weight_map"]
     files = sorted(set(places.values()))
   except (UserError, KeyError, TypeError, AttributeError) as error:
-    raise UserError(f"{index} is no index of weight files: {error!r}") from error
+    raise UserError(f"{index} is not an index of weight files: {error!r}") from error
   shards = {}
   for name in files:
-    # A name with a directory in it could point at any file of this machine.
+    # A name with a directory could point at any file of this machine.
     if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
       raise UserError(f"{index} names {name!r}, which is not a file beside it")
     if Path(name).suffix in PICKLES:
@@ -193,20 +193,20 @@ def _open_shards(index: Path) -> dict[str, StoredTensor]:
     shards[name] = open_file(index.with_name(name))
   tensors = {tensor: shards[file].get(tensor) for tensor, file in places.items()}
   if lacking := [f"{t} (in {places[t]})" for t, stored in tensors.items() if stored is None]:
-    raise UserError(f"{index} promises tensors that its files lack: {listed(lacking)}")
+    raise UserError(f"{index} lists tensors that its files lack: {listed(lacking)}")
   return {name: stored for name, stored in tensors.items() if stored is not None}
 
 
 def refuse_file(path: Path) -> UserError:
-  """Why a file where a pipeline's directory belongs is not read, and what to do."""
+  """Makes the error for a file instead of a pipeline's directory; says what to do."""
   if path.suffix in PICKLES:
     return pickled(path)
   if path.suffix == ".json":
     return UserError(f"{path} is a file, not a pipeline's directory: name {path.parent}")
   if path.suffix != ".safetensors":
     return UserError(f"{path} is a file, not a pipeline's directory")
-  open_file(path)  # which has more to say of a damaged file or an adapter
+  open_file(path)  # raises a better error for a damaged file or an adapter
   return UserError(
-    f"{path} is a single file; convert it once, where PyTorch is, to diffusers' directory "
-    "layout: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(DIR)"
+    f"{path} is a single file: convert it once, where PyTorch is installed, to diffusers' "
+    "directory layout: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(DIR)"
   )
