@@ -688,7 +688,7 @@ def _read_prompts(directory: Path) -> str:
 
 
 def _read_generated(directory: Path) -> str:
-  return _digest(generate.is_drawn(directory / "image.png", _SETTINGS))
+  return _digest(generate.is_generated(directory / "image.png", _SETTINGS))
 
 
 def _call(entry: Callable[[list[str]], int], directory: Path) -> str:

@@ -1,9 +1,9 @@
-"""`python -m jaxpref.export --workdir=W --out=DIR`: what a run has tuned, for other programs.
+"""Export of a run's model: `python -m jaxpref.export --workdir=W --out=DIR`.
 
-Writes a directory that PyTorch's diffusers loads, or with --single-file one safetensors file
-that ComfyUI and A1111's web UI load. Of a LoRA run both have the additions merged into the
-weights; --lora writes the additions alone, by kohya's names, which ComfyUI, A1111's web UI
-and diffusers' `load_lora_weights` put onto the base. Nothing that exists is overwritten.
+It writes a directory that PyTorch's diffusers loads, or with --single-file one safetensors file
+that ComfyUI and A1111's web UI load. In both, a LoRA run's additions are merged into the
+weights. --lora writes only the additions, by kohya's names; ComfyUI, A1111's web UI and
+diffusers' `load_lora_weights` apply them to the base. Existing files are never overwritten.
 """
 
 import argparse
@@ -15,29 +15,29 @@ from jaxpref.errors import UserError
 from jaxpref.paths import user_path
 from jaxpref.runtime import cli
 
-# Only of SDXL do programs read it from the file, see `single_file.to_single_file`.
+# Programs read the prediction type from the file only for SDXL, see `single_file`.
 _V_PREDICTION_NOTE = (
-  "note: the model predicts v. ComfyUI and A1111's web UI guess that of SD 2.x from its "
-  "weights and never of SD 1.x: there, choose it yourself (in ComfyUI with the node "
+  "note: the model predicts v. ComfyUI and A1111's web UI infer that from the weights for SD "
+  "2.x, but not for SD 1.x: set it there yourself (in ComfyUI with the node "
   "ModelSamplingDiscrete, which also has zsnr; in A1111 with a .yaml beside the file)"
 )
 DTYPES = ("float16", "bfloat16", "float32")
 
 
 def main(argv: list[str]) -> int:
-  """Exports as the flags say; returns the exit status."""
+  """Exports a model as the flags say; returns the exit status."""
   return cli.exit_status(_run, argv, continues=False)
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = cli.Parser("Writes the model that a run has tuned for other programs.")
+  parser = cli.Parser("Writes a run's tuned model for other programs.")
   add = parser.add_argument
-  add("--workdir", required=True, help="of the run, or a pipeline to be rewritten")
+  add("--workdir", required=True, help="the run's workdir, or a pipeline to rewrite")
   add(
     "--out",
     required=True,
     type=Path,
-    help="directory, or file with --single-file or --lora; new",
+    help="a new directory, or with --single-file or --lora a new file",
   )
   add("--dtype", default="float16", choices=DTYPES, help="of the weights written")
   parser.add_run_flags()
@@ -45,12 +45,12 @@ def _parser() -> argparse.ArgumentParser:
   form.add_argument(
     "--single-file",
     action="store_true",
-    help="one file by the names that ComfyUI and A1111's web UI read",
+    help="write one file, with the tensor names that ComfyUI and A1111's web UI read",
   )
   form.add_argument(
     "--lora",
     action="store_true",
-    help="of a LoRA run, the additions alone, one file for ComfyUI, A1111 and diffusers",
+    help="write only the additions of a LoRA run, one file for ComfyUI, A1111 and diffusers",
   )
   return parser
 
@@ -61,11 +61,11 @@ def _run(argv: list[str]) -> None:
   if there := next((p for p in out.parents if p.exists() and not p.is_dir()), None):
     raise UserError(f"{there} is a file, not a directory")
   if out.exists() or out.is_symlink():
-    raise UserError(f"{out} exists; choose another --out")
+    raise UserError(f"{out} exists: choose another --out")
   if (flags.single_file or flags.lora) and out.suffix != ".safetensors":
     option = "--lora" if flags.lora else "--single-file"
-    raise UserError(f"{option} writes a file: --out={out}.safetensors")
-  # Late: errors on the command line should not wait for JAX.
+    raise UserError(f"{option} writes a file: set --out={out}.safetensors")
+  # Late, so that errors on the command line do not wait for JAX.
   from jaxpref.models import lora, save, single_file  # noqa: PLC0415
   from jaxpref.training import load_run  # noqa: PLC0415
 
@@ -74,7 +74,7 @@ def _run(argv: list[str]) -> None:
   if flags.lora:
     unet = pipeline.params["unet"]
     if not isinstance(unet, lora.Adapted):
-      raise UserError(f"{flags.workdir} is no LoRA run; leave out --lora")
+      raise UserError(f"{flags.workdir} is not a LoRA run: leave out --lora")
     metadata = lora.export_metadata(unet, family=single_file.family_of(pipeline.modules))
     save.save_tensors(out, lora.export_tensors(unet, dtype), metadata)
     print(f"the LoRA is {out}")

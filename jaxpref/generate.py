@@ -1,10 +1,10 @@
-"""`python -m jaxpref.generate --model=DIR --prompts="a prompt" --out=DIR`: pictures.
+"""Image generation: `python -m jaxpref.generate --model=DIR --prompts="a prompt" --out=DIR`.
 
-Of any pipeline in diffusers' layout, of a hub id, or of a run's workdir. With
-`--improver=DIR --images=DIR` it draws the better versions of a folder of pictures. A picture
-depends on its prompt, its seed and the settings alone, not on the batch or the devices; each
-is a PNG that carries them. Started again, the same command draws what is missing. An image
-whose pixels are not finite is not written, and the exit status says so.
+The model is a pipeline in diffusers' layout, a Hub id, or a run's workdir. With
+`--improver=DIR --images=DIR` it generates improved versions of a folder of images. An image
+depends only on its prompt, its seed and the settings, not on the batch or the devices; each is
+a PNG that holds them. If the same command is started again, it generates the missing images.
+Images with non-finite pixels are not written, and the exit status says so.
 """
 
 import argparse
@@ -26,67 +26,74 @@ from jaxpref.runtime import cli
 from jaxpref.runtime.workdir import parse_json
 
 SOLVERS = {"dpm_solver": "DPM++ 2M", "ddim": "DDIM", "ddpm": "DDPM"}
-_SETTINGS, _A1111 = "jaxpref", "parameters"  # the PNG's texts
-_LATER = {"clip_skip": 0}  # settings that older images do not state, and what they were
+_SETTINGS, _A1111 = "jaxpref", "parameters"  # keys of the PNG's texts
+_LATER = {"clip_skip": 0}  # settings that older images lack, and their values
 
 
 def main(argv: list[str]) -> int:
-  """Draws as the flags say; returns the exit status."""
+  """Generates images as the flags say; returns the exit status."""
   return cli.exit_status(_run, argv)
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = cli.Parser("Draws pictures of a pipeline, or of what a run has made of one.")
+  parser = cli.Parser("Generates images with a pipeline or a run's tuned model.")
   add = parser.add_argument
-  add("--model", help="pipeline directory, hub id, 'shapes', or a run's workdir")
-  add("--improver", metavar="MODEL", help="the same, of --config=improver; needs --images")
+  add("--model", help="pipeline directory, Hub id, 'shapes', or a run's workdir")
+  add("--improver", metavar="MODEL", help="a model of --config=improver; needs --images")
   add(
     "--images",
     metavar="DIR",
-    help="pictures to improve, scaled and cropped to the model's size",
+    help="images to improve, scaled and cropped to the model's size",
   )
   add(
     "--prompts",
-    help="a text file with a prompt a line, or a prompt; with --images one for all of them, "
-    "instead of the captions beside them",
+    help="a text file with one prompt per line, or a prompt; with --images, one prompt for all "
+    "images, instead of the captions beside them",
   )
   add("--out", required=True, type=Path, help="directory for <prompt or image>-<number>.png")
   add("--images-per-prompt", type=_count, default=1, metavar="N")
-  add("--seed", type=int, default=0, help="of the first picture; each next one's is one more")
-  add(
-    "--negative", default="", help="a prompt to be guided away from; needs --guidance above 1"
-  )
+  add("--seed", type=int, default=0, help="of the first image; it increases by 1 per image")
+  add("--negative", default="", help="a prompt to guide away from; needs --guidance above 1")
   add(
     "--guidance",
     type=float,
-    help="classifier-free guidance scale; at most 1: none, only the prompt's prediction, "
-    "as Turbo models want it (0 and 1 give the same); default: the scale that a run was "
-    "evaluated with, else 7.5, improvers 3.5; of an improver the prompt's weight in its "
-    "formula, where 0 leaves the prompt out",
+    help="classifier-free guidance scale; at most 1 means no guidance, only the prompt's "
+    "prediction, as Turbo models need it (0 and 1 are the same); default: the scale of the "
+    "run's evaluation, otherwise 7.5, for improvers 3.5; for an improver it is the weight of "
+    "the prompt, where 0 ignores the prompt",
   )
-  add("--image-guidance", type=float, help="of an improver, to its picture; its run's, or 3")
-  add("--steps", type=_count, default=30, help="of the solver")
+  add(
+    "--image-guidance",
+    type=float,
+    help="an improver's guidance scale for the image; default: its run's, otherwise 3",
+  )
+  add("--steps", type=_count, default=30, help="number of solver steps")
   add("--solver", choices=tuple(SOLVERS), default="dpm_solver")
-  add("--order", type=int, choices=(1, 2, 3), default=2, help="of the DPM-Solver")
+  add("--order", type=int, choices=(1, 2, 3), default=2, help="order of DPM-Solver++")
   add(
     "--size",
     type=_size,
     metavar="WxH",
-    help="width x height in pixels, as the PNG's text states it, or one number for both; "
-    "default: what the model was trained for",
+    help="width x height in pixels, as in the PNG's text, or one number for both; default: "
+    "the model's training size",
   )
-  add("--batch-size", type=_count, default=4, help="pictures at once")
-  add("--decode", choices=("whole", "sliced", "tiled"), default="whole", help="saves memory")
-  add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
-  add("--variant", default="", help="of the pipeline's weights, such as fp16")
-  add("--unet", default="", metavar="DIR", help="another UNet: a directory or hub id")
-  add("--vae", default="", metavar="DIR", help="another VAE: a directory or hub id")
+  add("--batch-size", type=_count, default=4, help="number of images at a time")
+  add(
+    "--decode",
+    choices=("whole", "sliced", "tiled"),
+    default="whole",
+    help="'sliced' and 'tiled' save memory",
+  )
+  add("--dtype", choices=("float32", "bfloat16"), default="float32", help="computation dtype")
+  add("--variant", default="", help="variant of the pipeline's weights, such as fp16")
+  add("--unet", default="", metavar="DIR", help="another UNet: a directory or Hub id")
+  add("--vae", default="", metavar="DIR", help="another VAE: a directory or Hub id")
   add(
     "--clip-skip",
     type=int,
     default=0,
     metavar="N",
-    help="last layers of the text encoder to leave out for prompts, as diffusers counts",
+    help="number of last layers of the text encoder to skip, as diffusers counts",
   )
   parser.add_run_flags()
   return parser
@@ -94,25 +101,25 @@ def _parser() -> argparse.ArgumentParser:
 
 def _count(text: str) -> int:
   if (number := int(text)) < 1:
-    raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    raise argparse.ArgumentTypeError(f"must be at least 1 (got {text})")
   return number
 
 
 def _size(text: str) -> tuple[int, int]:
-  """Height and width of a text that states the width first."""
+  """Parses 'WIDTHxHEIGHT' or one number for both; returns height and width."""
   match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
   if match is None:
-    raise argparse.ArgumentTypeError(f"must be like 512 or 512x768, got {text}")
+    raise argparse.ArgumentTypeError(f"must be like 512 or 512x768 (got {text})")
   return int(match[2] or match[1]), int(match[1])
 
 
-class Picture(NamedTuple):
-  """One to be drawn.
+class ImageTask(NamedTuple):
+  """An image to generate.
 
   Attributes:
-    file: of the PNG.
-    settings: all that it depends on.
-    image: uint8 [H, W, 3], what is to be improved, or None.
+    file: path of the PNG.
+    settings: everything that its pixels depend on.
+    image: the image to improve, uint8 [H, W, 3], or None.
   """
 
   file: Path
@@ -124,18 +131,43 @@ def _run(argv: list[str]) -> None:
   flags = _parser().parse_args(argv)
   _check(flags)
   out = user_path(flags.out)
-  # Late: errors on the command line should not wait for JAX.
-  import jax.numpy as jnp  # noqa: PLC0415
-
+  # Late, so that errors on the command line do not wait for JAX.
   from jaxpref import sharding  # noqa: PLC0415
-  from jaxpref.data import encode  # noqa: PLC0415
-  from jaxpref.evaluation import sampling  # noqa: PLC0415
-  from jaxpref.models import hub, text  # noqa: PLC0415
-  from jaxpref.runtime import jax_setup, progress, workdir  # noqa: PLC0415
+  from jaxpref.models import text  # noqa: PLC0415
+  from jaxpref.runtime import jax_setup, workdir  # noqa: PLC0415
   from jaxpref.training import load_run  # noqa: PLC0415
 
   jax_setup.cache_programs()
   mesh = sharding.make_mesh()
+  pipeline = _load_model(flags, mesh)
+  _fill_guidance(flags)
+  prefix = load_run.prompt_prefix(flags.improver or flags.model)
+  wanted = _list_images(flags, out, pipeline, prefix)
+  of_images = _describe_left_out(flags, len(wanted) // flags.images_per_prompt)
+  missing = [task for task in wanted if not is_generated(task.file, task.settings)]
+  if not missing:
+    print(f"{count(len(wanted), 'image')} in {out}, 0 of them new{of_images}")
+    return
+  text.warn_of_cut(pipeline.tokenizers, [task.settings["prompt"] for task in wanted])
+  workdir.make_writable(out)  # before anything is generated
+  left_out = _generate(flags, pipeline, mesh, missing, total=len(wanted))
+  written, new = len(wanted) - len(left_out), len(missing) - len(left_out)
+  print(f"{count(written, 'image')} in {out}, {new} of them new{of_images}")
+  if left_out:
+    first = left_out[0]
+    raise DivergedError(
+      f"{len(left_out)} of {count(len(missing), 'image')} not written because of non-finite "
+      f"pixels, the first is {first.file.name} of {first.settings['prompt']!r}: the network "
+      "overflows; a smaller --guidance or --dtype=float32 may help"
+    )
+
+
+def _load_model(flags: argparse.Namespace, mesh: Any) -> Any:
+  """Loads the pipeline of --model or --improver."""
+  import jax.numpy as jnp  # noqa: PLC0415
+
+  from jaxpref.training import load_run  # noqa: PLC0415
+
   option, name = ("--improver", flags.improver) if flags.improver else ("--model", flags.model)
   try:
     pipeline = load_run.load(
@@ -152,9 +184,21 @@ def _run(argv: list[str]) -> None:
   except UserError as error:
     raise UserError(f"{option}: {error}") from error
   if pipeline.is_improver != bool(flags.improver):
-    what = "no improver" if flags.improver else "an improver: --improver takes it, and --images"
+    what = (
+      "not an improver: use --model"
+      if flags.improver
+      else "an improver: use --improver and --images"
+    )
     raise UserError(f"{name} is {what}")
-  # As in the run's evaluation: its scales, and what the model was told of good pictures.
+  return pipeline
+
+
+def _fill_guidance(flags: argparse.Namespace) -> None:
+  """Sets missing guidance scales to those of the run's evaluation, or to the defaults."""
+  from jaxpref.models import hub  # noqa: PLC0415
+  from jaxpref.training import load_run  # noqa: PLC0415
+
+  name = flags.improver or flags.model
   if flags.guidance is None:
     usual = 2.0 if flags.model in hub.BUNDLED else 7.5
     flags.guidance = (
@@ -164,20 +208,29 @@ def _run(argv: list[str]) -> None:
     )
   if flags.image_guidance is None:
     flags.image_guidance = load_run.setting(name, "improve", "image_guidance", 3.0)
-  prefix = load_run.prompt_prefix(name)
-  wanted = _pictures(flags, out, pipeline, prefix)
-  of_images = _left_out(flags, len(wanted) // flags.images_per_prompt)
-  missing = [picture for picture in wanted if not is_drawn(picture.file, picture.settings)]
-  if not missing:
-    print(f"{count(len(wanted), 'picture')} in {out}, 0 of them new{of_images}")
-    return
-  text.warn_of_cut(pipeline.tokenizers, [p.settings["prompt"] for p in wanted])
+
+
+def _generate(
+  flags: argparse.Namespace,
+  pipeline: Any,
+  mesh: Any,
+  missing: Sequence[ImageTask],
+  *,
+  total: int,
+) -> list[ImageTask]:
+  """Generates and writes missing images; returns those with non-finite pixels."""
+  from jaxpref import sharding  # noqa: PLC0415
+  from jaxpref.data import encode  # noqa: PLC0415
+  from jaxpref.evaluation import sampling  # noqa: PLC0415
+  from jaxpref.runtime import progress, workdir  # noqa: PLC0415
+
+  batch_size = min(flags.batch_size, total)
   generator = sampling.make_generator(
     pipeline,
     mesh,
     num_steps=flags.steps,
     guidance=flags.guidance,
-    batch_size=min(flags.batch_size, len(wanted)),
+    batch_size=batch_size,
     solver=flags.solver,
     order=flags.order,
     size=flags.size,
@@ -185,47 +238,38 @@ def _run(argv: list[str]) -> None:
     decode=flags.decode,
     image_guidance=flags.image_guidance if flags.improver else None,
   )
-  workdir.make_writable(out)  # before anything is drawn
   size = tuple(missing[0].settings["size"])
-  step = sharding.round_up(min(flags.batch_size, len(wanted)), mesh)
-  left_out: list[Picture] = []
+  step = sharding.round_up(batch_size, mesh)
+  left_out: list[ImageTask] = []
   with progress.progress_bar(
-    total=len(wanted), initial=len(wanted) - len(missing), desc="pictures", unit="image"
+    total=total, initial=total - len(missing), desc="images", unit="image"
   ) as bar:
     for start in range(0, len(missing), step):
       part = missing[start : start + step]
-      prompts = [picture.settings["prompt"] for picture in part]
+      prompts = [task.settings["prompt"] for task in part]
       cond = encode.encode_prompts(pipeline, mesh, prompts, size=size)
       if flags.improver:
-        shown = [picture.image for picture in part]
-        cond = {**cond, "image": encode.encode_images(pipeline, mesh, shown)}
-      seeds = [picture.settings["seed"] for picture in part]
+        inputs = [task.image for task in part]
+        cond = {**cond, "image": encode.encode_images(pipeline, mesh, inputs)}
+      seeds = [task.settings["seed"] for task in part]
       finite: Sequence[bool] = [True] * len(part)
       try:
         images = generator(pipeline.params["unet"], cond, seeds)
       except sampling.NonFiniteError as error:
         images, finite = error.images, error.finite.tolist()
-      for image, good, picture in zip(images, finite, part, strict=True):
+      for image, good, task in zip(images, finite, part, strict=True):
         if good:
-          workdir.write_bytes(picture.file, to_png(image, picture.settings))
+          workdir.write_bytes(task.file, to_png(image, task.settings))
         else:
-          left_out.append(picture)
+          left_out.append(task)
       bar.update(len(part))
-  written, new = len(wanted) - len(left_out), len(missing) - len(left_out)
-  print(f"{count(written, 'picture')} in {out}, {new} of them new{of_images}")
-  if left_out:
-    first = left_out[0]
-    raise DivergedError(
-      f"not written, for pixels that are not finite: {count(len(left_out), 'picture')} "
-      f"of {len(missing)}, the first is {first.file.name} of {first.settings['prompt']!r}: the "
-      "network overflows; a smaller --guidance or --dtype=float32 may help"
-    )
+  return left_out
 
 
 def _check(flags: argparse.Namespace) -> None:
-  """Refuses flags that do not go together, and fills in what depends on the model's kind."""
+  """Refuses flags that do not go together; reads the prompts."""
   if bool(flags.model) == bool(flags.improver):
-    raise UserError("give one of --model and --improver")
+    raise UserError("set either --model or --improver")
   _check_images(flags)
   if flags.prompts is None and not flags.images:
     raise UserError("the following arguments are required: --prompts")
@@ -233,7 +277,7 @@ def _check(flags: argparse.Namespace) -> None:
     value = getattr(flags, name)
     if value is not None and not 0 <= value < math.inf:
       option = name.replace("_", "-")
-      raise UserError(f"--{option} must be finite and at least 0, got {value}")
+      raise UserError(f"--{option} must be finite and at least 0 (got {value})")
   if flags.prompts is not None:
     flags.prompts = read_prompts(flags.prompts)
     if flags.images and len(flags.prompts) > 1:
@@ -244,22 +288,25 @@ def _check(flags: argparse.Namespace) -> None:
 
 
 def _check_images(flags: argparse.Namespace) -> None:
-  """Refuses what does not go together with improving, or with not improving."""
+  """Refuses flags that do not go together with --improver, or need it."""
   if bool(flags.images) != bool(flags.improver):
-    raise UserError("--improver and --images go together: what to improve with, and what")
+    raise UserError("--improver and --images go together: set both, or neither")
   if flags.image_guidance is not None and not flags.improver:
-    raise UserError("--image-guidance is an improver's")
+    raise UserError("--image-guidance needs --improver")
   if flags.size and flags.improver:
-    raise UserError("--size is not for an improver, which draws what it was trained for")
+    raise UserError("--size does not go with --improver, which has its training size")
   out = user_path(flags.out).resolve()
   if flags.images and out.is_relative_to(user_path(flags.images).resolve()):
-    raise UserError(f"--out={flags.out} lies in --images, whose pictures would grow in number")
+    raise UserError(
+      f"--out={flags.out} is inside --images, so its images would be improved next time: "
+      "choose another --out"
+    )
 
 
-def _pictures(
+def _list_images(
   flags: argparse.Namespace, out: Path, pipeline: Any, prefix: str
-) -> list[Picture]:
-  """All that the flags ask for, drawn already or not."""
+) -> list[ImageTask]:
+  """Lists all images that the flags ask for, whether they exist or not."""
   height, width = flags.size or (pipeline.image_size, pipeline.image_size)
   shared = {
     "model": flags.improver or flags.model,
@@ -274,7 +321,7 @@ def _pictures(
     "dtype": flags.dtype,
     "clip_skip": pipeline.clip_skip,
   }
-  # (stem of the file's name, prompt, image to improve and what it changes of the settings)
+  # (stem of the file's name, prompt, image to improve, additional settings)
   subjects: list[tuple[str, str, Any, dict[str, Any]]]
   if flags.images:
     from jaxpref.data import folder  # noqa: PLC0415
@@ -285,7 +332,7 @@ def _pictures(
       image_size=pipeline.image_size,
       caption=flags.prompts[0] if flags.prompts else None,
       option="--images",
-      hint='; or --prompts="..." is the prompt of all',
+      hint='; or set one prompt for all with --prompts="..."',
     )
     subjects = [
       (
@@ -301,22 +348,22 @@ def _pictures(
   each = flags.images_per_prompt
   total = len(subjects) * each
   if not 0 <= flags.seed < 2**32 - total:
-    raise UserError(f"--seed must be at least 0 and below 2^32 less {count(total, 'picture')}")
+    raise UserError(f"--seed must be at least 0 and below 2^32 minus {count(total, 'image')}")
   names = [stem for stem, *_ in subjects]
   if twice := sorted({name for name in names if names.count(name) > 1}):
-    raise UserError(f"several pictures in --images would become {twice[0]}: rename them")
-  pictures = []
+    raise UserError(f"several images in --images would become {twice[0]}: rename them")
+  tasks = []
   for i, (stem, prompt, image, more) in enumerate(subjects):
-    # Pictures to improve differ by themselves; so they keep their seeds among others.
+    # Images to improve all have the first seed, so results do not depend on the other images.
     first = flags.seed + (0 if flags.images else i * each)
     for number in range(each):
       settings = {**shared, **more, "prompt": prefix + prompt, "seed": first + number}
-      pictures.append(Picture(out / f"{stem}-{number:02d}.png", settings, image))
-  return pictures
+      tasks.append(ImageTask(out / f"{stem}-{number:02d}.png", settings, image))
+  return tasks
 
 
-def _left_out(flags: argparse.Namespace, used: int) -> str:
-  """What the last line says of pictures that could not be improved."""
+def _describe_left_out(flags: argparse.Namespace, used: int) -> str:
+  """Returns the end of the last line, which says how many images could not be improved."""
   if not flags.images:
     return ""
   from jaxpref.data import folder  # noqa: PLC0415
@@ -328,7 +375,7 @@ def _left_out(flags: argparse.Namespace, used: int) -> str:
 
 
 def read_prompts(text: str) -> list[str]:
-  """The prompts in a file, one a line, or the one that is given itself.
+  """Reads the prompts of --prompts: a file with one per line, or a prompt itself.
 
   Raises:
     UserError: the file is missing, unreadable or empty.
@@ -338,11 +385,11 @@ def read_prompts(text: str) -> list[str]:
   try:
     path = Path(text).expanduser()
     is_file = path.is_file()
-  except (OSError, RuntimeError, ValueError):  # no name that a file can have, or no home
+  except (OSError, RuntimeError, ValueError):  # not a possible file name, or an unknown home
     is_file, path = False, Path()
   if not is_file and path.suffix != ".txt":
     try:
-      # Where the locale is C, Python keeps other characters of an argument as bytes.
+      # In the C locale, Python escapes non-ASCII bytes of arguments.
       return [text.encode(errors="surrogateescape").decode()]
     except UnicodeError as error:
       raise UserError(f"--prompts is not UTF-8: {text!r}") from error
@@ -352,16 +399,16 @@ def read_prompts(text: str) -> list[str]:
     raise UserError(f"--prompts: {error}") from error
 
 
-def is_drawn(file: Path, settings: Mapping[str, Any]) -> bool:
-  """Whether the file is the picture of these settings.
+def is_generated(file: Path, settings: Mapping[str, Any]) -> bool:
+  """Returns whether the file is the image of these settings.
 
   Raises:
-    UserError: it is something else, which is not to be overwritten.
+    UserError: the file is something else, which must not be overwritten.
   """
   if not file.exists():
     return False
-  foreign = f"{file} is not a picture of this program; choose another --out"
-  if not file.is_file():  # a pipe would wait for a writer
+  foreign = f"{file} is not an image of this program: choose another --out"
+  if not file.is_file():  # reading a pipe would wait for a writer
     raise UserError(foreign)
   try:
     with Image.open(file) as image:
@@ -371,17 +418,17 @@ def is_drawn(file: Path, settings: Mapping[str, Any]) -> bool:
     *(UnidentifiedImageError, Image.DecompressionBombError),
   ) as error:
     raise UserError(foreign) from error
-  for name in settings.keys() - {"model"}:  # its weights tell, wherever it lies
+  for name in settings.keys() - {"model"}:  # its path may change; its weights are compared
     if found.get(name, _LATER.get(name)) != settings[name]:
       raise UserError(
-        f"{file} is of other settings: {name} was {found.get(name)!r}, now {settings[name]!r}; "
+        f"{file} has other settings: {name} was {found.get(name)!r}, now {settings[name]!r}; "
         "choose another --out"
       )
   return True
 
 
 def to_png(image: Any, settings: Mapping[str, Any]) -> bytes:
-  """A PNG with its settings, as JSON and in the form that A1111's web UI shows."""
+  """Encodes a PNG with its settings, as JSON and in the format of A1111's web UI."""
   texts = PngImagePlugin.PngInfo()
   texts.add_itxt(_SETTINGS, json.dumps(settings, ensure_ascii=False))
   height, width = settings["size"]

@@ -369,10 +369,10 @@ def test_images_with_damaged_settings_are_not_overwritten(tmp_path, content):
   info = generate.PngImagePlugin.PngInfo()
   info.add_itxt("jaxpref", content.decode(errors="replace"))
   Image.new("RGB", (8, 8)).save(file, pnginfo=info)
-  refused(lambda: generate.is_drawn(file, {"seed": 1}), file)
+  refused(lambda: generate.is_generated(file, {"seed": 1}), file)
   file.unlink()
   os.mkfifo(file)
-  refused(lambda: generate.is_drawn(file, {"seed": 1}), file)
+  refused(lambda: generate.is_generated(file, {"seed": 1}), file)
 
 
 def test_a_finished_iteration_is_named_by_a_plain_number(tmp_path):

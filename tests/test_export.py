@@ -272,7 +272,7 @@ def test_it_goes_on_where_it_stopped(tiny_pipeline, prompts, tmp_path, capsys):
   (out / "00001-00.png").unlink()
   capsys.readouterr()
   draw(out, *flags, model=tiny_pipeline)
-  assert "3 pictures in" in (said := capsys.readouterr().out) and "1 of them new" in said
+  assert "3 images in" in (said := capsys.readouterr().out) and "1 of them new" in said
   for name, (data, changed) in before.items():
     assert (out / name).read_bytes() == data
     assert ((out / name).stat().st_mtime_ns == changed) == (name != "00001-00.png")
@@ -280,7 +280,7 @@ def test_it_goes_on_where_it_stopped(tiny_pipeline, prompts, tmp_path, capsys):
   message = fails(generate, [*base, "--guidance=3"], capsys)
   assert "guidance was 2.0, now 3.0; choose another --out" in message
   (out / "00002-00.png").write_bytes(b"mine")
-  assert "not a picture of this program" in fails(generate, [*base, "--guidance=2"], capsys)
+  assert "not an image of this program" in fails(generate, [*base, "--guidance=2"], capsys)
   assert (out / "00002-00.png").read_bytes() == b"mine"
 
 
@@ -331,7 +331,10 @@ def test_pixels_that_are_not_finite_are_not_written(part, tiny_pipeline, tmp_pat
   for _ in range(2 if part == "vae" else 1):
     assert generate.main([*flags, "--images-per-prompt=2"]) == 3
     message = capsys.readouterr().err.splitlines()[-1]
-    assert "not finite: 2 pictures of 2, the first is 00000-00.png of 'a ring'" in message
+    assert (
+      "2 of 2 images not written because of non-finite pixels, the first is 00000-00.png of 'a ring'"
+      in message
+    )
     assert not list((tmp_path / "out").glob("*"))
 
 
@@ -348,7 +351,7 @@ def test_pictures_beside_one_that_is_not_finite_are_written(
     generate.main([f"--model={tiny_pipeline}", f"--out={out}", f"--prompts={prompts}"]) == 3
   )
   said = capsys.readouterr()
-  assert "2 pictures in" in said.out and "1 picture of 3, the first is 00001-00.png" in said.err
+  assert "2 images in" in said.out and "1 of 3 images not" in said.err
   assert sorted(p.name for p in out.iterdir()) == ["00000-00.png", "00002-00.png"]
 
 

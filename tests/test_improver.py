@@ -124,7 +124,7 @@ def test_a_folder_of_pictures_is_improved(improving, folder, tmp_path, capsys):
   flags = (f"--improver={improving}", f"--images={folder}")
   out = tmp_path / "out"
   said = draw(capsys, *flags, f"--out={out}", "--prompts=two stars")
-  assert "2 pictures" in said and "2 of them new" in said
+  assert "2 images" in said and "2 of them new" in said
   assert sorted(p.name for p in out.iterdir()) == ["a-00.png", "deeper-b-00.png"]
   settings = json.loads(Image.open(out / "a-00.png").info["jaxpref"])
   assert settings["prompt"] == "two stars" and settings["image_guidance"] == 3.0
@@ -132,7 +132,7 @@ def test_a_folder_of_pictures_is_improved(improving, folder, tmp_path, capsys):
   assert "0 of them new" in draw(capsys, *flags, f"--out={out}", "--prompts=two stars")
   # The caption beside a picture is its prompt, and pictures without are named.
   said = draw(capsys, *flags, f"--out={tmp_path / 'told'}")
-  assert "1 picture in" in said and f"1 of 2 in {folder} left out" in said
+  assert "1 image in" in said and f"1 of 2 in {folder} left out" in said
   assert [p.name for p in (tmp_path / "told").iterdir()] == ["a-00.png"]
   told = json.loads(Image.open(tmp_path / "told" / "a-00.png").info["jaxpref"])
   assert told["prompt"] == "a red circle" and told["seed"] == settings["seed"]
@@ -146,7 +146,7 @@ def test_a_folder_of_pictures_is_improved(improving, folder, tmp_path, capsys):
   Image.new("RGB", (24, 20)).save(folder / "a.png")
   again = [*flags, f"--out={tmp_path / 'told'}", "--steps=2"]
   assert generate.main(again) == 2
-  assert "a-00.png is of other settings: improved was" in capsys.readouterr().err
+  assert "a-00.png has other settings: improved was" in capsys.readouterr().err
 
 
 def test_what_is_improved_depends_on_picture_and_seed_alone(
@@ -168,13 +168,13 @@ def test_what_is_improved_depends_on_picture_and_seed_alone(
     (["--model={base}", "--images={folder}"], "--improver and --images go together"),
     (["--model={base}", "--improver={improver}"], "one of --model and --improver"),
     (["--prompts=a"], "one of --model and --improver"),
-    (["--improver={base}", "--images={folder}"], "is no improver"),
-    (["--model={improver}", "--prompts=a"], "is an improver: --improver takes it"),
-    (["--model={base}", "--prompts=a", "--image-guidance=2"], "is an improver's"),
+    (["--improver={base}", "--images={folder}"], "is not an improver"),
+    (["--model={improver}", "--prompts=a"], "is an improver: use --improver"),
+    (["--model={base}", "--prompts=a", "--image-guidance=2"], "needs --improver"),
     (["--improver={improver}", "--images={folder}", "--size=32"], "--size is not for"),
     (["--improver={improver}", "--images=/nowhere"], "--images '/nowhere' is not a folder"),
     (["--improver={improver}", "--images={folder}", "--image-guidance=-1"], "at least 0"),
-    (["--improver={improver}", "--images={folder}", "--out={folder}/x"], "lies in --images"),
+    (["--improver={improver}", "--images={folder}", "--out={folder}/x"], "is inside --images"),
     (["--improver={improver}", "--images={folder}", "--prompts=setup.py.txt"], "cannot read"),
   ],
 )

@@ -184,7 +184,7 @@ def test_a_lora_run(tiny_pipeline, tfds_dir, tmp_path, monkeypatch, capsys):
   assert "--lora writes a file" in capsys.readouterr().err
   pipe = [f"--workdir={tiny_pipeline}", "--lora", f"--out={tmp_path / 'y.safetensors'}"]
   assert export.main(pipe) == 2
-  assert "is no LoRA run" in capsys.readouterr().err
+  assert "is not a LoRA run" in capsys.readouterr().err
   # Another pattern or rank is another run.
   assert main.main([*arguments, "--config.lora.rank=3"]) == 2
   assert "lora.rank was 2, now 3" in capsys.readouterr().err

@@ -64,7 +64,7 @@ def test_diffusion_dro_of_sd15(sd15):
     sum(v for k, v in memory.items() if k != "total")
   )
   text = estimate.describe(numbers | {"fits": False})
-  assert "does NOT fit into nine tenths of 16 GiB" in text and "859,520,964" in text
+  assert "does NOT fit into 90 % of 16 GiB" in text and "859,520,964" in text
 
 
 def test_other_methods_and_devices():
@@ -116,15 +116,15 @@ def test_low_rank_additions_draw_with_their_base():
 REFUSALS = {
   "no topology": ([], "--topology is missing"),
   "unknown device": (["--topology=tpu9:8"], "'tpu9' is not one of v4, v5e"),
-  "no number": (["--topology=h100"], "has no number of devices, such as h100:8"),
-  "other number": (["--topology=h100:4x"], "has no number of devices"),
+  "no number": (["--topology=h100"], "lacks a number of devices, such as h100:8"),
+  "other number": (["--topology=h100:4x"], "lacks a number of devices"),
   "too many": (["--topology=h100:" + "9" * 5000], "more than 65,536 devices"),
-  "mfu": (["--topology=h100:8", "--mfu=40"], "--mfu is a share"),
+  "mfu": (["--topology=h100:8", "--mfu=40"], "--mfu must be above 0"),
   "compile": (["--topology=h100:8", "--compile=maybe"], "'yes' or 'no'"),
-  "a GPU": (["--topology=h100:8", "--compile=yes"], "only TPUs can be compiled for"),
-  "no run": (["--config=configs/shapes_base.py", "--topology=h100:8"], "trains no UNet with a"),
-  "no file": (["--topology=h100:8", "--json="], "--json is a file to write"),
-  "a directory": (["--topology=h100:8", "--json=/tmp"], "--json is a file to write"),
+  "a GPU": (["--topology=h100:8", "--compile=yes"], "works only for TPUs"),
+  "no run": (["--config=configs/shapes_base.py", "--topology=h100:8"], "does not train a UNet"),
+  "no file": (["--topology=h100:8", "--json="], "--json must be a file to write"),
+  "a directory": (["--topology=h100:8", "--json=/tmp"], "--json must be a file to write"),
   "mesh": (
     ["--topology=h100:8", "--config.mesh.fsdp=3"],
     "mesh.fsdp must divide the",

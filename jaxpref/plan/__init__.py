@@ -1,1 +1,1 @@
-"""What a run costs: FLOPs, memory and time, without running it."""
+"""Estimates of a run's FLOPs, memory and time, without running it."""

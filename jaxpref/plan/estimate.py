@@ -1,11 +1,11 @@
-"""What a run will cost, before anything is rented.
+"""The planner: what a run will cost, before devices are rented.
 
   python -m jaxpref.plan --config=configs/dro.py:sd15 --topology=v5e:4x4
 
-counts parameters, FLOPs of an update by phase, and memory of a device; says whether the run
-fits and which settings make it fit; and, for TPUs and where libtpu is installed, compiles the
-run's programs with the TPU's own compiler, for its account of memory and of messages between
-devices. No accelerator is needed, and of the model only its configuration files.
+It counts parameters, FLOPs per update by phase, and memory per device. It says whether the run
+fits, and which settings make it fit. For TPUs, if libtpu is installed, --compile=yes compiles
+the run's programs with the TPU compiler, for its own numbers of memory and communication. The
+planner needs no accelerator, and only the configuration files of the model.
 """
 
 import dataclasses
@@ -27,17 +27,17 @@ from jaxpref.runtime import workdir as workdir_lib
 
 FLAGS = {
   "topology": "devices to plan for, such as v5e:4x4, v5p:2x2x2, h200:8",
-  "mfu": "share of the devices' peak that time is estimated with; 0.4 by default",
-  "compile": "'yes': with the TPU's compiler (minutes to tens of minutes), else 'no'",
-  "json": "a file for the numbers",
+  "mfu": "model FLOPs utilization, the share of the devices' peak; 0.4 by default",
+  "compile": "'yes' compiles for TPUs (minutes to tens of minutes); 'no' by default",
+  "json": "a file to write the numbers to",
 }
 _MOST_DEVICES = 65_536
-_USABLE = 0.9  # of a device's memory: scratch space is not in the estimate
+_USABLE = 0.9  # share of a device's memory; the estimate does not include scratch space
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """A kind of device: JAX's name for it, GiB of memory, and JAX's name of its platform."""
+  """A kind of device: JAX's name for it, its memory in GiB, and JAX's name of its platform."""
 
   kind: str
   memory: float
@@ -56,11 +56,11 @@ CHIPS = {
 
 
 def main(argv: list[str]) -> int:
-  """Plans as the flags say; returns the exit status."""
-  # Before JAX starts: the TPU's compiler looks for a TPU otherwise.
+  """Prints and writes the plan that the flags ask for; returns the exit status."""
+  # Before JAX starts, because libtpu would otherwise look for a TPU.
   os.environ.setdefault("JAX_PLATFORMS", "cpu")
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # it is not going to use one
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # another process may hold the TPU
   return cli.exit_status(_run, argv, continues=False)
 
 
@@ -69,23 +69,23 @@ def _run(argv: list[str]) -> None:
   config_lib.validate(config)
   compiles = flags.get("compile", "no")
   if compiles not in ("yes", "no"):
-    raise UserError(f"--compile is 'yes' or 'no', got {compiles!r}")
+    raise UserError(f"--compile must be 'yes' or 'no' (got {compiles!r})")
   try:
     mfu = float(flags.get("mfu", 0.4))
   except ValueError:
     mfu = 0.0
   if not 0 < mfu <= 1:
-    raise UserError(f"--mfu is a share above 0, at most 1, got {flags['mfu']!r}")
+    raise UserError(f"--mfu must be above 0 and at most 1 (got {flags['mfu']!r})")
   if "topology" not in flags:
-    raise UserError("--topology is missing, e.g. --topology=v5e:4x4")
+    raise UserError("--topology is missing: set it, for example --topology=v5e:4x4")
   chip, _ = parse_topology(flags["topology"])
   if compiles == "yes" and chip.platform != "tpu":
-    raise UserError("--compile=yes: only TPUs can be compiled for without having one")
+    raise UserError("--compile=yes works only for TPUs: leave it out")
   if "json" in flags and (not flags["json"] or Path(flags["json"]).is_dir()):
-    raise UserError(f"--json is a file to write, got {flags['json']!r}")
+    raise UserError(f"--json must be a file to write (got {flags['json']!r})")
   if "model" not in config or "loss" not in config:
     raise UserError(
-      f"{config.name} trains no UNet with a loss; plans are for configurations that do"
+      f"{config.name} cannot be planned: it does not train a UNet with a preference loss"
     )
   numbers = plan(config, flags["topology"], mfu=mfu)
   print(describe(numbers), flush=True)
@@ -99,16 +99,19 @@ def _run(argv: list[str]) -> None:
 
 
 def parse_topology(text: str) -> tuple[Chip, int]:
-  """The kind of device, and how many; 'v5e:4x4' are sixteen.
+  """Parses a topology into the kind of device and the number of devices.
+
+  Args:
+    text: such as 'v5e:4x4', which is sixteen devices.
 
   Raises:
-    UserError: it is no such thing.
+    UserError: the kind is unknown, or the number is missing or too large.
   """
   name, _, shape = text.partition(":")
   if name not in CHIPS:
     raise UserError(f"--topology: {name!r} is not one of {', '.join(CHIPS)}")
   if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
-    raise UserError(f"--topology: {text!r} has no number of devices, such as {name}:8")
+    raise UserError(f"--topology: {text!r} lacks a number of devices, such as {name}:8")
   sides = [number_of(side) or _MOST_DEVICES + 1 for side in shape.split("x")]
   if (count := math.prod(sides)) > _MOST_DEVICES:
     raise UserError(f"--topology: {text!r} has more than {_MOST_DEVICES:,} devices")
@@ -116,7 +119,7 @@ def parse_topology(text: str) -> tuple[Chip, int]:
 
 
 def _settings(config: Any) -> dict[str, Any]:
-  """What of a configuration the numbers depend on most."""
+  """Returns the settings that influence the numbers most."""
   fields = dict(config_lib.leaves(config))
   names = ("model.dtype", "model.attention", "model.norm", "model.remat", "lora.rank")
   more = ("train.batch_size", "train.accumulate", "rollout.batch_size", "rollout.num_steps")
@@ -126,24 +129,24 @@ def _settings(config: Any) -> dict[str, Any]:
 def plan(
   config: Any, topology: str, *, mfu: float = 0.4, search: bool = True
 ) -> dict[str, Any]:
-  """Everything that shapes tell.
+  """Estimates everything that follows from shapes.
 
   Args:
-    config: of a run.
+    config: the run's configuration.
     topology: see `parse_topology`.
-    mfu: share of the devices' peak that time is estimated with.
-    search: whether other settings are looked for.
+    mfu: model FLOPs utilization for the estimate of time, 0 to 1.
+    search: whether to look for other settings that fit.
 
   Returns:
     A tree of numbers and texts: 'devices', 'parameters', 'flops' of an update by phase,
-    'seconds' of an update and 'hours' of all at this MFU, 'memory' of a device in GiB as
-    configured ('configuration'), and under 'settings' what else fits, by 'mesh.fsdp' and
-    'model.remat'.
+    'seconds' of an update and 'hours' of all updates at this MFU, 'memory' of a device in GiB
+    with the configured settings ('configuration'), and under 'settings' what else fits, by
+    'mesh.fsdp' and 'model.remat'.
 
   Raises:
-    UserError: whatever is wrong with the configuration or the topology.
+    UserError: the configuration or the topology is invalid.
   """
-  import jax  # noqa: PLC0415  # JAX starts late, for errors to come at once
+  import jax  # noqa: PLC0415  # late, so that errors on the command line do not wait for JAX
   import numpy as np  # noqa: PLC0415
 
   from jaxpref import sharding  # noqa: PLC0415
@@ -187,7 +190,7 @@ def plan(
 
 
 class _Model:
-  """What does not change with settings, each traced once: shapes, and bytes kept by remat."""
+  """Shapes, and bytes stored under each remat; traced once, for all settings."""
 
   def __init__(self, checked: Any, chip: Chip):
     import jax  # noqa: PLC0415
@@ -204,10 +207,10 @@ class _Model:
     self._kept: dict[str, int] = {}
 
   def kept(self, remat: str) -> int:
-    """Bytes that a latent's forward pass keeps."""
+    """Returns the bytes that one latent's forward pass stores for the backward pass."""
     from jaxpref.plan import memory  # noqa: PLC0415
 
-    # Fused attention keeps about as little as one that is computed again.
+    # Fused attention stores about as little as recomputed attention.
     remade = "attention" if remat == "none" and self.fused else remat
     if remade not in self._kept:
       self._kept[remade] = memory.kept_bytes(
@@ -217,7 +220,7 @@ class _Model:
 
 
 def _has_fused_attention(checked: Any, chip: Chip) -> bool:
-  """Whether the longest attention keeps no logits: in two bytes a number on GPUs, by tiles."""
+  """Returns whether the longest attention stores no logits: bfloat16 on GPUs, tiles on TPUs."""
   from jaxpref.models import kernels  # noqa: PLC0415
 
   if chip.platform == "gpu":
@@ -226,29 +229,30 @@ def _has_fused_attention(checked: Any, chip: Chip) -> bool:
 
 
 def _for_accelerator(config: Any, *, traced_only: bool = True) -> Any:
-  """The configuration with 'auto' as it is there, and without what only reads files.
+  """Returns the configuration for the accelerator, without what only reads files.
 
   Args:
-    config: of a run.
-    traced_only: or else compiled for TPUs, which takes the kernels that run there.
+    config: the run's configuration.
+    traced_only: whether programs are only traced; if not, they are compiled for TPUs and get
+      the kernels that run there.
   """
   config = config.copy_and_resolve_references()
   with config.unlocked():
     if config.model.attention != "stock" and traced_only:
-      # In cuDNN's place, which cannot be traced here.
+      # cuDNN's attention cannot be traced without a GPU.
       config.model.attention = "xla"
     elif config.model.attention == "auto":
       config.model.attention = "splash"
     config.model.norm = "stock" if config.model.norm == "stock" else "lean"
     if "iterate" in config:
-      # All iterations but the first begin with the one before.
-      config.model.start = config.model.start or "the iteration before"
+      # All iterations but the first start from the previous one's weights.
+      config.model.start = config.model.start or "the previous iteration"
       del config.iterate
   return config
 
 
 def _logits(checked: Any) -> int:
-  """Bytes of one latent's largest attention by XLA: logits in float32, and their softmax."""
+  """Returns the bytes of XLA's largest attention, per latent: float32 logits and softmax."""
   width = 4 + (2 if checked.config.model.dtype == "bfloat16" else 4)
   config = checked.pipeline.configs["unet"]
   blocks, heads = config["down_block_types"], config.get("attention_head_dim", 8)
@@ -259,7 +263,14 @@ def _logits(checked: Any) -> int:
 
 
 def _memory(checked: Any, arguments: Any, model: _Model) -> dict[str, float]:
-  """GiB on a device, by what takes it; the sizes of `arguments` are those of any mesh."""
+  """Estimates a device's memory in GiB, by use.
+
+  Args:
+    checked: the run, whose mesh and settings are used.
+    arguments: abstract arguments of the programs; their global shapes do not depend on the
+      mesh.
+    model: of the run.
+  """
   import jax  # noqa: PLC0415
 
   from jaxpref.plan import memory  # noqa: PLC0415
@@ -277,7 +288,7 @@ def _memory(checked: Any, arguments: Any, model: _Model) -> dict[str, float]:
     "parameters, moments, average": wide + on(state.ema) + on(state.opt_state),
     "gradients": wide + sums,
     "weights as computed with": _computed_with(checked, arguments, model),
-    # The base is there to the end, for the evaluation.
+    # The base weights stay on the devices until the end, for the evaluation.
     "frozen copies": on(state.policy_copy) + on(model.base) + on(arguments.start),
     "text encoders, VAE": on(model.encoders),
     "kept for the backward pass": latents * model.kept(config.model.remat),
@@ -290,7 +301,7 @@ def _memory(checked: Any, arguments: Any, model: _Model) -> dict[str, float]:
 
 
 def _computed_with(checked: Any, arguments: Any, model: _Model) -> float:
-  """Bytes of weights that are gathered or rounded for the UNet, for all of an update."""
+  """Returns the bytes of weights that are gathered or cast for the UNet during an update."""
   import jax  # noqa: PLC0415
 
   from jaxpref.plan import memory  # noqa: PLC0415
@@ -300,7 +311,7 @@ def _computed_with(checked: Any, arguments: Any, model: _Model) -> float:
   rounds = config.model.dtype == "bfloat16"
   if mesh.shape["fsdp"] == 1:
     return memory.bytes_on_device(trained, mesh) / 2 if rounds else 0
-  # All of the policy's; of the reference's, too, where those are others.
+  # The policy's weights, and the reference's if it has its own.
   others = arguments.base is not None or arguments.start is not None
   networks = 1 + (others and not config.lora.rank)
   return networks * sum(x.size for x in jax.tree.leaves(trained)) * (2 if rounds else 4)
@@ -309,7 +320,7 @@ def _computed_with(checked: Any, arguments: Any, model: _Model) -> float:
 def _search(
   checked: Any, arguments: Any, model: _Model, chip: Chip
 ) -> Iterator[dict[str, Any]]:
-  """The largest micro-batch that fits for each way to split (up to 64) and to recompute."""
+  """Yields the largest micro-batch that fits, by `mesh.fsdp` (up to 64) and `model.remat`."""
   from jaxpref import sharding  # noqa: PLC0415
 
   rows, count = checked.config.train.batch_size, checked.mesh.size
@@ -334,7 +345,7 @@ def _search(
 
 
 def describe(numbers: dict[str, Any]) -> str:
-  """The plan as a text with tables."""
+  """Formats the plan as a text with tables."""
   device, memory = numbers["device"], numbers["memory"]
   total = sum(numbers["flops"].values())
   lines = [
@@ -342,24 +353,22 @@ def describe(numbers: dict[str, Any]) -> str:
     f"{numbers['devices']} x {device['kind']}, mesh {numbers['mesh']}",
     f"parameters of the UNet: {numbers['parameters']:,}; trained: {numbers['trained']:,}",
     "",
-    f"an update: {_flops(total)} in all, {numbers['seconds']:.3g} s at "
-    f"{100 * numbers['mfu']:.0f} % of peak; the training: {numbers['hours']:.2g} hours",
+    f"per update: {_flops(total)} in total, {numbers['seconds']:.3g} s at "
+    f"{100 * numbers['mfu']:.0f} % of peak; all of training: {numbers['hours']:.2g} hours",
   ]
   for phase, cost in numbers["flops"].items():
     lines.append(f"  {phase:<10} {_flops(cost):>15}  {100 * cost / total:3.0f} %")
   lines += [
     "",
-    "memory of a device as configured, GiB (an estimate; scratch space is left out, and grows",
-    "with rows: with 16 of SD 1.5 on a device the TPU's compiler counted a third more):",
+    "memory per device as configured, GiB (an estimate without scratch space, which grows with",
+    "rows: for 16 rows of SD 1.5 per device the TPU compiler counted a third more):",
   ]
   lines += [f"  {name:<30} {value:8.2f}" for name, value in memory.items()]
   verdict = "fits" if numbers["fits"] else "does NOT fit"
-  lines.append(f"  it {verdict} into nine tenths of {device['memory']:.0f} GiB")
+  lines.append(f"  it {verdict} into 90 % of {device['memory']:.0f} GiB")
   if device["kind"].startswith("NVIDIA"):
-    lines.append(
-      "  (JAX takes three quarters unless XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 is set)"
-    )
-  lines += ["", "what fits, the largest micro-batch for each way (10 % left free):"]
+    lines.append("  (JAX allocates only 75 % unless XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 is set)")
+  lines += ["", "settings that fit, each with its largest micro-batch (10 % left free):"]
   columns = (
     "mesh.fsdp",
     "model.remat",

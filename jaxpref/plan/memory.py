@@ -1,4 +1,4 @@
-"""What a run needs of a device's memory, from shapes alone."""
+"""Memory of a run on a device, from shapes alone."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from jaxpref.models.pipeline import Pipeline, abstract_params
 
 
 def bytes_on_device(tree: Any, mesh: Any) -> int:
-  """Bytes of a device that parameters take, or what is placed like them; a tree of shapes."""
+  """Computes the bytes per device of a tree of shapes that is sharded as parameters are."""
   placed = sharding.params_sharding(mesh, tree)
   sizes = jax.tree.map(
     lambda leaf, where: int(np.prod(where.shard_shape(leaf.shape))) * leaf.dtype.itemsize,
@@ -22,10 +22,10 @@ def bytes_on_device(tree: Any, mesh: Any) -> int:
 
 
 def kept_bytes(pipeline: Pipeline, **options: Any) -> int:
-  """What the UNet's forward pass keeps of one latent for the backward pass.
+  """Computes the bytes that the UNet's forward pass stores for the backward pass, per latent.
 
   Args:
-    pipeline: parameters are not needed.
+    pipeline: its parameters are not needed.
     **options: `attention`, `norm` and `remat` of `unet.make_denoise`.
   """
   unet = pipeline.modules["unet"]
@@ -39,7 +39,7 @@ def kept_bytes(pipeline: Pipeline, **options: Any) -> int:
     lambda p, x, t, c: jax.vjp(lambda p: denoise(p, x, t, c), p)[1],
     *(params, x_t, jax.ShapeDtypeStruct((1,), jnp.int32), cond),
   )
-  # Of parameters, and of their casts, there is one for all latents.
+  # Residuals with a parameter's shape are parameters or their casts, which all latents share.
   weights = {leaf.shape for leaf in jax.tree.leaves(params)}
   return sum(
     leaf.size * leaf.dtype.itemsize

@@ -1,4 +1,4 @@
-"""The TPU compiler's own account of a run's programs, on a machine without a TPU."""
+"""The TPU compiler's numbers for a run's programs, on a machine without a TPU."""
 
 import importlib.util
 import re
@@ -11,20 +11,20 @@ GIB = 2**30
 
 
 def compile_programs(config: Any, topology: str) -> dict[str, Any]:
-  """The TPU compiler's account of a run's programs.
+  """Compiles a run's programs for TPUs and reads the compiler's numbers.
 
   Args:
-    config: of a run, with kernels that TPUs have.
+    config: the run's configuration, with kernels that TPUs have.
     topology: of TPUs, such as 'v5e:4x4'.
 
   Returns:
-    By program: 'memory', GiB of a device by kind; 'collectives', by operation how often they
-    stand in the program and in its loops, and MiB a device receives at each; 'effort', what
-    JAX's options of these names ask of the compiler; 'compile seconds'; or 'error', as when
-    it does not fit.
+    By program: 'memory', GiB per device by kind; 'collectives', by operation how many the
+    program and its loops contain, and the MiB that a device receives; 'effort', the values of
+    JAX's options for the compiler's effort; 'compile seconds'. Or 'error', for example if the
+    program does not fit.
 
   Raises:
-    UserError: libtpu is not installed, or it has no such topology.
+    UserError: libtpu is not installed, or does not know the topology.
   """
   from jax.experimental import topologies  # noqa: PLC0415
 
@@ -32,12 +32,12 @@ def compile_programs(config: Any, topology: str) -> dict[str, Any]:
   from jaxpref.training import programs, setup  # noqa: PLC0415
 
   if not importlib.util.find_spec("libtpu"):
-    raise UserError('--compile=yes needs the TPU\'s compiler: pip install "jax[tpu]"')
+    raise UserError('--compile=yes needs the TPU compiler: pip install "jax[tpu]"')
   try:
     devices = topologies.get_topology_desc(topology, platform="tpu").devices
-  except Exception as error:  # whatever a plugin raises
+  except Exception as error:  # plugins raise all kinds of errors
     reason = str(error).partition("\n")[0]
-    raise UserError(f"{topology} cannot be compiled for: {reason}") from error
+    raise UserError(f"cannot compile for {topology}: {reason}") from error
   mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, devices=devices)
   checked = setup.check(config, mesh=mesh)
   program, arguments = programs.abstract_programs(checked)
@@ -85,11 +85,11 @@ _CALLED = re.compile(r"(?:body|condition|calls|to_apply)=%?([\w.-]+)")
 
 
 def collectives(hlo: str) -> dict[str, dict[str, float]]:
-  """Messages between devices in a compiled program's text.
+  """Counts the communication between devices in a compiled program's text.
 
   Returns:
-    By operation: 'count', 'in loops' (of the count, those that recur) and 'MiB' that a
-    device holds of their results, each counted once.
+    By operation: 'count', 'in loops' (how many of them repeat), and 'MiB' of their results on
+    a device, each operation counted once.
   """
   bodies: dict[str, list[str]] = {}
   name = ""
@@ -108,7 +108,7 @@ def collectives(hlo: str) -> dict[str, dict[str, float]]:
       entry["count"] += 1
       entry["in loops"] += name in looped
       sizes = [_bytes(*shape) for shape in _SHAPE.findall(shapes)]
-      # What is begun returns operand and result, but for all-reduce, whose results it returns.
+      # A "-start" operation returns operand and result, but all-reduce-start only results.
       begun = start and operation != "all-reduce" and len(sizes) > 1
       entry["MiB"] += (sizes[1] if begun else sum(sizes)) / 2**20
   return found
@@ -123,7 +123,7 @@ def _bytes(kind: str, sides: str) -> float:
 
 
 def describe_compiled(compiled: dict[str, Any]) -> list[str]:
-  """What `compile_programs` has found, as lines of text."""
+  """Formats the result of `compile_programs` as lines of text."""
   lines = []
   for name, account in compiled.items():
     lines += ["", f"{name}, compiled in {account['compile seconds']:.0f} s:"]
@@ -132,7 +132,7 @@ def describe_compiled(compiled: dict[str, Any]) -> list[str]:
       continue
     lines += [f"  {part:<30} {value:8.2f} GiB" for part, value in account["memory"].items()]
     lines += [
-      f"  {operation}: {e['count']}, of them in loops {e['in loops']}, {e['MiB']:.1f} MiB"
+      f"  {operation}: {e['count']}, {e['in loops']} of them in loops, {e['MiB']:.1f} MiB"
       for operation, e in account["collectives"].items()
-    ] or ["  no messages between devices"]
+    ] or ["  no communication between devices"]
   return lines
