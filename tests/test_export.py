@@ -331,10 +331,8 @@ def test_pixels_that_are_not_finite_are_not_written(part, tiny_pipeline, tmp_pat
   for _ in range(2 if part == "vae" else 1):
     assert generate.main([*flags, "--images-per-prompt=2"]) == 3
     message = capsys.readouterr().err.splitlines()[-1]
-    assert (
-      "2 of 2 images not written because of non-finite pixels, the first is 00000-00.png of 'a ring'"
-      in message
-    )
+    assert "2 of 2 images not written because of non-finite pixels" in message
+    assert "the first is 00000-00.png of 'a ring'" in message
     assert not list((tmp_path / "out").glob("*"))
 
 

@@ -100,7 +100,10 @@ def test_needed_files_of_shards_and_variants():
 @pytest.mark.parametrize(
   ("files", "message"),
   [
-    (["pytorch_lora_weights.safetensors"], "x has no model_index.json.*pytorch_lora_weights"),
+    (
+      ["pytorch_lora_weights.safetensors"],
+      "model_index.json is missing: it holds pytorch_lora_weights",
+    ),
     (
       ["README.md"],
       "x is not a pipeline in diffusers' layout, because model_index.json is missing$",
@@ -121,7 +124,7 @@ def test_what_is_no_hub_id_is_a_directory(tmp_path):
   for name in (str(tmp_path / "nowhere"), "./a/b", "nowhere", "a/b/c"):
     with pytest.raises(UserError, match="is neither a directory nor a Hub id"):
       pipeline.load_pipeline(name)
-  with pytest.raises(UserError, match="is neither a directory nor an id"):
+  with pytest.raises(UserError, match="is neither a directory nor a Hub id"):
     pipeline.load_pipeline("runs/my--run")
   with pytest.raises(UserError, match="this user has no home"):
     pipeline.load_pipeline("~nobody-here/x")

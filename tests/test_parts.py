@@ -106,7 +106,7 @@ def test_variants_that_only_some_parts_have(copy, loaded, caplog):
   same(params["unet"], halved)
   assert "parts without the variant fp16, read from plain files: vae" in caplog.text
   (copy / "vae" / UNET).rename(copy / "vae" / UNET.replace(".s", ".bf16.s"))
-  refused(copy, "vae has only the variants bf16: name one")
+  refused(copy, "vae has only the variants bf16: choose one")
 
 
 def test_weights_of_other_formats_are_named(copy):

@@ -218,7 +218,7 @@ def test_an_sdxl_unet_needs_two_texts(copy):
   fields = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
   fields["projection_class_embeddings_input_dim"] = 96
   file.write_text(json.dumps(json.loads(file.read_text()) | fields))
-  refused(copy, r"takes two texts, the pipeline has 1 text encoder")
+  refused(copy, r"takes two texts, but the pipeline has 1 text encoder")
 
 
 def test_the_digest_changes_with_any_value(copy, loaded):
