@@ -1,10 +1,10 @@
-r"""Attention alone, forward and backward, at the lengths and head sizes of real UNets.
+r"""Timings of attention alone, forward and backward, with the shapes of real UNets.
 
   python benchmarks/attention.py --against=torch
   python benchmarks/attention.py --against=torch --dtype=bfloat16 --kernels xla cudnn \
     --shapes 16x4096x8x40 16x1024x8x80 16x256x8x160 16x4096x10x64
 
-A shape is batch x tokens x heads x size of a head. 'plain' keeps all logits, as diffusers' Flax
+A shape is batch x tokens x heads x head size. 'plain' stores all logits, as diffusers' Flax
 modules do; PyTorch's is `scaled_dot_product_attention`.
 """
 
@@ -27,7 +27,7 @@ SHAPES = ["2x256x4x40", "2x64x4x64"]
 
 
 def main(argv: list[str]) -> None:
-  """Times as the flags say."""
+  """Times the kernels that the flags name."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   add = parser.add_argument
   add("--shapes", nargs="+", default=SHAPES)
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
 
 
 def ours(name: str, shape: tuple[int, ...], dtype: str):
-  """Loss and gradients with one of our kernels."""
+  """Returns a function that computes loss and gradients with one of jaxpref's kernels."""
   query, key, value = (jax.random.normal(jax.random.key(i), shape, dtype) for i in range(3))
   scale, mesh = shape[-1] ** -0.5, sharding.make_mesh()
 
@@ -77,8 +77,8 @@ def ours(name: str, shape: tuple[int, ...], dtype: str):
 
 
 def theirs(shape: tuple[int, ...], dtype: str):
-  """The same with PyTorch's fused attention."""
-  import torch  # PyTorch is not needed for ours alone
+  """Returns a function that computes the same with PyTorch's fused attention."""
+  import torch  # late, because jaxpref's kernels do not need it
 
   device = "cuda" if torch.cuda.is_available() else "cpu"
   batch, tokens, heads, size = shape

@@ -1,16 +1,16 @@
-"""What attention takes on TPUs, by their compiler; no TPU is needed, but `jax[tpu]` is.
+"""Memory of attention on TPUs, by their compiler; needs `jax[tpu]`, but no TPU.
 
   python benchmarks/attention_memory.py
 
-Forward and backward of two rows on each of the devices, at the lengths and head sizes of
-Stable Diffusion's and SDXL's UNets: temporary memory, and bytes read and written.
+Forward and backward of two rows per device, with the shapes of Stable Diffusion's and SDXL's
+UNets: temporary memory, and bytes read and written.
 """
 
 import argparse
 import os
 import sys
 
-# Before JAX starts: the compiler looks for a TPU otherwise.
+# Before JAX starts, because libtpu would otherwise look for a TPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -22,8 +22,8 @@ from jax.experimental import topologies
 from jaxpref import sharding
 from jaxpref.models import kernels
 
-SHAPES = ["4096x8x40", "1024x8x80", "4096x10x64", "1024x20x64"]  # tokens, heads, size of a head
-ROWS = 2  # of a device
+SHAPES = ["4096x8x40", "1024x8x80", "4096x10x64", "1024x20x64"]  # tokens, heads, head size
+ROWS = 2  # per device
 
 
 def main(argv: list[str]) -> None:

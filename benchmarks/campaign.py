@@ -1,7 +1,7 @@
-"""What campaigns of many runs share: each run once, a finished one never again.
+"""Campaigns of many runs, in which each run is made once.
 
-A finished run leaves a record beside the tables, small enough to be committed: a campaign of
-days may go on in another session or on another machine, whose workdirs are new.
+A finished run leaves a record beside the tables, small enough to be committed. A campaign of
+days can so be resumed later or on another machine, whose workdirs are new.
 """
 
 import argparse
@@ -32,29 +32,29 @@ from jaxpref.scorers import load_scorers
 from jaxpref.shapes import prompts as shapes_prompts
 from jaxpref.training import load_run
 
-ALIKE, PROMPTS = 16, 10  # pictures of a prompt whose diversity is scored, and prompts
-TEST_PROMPTS, TEST_SEED = 150, 3000  # as the configurations evaluate with
-VALIDATION_PROMPTS = 75  # settings are chosen by
-SCORERS = ("shapes.correct", "shapes.quality")  # as the configurations evaluate with
-FIRST_SCORERS = dict.fromkeys(SCORERS, "1")  # of records that state no versions
-BASE = "base.json"  # of the base's own diversity, among the records
+ALIKE, PROMPTS = 16, 10  # images per prompt for the diversity score, and number of prompts
+TEST_PROMPTS, TEST_SEED = 150, 3000  # as in the configurations' evaluation
+VALIDATION_PROMPTS = 75  # for the choice of settings
+SCORERS = ("shapes.correct", "shapes.quality")  # as in the configurations' evaluation
+FIRST_SCORERS = dict.fromkeys(SCORERS, "1")  # for records without versions
+BASE = "base.json"  # the record of the base's diversity
 _BEGIN, _END = "<!-- measured: -->", "<!-- until here. -->"
 DIVERSITY = (
-  f"Vendi scores are of {ALIKE} pictures of a prompt ({ALIKE} would be most diverse), by the "
+  f"Vendi scores are of {ALIKE} images of a prompt ({ALIKE} would be most diverse), by the "
   f"cosine of their latents, mean over {PROMPTS} prompts."
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Campaign:
-  """Where records and workdirs are, and whether anything may be run.
+  """Directories of records and workdirs, and what makes records comparable.
 
   Attributes:
-    records: directory of what finished runs leave.
-    runs: directory of workdirs, which may be thrown away once there are records.
+    records: directory of the records that finished runs leave.
+    runs: directory of workdirs; they can be deleted once the records exist.
     base: digest of the weights that every run begins with.
-    report_only: run nothing.
-    scorers: versions by name; records of others are not this campaign's.
+    report_only: make no runs.
+    scorers: versions by name; records with other versions do not count.
   """
 
   records: Path
@@ -65,26 +65,26 @@ class Campaign:
 
 
 def make_parser(description: str, name: str) -> argparse.ArgumentParser:
-  """Options that all campaigns have; `name` is that of their folders."""
+  """Makes a parser with the options of all campaigns; `name` is that of their folders."""
   parser = argparse.ArgumentParser(description=description.splitlines()[0])
   add = parser.add_argument
-  add("--out", type=Path, default=Path("docs") / name, help="for tables and records")
-  add("--runs", type=Path, default=Path("runs") / name, help="for the runs' workdirs")
+  add("--out", type=Path, default=Path("docs") / name, help="folder for tables and records")
+  add("--runs", type=Path, default=Path("runs") / name, help="folder for the runs' workdirs")
   add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-  add("--preset", default="shapes", help="of all configurations")
+  add("--preset", default="shapes", help="preset of all configurations")
   add("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="in all configurations")
-  add("--report", action="store_true", help="run nothing, report what is finished")
+  add("--report", action="store_true", help="make no runs, report the finished ones")
   return parser
 
 
 def model_of(arguments: Sequence[str]) -> str:
-  """The base that a run with these arguments tunes."""
+  """Returns the base that a run with these arguments tunes."""
   config, _ = config_lib.parse_args(list(arguments), flags={})
   return config.model.path
 
 
 def open_campaign(options: argparse.Namespace, arguments: Sequence[str]) -> Campaign:
-  """A campaign whose runs tune the same base as one with these arguments."""
+  """Opens a campaign whose runs tune the same base as a run with these arguments."""
   base = pipeline.load_pipeline(model_of(arguments)).digest
   records = options.out / "records"
   scorers = _recorded_scorers(records) if options.report else {}
@@ -96,35 +96,35 @@ def _current_scorers() -> dict[str, str]:
 
 
 def _recorded_scorers(records: Path) -> dict[str, str]:
-  """Versions that all records were scored with, empty without records."""
+  """Returns the versions that all records were scored with, empty without records."""
   found = [json.loads(f.read_text(encoding="utf-8")) for f in sorted(records.glob("*.json"))]
   versions = [r.get("scorers", FIRST_SCORERS) for r in found if "means" in r]
   if any(v != versions[0] for v in versions):
-    sys.exit(f"{records} has records of several versions of the scorers, not to be compared")
+    sys.exit(f"{records} has records of several versions of the scorers: they do not compare")
   return versions[0] if versions else {}
 
 
 def run(workdir: Path, arguments: Sequence[str]) -> bool:
-  """Makes a run, or goes on with one that was interrupted.
+  """Makes a run, or resumes an interrupted one.
 
   Args:
-    workdir: of the run.
-    arguments: of `jaxpref.main`, besides the workdir.
+    workdir: the run's workdir.
+    arguments: of `jaxpref.main`, without the workdir.
 
   Returns:
-    Whether it is finished; if not it has diverged, as with too high a learning rate. Any
-    other failure, which it has said on the terminal, ends the program.
+    Whether the run is finished; if not, it has diverged, for example because of a high learning
+    rate. Any other failure, which the run reports on the terminal, ends the program.
   """
   print(f"\n== {workdir}: {' '.join(arguments)}", flush=True)
   status = main.main([f"--workdir={workdir}", *arguments])
-  jax.clear_caches()  # the next run has programs of its own
+  jax.clear_caches()  # the next run has other programs
   if status not in (0, DivergedError.status):
     sys.exit(status)
   return not status
 
 
 def read_record(campaign: Campaign, name: str, arguments: Sequence[str]) -> dict | None:
-  """What a finished run left, if it was this very one."""
+  """Reads the record of a finished run, if it was made with these arguments."""
   file = campaign.records / f"{name}.json"
   if not file.exists():
     return None
@@ -135,7 +135,7 @@ def read_record(campaign: Campaign, name: str, arguments: Sequence[str]) -> dict
 
 
 def _asked(campaign: Campaign, arguments: Sequence[str]) -> dict[str, Any]:
-  """What records must agree in."""
+  """Returns the entries in which records must agree."""
   return {
     "arguments": list(arguments),
     "base": campaign.base,
@@ -149,19 +149,19 @@ def record_run(
   arguments: Sequence[str],
   measure: Callable[[Path], dict[str, Any]] = lambda workdir: {},
 ) -> dict | None:
-  """The record of a run, which is made where there is none yet.
+  """Returns the record of a run; makes the run if there is no record yet.
 
   Args:
-    campaign: it belongs to.
-    name: of the run among the campaign's.
-    arguments: of `jaxpref.main`, besides the workdir.
-    measure: from the workdir of a run that has just been made, further entries.
+    campaign: the campaign.
+    name: of the run in the campaign.
+    arguments: of `jaxpref.main`, without the workdir.
+    measure: (workdir) -> further entries, for a run that has just finished.
 
   Returns:
-    'arguments', 'base', 'scorers' (versions by name), 'minutes' (with the evaluation; of a
-    resumed run the last part), 'means' (of '<model>/<scorer>'), 'metrics' (means over what was
-    logged) and what `measure` gives; the scores by picture stand beside it, see `scores_of`.
-    None if there is none and nothing may be run. A run that fails ends the program.
+    'arguments', 'base', 'scorers' (versions by name), 'minutes' (with the evaluation; only the
+    last part of a resumed run), 'means' (by '<model>/<scorer>'), 'metrics' (means over logged
+    updates) and the result of `measure`. The scores by image are beside it, see `scores_of`.
+    None if there is no record and no run may be made. A run that fails ends the program.
   """
   if (found := read_record(campaign, name, arguments)) or campaign.report_only:
     return found
@@ -194,17 +194,17 @@ def choose(
   arguments: Sequence[str],
   settings: Sequence[tuple[str, ...]],
 ) -> tuple[str, ...] | None:
-  """The best of several settings, each tried once: the largest sum of correctness and quality.
+  """Chooses the best of several settings: the one with the largest correctness plus quality.
 
   Args:
-    campaign: it belongs to.
-    name: of what is tuned, and of the record of all settings' scores.
+    campaign: the campaign.
+    name: of the method, and of the record of all settings' scores.
     arguments: of `jaxpref.main`, without workdir and seed.
-    settings: fields of the configuration, as in 'optim.lr=1e-4', to try.
+    settings: fields of the configuration to try, such as ('optim.lr=1e-4',).
 
   Returns:
-    The setting with the best pictures of validation prompts, which no test is made with; None
-    where settings are missing and none may be run.
+    The setting with the best images of validation prompts, which are not in the test; None
+    if settings are missing and no runs may be made.
   """
   scores = {}
   for setting in settings:
@@ -216,7 +216,7 @@ def choose(
 
 
 def grid_scores(campaign: Campaign, name: str) -> dict[str, float]:
-  """What `choose` has chosen from: scores by setting."""
+  """Reads the scores of the settings that `choose` has tried."""
   return json.loads((campaign.records / "grid" / f"{name}.json").read_text(encoding="utf-8"))[
     "scores"
   ]
@@ -225,7 +225,7 @@ def grid_scores(campaign: Campaign, name: str) -> dict[str, float]:
 def _validate(
   campaign: Campaign, name: str, arguments: Sequence[str], setting: tuple[str, ...]
 ) -> float | None:
-  """A setting's score on validation prompts; -1 where it diverges."""
+  """Returns a setting's score on validation prompts; -1 if it diverges."""
   record, key = campaign.records / "grid" / f"{name}.json", " ".join(setting)
   asked = _asked(campaign, arguments)
   stored = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
@@ -245,7 +245,7 @@ def _validate(
   if run(workdir, [*arguments, *fields]):
     scores = pd.read_parquet(newest_evaluation(workdir) / "scores.parquet")
     score = float(scores[scores.model == "tuned"].groupby("scorer").score.mean().sum())
-  # Others may have been added meanwhile by a process that tries other settings.
+  # Another process that tries other settings may have added scores meanwhile.
   newest = json.loads(record.read_text(encoding="utf-8")) if record.exists() else stored
   if {k: newest.get(k) for k in asked} == asked:
     stored = newest
@@ -255,7 +255,7 @@ def _validate(
 
 
 def validation_prompts() -> list[str]:
-  """Held-out prompts that are not among those of the runs' evaluations."""
+  """Returns held-out prompts that are not in the runs' evaluations."""
   test = set(shapes_prompts.held_out(TEST_PROMPTS, seed=TEST_SEED))
   others = [p for p in shapes_prompts.held_out(2 * TEST_PROMPTS, seed=2000) if p not in test]
   return others[:VALIDATION_PROMPTS]
@@ -270,24 +270,24 @@ def _validation_file(campaign: Campaign) -> Path:
 
 
 def newest_evaluation(workdir: Path) -> Path:
-  """The directory of a run's last evaluation."""
+  """Returns the directory of a run's last evaluation."""
   evaluations = load_run.trained_in(workdir) / "evaluation"
   return max(evaluations.iterdir(), key=lambda p: int(p.name))
 
 
 def scores_of(campaign: Campaign, name: str) -> pd.DataFrame:
-  """A row for each picture and scorer of a recorded run's evaluation."""
+  """Reads the scores of a recorded run's evaluation, one row per image and scorer."""
   return pd.read_parquet(campaign.records / f"{name}.parquet")
 
 
 def means_of(scores: pd.DataFrame) -> dict[str, float]:
-  """Mean score by '<model>/<scorer>'."""
+  """Computes mean scores by '<model>/<scorer>'."""
   means = scores.groupby(["model", "scorer"]).score.mean()
   return {f"{model}/{scorer}": float(value) for (model, scorer), value in means.items()}
 
 
 def record_base(campaign: Campaign, model: str) -> None:
-  """The diversity of what every run begins with; its scores are in every run's record."""
+  """Records the diversity of the base; its scores are in every run's record."""
   file = campaign.records / BASE
   stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
   if stored.get("base") != campaign.base and not campaign.report_only:
@@ -296,15 +296,15 @@ def record_base(campaign: Campaign, model: str) -> None:
 
 
 def base_diversity(campaign: Campaign) -> float:
-  """As `record_base` has found it."""
+  """Reads the result of `record_base`."""
   return json.loads((campaign.records / BASE).read_text(encoding="utf-8"))["vendi"]
 
 
 def diversity_of(model: str) -> float:
-  """Vendi score of pictures of one prompt, by their latents, mean over test prompts.
+  """Computes the Vendi score of images of one prompt, by latents, mean over test prompts.
 
   Args:
-    model: a run or a pipeline.
+    model: a run's workdir or a pipeline.
   """
   mesh = sharding.make_mesh()
   pipe = load_run.load(model, mesh=mesh)
@@ -322,22 +322,22 @@ def diversity_of(model: str) -> float:
 
 
 def write_into(file: Path, text: str) -> None:
-  """Writes what is measured between two lines of a document; the rest of it is by hand."""
+  """Writes measured text between two marks of a document; the rest is written by hand."""
   whole = file.read_text(encoding="utf-8") if file.exists() else f"{_BEGIN}\n{_END}\n"
   before, begin, rest = whole.partition(_BEGIN)
   _, end, after = rest.partition(_END)
   if not begin or not end:
-    sys.exit(f"{file} has no lines {_BEGIN} and {_END} to write between")
+    sys.exit(f"{file} has no lines {_BEGIN} and {_END}: add them where the text belongs")
   workdir_lib.write_text(file, f"{before}{begin}\n{text.strip()}\n{end}{after}")
 
 
 def document_of(out: Path) -> Path:
-  """The document beside a campaign's folder, such as docs/methods.md of docs/methods."""
+  """Returns the document beside a campaign's folder: docs/methods.md for docs/methods."""
   return out.with_name(f"{out.name}.md")
 
 
 def spread(values: Sequence[float], form: str = "{:.3f}") -> str:
-  """Mean +- standard deviation over seeds, or the number of a single one."""
+  """Formats mean +- standard deviation over seeds, or a single number."""
   if len(values) == 1:
     return form.format(values[0])
   return f"{form} +- {form}".format(np.mean(values), np.std(values, ddof=1))
@@ -346,14 +346,14 @@ def spread(values: Sequence[float], form: str = "{:.3f}") -> str:
 def provenance(
   command: str, campaign: Campaign, seeds: Sequence[int], changed: Sequence[str]
 ) -> str:
-  """Machine, date, versions, seeds, scorers, and fields set in all runs, as sentences."""
+  """Describes machine, date, versions, seeds, scorers, and fields set in all runs."""
   changes = f" Changed: {', '.join(changed)}." if changed else ""
   scorers = ", ".join(f"{name}-{version}" for name, version in campaign.scorers.items())
   return f"{made_by(command)}; seeds {', '.join(map(str, seeds))}. Scorers: {scorers}.{changes}"
 
 
 def made_by(command: str) -> str:
-  """Command, date, machine and versions, the beginning of a sentence."""
+  """Describes command, date, machine and versions, as the beginning of a sentence."""
   versions = ", ".join(f"{p} {metadata.version(p)}" for p in ("jax", "flax", "diffusers"))
   return (
     f"Made by `{command}` on {datetime.date.today()}: {platform.machine()}, "

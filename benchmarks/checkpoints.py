@@ -1,12 +1,12 @@
-"""How long a save holds up training: asynchronous beside synchronous, in one run.
+"""Timings of saving checkpoints: asynchronous and synchronous, in one run.
 
   python benchmarks/checkpoints.py --out=docs/performance/cpu_checkpoints.json
 
-A state of the size given is updated by a jitted step and saved by `jaxpref.runtime.checkpoint`,
-in turn without waiting and waiting until the checkpoint is whole. `stall`: seconds for which
-the call of `save` (and `wait`) held up the loop. `lost beside`: seconds that the steps until an
-asynchronous checkpoint was whole took longer than others: where the devices are this CPU,
-writing takes their time.
+A jitted step updates a state of the given size, and `jaxpref.runtime.checkpoint` saves it,
+alternately without waiting and waiting until the checkpoint is complete. `stall`: seconds for
+which the call of `save` (and `wait`) blocked the loop. `lost beside`: additional seconds that
+the steps took until an asynchronous checkpoint was complete; if the device is this CPU, writing
+slows them down.
 """
 
 import argparse
@@ -29,13 +29,13 @@ from jaxpref.runtime import checkpoint
 
 
 def main(argv: list[str]) -> None:
-  """Measures, prints and writes."""
+  """Measures, prints and writes the numbers."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--megabytes", type=int, default=512, help="of the state")
-  parser.add_argument("--width", type=int, default=2048, help="of the step's products")
-  parser.add_argument("--saves", type=int, default=7, help="of either kind")
-  parser.add_argument("--directory", type=Path, help="to write to; a temporary one")
-  parser.add_argument("--out", type=Path, help="a file for the numbers")
+  parser.add_argument("--megabytes", type=int, default=512, help="size of the state")
+  parser.add_argument("--width", type=int, default=2048, help="size of the step's matrices")
+  parser.add_argument("--saves", type=int, default=7, help="number of saves of each kind")
+  parser.add_argument("--directory", type=Path, help="to write to; default: a temporary one")
+  parser.add_argument("--out", type=Path, help="a file to write the numbers to")
   options = parser.parse_args(argv)
   with tempfile.TemporaryDirectory(dir=options.directory) as directory:
     found = measure(options, Path(directory))
@@ -55,10 +55,10 @@ def main(argv: list[str]) -> None:
 
 
 def measure(options: argparse.Namespace, directory: Path) -> dict[str, float]:
-  """Medians over saves, in seconds."""
+  """Returns medians over saves, in seconds."""
   arrays = options.megabytes // 16
   keys = jax.random.split(jax.random.key(0), arrays)
-  # Random, as weights are: what can be compressed is written in no time.
+  # Random values, as weights are: compressible arrays would be written much faster.
   state = {f"array_{i}": jax.random.normal(key, (2048, 2048)) for i, key in enumerate(keys)}
   state["x"] = jnp.ones((options.width, options.width))
 

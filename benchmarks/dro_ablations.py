@@ -1,12 +1,12 @@
-"""Diffusion-DRO's ablations on the embedded world, beside what the paper saw.
+"""Diffusion-DRO's ablations on the embedded world, compared with the paper's results.
 
   python benchmarks/dro_ablations.py --out=docs/dro
 
-Every run is `configs/dro.py` with one thing changed: margin, number of experts, how rarely
-the sampling copy is renewed, the sampler, states kept of a trajectory, replay of earlier
-updates. Finished runs leave records, so that an interrupted campaign goes on where it
-stopped, and all of the first seed are made before the second's.
-Writes the tables of `docs/dro.md`, and `results.json` into the folder.
+Every run is `configs/dro.py` with one thing changed: margin, number of experts, how often the
+sampling copy is renewed, the sampler, states kept of a trajectory, replay of earlier updates.
+Finished runs leave records, so an interrupted campaign resumes. All runs of the first seed come
+before the second seed's. The script writes the tables of `docs/dro.md`, and `results.json` into
+the folder.
 """
 
 import argparse
@@ -19,12 +19,12 @@ import numpy as np
 
 from jaxpref.runtime import workdir as workdir_lib
 
-Scores = Mapping[str, float]  # by variant: the sum of correctness and quality, over seeds
+Scores = Mapping[str, float]  # by variant: correctness plus quality, mean over seeds
 
 
 @dataclasses.dataclass(frozen=True)
 class Ablation:
-  """One thing changed: fields by variant ('' for the default), and the paper's trend."""
+  """One thing changed: fields by variant (none for the default), and the paper's trend."""
 
   title: str
   variants: Mapping[str, tuple[str, ...]]
@@ -33,7 +33,7 @@ class Ablation:
 
 
 def _best_within(scores: Scores) -> bool:
-  """The best variant is neither the first nor the last."""
+  """Returns whether the best variant is neither the first nor the last."""
   names = list(scores)
   return max(names, key=scores.__getitem__) not in (names[0], names[-1])
 
@@ -90,7 +90,7 @@ ABLATIONS = {
     lambda scores: scores["DPM-Solver++, 20"] > scores["DDPM, 50"] - 0.02,
   ),
   "states": Ablation(
-    "States kept of a trajectory, at as many trained images",
+    "States kept of a trajectory, with equal numbers of trained images",
     {
       "1": (),
       "2": ("rollout.states=2", "train.batch_size=16"),
@@ -108,7 +108,7 @@ ABLATIONS = {
 
 
 def main(argv: list[str]) -> None:
-  """Runs what is missing, seed by seed, then reports."""
+  """Makes missing runs, seed by seed, then reports."""
   parser = campaign.make_parser(__doc__, "dro")
   add = parser.add_argument
   add("--only", nargs="+", default=list(ABLATIONS), choices=ABLATIONS, metavar="ABLATION")
@@ -141,15 +141,15 @@ def report(
   runs: campaign.Campaign,
   options: argparse.Namespace,
 ) -> None:
-  """Writes a table for each ablation, of those seeds of which all its runs are finished."""
+  """Writes one table per ablation, with the seeds of which all its runs are finished."""
   text = [
     campaign.provenance("python benchmarks/dro_ablations.py", runs, options.seeds, options.set),
     "",
     "Each run is `configs/dro.py` with one thing changed. Correctness and quality of the "
-    "tuned model's pictures on held-out prompts, mean +- standard deviation over seeds; "
+    "tuned model's images on held-out prompts, mean +- standard deviation over seeds; "
     "`active` is the share of samples that the hinge still counted, `own error` the policy's "
-    "on its own samples (against the sampling copy's predictions: 0 where that is renewed at "
-    "every update, and so is what it adds to the gradient), both means over logged updates. "
+    "on its own samples (against the sampling copy's predictions: 0 if that copy is renewed at "
+    "every update, as is its part of the gradient); both are means over logged updates. "
     "Minutes are of whole runs with their evaluation, on a machine that may have been "
     "shared. Whether the trend is the paper's (Wu et al. 2025, SD 1.5 on Pick-a-Pic) is judged "
     "by the sum of correctness and quality.",

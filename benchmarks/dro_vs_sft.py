@@ -1,10 +1,10 @@
-"""DRO against SFT on the embedded world: the same experts, updates and seeds.
+"""Comparison of DRO and SFT on the embedded world: the same experts, updates and seeds.
 
   python benchmarks/dro_vs_sft.py --out=docs/dro_vs_sft
 
-Runs `jaxpref.main` for each method and seed into `runs/dro_vs_sft/` (finished ones leave
-records, so that an interrupted campaign goes on where it stopped) and writes `results.json`
-and a table in `dro_vs_sft.md`. `--help` lists the options.
+The script runs `jaxpref.main` for each method and seed in `runs/dro_vs_sft/`, and writes
+`results.json` and a table in `dro_vs_sft.md`. Finished runs leave records, so an interrupted
+campaign resumes. `--help` lists the options.
 """
 
 import argparse
@@ -20,7 +20,7 @@ METHODS = ("dro", "sft")
 
 
 def main(argv: list[str]) -> None:
-  """Runs what is missing, then compares."""
+  """Makes missing runs, then compares the methods."""
   options = campaign.make_parser(__doc__, "dro_vs_sft").parse_args(argv)
   runs = campaign.open_campaign(options, _arguments(METHODS[0], options))
   for seed in options.seeds:
@@ -50,7 +50,7 @@ def report(runs: campaign.Campaign, options: argparse.Namespace) -> None:
       tuned.setdefault((method, scorer), []).append(float(value))
   first = scores[METHODS[0], options.seeds[0]]
   base = first[first.model == "base"].groupby("scorer").score.mean()
-  # SFT in the place of the base: pairs of the same prompt and noise, over all seeds.
+  # SFT takes the role of the base: pairs of the same prompt and noise, over all seeds.
   duel = pd.concat(
     rows[rows.model == "tuned"].assign(
       model="tuned" if method == "dro" else "base", seed=lambda r, s=seed: r.seed + s * 10**6
@@ -75,7 +75,7 @@ def report(runs: campaign.Campaign, options: argparse.Namespace) -> None:
   text += [
     "",
     "DRO's images against SFT's, pair by pair, all seeds together. Intervals and p-values "
-    "are over prompts: they hold for these training runs, not for others' seeds.",
+    "are over prompts: they hold for these training runs, not for other seeds.",
     "",
     "| scorer | DRO wins | ties | SFT wins | win rate, 95 % interval | p |",
     "|---|---|---|---|---|---|",

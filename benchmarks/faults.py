@@ -1,14 +1,14 @@
-"""A campaign of faults: runs are hurt, started again, and compared bit for bit.
+"""A campaign of faults: runs are harmed, restarted, and compared bit for bit.
 
   python benchmarks/faults.py --out=docs/reliability
 
-Runs of the tiny preset are killed at random, in a save, in an evaluation, while data are
-drawn or pairs generated; told to stop; given full and read-only disks, damaged checkpoints,
-numbers that are not finite, hanging workers, a rival for their workdir and clocks that jump;
-alone and as two processes. Each is started again until it ends, and its last checkpoint
-(parameters, averages, moments, counts) is compared with that of a run that nothing happened
-to. Finished trials are recorded in `<out>/trials.jsonl`, so that a campaign goes on where it
-stopped. Needs root on Linux (to mount small disks) and the library of the package faketime.
+Runs of the tiny preset are killed at random, during a save, an evaluation, the generation of
+the data set or of pairs; asked to stop; given full and read-only disks, damaged checkpoints,
+non-finite numbers, hanging workers, a second run on their workdir, and clocks that jump; with
+one and with two processes. Each is restarted until it ends, and its last checkpoint
+(parameters, EMA weights, moments, counts) is compared with that of an undisturbed run. Finished
+trials are recorded in `<out>/trials.jsonl`, so an interrupted campaign resumes. The script
+needs root on Linux (to mount small disks) and the library of the package faketime.
 """
 
 import argparse
@@ -33,30 +33,30 @@ from jaxpref.runtime.checkpoint_files import CHECKSUMS
 
 FAKETIME = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1"
 
-# Faults: each hurts a trial and returns what the run said or None; the campaign then starts
-# it again until it ends. `duration` is that of a run that nothing happens to.
+# Each fault harms a trial and returns the run's message or None. The campaign then restarts the
+# trial until it ends. `duration` is that of an undisturbed run.
 
 
 def kill_anywhere(trial: trials.Trial, duration: float) -> None:
-  """At a random time of a run."""
+  """Kills all processes at a random time of a run."""
   processes = trial.start()
   time.sleep(trial.random.uniform(0, duration))
   trials.kill(processes)
 
 
 def kill_one(trial: trials.Trial, duration: float) -> None:
-  """One process of several, at a random time."""
+  """Kills one process of several at a random time."""
   processes = trial.start()
   time.sleep(trial.random.uniform(2, duration))
   if any(p.poll() is not None for p in processes):
     raise trials.TooLateError
   trial.random.choice(processes).kill()
   if 0 in (statuses := trials.end(processes)):
-    raise RuntimeError(f"the other one ended as if all were well: {statuses}")
+    raise RuntimeError(f"the other process ended without an error: {statuses}")
 
 
 def kill_in_a_save(trial: trials.Trial, duration: float) -> None:
-  """While a checkpoint is written, or its checksums."""
+  """Kills all processes while a checkpoint or its checksums are written."""
   del duration
   processes = trial.start()
   iterative = trial.name == "iterative"
@@ -75,7 +75,7 @@ def kill_in_a_save(trial: trials.Trial, duration: float) -> None:
 
 
 def kill_once_said(trial: trials.Trial, text: str, *, within: float) -> None:
-  """So many seconds, at most, after a run has said something."""
+  """Kills all processes at most `within` seconds after a run has logged a text."""
   processes = trial.start()
   trials.wait_for(processes, lambda: text in trial.log())
   time.sleep(trial.random.uniform(0, within))
@@ -83,26 +83,26 @@ def kill_once_said(trial: trials.Trial, text: str, *, within: float) -> None:
 
 
 def kill_in_the_evaluation(trial: trials.Trial, duration: float) -> None:
-  """While pictures are drawn, scored or written."""
+  """Kills a run while images are generated, scored or written."""
   del duration
   kill_once_said(trial, "pictures of the", within=2.5)
 
 
 def kill_in_the_data(trial: trials.Trial, duration: float) -> None:
-  """While the data set is drawn."""
+  """Kills a run while the data set is generated."""
   del duration
   trial.env |= {"TFDS_DATA_DIR": str(trial.directory / "data")}
   kill_once_said(trial, "drawing", within=8)
 
 
 def kill_in_the_pairs(trial: trials.Trial, duration: float) -> None:
-  """While pairs are drawn, or soon after."""
+  """Kills a run while pairs are generated, or soon after."""
   del duration
   kill_once_said(trial, f"pairs of iteration {trial.random.choice('12')}", within=2)
 
 
 def ask_to_stop(trial: trials.Trial, duration: float) -> str:
-  """SIGTERM to one process; all must save and stop."""
+  """Sends SIGTERM to one process; all must save and stop."""
   processes = trial.start()
   trials.wait_for(processes, (trial.workdir / "metrics.jsonl").exists)
   time.sleep(trial.random.uniform(0, duration / 4))
@@ -116,7 +116,7 @@ def ask_to_stop(trial: trials.Trial, duration: float) -> str:
 
 
 def damage_a_checkpoint(trial: trials.Trial, duration: float) -> None:
-  """A file of the newest one is cut, altered or removed."""
+  """Cuts, alters or removes a file of the newest checkpoint."""
   del duration
   processes = trial.start()
   step = str(5 * trial.random.randint(2, 7))
@@ -140,11 +140,11 @@ def damage_a_checkpoint(trial: trials.Trial, duration: float) -> None:
 
 
 def fill_the_disk(trial: trials.Trial, duration: float) -> str:
-  """Too small a disk, which then grows."""
+  """Runs on a disk that is too small, and later grows."""
   del duration
   with trials.disk(trial, size="1500k"):
     if not any(trials.end(trial.start())):
-      raise RuntimeError("there was room for all of it")
+      raise RuntimeError("the run fitted on the small disk")
     said = trials.error_of(trial)
     subprocess.run(["mount", "-o", "remount,size=200m", str(trial.workdir)], check=True)
     trial.finish()
@@ -153,7 +153,7 @@ def fill_the_disk(trial: trials.Trial, duration: float) -> str:
 
 
 def make_it_read_only(trial: trials.Trial, duration: float) -> str:
-  """The disk refuses a start, then takes it."""
+  """Starts a run on a read-only disk, which later becomes writable."""
   with trials.disk(trial, size="200m"):
     processes = trial.start()
     trials.wait_for(processes, (trial.workdir / "metrics.jsonl").exists)
@@ -171,13 +171,13 @@ def make_it_read_only(trial: trials.Trial, duration: float) -> str:
 
 
 def weights_that_are_nan(trial: trials.Trial, duration: float) -> str:
-  """The run must end with an error, nothing saved; then it goes on, mended."""
+  """Puts NaN into the UNet: the run must fail without saving, and resume once repaired."""
   del duration
   return _break_weights(trial, "unet", status=3)
 
 
 def data_that_are_nan(trial: trials.Trial, duration: float) -> str:
-  """What the VAE or the text encoder makes of them: refused before the first update."""
+  """Puts NaN into the VAE or the text encoder: refused before the first update."""
   del duration
   return _break_weights(trial, trial.random.choice(["vae", "text_encoder"]), status=2)
 
@@ -199,31 +199,31 @@ def _break_weights(trial: trials.Trial, part: str, *, status: int) -> str:
   other = trial.workdir
   trial.workdir = trial.directory / "other"
   if status not in trials.end(trial.start()):
-    raise RuntimeError(f"nothing was noticed: {trial.log()[-500:]}")
+    raise RuntimeError(f"the NaN was not noticed: {trial.log()[-500:]}")
   saved = trial.workdir / "checkpoints"
   if saved.exists() and checkpoint_files.steps(saved):
-    raise RuntimeError("weights that are not finite were saved")
+    raise RuntimeError("non-finite weights were saved")
   said = trials.error_of(trial)
   trial.model, trial.workdir = good, other
   return said
 
 
 def hang(trial: trials.Trial, duration: float) -> None:
-  """A process stands still."""
+  """Stops a process with SIGSTOP."""
   processes = trial.start()
   trials.wait_for(processes, (trial.workdir / "metrics.jsonl").exists)
   time.sleep(trial.random.uniform(0, duration / 4))
   trial.random.choice(processes).send_signal(signal.SIGSTOP)
-  # JAX's heartbeat takes 100 seconds; the one that is stopped is killed after that.
+  # JAX's heartbeat takes 100 seconds; the stopped process is killed after that.
   statuses = trials.end(processes)
   if statuses == [0] * len(statuses):
     raise trials.TooLateError
   if statuses.count(-signal.SIGKILL) != 1 or 0 in statuses:
-    raise RuntimeError(f"the other one did not notice: {statuses}")
+    raise RuntimeError(f"the other process did not notice: {statuses}")
 
 
 def a_second_run(trial: trials.Trial, duration: float) -> str:
-  """Another run on the same workdir must be refused."""
+  """Starts a second run on the same workdir, which must be refused."""
   processes = trial.start()
   trials.wait_for(processes, (trial.workdir / "config.json").exists)
   time.sleep(trial.random.uniform(0, duration / 4))
@@ -245,7 +245,7 @@ def a_second_run(trial: trials.Trial, duration: float) -> str:
 
 
 def jump_in_time(trial: trials.Trial, duration: float) -> str:
-  """The wall clock jumps back and forth; Orbax may then think that a save took too long."""
+  """Moves the wall clock back and forth; Orbax may then report a timeout of a save."""
   clock = trial.directory / "clock"
   clock.write_text("+0", encoding="utf-8")
   before = dict(trial.env)
@@ -253,7 +253,7 @@ def jump_in_time(trial: trials.Trial, duration: float) -> str:
     "LD_PRELOAD": FAKETIME,
     "FAKETIME_TIMESTAMP_FILE": str(clock),
     "FAKETIME_NO_CACHE": "1",
-    "FAKETIME_DONT_FAKE_MONOTONIC": "1",  # which cannot jump
+    "FAKETIME_DONT_FAKE_MONOTONIC": "1",  # the monotonic clock cannot jump
   }
   processes = trial.start()
   for _ in range(6):
@@ -262,7 +262,7 @@ def jump_in_time(trial: trials.Trial, duration: float) -> str:
       trial.random.choice(["+400d", "-400d", "+3h", "-3h", "-20s", "+0"]), encoding="utf-8"
     )
   if set(trials.end(processes)) - {0, 75}:
-    raise RuntimeError(f"it did not end with a clear error: {trial.log()[-500:]}")
+    raise RuntimeError(f"the run did not end with a clear error: {trial.log()[-500:]}")
   trial.env = before
   return trials.error_of(trial)
 
@@ -293,26 +293,26 @@ FAULTS: dict[str, tuple[Callable, str, int]] = {
 
 
 def undisturbed(name: str, options: argparse.Namespace) -> tuple[str, float]:
-  """The digest and the seconds of a run that nothing happens to; the second, compiled one's."""
+  """Returns digest and seconds of an undisturbed run, the second, which need not compile."""
   for again in range(2):
     directory = options.runs / f"undisturbed {name} {again}"
     trial = trials.Trial(name, directory, options.model, [options.seed])
     began = time.monotonic()
     if any(trials.end(trial.start())):
-      sys.exit(f"a run that nothing happened to failed: {trial.log()[-1000:]}")
+      sys.exit(f"an undisturbed run failed: {trial.log()[-1000:]}")
     seconds = time.monotonic() - began
   return trials.digest(trial.workdir), seconds
 
 
 def main(argv: list[str]) -> None:
-  """Makes the trials that are missing, then writes the table."""
+  """Makes the missing trials, then writes the table."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   add = parser.add_argument
-  add("--model", type=Path, help="a tiny pipeline; made if none is named")
+  add("--model", type=Path, help="a tiny pipeline; by default it is made")
   add("--out", type=Path, default=Path("docs/reliability"))
   add("--runs", type=Path, default=Path("runs/faults"))
   add("--faults", nargs="+", default=list(FAULTS), choices=FAULTS, metavar="FAULT")
-  add("--trials", type=int, default=0, help="of each, at most; 0: all")
+  add("--trials", type=int, default=0, help="maximum number of trials per fault; 0: all")
   add("--seed", type=int, default=0)
   options = parser.parse_args(argv)
   options.runs = options.runs.resolve()
@@ -338,7 +338,7 @@ def main(argv: list[str]) -> None:
         try:
           result = attempt(act, trial, references[name])
           break
-        except trials.TooLateError:  # another random time, then
+        except trials.TooLateError:  # the next turn has another random time
           continue
       else:
         sys.exit(f"{fault} {number}: always too late")
@@ -351,7 +351,7 @@ def main(argv: list[str]) -> None:
 
 
 def attempt(act: Callable, trial: trials.Trial, reference: tuple[str, float]) -> dict:
-  """One trial; its directory is kept if it failed."""
+  """Makes one trial; keeps its directory if it failed."""
   try:
     said = act(trial, reference[1]) or ""
     if trial.workdir.name != "copy":
@@ -368,7 +368,7 @@ def attempt(act: Callable, trial: trials.Trial, reference: tuple[str, float]) ->
 
 
 def write_report(found: list[dict], options: argparse.Namespace) -> None:
-  """The table of `docs/reliability.md`."""
+  """Writes the table of `docs/reliability.md`."""
   lines = [
     f"{campaign.made_by('python benchmarks/faults.py')}, "
     f"orbax-checkpoint {metadata.version('orbax-checkpoint')}; seed {options.seed}; "

@@ -1,11 +1,11 @@
-"""A real model at full width with random weights: load, take DRO steps, draw; time and memory.
+"""Time and memory of a real model at full width with random weights: loading, DRO, sampling.
 
   python benchmarks/full_width.py --configs=jaxpref/pipelines/sdxl --out=sdxl.json
 
-Writes the pipeline once (float16) under --work, then measures in one process and prints a
-JSON object: seconds of loading, of compiling and of each phase of an update, the devices'
-peak memory. Random weights cost what trained ones do. Where an accelerator is lacking,
---lora-rank and --size make it fit:
+The script writes the pipeline once (float16) under --work, measures in one process and prints a
+JSON object: seconds of loading, of compilation and of each phase of an update, and the devices'
+peak memory. Random weights cost the same as trained ones. On small devices, --lora-rank and
+--size make the model fit:
 
   python benchmarks/full_width.py --configs=jaxpref/pipelines/sd15 \
     --dtype=float32 --lora-rank=8 --size=256 --updates=1
@@ -43,18 +43,18 @@ def main(argv: list[str]) -> None:
   add = parser.add_argument
   add("--configs", type=Path, required=True, help="directory with unet.json, vae.json, ...")
   add("--work", type=Path, default=Path("runs/full_width"), help="for the random pipeline")
-  add("--out", type=Path, help="JSON file for the numbers; printed anyway")
-  add("--dtype", default="bfloat16", help="of the computation")
+  add("--out", type=Path, help="JSON file for the numbers, which are always printed")
+  add("--dtype", default="bfloat16", help="computation dtype")
   add("--batch-size", type=int, default=2, help="rows of the DRO step")
-  add("--updates", type=int, default=3, help="timed after one that compiles")
-  add("--size", type=int, help="of pictures in pixels; what the model was trained for")
+  add("--updates", type=int, default=3, help="timed updates, after one that compiles")
+  add("--size", type=int, help="image size in pixels; default: the model's training size")
   add("--lora-rank", type=int, default=0, help="train low-rank additions; 0: all parameters")
-  add("--num-steps", type=int, default=20, help="of the solver, in rollouts and pictures")
+  add("--num-steps", type=int, default=20, help="number of solver steps")
   options = parser.parse_args(argv)
   jax_setup.use_all_cores()
   model = options.work / options.configs.name
   if not model.exists():
-    # In a process of its own, whose memory is not the loader's.
+    # In another process, so that its memory does not count for the loader.
     context = multiprocessing.get_context("spawn")
     writer = context.Process(target=write_random, args=(options.configs, model))
     writer.start()
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
 
 
 def write_random(configs_dir: Path, target: Path) -> None:
-  """A pipeline of these configurations with random weights and a tokenizer to match."""
+  """Writes a pipeline of these configurations with random weights and a matching tokenizer."""
   files = {f.parent.name: f for f in configs_dir.glob("*/*config.json")}
   files["model_index"] = configs_dir / "model_index.json"
   configs = {part: json.loads(f.read_text(encoding="utf-8")) for part, f in files.items()}
@@ -95,7 +95,7 @@ def write_random(configs_dir: Path, target: Path) -> None:
 
 
 def fill_vocabulary(file: Path, size: int) -> None:
-  """Words that no text has, before the two marks, up to `size`."""
+  """Adds unused words before the two special tokens, up to `size` words."""
   words = list(json.loads(file.read_text(encoding="utf-8")))
   fill = [f"filler{i}" for i in range(size - len(words))]
   words = [*words[:-2], *fill, *words[-2:]]
@@ -105,7 +105,7 @@ def fill_vocabulary(file: Path, size: int) -> None:
 
 
 def measure(model: Path, options: argparse.Namespace) -> dict:
-  """Loads, trains and draws."""
+  """Loads, trains and samples; returns the numbers."""
   mesh = sharding.make_mesh()
   numbers = {
     "model": model.name,
@@ -215,7 +215,7 @@ def _draw(pipeline, mesh, options, seconds) -> None:
   )
   rows = mesh.size
   cond = encode.encode_prompts(pipeline, mesh, ["a red circle"] * rows)
-  for name in ("pictures, the first, with compilation", "pictures"):
+  for name in ("images, the first, with compilation", "images"):
     began = time.perf_counter()
     generator(pipeline.params["unet"], cond, np.arange(rows))
     seconds[name] = time.perf_counter() - began

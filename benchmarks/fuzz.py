@@ -1,10 +1,10 @@
-"""Feeds damaged inputs to every reader of jaxpref.
+"""A fuzzer that feeds damaged inputs to every reader of jaxpref.
 
   python benchmarks/fuzz.py --inputs=10000 --seed=1 --out=docs/reliability/fuzz.json
 
-Each target of `fuzz_targets` has a process of its own, with a limit on its memory; an input
-has a limit on its time. A finished target is recorded in the file and not run again, so that
-an interrupted campaign goes on. The table goes into `docs/reliability.md`.
+Each target of `fuzz_targets` has its own process with a limit on memory; each input has a limit
+on time. Finished targets are recorded in the file, so an interrupted campaign resumes. The
+table goes into `docs/reliability.md`.
 """
 
 import argparse
@@ -32,21 +32,21 @@ import fuzz_targets  # noqa: E402
 
 _BEGIN, _END = "<!-- fuzzed: -->", "<!-- fuzzed until here. -->"
 _GIB = 1 << 30
-_MEMORY = 2 * _GIB  # of address space, beyond what a process has when it begins
+_MEMORY = 2 * _GIB  # address space, in addition to a process's size at the start
 _KINDS = ("equal", "other", "refused", "traceback", "hang", "silent")
 _BAD = ("traceback", "hang", "silent")
-_NAMED = 40  # failures of a target that are recorded
+_NAMED = 40  # maximum number of recorded failures per target
 
 
 def main() -> int:
-  """Runs what is missing, writes the table; 1 if any input failed."""
+  """Runs the missing targets and writes the table; returns 1 if any input failed."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   add = parser.add_argument
-  add("--inputs", type=int, default=10_000, help="in all")
+  add("--inputs", type=int, default=10_000, help="total number of inputs")
   add("--seed", type=int, default=0)
-  add("--out", type=Path, required=True, help="a JSON file of the results")
-  add("--only", default="", help="a pattern in the names of targets to run")
-  add("--table", type=Path, help="a Markdown file whose table is rewritten")
+  add("--out", type=Path, required=True, help="a JSON file for the results")
+  add("--only", default="", help="a regular expression that the targets' names must match")
+  add("--table", type=Path, help="a Markdown file with the table to replace")
   options = parser.parse_args()
   record: dict[str, Any] = {"seed": options.seed, "inputs": options.inputs, "targets": {}}
   if options.out.exists():
@@ -88,7 +88,7 @@ def _write_tiny(directory: Path) -> None:
 
 
 def _in_a_process(job: Any, directory: Path) -> Path:
-  """Makes the pipeline elsewhere: a process that has begun to use JAX cannot be forked."""
+  """Runs a job in another process, because a process that has used JAX cannot be forked."""
   process = multiprocessing.get_context("fork").Process(target=job, args=(directory,))
   process.start()
   process.join()
@@ -98,7 +98,7 @@ def _in_a_process(job: Any, directory: Path) -> Path:
 def _run(
   target: fuzz_targets.Target, count: int, seed: int, scratch: Path, tiny: Path
 ) -> dict[str, Any]:
-  """All inputs of a target; what ends its process or stops it is an outcome, too."""
+  """Runs all inputs of a target; a crash or a hang of its process is an outcome, too."""
   context = multiprocessing.get_context("fork")
   counts: collections.Counter[str] = collections.Counter()
   failures: list[dict[str, Any]] = []
@@ -111,9 +111,9 @@ def _run(
     theirs.close()
     with contextlib.suppress(EOFError):
       while number < count:
-        # The first input comes after the valid one; what holds on to C cannot be stopped.
+        # The first input waits for the valid one. Signals do not interrupt code in C.
         if not ours.poll(120 if not counts else 4 * fuzz_targets.SECONDS):
-          kind, text, memory = "hang", "in a library's own code", 0
+          kind, text, memory = "hang", "in a library's C code", 0
           process.kill()
         else:
           kind, text, memory = ours.recv()
@@ -129,7 +129,7 @@ def _run(
       text = f"its process ended with {process.exitcode}"
       counts["traceback"] += 1
       failures.append({"input": number, "kind": "traceback", "text": text})
-      if process.exitcode > 0:  # not at an input: the valid one is not read
+      if process.exitcode > 0:  # the valid input could not be read
         break
       number += 1
   return {
@@ -143,31 +143,31 @@ def _run(
 
 
 def _work(target: Any, numbers: range, seed: int, scratch: Path, tiny: Path, pipe: Any) -> None:
-  """A process's part."""
+  """Runs inputs in a process of its own and sends their outcomes."""
   os.chdir(scratch)
   null = os.open(os.devnull, os.O_WRONLY)
   prepared = fuzz_targets.Prepared(target, scratch / "work", tiny)
-  prepared.run(seed, -1)  # what libraries load once is not an input's
+  prepared.run(seed, -1)  # so that imports and caches do not count for the first input
   said = os.dup(2)
   os.dup2(null, 1)
   os.dup2(null, 2)
   pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
   limit = pages * resource.getpagesize() + _MEMORY
   resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-  # Forgets the highest memory so far.
+  # Resets the peak memory.
   Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
   begin = _highest()
   try:
     for number in numbers:
       outcome = prepared.run(seed, number)
       pipe.send((outcome.kind, outcome.text, _highest() - begin))
-  except BaseException:  # a fault of the fuzzer
+  except BaseException:  # a defect of the fuzzer
     os.dup2(said, 2)
     raise
 
 
 def _highest() -> int:
-  """The most memory that this process has had, in bytes."""
+  """Returns the peak memory of this process in bytes."""
   status = Path("/proc/self/status").read_text(encoding="utf-8")
   return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
@@ -180,7 +180,7 @@ def _show(name: str, found: dict[str, Any]) -> None:
 
 
 def _write_table(file: Path, record: dict[str, Any]) -> None:
-  """Rewrites what stands between the marks."""
+  """Replaces the text between the marks."""
   made, found = record["made"], record["targets"]
   total = sum(t["inputs"] for t in found.values())
   versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())

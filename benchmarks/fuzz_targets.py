@@ -1,7 +1,7 @@
 """Inputs of jaxpref's readers for the fuzzer: small valid ones, and ways to damage them.
 
-A target is a reader with a valid input, a few small files. An input of the fuzzer is that
-one with one or two of its files damaged, which depends on seed, target and number alone.
+A target is a reader with a valid input, a few small files. An input of the fuzzer is the valid
+one with one or two damaged files. It depends only on seed, target and number.
 """
 
 import contextlib
@@ -47,8 +47,8 @@ from jaxpref.runtime import checkpoint, cli, metrics
 from jaxpref.runtime import workdir as workdir_lib
 from jaxpref.training import iterate, iterate_report, load_run
 
-LONGEST = 750  # characters of a refusal, without the program's name
-SECONDS = 8.0  # an input
+LONGEST = 750  # maximum characters of a refusal, without the program's name
+SECONDS = 8.0  # time limit per input
 _SIZE = 8  # pixels of images
 _TEXTS = ["a red circle", "it’s 2 small BLUE squares!", "&amp; ﬁ 東京"]
 
@@ -58,16 +58,16 @@ PIPE, DIRECTORY = "pipe", "directory"
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-  """A reader, with a valid input.
+  """A reader with a valid input.
 
   Attributes:
     name: for the table.
     make: writes the valid input; takes an empty directory and a pipeline's directory.
-    read: what the reader makes of a directory, to be compared; raises `UserError`, or
-      `BadRow` for a single row.
-    damage: ways to damage a file's content, of which one is chosen.
-    files: patterns of the names of files that are damaged.
-    exact: whether its checksums promise that what is read is what was written.
+    read: reads a directory and returns a value to compare; raises `UserError`, or `BadRow` for
+      a single row.
+    damage: ways to damage a file's content; each input uses one of them.
+    files: patterns of the names of files to damage.
+    exact: whether checksums ensure that the reader returns what was written.
     weight: relative number of inputs.
   """
 
@@ -82,10 +82,10 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """What became of an input: 'equal', 'other', 'refused', 'traceback', 'hang' or 'silent'.
+  """The outcome of an input: 'equal', 'other', 'refused', 'traceback', 'hang' or 'silent'.
 
-  `text` is the refusal's line, or the error's type and place. 'silent' is a damaged file
-  that was read as something else although it has checksums.
+  `text` is the refusal's line, or the error's type and place. 'silent' means that a damaged
+  file was read as something else although it has checksums.
   """
 
   kind: str
@@ -120,13 +120,13 @@ def cut(rng: random.Random, data: bytes) -> bytes:
 
 
 def repeat(rng: random.Random, data: bytes) -> bytes:
-  """Repeats a part of it."""
+  """Repeats a part of the data."""
   i, j = sorted(rng.randrange(len(data) + 1) for _ in "ij")
   return data[:j] + data[i:j] * rng.choice((1, 1, 2)) + data[j:]
 
 
 def splice(rng: random.Random, data: bytes) -> bytes:
-  """Overwrites a part by another one."""
+  """Overwrites a part with another part."""
   if len(data) < 2:
     return data * 2
   size = rng.randrange(1, len(data))
@@ -135,7 +135,7 @@ def splice(rng: random.Random, data: bytes) -> bytes:
 
 
 def insert(rng: random.Random, data: bytes) -> bytes:
-  """Inserts a few bytes that parsers stumble over."""
+  """Inserts a few bytes that are difficult for parsers."""
   i = rng.randrange(len(data) + 1)
   odd = (b"\0", b"\xff\xfe", b"\x1b[2J", "\u202e".encode(), b"\n\n", b"{" * 3000, b"9" * 5000)
   return data[:i] + rng.choice(odd) + data[i:]
@@ -143,12 +143,12 @@ def insert(rng: random.Random, data: bytes) -> bytes:
 
 BYTES = (flip, flip, flip_early, cut, repeat, splice, insert)
 
-# Damage to what JSON says.
+# Damage to values in JSON.
 
 
 @functools.cache
 def _json_values() -> tuple[Any, ...]:
-  """Values of any shape that JSON has, the same each time."""
+  """Returns JSON values of any shape, the same each time."""
   found: list[Any] = []
   leaves = (
     strategies.none()
@@ -189,7 +189,7 @@ _ABSURD: tuple[Any, ...] = (
 
 
 def edit_json(rng: random.Random, data: bytes) -> bytes:
-  """Replaces, removes, renames or wraps a value anywhere in it."""
+  """Replaces, removes, renames or wraps a value anywhere in a JSON tree."""
   try:
     tree = json.loads(data)
   except (ValueError, RecursionError):  # damaged already
@@ -205,7 +205,7 @@ def edit_json(rng: random.Random, data: bytes) -> bytes:
 
   root = [tree]
   visit(root)
-  # Most values of a large file are alike: its upper levels are as likely as all the rest.
+  # Most values of a large file are similar, so its upper levels are as likely as all the rest.
   upper = places[: max(1, min(30, len(places)))]
   node, key = rng.choice(rng.choice((places, upper)))
   match rng.choice(("absurd", "absurd", "any", "remove", "wrap", "rename", "swap", "deep")):
@@ -257,7 +257,7 @@ LINES = (*(edit_line,) * 5, flip, cut, insert)
 
 
 def _columns(n: int) -> tuple[Callable[[], pa.Array], ...]:
-  """Columns of n rows, of every kind of type."""
+  """Returns makers of columns with n rows, of every kind of type."""
   odd = [b"\xff\xfe", b"", None, b"\x1b[2J"]
   return (
     lambda: pa.nulls(n),
@@ -289,7 +289,7 @@ def _columns(n: int) -> tuple[Callable[[], pa.Array], ...]:
 
 
 def edit_column(rng: random.Random, data: bytes) -> bytes:
-  """Replaces a column, or a value by null, or removes, renames or repeats one."""
+  """Replaces a column, sets a value to null, or removes, renames or repeats a column."""
   table = pq.read_table(io.BytesIO(data))
   i, n = rng.randrange(table.num_columns), table.num_rows
   name = table.column_names[i]
@@ -320,14 +320,14 @@ def _parquet(table: pa.Table) -> bytes:
 
 
 def flip_in_page(rng: random.Random, data: bytes) -> bytes:
-  """Flips a bit of an image, which lies in a page that has a checksum."""
+  """Flips a bit of an image in a page with a checksum."""
   start = rng.choice([i for i in range(len(data)) if data.startswith(b"BM", i)])
   out = bytearray(data)
   out[start + rng.randrange(_SIZE * _SIZE * 3)] ^= 1 << rng.randrange(8)
   return bytes(out)
 
 
-# Damage to command lines, JSON lists of arguments.
+# Damage to command lines, which are JSON lists of arguments.
 
 _WORDS = (
   *("", "0", "-1", "1e308", "nan", "inf", "9" * 400, "9" * 5000, "[]", "()", "(1,2)", "None"),
@@ -502,7 +502,7 @@ def _tiny_config(tiny: Path) -> Any:
 
 
 def _make_workdir(directory: Path, tiny: Path) -> None:
-  """A run's, as far as what reads it looks."""
+  """Writes the files of a run's workdir that readers need."""
   config = _tiny_config(tiny)
   workdir_lib.write_config(directory, config)
   workdir_lib.add_start(directory, {"after_update": 0})
@@ -566,7 +566,7 @@ def _make_arguments(arguments: list[str], directory: Path, tiny: Path) -> None:
   (directory / "arguments.json").write_text(json.dumps(arguments), encoding="utf-8")
 
 
-# Readers, whose results can be compared.
+# Readers; their results can be compared.
 
 
 def _digest(*values: Any) -> str:
@@ -614,7 +614,7 @@ def _data_config() -> Any:
 
 
 def _rows(directory: Path, source: str, *kinds: str) -> str:
-  """What the data set gives as each of the kinds; refused if all of them are."""
+  """Loads a data set as each of the kinds; refused if all of them are."""
   data = _data_config().copy_and_resolve_references()
   with data.unlocked():
     data.update(source=source, path=str(directory), num_rows=0, max_bad_share=0.5)
@@ -661,7 +661,7 @@ def _read_metrics(directory: Path) -> str:
 
 
 def _read_records(directory: Path) -> str:
-  """What a run that goes on reads of itself, but for its metrics and its configuration."""
+  """Reads what a resumed run reads of its workdir, except metrics and configuration."""
   workdir_lib.add_start(directory, {"after_update": 2})
   found = best_checkpoint.find(directory, {"scorers": ["s"]}, {2})
   prepared = types.SimpleNamespace(inputs={"base": "1", "start": "", "data": "2"})
@@ -692,9 +692,9 @@ def _read_generated(directory: Path) -> str:
 
 
 def _call(entry: Callable[[list[str]], int], directory: Path) -> str:
-  """Runs a program up to where it would load a pipeline, and so begin to work."""
+  """Runs a program up to the point where it would load a pipeline."""
   arguments = json.loads((directory / "arguments.json").read_bytes())
-  arguments = [a.replace("\0", "") for a in arguments]  # which no argument can hold
+  arguments = [a.replace("\0", "") for a in arguments]  # arguments cannot hold null bytes
   refusal = UserError("the arguments are taken")
   said = io.StringIO()
   with (
@@ -713,7 +713,7 @@ def _call(entry: Callable[[list[str]], int], directory: Path) -> str:
   if status in (0, None):
     return "help"
   if len(errors) != 1 or lines[-1] != errors[0] or status != 2:
-    raise AssertionError(f"status {status}, which said {said.getvalue()[:300]!r}")
+    raise AssertionError(f"status {status} with the message {said.getvalue()[:300]!r}")
   if str(refusal) in errors[0]:
     return "taken"
   raise UserError(errors[0].removeprefix("jaxpref: error: "))
@@ -751,7 +751,7 @@ _PROGRAMS: dict[str, tuple[Callable[[list[str]], int], list[str]]] = {
 
 
 def targets() -> list[Target]:
-  """All of them."""
+  """Returns all targets."""
   online_files = ("*array_record*",)
   pairs = _read_rows("online", "pairs")
   found = [

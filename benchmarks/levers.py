@@ -1,9 +1,9 @@
-"""What each setting that saves time or memory does to an update, against the configured one.
+"""Time and FLOPs of an update under each setting that saves time or memory.
 
   python benchmarks/levers.py --out=docs/performance/cpu_levers.json
 
-Updates of DRO and of DPO on the bundled model, or on `--model` with `--dtype` on a GPU.
-Weights are random; all take turns.
+The updates are those of DRO and DPO on the bundled model, or on `--model` with `--dtype` on a
+GPU, relative to the configured settings. Weights are random; all settings take turns.
 """
 
 import argparse
@@ -17,9 +17,9 @@ import side_by_side
 from jaxpref.runtime import workdir as workdir_lib
 
 CONFIGURED = "as configured"
-LEVERS = {  # by method: what is changed, and with which fields
+LEVERS = {  # by method: names of changes, and the fields that make them
   "dro": {
-    "all rows drawn at once": ("rollout.batch_size=0",),
+    "all rows sampled at once": ("rollout.batch_size=0",),
     "a copy of the policy that lags": ("rollout.refresh_every=2",),
     "two states of a trajectory": ("rollout.states=2",),
     "model.norm=lean": ("model.norm=lean",),
@@ -30,16 +30,16 @@ LEVERS = {  # by method: what is changed, and with which fields
     "two micro-batches": ("train.accumulate=2",),
   },
   "dpo": {
-    "reference errors of fixed draws": ("data.noise_draws=4",),
+    "reference errors of fixed noise": ("data.noise_draws=4",),
     "LoRA, rank 8": ("lora.rank=8",),
   },
 }
 
 
 def main(argv: list[str]) -> None:
-  """Times, prints a table, writes the file."""
+  """Times the updates, prints a table and writes the file."""
   parser = side_by_side.make_parser(__doc__, method="dro", rows=32)
-  parser.add_argument("--preset", default="shapes", help="of both configurations")
+  parser.add_argument("--preset", default="shapes", help="preset of both configurations")
   options = parser.parse_args(argv)
   runs = {}
   for method, levers in LEVERS.items():

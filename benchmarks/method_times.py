@@ -1,9 +1,9 @@
-"""An update of each method, with as many training images, against one of SFT.
+"""Time and FLOPs of each method's update relative to SFT's, for equal numbers of images.
 
   python benchmarks/method_times.py --out=docs/methods/times.json
 
-The methods and their rows are those of `methods.py`, whose table shows what this writes;
-`--methods dro --samplers --out=docs/dro/times.json` times those of `dro_ablations.py`.
+The methods and their rows are those of `methods.py`, whose table shows these numbers.
+`--methods dro --samplers --out=docs/dro/times.json` times the samplers of `dro_ablations.py`.
 Weights are random; the methods take turns.
 """
 
@@ -22,11 +22,11 @@ SAMPLERS = dro_ablations.ABLATIONS["sampler"].variants
 
 
 def main(argv: list[str]) -> None:
-  """Times, prints a table, writes the file."""
+  """Times the updates, prints a table and writes the file."""
   parser = side_by_side.make_parser(__doc__, method="sft", rows=methods.IMAGES)
   parser.add_argument("--methods", nargs="+", default=list(methods.METHODS), metavar="METHOD")
-  parser.add_argument("--preset", default="shapes", help="of all configurations")
-  parser.add_argument("--samplers", action="store_true", help="and DRO's ways to draw")
+  parser.add_argument("--preset", default="shapes", help="preset of all configurations")
+  parser.add_argument("--samplers", action="store_true", help="also time DRO's samplers")
   options = parser.parse_args(argv)
   samplers = [f"dro, {sampler}" for sampler in SAMPLERS] if options.samplers else []
   names = dict.fromkeys(["sft", *options.methods, *samplers])

@@ -1,14 +1,14 @@
-"""Every method under the same data, model, sampler and evaluation, on the embedded world.
+"""Comparison of all methods with the same data, model, sampler and evaluation.
 
   python benchmarks/methods.py --out=docs/methods
 
-First each method's learning rate and strength are chosen, from a grid of six runs for each,
-with one seed, on validation prompts; then the chosen ones train with every seed and are
-compared on test prompts, which no validation prompt is among. All see as many training
-images: rows x images of a row x updates. Finished runs leave records in `docs/methods/`, so
-that a campaign of days goes on where it stopped. Writes the tables of `docs/methods.md`, and
-into the folder `results.json` and `grid.png`; with only a part of the runs done, `--report`
-writes what there is so far.
+The script first chooses each method's learning rate and strength from a grid of six runs, with
+one seed, on validation prompts. The chosen settings then train with every seed and are compared
+on test prompts, which do not include validation prompts. All see equal numbers of training
+images: rows x images per row x updates. Finished runs leave records in `docs/methods/`, so an
+interrupted campaign resumes. The script writes the tables of `docs/methods.md`, and
+`results.json` and `grid.png` into the folder; `--report` writes them from the runs that are
+finished.
 """
 
 import argparse
@@ -27,17 +27,17 @@ from jaxpref.evaluation import image_grid, statistics
 from jaxpref.runtime import workdir as workdir_lib
 
 RATES = (1e-4, 3e-4, 1e-3)
-IMAGES = 64  # trained on at an update, over rows and images of a row
-SHOWN = 8  # test prompts in the grid of pictures
+IMAGES = 64  # training images per update: rows times images per row
+SHOWN = 8  # test prompts in the grid of images
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-  """A configuration file, what is fixed of it, and the grid.
+  """A configuration file, its fixed fields, and the grid of settings.
 
-  `images`: those of a row that are trained on; `strength`: the field tuned beside the
-  learning rate, and `values` two for it - or none, and six learning rates; `iterations` share
-  the updates.
+  `images` is the number of training images per row. `strength` is the field that is tuned with
+  the learning rate, and `values` are two values for it; without them, six learning rates are
+  tried. `iterations` share the updates.
   """
 
   config: str
@@ -65,14 +65,14 @@ METHODS = {
 }
 _TIMES = (
   "Medians over turns that the methods take within one process, each with an update of its "
-  "own on random weights. That of spin leaves out its pairs, which are drawn before an "
+  "own on random weights. That of spin leaves out its pairs, which are generated before an "
   "iteration's updates."
 )
 SIX_RATES = (1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3)
 
 
 def main(argv: list[str]) -> None:
-  """Tunes, runs what is missing, then compares."""
+  """Tunes, makes missing runs, then compares."""
   options = _parser().parse_args(argv)
   runs = campaign.open_campaign(options, _arguments(options.methods[0], options))
   campaign.record_base(runs, campaign.model_of(_arguments(options.methods[0], options)))
@@ -100,7 +100,7 @@ def main(argv: list[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
   parser = campaign.make_parser(__doc__, "methods")
   add = parser.add_argument
-  add("--updates", type=int, default=300, help="of every run, over all its iterations")
+  add("--updates", type=int, default=300, help="updates per run, over all its iterations")
   add("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
   return parser
 
@@ -109,7 +109,9 @@ def _arguments(name: str, options: argparse.Namespace, *fields: str) -> list[str
   method = METHODS[name]
   rows = f"train.batch_size={IMAGES // method.images}"
   if options.updates % method.iterations:
-    sys.exit(f"--updates does not divide by {name}'s {method.iterations} iterations")
+    sys.exit(
+      f"--updates must be a multiple of {method.iterations}, the number of iterations of {name}"
+    )
   updates = (f"train.num_updates={options.updates // method.iterations}",)
   if method.iterations > 1:
     updates += (f"iterate.num_iterations={method.iterations}",)
@@ -121,7 +123,7 @@ def _arguments(name: str, options: argparse.Namespace, *fields: str) -> list[str
 
 
 def grid_of(name: str) -> list[tuple[str, ...]]:
-  """Six settings to choose from."""
+  """Returns six settings to choose from."""
   method = METHODS[name]
   if not method.values:
     return [(f"optim.lr={rate}",) for rate in SIX_RATES]
@@ -135,14 +137,14 @@ def grid_of(name: str) -> list[tuple[str, ...]]:
 def choose(
   name: str, runs: campaign.Campaign, options: argparse.Namespace
 ) -> tuple[str, ...] | None:
-  """The best of a method's grid; None where runs of it are missing and none may be made."""
+  """Returns the best of a method's grid; None if runs are missing and none may be made."""
   return campaign.choose(runs, name, _arguments(name, options), grid_of(name))
 
 
 def _diversity_and_pictures(
   runs: campaign.Campaign, name: str, workdir: Path
 ) -> dict[str, float]:
-  """Keeps a strip of the tuned model's pictures beside its record, and the base's."""
+  """Saves strips of the tuned model's and the base's images; returns the diversity."""
   evaluation = campaign.newest_evaluation(workdir)
   for model, file in (("base", "base.png"), ("tuned", f"{name}.png")):
     paths = sorted((evaluation / "images" / model).glob("*.png"))
@@ -153,7 +155,7 @@ def _diversity_and_pictures(
 
 
 def shown_of(count: int) -> np.ndarray:
-  """Which of so many pictures, in the order of their seeds, the grid shows."""
+  """Returns the indices of the images, in the order of their seeds, that the grid shows."""
   return np.linspace(0, count - 1, SHOWN).astype(int)
 
 
@@ -182,7 +184,7 @@ def _measure(
 ) -> dict:
   scores = [campaign.scores_of(runs, f"{name}-{seed}") for seed in options.seeds]
   tuned_rows = [s[s.model == "tuned"] for s in scores]
-  # Each seed's pairs count for themselves.
+  # Pairs of different seeds are different pairs.
   together = pd.concat(s.assign(seed=s.seed + i * 10**6) for i, s in enumerate(scores))
   wins = statistics.compare(together)
   key = next(k for k in wins if k.startswith("shapes.quality"))
@@ -220,13 +222,13 @@ def _text(numbers: dict, runs: campaign.Campaign, options: argparse.Namespace) -
     "",
     f"Each run tunes the bundled pipeline with {IMAGES} training images at each update - rows "
     f"times the images of a row that the loss compares - and {options.updates} updates, spin's "
-    "in three iterations. Before that six settings of each method were tried, for as many "
-    "updates with seed 0, on 75 validation prompts, and the one with the largest sum of "
-    "correctness and quality taken; the test prompts below had no part in it. Mean +- "
-    "standard deviation over seeds. The win rate is that of the tuned model's pictures over "
+    "in three iterations. Before that, six settings of each method were tried, with the same "
+    "number of updates and seed 0, on 75 validation prompts, and the one with the largest sum "
+    "of correctness and quality was taken; the test prompts below had no part in it. Mean +- "
+    "standard deviation over seeds. The win rate is that of the tuned model's images over "
     "the base's by quality, all seeds together, with a 95 % interval "
-    f"over prompts. {campaign.DIVERSITY} An update's time, with what it draws, is measured "
-    "apart, see below.",
+    f"over prompts. {campaign.DIVERSITY} An update's time, with the samples that it generates, "
+    "is measured separately, see below.",
     "",
     "| method | correct | quality | win rate | Vendi | time / SFT's | lr, strength |",
     "|---|---|---|---|---|---|---|",
@@ -254,7 +256,7 @@ def _text(numbers: dict, runs: campaign.Campaign, options: argparse.Namespace) -
     lines += ["", f"Times: {times['made']}, {times['devices']}. {_TIMES}"]
   lines += [
     "",
-    "Pictures of the first seed, same prompts and noise:",
+    "Images of the first seed, same prompts and noise:",
     "",
     f"![]({options.out.name}/grid.png)",
     "",
@@ -265,7 +267,7 @@ def _text(numbers: dict, runs: campaign.Campaign, options: argparse.Namespace) -
 def _save_grid(
   names: list[str], prompts: list[str], runs: campaign.Campaign, options: argparse.Namespace
 ) -> None:
-  """A row a prompt, a column a model."""
+  """Saves a grid with one row per prompt and one column per model."""
   strips = ["base.png", *(f"{name}-{options.seeds[0]}.png" for name in names)]
   shown = [np.split(np.asarray(Image.open(runs.records / s)), SHOWN, axis=1) for s in strips]
   image_grid.image_grid(

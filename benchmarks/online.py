@@ -1,15 +1,15 @@
-"""The improver, iterative DPO, SPIN and offline DPO on the embedded world.
+"""Comparison of the improver, iterative DPO, SPIN and offline DPO on the embedded world.
 
   python benchmarks/online.py --out=docs/online
 
-For each seed an improver is trained on the data's pairs, drawn with at several scales, and
-with it iterative DPO trained, with pairs of three sizes; beside it SPIN and offline DPO with
-as many updates. Learning rate and beta are the best of six tried on validation prompts, those
-of the last two by `methods.py`. A second improver of each seed does without its reconstruction
-task; with the first seed alone more updates are tried. Finished runs leave
-records in `docs/online/`, so that a campaign of days goes on where it stopped, but iterative
-DPO's needs the improver's workdir. Writes the tables of `docs/online.md`, and into the folder
-`results.json` and `improver.png`.
+For each seed the script trains an improver on the data's pairs, generates with it at several
+scales, and uses it to train iterative DPO, with three numbers of pairs. For comparison it
+trains SPIN and offline DPO with equal numbers of updates. Learning rate and beta are the best
+of six on validation prompts; those of SPIN and offline DPO come from `methods.py`. A second
+improver per seed has no reconstruction task. More updates are tried with the first seed only.
+Finished runs leave records in `docs/online/`, so an interrupted campaign resumes, but iterative
+DPO needs the improver's workdir. The script writes the tables of `docs/online.md`, and
+`results.json` and `improver.png` into the folder.
 """
 
 import argparse
@@ -42,21 +42,22 @@ SCALES = {  # (s_T, s_I)
   "s_I": [(3.5, s) for s in (0.0, 1.0, 2.0, 3.0, 5.0)],
   "s_T": [(s, 3.0) for s in (0.0, 1.0, 2.0, 3.5, 5.0)],
 }
-CHOSEN = (3.5, 3.0)  # with which improvers draw for iterative DPO and the evaluation
-SIZES = (20, 100, 500)  # pairs drawn in each iteration; the last is compared with others
-UPDATES, ITERATIONS = 50, 3  # of an iteration; offline DPO makes all of them in one
+CHOSEN = (3.5, 3.0)  # the scales of improvers in iterative DPO and the evaluation
+SIZES = (20, 100, 500)  # pairs generated per iteration; the last is compared with others
+UPDATES, ITERATIONS = 50, 3  # updates per iteration; offline DPO makes all in one iteration
 RATES, BETAS = (3e-5, 1e-4, 3e-4), (200.0, 2000.0)
 GRID = [(f"optim.lr={rate}", f"loss.beta={beta}") for beta in BETAS for rate in RATES]
-PICTURES = 150  # of a comparison by scales, or on training prompts
+PICTURES = 150  # images per comparison by scales, or on training prompts
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-  """A run for every seed: its configuration file, what is set there, pairs it draws.
+  """A run for every seed: its configuration file and what is set there.
 
-  `setting`: of learning rate and beta; empty where the best of `GRID` is taken. `start`: the
-  kind whose run of the same seed it begins with. `fields`: what else is set. `improver`: the
-  one that it draws winners with.
+  `pairs` is the number of pairs generated per iteration. `setting` is learning rate and beta;
+  if it is empty, the best of `GRID` is taken. `start` is the kind whose run of the same seed
+  it starts from. `fields` are further settings. `improver` is the improver that generates its
+  winners.
   """
 
   config: str
@@ -68,11 +69,11 @@ class Kind:
 
 
 SPIN = ("optim.lr=0.0001", "loss.beta=200.0")
-# The images that the improver learns to draw; SPIN's default here are the best 500 of all.
+# The images that the improver learns to generate; SPIN's default is the best 500 of all.
 PREFERRED = ("data.experts=winners", "data.num_experts=0")
 LARGEST = f"iterative-{SIZES[-1]}"
 WITHOUT = "without reconstruction"
-IMPROVERS = {  # to what is set for each, besides the scales
+IMPROVERS = {  # by improver: its settings, in addition to the scales
   "improver": (),
   WITHOUT: ("loss.weight_reconstruction=0", "loss.weight_winning=0.67"),
 }
@@ -86,17 +87,17 @@ KINDS = {
   f"{LARGEST}, {WITHOUT}": Kind("iterative_dpo", SIZES[-1], improver=WITHOUT),
 }
 LONGER = (f"train.num_updates={4 * UPDATES}",)
-TRIED = {  # with the first seed alone
+TRIED = {  # with the first seed only
   f"iterative-{size}, {4 * UPDATES} updates": Kind("iterative_dpo", size, fields=LONGER)
   for size in (SIZES[0], SIZES[-1])
 }
 
 
 def main(argv: list[str]) -> None:
-  """Runs what is missing, seed by seed, then reports."""
+  """Makes missing runs, seed by seed, then reports."""
   parser = campaign.make_parser(__doc__, "online")
   add = parser.add_argument
-  add("--improver-updates", type=int, default=2000, help="of every improver")
+  add("--improver-updates", type=int, default=2000, help="updates per improver")
   add("--only", nargs="+", default=list(KINDS), choices=KINDS, metavar="KIND")
   add("--tried", nargs="*", default=list(TRIED), choices=TRIED, metavar="KIND")
   options = parser.parse_args(argv)
@@ -124,7 +125,7 @@ def main(argv: list[str]) -> None:
 
 
 def duels() -> list[tuple[str, str]]:
-  """Which kinds are compared with which."""
+  """Returns the pairs of kinds to compare."""
   others = [name for name in KINDS if name != LARGEST and WITHOUT not in name]
   iterative = [(LARGEST, name) for name in others if not KINDS[name].start]
   after_spin = [
@@ -135,7 +136,7 @@ def duels() -> list[tuple[str, str]]:
 
 
 def run_of(name: str, seed: int) -> str:
-  """Name of an improver's or a kind's run, for files."""
+  """Returns the name of an improver's or a kind's run, for files."""
   name = f"improver, {WITHOUT}" if name == WITHOUT else name
   return f"{name.replace(', then', '').replace(', ', '-').replace(' ', '-')}-{seed}"
 
@@ -143,7 +144,7 @@ def run_of(name: str, seed: int) -> str:
 def arguments_of(
   name: str, runs: campaign.Campaign, options: argparse.Namespace, seed: int
 ) -> list[str] | None:
-  """Of a kind's run; None where its setting is not known yet and nothing may be run."""
+  """Returns a run's arguments; None if its setting is unknown and no runs may be made."""
   kind = (KINDS | TRIED)[name]
   setting = kind.setting or campaign.choose(
     runs, "iterative", _kind_arguments(LARGEST, options, options.seeds[0]), GRID
@@ -156,7 +157,7 @@ def arguments_of(
 
 
 def _kind_arguments(name: str, options: argparse.Namespace, seed: int) -> list[str]:
-  """All but the seed and the setting."""
+  """Returns all arguments except the seed and the setting."""
   kind = (KINDS | TRIED)[name]
   if not kind.pairs:
     return _arguments(kind.config, options, f"train.num_updates={UPDATES * ITERATIONS}")
@@ -192,7 +193,7 @@ def _arguments(config: str, options: argparse.Namespace, *fields: str) -> list[s
 
 
 def train_prompts(count: int) -> list[str]:
-  """Captions of the data that is trained on, its categories in turn as in the test prompts."""
+  """Returns captions of the training data, with categories in turn as in the test prompts."""
   source = builder.load_preferences("train")
   captions = dict.fromkeys(top_k.text_of(source[i]["caption"]) for i in range(len(source)))
   by_category: dict[str, list[str]] = {}
@@ -202,7 +203,7 @@ def train_prompts(count: int) -> list[str]:
 
 
 def _measure_policy(workdir: Path) -> dict[str, Any]:
-  """Scores on training prompts, of drawn pairs, and the diversity of pictures of one prompt."""
+  """Measures scores on training prompts and of generated pairs, and the diversity."""
   prompts = train_prompts(PICTURES)
   _, images = _draw(str(workdir), prompts, np.arange(len(prompts)) + 5000)
   return {
@@ -213,7 +214,7 @@ def _measure_policy(workdir: Path) -> dict[str, Any]:
 
 
 def _scores_of_pairs(directory: Path) -> dict[str, dict[str, float]]:
-  """Of the winners and the losers of an iteration."""
+  """Scores the winners and the losers of an iteration."""
   pairs = pairs_lib.open_pairs(directory)
   rows = [pairs[i] for i in range(len(pairs))]
   prompts = [top_k.text_of(row["caption"]) for row in rows]
@@ -225,7 +226,7 @@ def _scores_of_pairs(directory: Path) -> dict[str, dict[str, float]]:
 
 
 def _measure_improver(runs: campaign.Campaign, name: str, workdir: Path) -> dict[str, Any]:
-  """What scales do on validation prompts, and scores on training prompts."""
+  """Measures the influence of the scales, and scores on training prompts."""
   model = json.loads((workdir / "config.json").read_text(encoding="utf-8"))["model"]["path"]
   prompts = list(itertools.islice(itertools.cycle(campaign.validation_prompts()), PICTURES))
   seeds = np.arange(len(prompts)) + 6000
@@ -269,7 +270,7 @@ def _draw(
   shown: np.ndarray | None = None,
   scales: tuple[float, float] = (2.0, 0.0),
 ) -> tuple[Any, np.ndarray]:
-  """The pipeline, and a picture of each prompt; or with `shown` the better version of each."""
+  """Generates an image per prompt, or improves those `shown`; also returns the pipeline."""
   mesh = sharding.make_mesh()
   pipeline = load_run.load(model, mesh=mesh)
   generator = sampling.make_generator(
@@ -325,7 +326,7 @@ def report(
 
 
 def _scores_of(name: str, runs: campaign.Campaign, seeds: Sequence[int]) -> pd.DataFrame:
-  """Scores of these seeds' runs; each run's pictures count for themselves."""
+  """Returns the scores of several runs; images of different runs get different seeds."""
   scores = [campaign.scores_of(runs, run_of(name, seed)) for seed in seeds]
   return pd.concat(s.assign(seed=s.seed + i * 10**6) for i, s in enumerate(scores))
 
@@ -344,7 +345,7 @@ def _summary(scores: pd.DataFrame, found: list[dict]) -> dict[str, Any]:
 
 
 def _mean_pairs(pairs: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
-  """Over iterations and seeds, by side and scorer; empty where no pairs were drawn."""
+  """Averages over iterations and seeds, by side and scorer; empty without pairs."""
   return {
     side: {s: float(np.mean([of[side][s] for of in pairs])) for s in campaign.SCORERS}
     for side in (pairs[0] if pairs else ())
@@ -357,7 +358,7 @@ def _duels(
   runs: campaign.Campaign,
   seeds: Sequence[int],
 ) -> list[dict[str, Any]]:
-  """A kind's pictures compared with another's of the same prompts, noise and seeds."""
+  """Compares a kind's images with another kind's, of the same prompts, noise and seeds."""
   found = []
   for name, other in duels:
     if name in there and other in there:
@@ -369,7 +370,7 @@ def _duels(
 
 
 def _compared(scores: pd.DataFrame) -> dict[str, Any]:
-  """By scorer: win rate with its interval, mean difference, and p of a paired t-test."""
+  """Returns by scorer: win rate and interval, mean difference, and p of a paired t-test."""
   return {
     key.rpartition("-")[0]: {
       "win rate": [entry["win_rate"], *entry["interval"]],
@@ -381,7 +382,7 @@ def _compared(scores: pd.DataFrame) -> dict[str, Any]:
 
 
 def _over_seeds(found: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
-  """Means over seeds of what was measured by scales."""
+  """Averages over seeds what was measured by scales."""
   return {
     key: {name: float(np.mean([f[key][name] for f in found])) for name in found[0][key]}
     for key in found[0]
@@ -402,7 +403,7 @@ def _text(results: dict, runs: campaign.Campaign, options: argparse.Namespace) -
     f"(iterative DPO: {setting}, of {len(results['tuned over'])} settings; those of the others "
     "in methods.md, of six). Mean +- "
     "standard deviation over seeds. Test prompts are held out; the training prompts "
-    f"are {PICTURES} captions of the data. Win rates are of pairs of pictures of the same "
+    f"are {PICTURES} captions of the data. Win rates are of pairs of images of the same "
     "prompt and noise against the base, by quality, all seeds together, with a 95 % interval "
     "over prompts; p is of a paired t-test on prompts, of correctness and of quality. "
     f"{campaign.DIVERSITY}",
@@ -449,9 +450,9 @@ def _text(results: dict, runs: campaign.Campaign, options: argparse.Namespace) -
     "",
     "### What the scales do",
     "",
-    f"Improvers on {PICTURES} of the base's pictures of validation prompts; means over seeds. "
-    "Distances are root mean squares between latents: to the picture that was shown, and for "
-    "comparison to another's.",
+    f"Improvers on {PICTURES} of the base's images of validation prompts; means over seeds. "
+    "Distances are root mean squares between latents: to the input image and, for comparison, "
+    "to another one.",
     "",
     "| s_T | s_I | correct | quality | distance | to another |",
     "|---|---|---|---|---|---|",
@@ -469,7 +470,7 @@ def _text(results: dict, runs: campaign.Campaign, options: argparse.Namespace) -
         )
   lines += [
     "",
-    f"The base's pictures above, the first improver's versions below (s_T = {CHOSEN[0]:g}, "
+    f"The base's images above, the first improver's versions below (s_T = {CHOSEN[0]:g}, "
     f"s_I = {CHOSEN[1]:g}):",
     "",
     f"![]({options.out.name}/improver.png)",

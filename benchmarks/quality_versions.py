@@ -1,9 +1,9 @@
-"""What the versions of `shapes.quality` say of the same images.
+"""Comparison of the versions of `shapes.quality` on the same images.
 
   python benchmarks/quality_versions.py
 
-The images that benchmarks/methods.py keeps of each method stand in docs/methods/records; the
-scores of version 1 beside them. Scores them anew and writes a table into docs/shapes.md.
+The images that benchmarks/methods.py keeps of each method are in docs/methods/records, with
+their scores by version 1. The script scores them again and writes a table into docs/shapes.md.
 """
 
 import datetime
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def _score(file: Path, score) -> pd.DataFrame:
-  """Old and new scores of a strip of images."""
+  """Returns old and new scores of a strip of images."""
   images = np.stack(np.split(np.asarray(Image.open(file)), methods.SHOWN, axis=1))
   base = file.stem == "base"
   method, _, seed = ("base", "", "0") if base else file.stem.rpartition("-")

@@ -1,7 +1,7 @@
-"""The same work in PyTorch: as published scripts do it, made fast, and compiled.
+"""PyTorch's contenders: as published scripts do the work, made fast, and compiled.
 
-Written for these timings, from diffusers' PyTorch UNet and schedulers; weights are random.
-What P0, P1 and P2 are is said in `side_by_side.RIVALS`.
+They are written for these timings, from diffusers' PyTorch UNet and schedulers; weights are
+random. `side_by_side.RIVALS` describes P0, P1 and P2.
 """
 
 import copy
@@ -18,14 +18,14 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 
 
 class Rival:
-  """A PyTorch UNet with random inputs on the device that there is.
+  """A PyTorch UNet with random inputs, on the GPU if there is one.
 
   Args:
-    config: of the UNet.
+    config: the UNet's configuration.
     kind: 'P0', 'P1' or 'P2'.
-    rows: latents at once.
+    rows: batch size.
     dtype: of the computation; weights are float32.
-    tokens: of a prompt.
+    tokens: length of a prompt.
   """
 
   def __init__(self, config: dict[str, Any], kind: str, *, rows: int, dtype: str, tokens: int):
@@ -67,12 +67,12 @@ class Rival:
     self.alpha_bar = DPMSolverMultistepScheduler(**BETAS).alphas_cumprod.to(self.device)
 
   def sft(self) -> None:
-    """One update on noised latents."""
+    """Makes one update on noised latents."""
     t, noise, x_t = self._noised()
     self._update((self._predict(self.predict, x_t, t) - noise).square().mean())
 
   def dro(self, num_steps: int) -> None:
-    """One update of Diffusion-DRO with negatives of the policy's own."""
+    """Makes one update of Diffusion-DRO with the policy's own samples."""
     own, target, t = (self._draw_fast if self.fast else self._draw_slowly)(num_steps)
     _, noise, x_t = self._noised(t)
     error = lambda out, wanted: (out - wanted).square().mean((1, 2, 3))  # noqa: E731
@@ -92,9 +92,9 @@ class Rival:
 
   @torch.no_grad()
   def sample(self, num_steps: int, guidance: float) -> None:
-    """Latents from noise with DPM-Solver++ and guidance."""
+    """Samples latents from noise with DPM-Solver++ and guidance."""
     if self.dtype not in (torch.float32, self.unet.dtype):
-      self.unet.to(self.dtype)  # as ours is: once, not at every call
+      self.unet.to(self.dtype)  # once, as in jaxpref, not at every call
     self.unet.eval()
     scheduler = DPMSolverMultistepScheduler(**BETAS)
     scheduler.set_timesteps(num_steps)
@@ -110,7 +110,7 @@ class Rival:
 
   @torch.no_grad()
   def _draw_slowly(self, num_steps: int):
-    """Negatives, each sample with a scheduler of its own, from a copy of the policy."""
+    """Samples from a copy of the policy, with one scheduler per sample."""
     self.policy_copy.load_state_dict(self.unet.state_dict())  # refreshed at every update
     rows = len(self.latents)
     offsets, picks = self._offsets(num_steps)
@@ -137,7 +137,7 @@ class Rival:
 
   @torch.no_grad()
   def _draw_fast(self, num_steps: int):
-    """Negatives, all samples in one vectorised step of DPM-Solver++ (2M)."""
+    """Samples from the policy, with vectorised steps of DPM-Solver++ (2M)."""
     offsets, picks = self._offsets(num_steps)
     levels = torch.as_tensor(_base(num_steps)[:, None] + offsets[None], device=self.device)
     alpha_bar = torch.cat(

@@ -1,10 +1,11 @@
-r"""Latents from noise: DPM-Solver++ (2M) with classifier-free guidance.
+r"""Timings of sampling latents: DPM-Solver++ (2M) with classifier-free guidance.
 
   python benchmarks/sampler.py --against=torch
   python benchmarks/sampler.py --against=torch --model=jaxpref/pipelines/sd15 \
     --rows=16 --dtype=bfloat16 --rivals P1 P2
 
-Weights are random; the bundled model is what a CPU is up to. PyTorch's part is in `rivals.py`.
+Weights are random; the bundled model is small enough for a CPU. PyTorch's part is in
+`rivals.py`.
 """
 
 import argparse
@@ -23,9 +24,9 @@ GUIDANCE = 5.0
 
 
 def main(argv: list[str]) -> None:
-  """Times as the flags say."""
+  """Times the samplers as the flags say."""
   parser = side_by_side.make_parser(__doc__, method="sft", rows=16)
-  parser.add_argument("--steps", type=int, default=20, help="of the solver")
+  parser.add_argument("--steps", type=int, default=20, help="number of solver steps")
   options = parser.parse_args(argv)
   checked = side_by_side.checked_of(options)
   makers = {
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> None:
 
 
 def draw_of(checked: setup.Checked, options: argparse.Namespace) -> Callable[[], None]:
-  """Ours: a whole trajectory of a batch in one program."""
+  """Returns jaxpref's contender: a whole trajectory of a batch in one program."""
   pipeline = checked.pipeline
   _, inputs = side_by_side.realise_run(checked)
   params, cond = unet_lib.freeze(inputs.state.params, options.dtype), inputs.batch["cond"]

@@ -1,7 +1,7 @@
-"""What the timings share: our programs as a run would build them, rivals, and taking turns.
+"""Shared parts of the timings: programs as a run builds them, rivals, and taking turns.
 
-Contenders take turns, so that a machine that is shared or throttled is so for all of them
-alike; what is reported are medians, and ratios to ours within a turn.
+Contenders take turns, so that the load and the throttling of a machine affect all of them
+equally. Reported are medians, and ratios to jaxpref's time within a turn.
 """
 
 import argparse
@@ -31,44 +31,44 @@ from jaxpref.training import flops, programs, setup
 
 BUNDLED = Path("jaxpref/pipelines/shapes")
 RIVALS = {
-  "P0": "PyTorch as the published loop has it: eager, diffusers' and PyTorch's defaults, a "
-  "solver that loops over samples in Python, a call for each half and model",
-  "P1": "PyTorch made fast: SDPA, channels_last, one call for all of a batch, a vectorised "
+  "P0": "PyTorch as in the published loop: eager, diffusers' and PyTorch's defaults, a solver "
+  "that loops over samples in Python, one call per half and model",
+  "P1": "PyTorch made fast: SDPA, channels_last, one call for a whole batch, a vectorised "
   "solver, fused optimizer",
   "P2": "P1 with torch.compile",
 }
 
 
 def make_parser(description: str, *, method: str, rows: int) -> argparse.ArgumentParser:
-  """Options that all timings have."""
+  """Makes a parser with the options of all timings."""
   parser = argparse.ArgumentParser(
     description=description.splitlines()[0],
     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
   )
   add = parser.add_argument
-  add("--model", type=Path, default=BUNDLED, help="a pipeline's directory; weights are drawn")
-  add("--width", type=int, help="channels of its first level; by default as it has them")
-  add("--latents", type=int, help="their height; by default as the model has them")
-  add("--config", default=f"configs/{method}.py:shapes", help="what ours does")
-  add("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="in that configuration")
-  add("--rows", type=int, default=rows, help="of an update or of a batch")
-  add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation")
+  add("--model", type=Path, default=BUNDLED, help="a pipeline's directory; weights are random")
+  add("--width", type=int, help="channels of the UNet's first level; default: the model's")
+  add("--latents", type=int, help="height of latents; default: the model's")
+  add("--config", default=f"configs/{method}.py:shapes", help="jaxpref's configuration")
+  add("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields to set in it")
+  add("--rows", type=int, default=rows, help="batch size")
+  add("--dtype", default="float32", choices=("float32", "bfloat16"), help="computation dtype")
   add("--against", default="", choices=("", "torch"), help="time rivals as well")
   add("--rivals", nargs="+", default=["P0", "P1"], choices=RIVALS)
-  add("--turns", type=int, default=7, help="of each contender, after one that compiles")
+  add("--turns", type=int, default=7, help="turns per contender, after one that compiles")
   add(
     "--apart",
     action="store_true",
-    help="each contender in a process of its own, one after the other: for a device "
-    "whose memory does not hold them together",
+    help="run each contender in its own process, one after the other, for devices with too "
+    "little memory for all of them",
   )
-  add("--only", help=argparse.SUPPRESS)  # what such a process times, for its caller
-  add("--out", type=Path, help="JSON file for the numbers; a table is printed anyway")
+  add("--only", help=argparse.SUPPRESS)  # the contender of such a process
+  add("--out", type=Path, help="JSON file for the numbers; a table is always printed")
   return parser
 
 
 def checked_of(options: argparse.Namespace, *fields: str) -> setup.Checked:
-  """A run's configuration and models as the options want it, without weights."""
+  """Returns the configuration and models that the options ask for, without weights."""
   jax_setup.use_all_cores()
   with tempfile.TemporaryDirectory() as directory:
     model = lay_out(options, Path(directory))
@@ -90,9 +90,9 @@ def checked_of(options: argparse.Namespace, *fields: str) -> setup.Checked:
 
 
 def lay_out(options: argparse.Namespace, directory: Path) -> Path:
-  """Writes the model's configuration files as a pipeline has them, narrower if asked for.
+  """Writes the model's configuration files in a pipeline's layout, narrower if asked for.
 
-  They may also stand side by side, as unet.json, vae.json, and so on.
+  The source may also have them in one folder, as unet.json, vae.json, and so on.
   """
   files = {f.stem: f for f in options.model.glob("*.json")}
   files |= {f.parent.name: f for f in options.model.glob("*/*config.json")}
@@ -116,7 +116,7 @@ def lay_out(options: argparse.Namespace, directory: Path) -> Path:
 
 
 def realise(shapes: Any, *, seed: int = 0) -> Any:
-  """Arrays of these shapes, placed as they say: normal numbers of a layer's usual size."""
+  """Makes random arrays of these shapes and shardings, with a layer's usual scale."""
   numbers = iter(range(len(jax.tree.leaves(shapes))))
 
   def one(leaf):
@@ -131,7 +131,7 @@ def realise(shapes: Any, *, seed: int = 0) -> Any:
 
 
 def realise_run(checked: setup.Checked) -> tuple[programs.Programs, programs.Arguments]:
-  """A run's programs, and arguments of random numbers."""
+  """Returns a run's programs and random arguments for them."""
   program, shapes = programs.abstract_programs(checked)
   params = realise(shapes.state.params)
   state = jax.jit(program.make_state, out_shardings=program.placement)(params)
@@ -139,7 +139,7 @@ def realise_run(checked: setup.Checked) -> tuple[programs.Programs, programs.Arg
 
 
 def update_of(checked: setup.Checked) -> Callable[[], None]:
-  """One update of a run with random numbers, and what it draws for it."""
+  """Returns a function that makes one update of a run, with its rollout, on random numbers."""
   program, inputs = realise_run(checked)
   state = [inputs.state]
 
@@ -162,14 +162,14 @@ def update_of(checked: setup.Checked) -> Callable[[], None]:
 def take_turns(
   contenders: Mapping[str, Callable[[], None]], turns: int, *, at_least: float = 0.5
 ) -> dict[str, list[float]]:
-  """Seconds of a call, by contender and turn.
+  """Times contenders in turns; returns seconds per call, by contender and turn.
 
   Args:
     contenders: by name; each returns when its work is done.
-    turns: of each.
-    at_least: seconds of a turn, which is as many calls as that takes: what a call costs in
-      a loop, not one after another's, whose threads may still spin and whose data fill
-      the caches.
+    turns: number of turns of each.
+    at_least: minimum seconds of a turn, which repeats the call until then. This measures a
+      call in a loop. A single call after another contender's would include the effects of its
+      threads, which may still spin, and of its data in the caches.
   """
   took: dict[str, list[float]] = {name: [] for name in contenders}
   for name, run in contenders.items():
@@ -190,14 +190,14 @@ def take_turns(
 def time_contenders(
   makers: Mapping[str, Callable[[], Callable[[], None]]], options: argparse.Namespace
 ) -> dict[str, list[float]]:
-  """Builds contenders and times them, as `take_turns` does, or with `--apart` one by one.
+  """Builds contenders and times them, with `take_turns`, or with `--apart` one by one.
 
   Args:
-    makers: by name what builds a contender.
+    makers: by name, functions that build a contender.
     options: from `make_parser`.
 
   Returns:
-    Seconds of a call, by contender and turn; without those whose process failed.
+    Seconds per call, by contender and turn, without contenders whose process failed.
   """
   if options.only:
     name = options.only
@@ -216,7 +216,7 @@ def time_contenders(
       else:
         print(f"{name}: failed, and is left out")
   if "ours" not in took:
-    sys.exit("there is nothing to compare with")
+    sys.exit("jaxpref's own contender failed: nothing to compare with")
   return took
 
 
@@ -227,12 +227,12 @@ def time_updates(
 
   Args:
     runs: by name.
-    turns: of each.
-    base_of: from a run's name that of the one it is compared with.
+    turns: number of turns of each.
+    base_of: maps a run's name to that of the run it is compared with.
 
   Returns:
-    By name 'seconds' (median), and 'time' (median of ratios within a turn) and 'FLOPs', by the
-    method's count, over those of its base.
+    By name: 'seconds' (median), and relative to the base 'time' (median of ratios within a
+    turn) and 'FLOPs' (by the method's count).
   """
   works = {
     name: sum(flops.of_update(checked, flops.of_forward(checked.pipeline)).values())
@@ -254,7 +254,7 @@ def time_updates(
 
 
 def matmul_rate(dtype: str) -> float:
-  """FLOP/s that one device reaches in large products of square matrices of random numbers."""
+  """Measures one device's FLOP/s in large products of random square matrices."""
   size, calls = (1024, 1) if jax.default_backend() == "cpu" else (8192, 10)
   a = jax.random.normal(jax.random.key(0), (size, size), dtype)
   product = jax.jit(lambda a: a @ a)
@@ -272,15 +272,15 @@ def report(
   units: int,
   work: float | Mapping[str, float],
 ) -> None:
-  """Prints a table, and writes everything as JSON where it is wanted.
+  """Prints a table, and writes all numbers as JSON if `--out` is given.
 
   Args:
     name: of the benchmark.
     options: from `make_parser`.
-    took: from `time_contenders`; 'ours' is what others are compared with.
+    took: from `time_contenders`; the others are compared with 'ours'.
     unit: what a call makes, such as 'images'.
-    units: how many.
-    work: FLOPs of a call, by the method's count; of each contender where they differ.
+    units: number of them per call.
+    work: FLOPs per call, by the method's count; by contender if they differ.
   """
   works = dict(work) if isinstance(work, Mapping) else dict.fromkeys(took, work)
   device = jax.devices()[0]
@@ -324,18 +324,18 @@ def rival_makers(
   checked: setup.Checked,
   contender_of: Callable[[Any], Callable[[], None]],
 ) -> dict[str, Callable[[], Callable[[], None]]]:
-  """What builds PyTorch's contenders, by kind, where they are asked for.
+  """Returns builders of PyTorch's contenders by kind, if they are asked for.
 
   Args:
     options: from `make_parser`.
-    checked: ours, whose UNet they have.
-    contender_of: from a `rivals.Rival` what it does.
+    checked: jaxpref's run, whose UNet they use.
+    contender_of: maps a `rivals.Rival` to the function to time.
   """
   config = {k: v for k, v in checked.pipeline.configs["unet"].items() if k[0] != "_"}
   tokens = checked.pipeline.modules["text_encoder"].config.max_position_embeddings
 
   def make(kind: str) -> Callable[[], None]:
-    import rivals  # PyTorch is not needed for ours alone
+    import rivals  # late, because jaxpref's contender does not need PyTorch
 
     return contender_of(
       rivals.Rival(config, kind, rows=options.rows, dtype=options.dtype, tokens=tokens)
@@ -346,7 +346,7 @@ def rival_makers(
 
 
 def rows_placed(checked: setup.Checked, tree: Any) -> Any:
-  """Arrays of a batch on the devices."""
+  """Puts arrays of a batch on the devices."""
   return jax.device_put(tree, sharding.batch_sharding(checked.mesh))
 
 

@@ -1,10 +1,11 @@
-r"""An update of supervised fine-tuning: forward, backward, AdamW, moving average.
+r"""Timings of an update of supervised fine-tuning: forward, backward, AdamW, EMA.
 
   python benchmarks/train_step.py --against=torch
   python benchmarks/train_step.py --against=torch --model=jaxpref/pipelines/sd15 \
     --rows=32 --dtype=bfloat16 --rivals P1 P2
 
-Weights are random; the bundled model is what a CPU is up to. PyTorch's part is in `rivals.py`.
+Weights are random; the bundled model is small enough for a CPU. PyTorch's part is in
+`rivals.py`.
 """
 
 import sys
@@ -15,7 +16,7 @@ from jaxpref.training import flops
 
 
 def main(argv: list[str]) -> None:
-  """Times as the flags say."""
+  """Times the update as the flags say."""
   options = side_by_side.make_parser(__doc__, method="sft", rows=32).parse_args(argv)
   checked = side_by_side.checked_of(options)
   makers = {

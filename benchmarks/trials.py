@@ -1,4 +1,4 @@
-"""A trial of the fault campaign: a run that may be hurt and is started again."""
+"""A trial of the fault campaign: a run that is harmed and restarted."""
 
 import contextlib
 import dataclasses
@@ -22,19 +22,19 @@ from jaxpref.runtime import checkpoint_files
 ROOT = Path(__file__).parent.parent
 QUICK = "--xla_backend_optimization_level=0"
 SAVING = "*.orbax-checkpoint-tmp"
-STARTS = 8  # of a trial, until it counts as failed
+STARTS = 8  # maximum number of starts; a trial that needs more has failed
 FIELDS = {
   "train.num_updates": 40,
   "train.updates_per_iteration": 5,
   "train.keep": 3,
-  "train.max_skipped": 100,  # one trial's loss is not finite now and then
+  "train.max_skipped": 100,  # one setting has non-finite losses
   "train.hang_minutes": 1.0,
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """What is run: a configuration file, further fields, and how many processes."""
+  """A run: a configuration file, further fields, and the number of processes."""
 
   method: str = "dro"
   processes: int = 1
@@ -52,11 +52,11 @@ SETTINGS = {
 
 
 class TooLateError(Exception):
-  """The run had ended before anything was done to it."""
+  """The run ended before the fault."""
 
 
 class Trial:
-  """A workdir, its environment, and what is done to the runs in it."""
+  """A workdir, its environment, and actions on the runs in it."""
 
   def __init__(self, name: str, directory: Path, model: Path, seed: list[int | str]):
     shutil.rmtree(directory, ignore_errors=True)
@@ -76,7 +76,7 @@ class Trial:
     self.starts = 0
 
   def arguments(self) -> list[str]:
-    """Of `jaxpref.main`."""
+    """Returns the arguments of `jaxpref.main`."""
     fields = {**FIELDS, "model.path": self.model}
     flags = [f"{name}={value}" for name, value in fields.items()] + list(self.setting.fields)
     return [
@@ -86,7 +86,7 @@ class Trial:
     ]
 
   def start(self) -> list[subprocess.Popen]:
-    """All processes of a run; each writes a log."""
+    """Starts all processes of a run; each writes a log."""
     self.starts += 1
     port = 20000 + self.random.randrange(20000)
     processes = []
@@ -102,26 +102,26 @@ class Trial:
     return processes
 
   def log(self) -> str:
-    """What process 0 has said so far."""
+    """Returns what process 0 has logged so far."""
     return (self.directory / "log0").read_text(encoding="utf-8")
 
   def checkpoints(self) -> list[Path]:
-    """Of the run that is under way, also where it is an iteration's."""
-    # Named, rather than searched for: what Orbax renames meanwhile would be an error.
+    """Returns the directories of checkpoints, also those of iterations."""
+    # Not a recursive search, which would fail if Orbax renamed a directory meanwhile.
     places = ("checkpoints", "iterations/*/checkpoints")
     return sorted(found for place in places for found in self.workdir.glob(place))
 
   def finish(self) -> None:
-    """Starts it again until it ends well."""
+    """Restarts the run until it ends well."""
     while True:
       if self.starts >= STARTS:
-        raise RuntimeError(f"not ended after {STARTS} starts: {self.log()[-500:]}")
+        raise RuntimeError(f"not finished after {STARTS} starts: {self.log()[-500:]}")
       if not any(end(self.start())):
         return
 
 
 def end(processes: list[subprocess.Popen], limit: float = 300) -> list[int]:
-  """Exit statuses; as a launcher does, ends the rest 20 seconds after the first failure."""
+  """Waits for exit statuses; kills the others 20 s after the first failure, as launchers do."""
   deadline = time.monotonic() + limit
   failed = False
   while (statuses := [p.poll() for p in processes]) and None in statuses:
@@ -135,7 +135,7 @@ def end(processes: list[subprocess.Popen], limit: float = 300) -> list[int]:
 
 
 def kill(processes: list[subprocess.Popen]) -> None:
-  """All of them, at once; what has ended already was not hurt, and is no trial."""
+  """Kills all processes at once; raises `TooLateError` if one has ended already."""
   if any(p.poll() is not None for p in processes):
     raise TooLateError
   for process in processes:
@@ -144,7 +144,7 @@ def kill(processes: list[subprocess.Popen]) -> None:
 
 
 def wait_for(processes: list[subprocess.Popen], condition: Callable[[], bool]) -> bool:
-  """Whether it came true before a process ended."""
+  """Waits for a condition; returns whether it came true before a process ended."""
   while all(p.poll() is None for p in processes):
     if condition():
       return True
@@ -153,7 +153,7 @@ def wait_for(processes: list[subprocess.Popen], condition: Callable[[], bool]) -
 
 
 def digest(workdir: Path) -> str:
-  """Of every array of the last checkpoint, read as any program would."""
+  """Computes a digest of all arrays of the last checkpoint."""
   directory = max((*workdir.glob("iterations/*/checkpoints"), workdir / "checkpoints"))
   found = checkpoint_files.find_good(directory)
   one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -167,7 +167,7 @@ def digest(workdir: Path) -> str:
 
 @contextlib.contextmanager
 def disk(trial: Trial, *, size: str) -> Iterator[None]:
-  """A small disk of its own as the trial's workdir."""
+  """Mounts a small disk as the trial's workdir."""
   place = trial.workdir
   place.mkdir(parents=True, exist_ok=True)
   command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
@@ -179,14 +179,14 @@ def disk(trial: Trial, *, size: str) -> Iterator[None]:
 
 
 def keep(trial: Trial) -> None:
-  """Copies what is on a disk of its own, to be compared later."""
+  """Copies a workdir from its small disk, for a later comparison."""
   copy = trial.directory / "copy"
   shutil.copytree(trial.workdir, copy)
   trial.workdir = copy
 
 
 def error_of(trial: Trial) -> str:
-  """The last error that process 0 has printed."""
+  """Returns the last error that process 0 has printed."""
   said = [line for line in trial.log().splitlines() if line.startswith("jaxpref: error")]
   if "Traceback" in trial.log():
     raise RuntimeError(f"a traceback: {trial.log()[-1000:]}")
@@ -194,7 +194,7 @@ def error_of(trial: Trial) -> str:
 
 
 def make_model(runs: Path) -> Path:
-  """The tests' pipeline of a few thousand random parameters."""
+  """Makes the tests' pipeline of a few thousand random parameters."""
   sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
   import families  # noqa: PLC0415
 

@@ -134,7 +134,7 @@ def _run(argv: list[str]) -> None:
   # Late, so that errors on the command line do not wait for JAX.
   from jaxpref import sharding  # noqa: PLC0415
   from jaxpref.models import text  # noqa: PLC0415
-  from jaxpref.runtime import jax_setup, workdir  # noqa: PLC0415
+  from jaxpref.runtime import jax_setup  # noqa: PLC0415
   from jaxpref.training import load_run  # noqa: PLC0415
 
   jax_setup.cache_programs()
@@ -149,7 +149,6 @@ def _run(argv: list[str]) -> None:
     print(f"{count(len(wanted), 'image')} in {out}, 0 of them new{of_images}")
     return
   text.warn_of_cut(pipeline.tokenizers, [task.settings["prompt"] for task in wanted])
-  workdir.make_writable(out)  # before anything is generated
   left_out = _generate(flags, pipeline, mesh, missing, total=len(wanted))
   written, new = len(wanted) - len(left_out), len(missing) - len(left_out)
   print(f"{count(written, 'image')} in {out}, {new} of them new{of_images}")
@@ -238,6 +237,7 @@ def _generate(
     decode=flags.decode,
     image_guidance=flags.image_guidance if flags.improver else None,
   )
+  workdir.make_writable(missing[0].file.parent)  # before anything is generated
   size = tuple(missing[0].settings["size"])
   step = sharding.round_up(batch_size, mesh)
   left_out: list[ImageTask] = []

@@ -141,7 +141,7 @@ def test_a_folder_of_pictures_is_improved(improving, folder, tmp_path, capsys):
   assert np.abs(picture("far") - picture("told")).max() > 1
   (folder / "a.txt").rename(tmp_path / "a.txt")
   assert generate.main([*flags, f"--out={tmp_path / 'told'}"]) == 2
-  assert '--prompts="..." is the prompt of all' in capsys.readouterr().err
+  assert 'set one prompt for all with --prompts="..."' in capsys.readouterr().err
   (tmp_path / "a.txt").rename(folder / "a.txt")
   Image.new("RGB", (24, 20)).save(folder / "a.png")
   again = [*flags, f"--out={tmp_path / 'told'}", "--steps=2"]
@@ -166,12 +166,12 @@ def test_what_is_improved_depends_on_picture_and_seed_alone(
   [
     (["--improver={improver}", "--prompts=a"], "--improver and --images go together"),
     (["--model={base}", "--images={folder}"], "--improver and --images go together"),
-    (["--model={base}", "--improver={improver}"], "one of --model and --improver"),
-    (["--prompts=a"], "one of --model and --improver"),
+    (["--model={base}", "--improver={improver}"], "set either --model or --improver"),
+    (["--prompts=a"], "set either --model or --improver"),
     (["--improver={base}", "--images={folder}"], "is not an improver"),
     (["--model={improver}", "--prompts=a"], "is an improver: use --improver"),
     (["--model={base}", "--prompts=a", "--image-guidance=2"], "needs --improver"),
-    (["--improver={improver}", "--images={folder}", "--size=32"], "--size is not for"),
+    (["--improver={improver}", "--images={folder}", "--size=32"], "--size does not go with"),
     (["--improver={improver}", "--images=/nowhere"], "--images '/nowhere' is not a folder"),
     (["--improver={improver}", "--images={folder}", "--image-guidance=-1"], "at least 0"),
     (["--improver={improver}", "--images={folder}", "--out={folder}/x"], "is inside --images"),

@@ -373,4 +373,4 @@ def test_generate_takes_parts_and_clip_skip(families_of_two, tmp_path, capsys):
   assert generate.main([*flags, f"--vae={other}"]) == 2
   assert "clip_skip was 1, now 0" in capsys.readouterr().err
   assert generate.main([*flags, "--clip-skip=1"]) == 2
-  assert "is of other settings: weights" in capsys.readouterr().err
+  assert "has other settings: weights" in capsys.readouterr().err

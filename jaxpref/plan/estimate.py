@@ -245,7 +245,7 @@ def _for_accelerator(config: Any, *, traced_only: bool = True) -> Any:
       config.model.attention = "splash"
     config.model.norm = "stock" if config.model.norm == "stock" else "lean"
     if "iterate" in config:
-      # All iterations but the first start from the previous one's weights.
+      # All iterations but the first start from the weights of the previous one.
       config.model.start = config.model.start or "the previous iteration"
       del config.iterate
   return config
