@@ -149,7 +149,7 @@ def record_run(
   arguments: Sequence[str],
   measure: Callable[[Path], dict[str, Any]] = lambda workdir: {},
 ) -> dict | None:
-  """Returns the record of a run; makes the run if there is no record yet.
+  """Returns the record of a run; makes the run if the record is missing.
 
   Args:
     campaign: the campaign.
@@ -161,7 +161,7 @@ def record_run(
     'arguments', 'base', 'scorers' (versions by name), 'minutes' (with the evaluation; only the
     last part of a resumed run), 'means' (by '<model>/<scorer>'), 'metrics' (means over logged
     updates) and the result of `measure`. The scores by image are beside it, see `scores_of`.
-    None if there is no record and no run may be made. A run that fails ends the program.
+    None if the record is missing and no run may be made. A run that fails ends the program.
   """
   if (found := read_record(campaign, name, arguments)) or campaign.report_only:
     return found

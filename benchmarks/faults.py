@@ -85,7 +85,7 @@ def kill_once_said(trial: trials.Trial, text: str, *, within: float) -> None:
 def kill_in_the_evaluation(trial: trials.Trial, duration: float) -> None:
   """Kills a run while images are generated, scored or written."""
   del duration
-  kill_once_said(trial, "pictures of the", within=2.5)
+  kill_once_said(trial, "of the base model", within=2.5)
 
 
 def kill_in_the_data(trial: trials.Trial, duration: float) -> None:
@@ -272,8 +272,8 @@ FAULTS: dict[str, tuple[Callable, str, int]] = {
   "kill -9 in a save": (kill_in_a_save, "one process", 16),
   "kill -9 in an iteration's save": (kill_in_a_save, "iterative", 6),
   "kill -9 in the evaluation": (kill_in_the_evaluation, "one process", 5),
-  "kill -9 while data are drawn": (kill_in_the_data, "one process", 4),
-  "kill -9 while pairs are drawn": (kill_in_the_pairs, "iterative", 6),
+  "kill -9 while data are generated": (kill_in_the_data, "one process", 4),
+  "kill -9 while pairs are generated": (kill_in_the_pairs, "iterative", 6),
   "kill -9 of iterations at any time": (kill_anywhere, "iterative", 8),
   "kill -9 of one of two processes": (kill_one, "two processes", 10),
   "kill -9 of both processes": (kill_anywhere, "two processes", 6),

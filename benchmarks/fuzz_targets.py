@@ -451,7 +451,7 @@ def _make_metadata(ending: str, directory: Path, tiny: Path) -> None:
   del tiny
   rng = np.random.default_rng(0)
   names = [f"{i}.png" for i in range(4)]
-  captions = [f"a picture, number {i}" for i in range(4)]
+  captions = [f"an image, number {i}" for i in range(4)]
   table = pa.table({"file_name": names, "text": captions})
   content = {
     "jsonl": b"".join(json.dumps(row).encode() + b"\n" for row in table.to_pylist()),

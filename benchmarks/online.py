@@ -415,10 +415,11 @@ def _text(results: dict, runs: campaign.Campaign, options: argparse.Namespace) -
   lines += [_line(name, results[name]) for name in (*IMPROVERS, *options.only)]
   lines += [
     "",
-    "`iterative-N` draws N pairs in each iteration, all others as many as the largest. What "
-    "begins with spin's model makes as many updates again. Improvers' pictures are their "
-    f"versions of the base's; the second one, `{WITHOUT}`, was trained for the other two "
-    "tasks alone, and is what the last run's winners are drawn by.",
+    "`iterative-N` generates N pairs in each iteration, all others the same number as the "
+    "largest. Runs that start from spin's model make the same number of updates again. "
+    "Improvers' images are their versions of the base's; the second improver, "
+    f"`{WITHOUT}`, was trained only for the other two tasks, and generates the last run's "
+    "winners.",
     "",
     "One against another, same prompts, noise and seeds:",
     "",
@@ -426,7 +427,7 @@ def _text(results: dict, runs: campaign.Campaign, options: argparse.Namespace) -
     "",
     "### What was trained on",
     "",
-    "Scores of the pairs that runs drew, mean over iterations and seeds.",
+    "Scores of the pairs that runs generated, mean over iterations and seeds.",
     "",
     *_pairs_table({name: results[name]["pairs"] for name in options.only}),
   ]
