@@ -147,11 +147,11 @@ def gather_params(tree: Any, mesh: Mesh) -> Any:
   Otherwise XLA shards the computation by channels, as the parameters are sharded, and reshards
   the activations between layers.
   """
-  whole = NamedSharding(known_mesh(mesh), P())
+  whole = NamedSharding(current_mesh(mesh), P())
   return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, whole), tree)
 
 
-def known_mesh(mesh: Mesh) -> Mesh | AbstractMesh:
+def current_mesh(mesh: Mesh) -> Mesh | AbstractMesh:
   """Returns the mesh to name inside a jitted function.
 
   Inside `jax.shard_map` that is the abstract mesh, in which some axes are already manual.

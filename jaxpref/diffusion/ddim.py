@@ -20,7 +20,7 @@ def coefficients(grid: Grid, *, eta: float = 0.0) -> Coefficients:
     UserError: eta is not in [0, 1].
   """
   if not 0 <= eta <= 1:
-    raise UserError(f"eta must be in [0, 1], got {eta}")
+    raise UserError(f"eta must be in [0, 1] (got {eta})")
   alpha_s, sigma_s = scales(grid.log_snr[:-1])
   alpha_t, sigma_t = scales(grid.log_snr[1:])
   beta = fresh_variance(grid)

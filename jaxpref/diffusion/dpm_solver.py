@@ -35,7 +35,7 @@ def coefficients(grid: Grid, *, order: int = 2, lower_order_final: bool = True) 
     UserError: order is not 1, 2 or 3.
   """
   if order not in (1, 2, 3):
-    raise UserError(f"the order of DPM-Solver++ must be 1, 2 or 3, got {order!r}")
+    raise UserError(f"the order of DPM-Solver++ must be 1, 2 or 3 (got {order!r})")
   lam = 0.5 * grid.log_snr
   alpha, sigma = scales(grid.log_snr[1:])
   state = sigma / scales(grid.log_snr[:-1])[1]

@@ -8,7 +8,7 @@ from typing import Any
 _log = logging.getLogger(__name__)
 
 
-def are_made(index: Mapping[str, Any]) -> bool:
+def apply_to(index: Mapping[str, Any]) -> bool:
   """Returns whether diffusers makes them for this `model_index.json`; not for SDXL's."""
   return not str(index.get("_class_name")).startswith("StableDiffusionXL")
 
@@ -26,12 +26,12 @@ def correct_configs(
     where: the pipeline's directory, for the log.
   """
   corrected = {name: dict(config) for name, config in configs.items()}
-  if not are_made(configs["model_index"]):
+  if not apply_to(configs["model_index"]):
     return corrected
   scheduler, unet = corrected["scheduler"], corrected["unet"]
   wanted: list[tuple[dict[str, Any], str, Any]] = []
   offset = scheduler.get("steps_offset", 1)
-  if offset is None or type(offset) is int and offset != 1:  # `_schedule` refuses other types
+  if offset is None or type(offset) is int and offset != 1:  # `read_schedule` refuses others
     wanted.append((scheduler, "steps_offset", 1))
   if scheduler.get("clip_sample") is True:
     wanted.append((scheduler, "clip_sample", False))

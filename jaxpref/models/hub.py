@@ -110,7 +110,7 @@ def _local(name: str) -> Path | None:
   """Returns the directory of this name, or the snapshot in it if it is the Hub's cache."""
   path = user_path(name)
   if path.exists() and not path.is_dir():
-    raise weights.refuse_file(path)
+    raise weights.file_error(path)
   if not path.is_dir():
     return None
   cache = path.parent if path.name == "snapshots" else path
@@ -148,7 +148,7 @@ def _refuse_directory(path: Path) -> None:
     )
   for file in sorted(path.glob("*")):  # for example an adapter's directory
     if file.suffix == ".safetensors" and not (path / "config.json").exists():
-      raise weights.refuse_file(file)
+      raise weights.file_error(file)
   inside = [p for p in ("unet", "unet_ema", "vae") if (path / p / "config.json").exists()]
   if any((path / name).exists() for name in _TRAINING_STATE):
     way = f": its UNet is model.unet={path / inside[0]}" if inside else ""
@@ -171,7 +171,7 @@ def _refuse_directory(path: Path) -> None:
     raise UserError(f"{path} is the Hub's cache: name a model by its id, such as org/name")
   for file in sorted(path.glob("*")):
     if file.suffix in weights.PICKLES:
-      raise weights.refuse_file(file)
+      raise weights.file_error(file)
   raise UserError(f"{path / INDEX} is missing: not a complete pipeline in diffusers' layout")
 
 
@@ -291,7 +291,7 @@ def _part_files(there: set[str], part: str, *, variant: str, where: str) -> list
   names = [name for name in names if "/" not in name]
   found = weights.choose(names, part, variant)
   if found is None:
-    raise weights.no_weights(names, part, variant, f"{where}/{folder}".rstrip("/"))
+    raise weights.no_weights_error(names, part, variant, f"{where}/{folder}".rstrip("/"))
   if found[1][-1].endswith(".json"):
     raise UserError(f"{where}: {folder}{found[1][0]} names shards that are missing")
   return [f"{folder}{name}" for name in ("config.json", *found[1])]

@@ -61,7 +61,7 @@ def attention(kernel: str, mesh: Mesh | None = None) -> Interceptor:
     module = context.module
     if not (isinstance(module, FlaxAttention) and context.method_name == "__call__"):
       return next_fun(*args, **kwargs)
-    hidden, source = _given(args, kwargs, "hidden_states", "context")
+    hidden, source = _arguments(args, kwargs, "hidden_states", "context")
     source = hidden if source is None else source
 
     def by_head(x):
@@ -76,7 +76,7 @@ def attention(kernel: str, mesh: Mesh | None = None) -> Interceptor:
       mesh=mesh,
     )
     out = module.proj_attn(out.reshape(*out.shape[:2], -1))
-    deterministic = _given(args, kwargs, "hidden_states", "context", "deterministic")[2]
+    deterministic = _arguments(args, kwargs, "hidden_states", "context", "deterministic")[2]
     return module.dropout_layer(out, deterministic=deterministic is not False)
 
   return intercept
@@ -92,7 +92,7 @@ def lean_norm(next_fun, args, kwargs, context: nn.module.InterceptorContext):
     return _norm(module, args[0], epsilon=1e-6 if spatial else None)
   if not isinstance(module, FlaxResnetBlock2D):
     return next_fun(*args, **kwargs)
-  x, temb, deterministic = _given(args, kwargs, "hidden_states", "temb", "deterministic")
+  x, temb, deterministic = _arguments(args, kwargs, "hidden_states", "temb", "deterministic")
   shift = module.time_emb_proj(nn.swish(temb))[:, None, None]
   hidden = module.conv1(_norm(module.norm1, x, silu=True)) + shift
   hidden = _norm(module.norm2, hidden, silu=True)
@@ -125,6 +125,6 @@ def _norm(module: nn.GroupNorm, x: jax.Array, *, epsilon=None, silu=False) -> ja
   )
 
 
-def _given(args, kwargs, *names) -> list[Any]:
+def _arguments(args, kwargs, *names) -> list[Any]:
   """Returns arguments by position or by name; None if they are not given."""
   return [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]

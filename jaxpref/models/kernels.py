@@ -95,16 +95,16 @@ def _over_rows(local: Callable, rows: int, mesh: Mesh) -> Callable | None:
   Returns None if the rows do not divide by the devices. Inside `jax.shard_map`, where the rows
   are already one device's, returns `local`.
   """
-  known = sharding.known_mesh(mesh)
-  kinds = dict(zip(known.axis_names, known.axis_types, strict=True))
+  current = sharding.current_mesh(mesh)
+  kinds = dict(zip(current.axis_names, current.axis_types, strict=True))
   axes = tuple(name for name, kind in kinds.items() if kind != AxisType.Manual)
   if not axes:
     return local
-  if rows % math.prod(known.shape[name] for name in axes):
+  if rows % math.prod(current.shape[name] for name in axes):
     return None
   return jax.shard_map(
     local,
-    mesh=known,
+    mesh=current,
     in_specs=P(axes),
     out_specs=P(axes),
     axis_names=set(axes),

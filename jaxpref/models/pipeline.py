@@ -98,7 +98,7 @@ class Pipeline:
     ends_clean = solver != "ddim" or config.get("set_alpha_to_one", True)
     own_final = "zero" if ends_clean else "sigma_min"
     kept = config.get("_class_name") == _SCHEDULERS[solver]
-    unsaid = int(kept and corrections.are_made(self.configs.get("model_index", {})))
+    unsaid = int(kept and corrections.apply_to(self.configs.get("model_index", {})))
     offset = config.get("steps_offset")
     return {
       "spacing": config.get("timestep_spacing") or ("linspace" if multistep else "leading"),

@@ -85,7 +85,7 @@ def choose(files: Collection[str], part: str, variant: str) -> tuple[str, list[s
   return None
 
 
-def no_weights(files: Collection[str], part: str, variant: str, where: str) -> UserError:
+def no_weights_error(files: Collection[str], part: str, variant: str, where: str) -> UserError:
   """Makes the error for a part without readable weights; says what there is instead.
 
   Args:
@@ -102,7 +102,7 @@ def no_weights(files: Collection[str], part: str, variant: str, where: str) -> U
     )
   for file in sorted(files):
     if Path(file).suffix in PICKLES:
-      return pickled(Path(where) / file)
+      return pickle_error(Path(where) / file)
   for file in sorted(files):
     if kind := _OTHER_FORMATS.get(Path(file).suffix):
       return UserError(
@@ -133,12 +133,12 @@ def open_part(directory: Path, part: str = "", *, variant: str = "") -> dict[str
   part, files = part or directory.name, files_in(directory)
   found = choose(files, part, variant)
   if found is None:
-    raise no_weights(files, part, variant, str(directory))
+    raise no_weights_error(files, part, variant, str(directory))
   first = directory / found[1][0]
   return _open_shards(first) if first.suffix == ".json" else open_file(first)
 
 
-def pickled(path: Path) -> UserError:
+def pickle_error(path: Path) -> UserError:
   """Makes the error for pickled weights; says how to convert them."""
   return UserError(
     f"{path} is pickled, and reading it may run any program in it. If you trust the file, "
@@ -189,7 +189,7 @@ def _open_shards(index: Path) -> dict[str, StoredTensor]:
     if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
       raise UserError(f"{index} names {name!r}, which is not a file beside it")
     if Path(name).suffix in PICKLES:
-      raise pickled(index.with_name(name))
+      raise pickle_error(index.with_name(name))
     shards[name] = open_file(index.with_name(name))
   tensors = {tensor: shards[file].get(tensor) for tensor, file in places.items()}
   if lacking := [f"{t} (in {places[t]})" for t, stored in tensors.items() if stored is None]:
@@ -197,10 +197,10 @@ def _open_shards(index: Path) -> dict[str, StoredTensor]:
   return {name: stored for name, stored in tensors.items() if stored is not None}
 
 
-def refuse_file(path: Path) -> UserError:
+def file_error(path: Path) -> UserError:
   """Makes the error for a file instead of a pipeline's directory; says what to do."""
   if path.suffix in PICKLES:
-    return pickled(path)
+    return pickle_error(path)
   if path.suffix == ".json":
     return UserError(f"{path} is a file, not a pipeline's directory: name {path.parent}")
   if path.suffix != ".safetensors":

@@ -251,7 +251,7 @@ def _for_accelerator(config: Any, *, traced_only: bool = True) -> Any:
   return config
 
 
-def _logits(checked: Any) -> int:
+def _logits_bytes(checked: Any) -> int:
   """Returns the bytes of XLA's largest attention, per latent: float32 logits and softmax."""
   width = 4 + (2 if checked.config.model.dtype == "bfloat16" else 4)
   config = checked.pipeline.configs["unet"]
@@ -287,12 +287,12 @@ def _memory(checked: Any, arguments: Any, model: _Model) -> dict[str, float]:
   parts = {
     "parameters, moments, average": wide + on(state.ema) + on(state.opt_state),
     "gradients": wide + sums,
-    "weights as computed with": _computed_with(checked, arguments, model),
+    "weights as computed with": _working_weights(checked, arguments, model),
     # The base weights stay on the devices until the end, for the evaluation.
     "frozen copies": on(state.policy_copy) + on(model.base) + on(arguments.start),
     "text encoders, VAE": on(model.encoders),
     "kept for the backward pass": latents * model.kept(config.model.remat),
-    "attention's logits": 0 if model.fused else latents * _logits(checked),
+    "attention's logits": 0 if model.fused else latents * _logits_bytes(checked),
     "batch": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(rows)) / mesh.size
     + on(state.replay),
   }
@@ -300,7 +300,7 @@ def _memory(checked: Any, arguments: Any, model: _Model) -> dict[str, float]:
   return {**parts, "total": sum(parts.values())}
 
 
-def _computed_with(checked: Any, arguments: Any, model: _Model) -> float:
+def _working_weights(checked: Any, arguments: Any, model: _Model) -> float:
   """Returns the bytes of weights that are gathered or cast for the UNet during an update."""
   import jax  # noqa: PLC0415
 
