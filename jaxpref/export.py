@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from jaxpref.errors import UserError
-from jaxpref.paths import user_path
 from jaxpref.runtime import cli
+from jaxpref.runtime.paths import user_path
 
 # Programs read the prediction type from the file only for SDXL, see `single_file`.
 _V_PREDICTION_NOTE = (
@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     type=Path,
     help="a new directory, or with --single-file or --lora a new file",
   )
-  add("--dtype", default="float16", choices=DTYPES, help="of the weights written")
+  add("--dtype", default="float16", choices=DTYPES, help="dtype of the written weights")
   parser.add_run_flags()
   form = parser.add_mutually_exclusive_group()
   form.add_argument(

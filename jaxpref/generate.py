@@ -21,8 +21,8 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from jaxpref.data import prompt_files as prompt_files_lib
 from jaxpref.errors import DivergedError, UserError, count
-from jaxpref.paths import user_path
 from jaxpref.runtime import cli
+from jaxpref.runtime.paths import user_path
 from jaxpref.runtime.workdir import parse_json
 
 SOLVERS = {"dpm_solver": "DPM++ 2M", "ddim": "DDIM", "ddpm": "DDPM"}

@@ -135,7 +135,7 @@ def test_presets_are_sound(name, preset):
     ("dpo", ["--config.loss.name=kto"], "needs 'loss.utility'"),
     ("listwise", ["--config.data.source=pickapic"], "pickapic has no lists"),
     ("dpo", ["--config.data.source=online"], "has no generated pairs"),
-    ("dpo", ["--config.model.start=/nowhere"], "there is no directory /nowhere"),
+    ("dpo", ["--config.model.start=/nowhere"], "/nowhere is neither a directory nor a Hub id"),
     ("dpo", ["--config.model.start=shapes"], "shapes has trained does not fit"),
     ("improver", ["--config.lora.rank=2"], "leaves out the input's new weights"),
     ("improver", ["--config.data.noise_draws=2"], "is for losses that take images as"),

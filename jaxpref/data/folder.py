@@ -14,7 +14,7 @@ from jaxpref.data import bad_rows, folder_scan, images, splits
 from jaxpref.data.bad_rows import Tally
 from jaxpref.data.top_k import Example
 from jaxpref.errors import UserError
-from jaxpref.paths import user_path
+from jaxpref.runtime.paths import user_path
 
 
 def load_folder(

@@ -15,8 +15,8 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from jaxpref.errors import UserError, storage_error
-from jaxpref.paths import user_path
 from jaxpref.runtime import records, workdir
+from jaxpref.runtime.paths import user_path
 
 _NAME, _SPLIT = "online_pairs", "train"
 _ADVICE = "delete the directory; the run that generated these pairs then generates them again"

@@ -15,7 +15,7 @@ from typing import Any
 from jaxpref.data import parquet, splits
 from jaxpref.data.bad_rows import BadRow, Tally
 from jaxpref.errors import UserError
-from jaxpref.paths import user_path
+from jaxpref.runtime.paths import user_path
 
 _KINDS = {
   "caption": "text",

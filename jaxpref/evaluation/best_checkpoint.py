@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from jaxpref.errors import DamagedError, UserError
 from jaxpref.evaluation import evaluate
-from jaxpref.paths import number_of
 from jaxpref.runtime import workdir as workdir_lib
+from jaxpref.runtime.paths import number_of
 from jaxpref.scorers import load_scorers
 
 FILE, _SETTINGS = "best.json", "settings.json"

@@ -9,7 +9,7 @@ from huggingface_hub import errors as hub_errors
 
 from jaxpref.errors import UserError
 from jaxpref.models import weights
-from jaxpref.paths import user_path
+from jaxpref.runtime.paths import user_path
 
 BUNDLED = {"shapes": Path(__file__).parent.parent / "pipelines" / "shapes"}
 # The package has the configuration files of these repositories, so that planning needs no

@@ -20,10 +20,10 @@ from typing import Any
 from jaxpref import config as config_lib
 from jaxpref.base_config import REMAT
 from jaxpref.errors import UserError
-from jaxpref.paths import number_of
 from jaxpref.plan.tpu_compiler import GIB, compile_programs, describe_compiled
 from jaxpref.runtime import cli
 from jaxpref.runtime import workdir as workdir_lib
+from jaxpref.runtime.paths import number_of
 
 FLAGS = {
   "topology": "devices to plan for, such as v5e:4x4, v5p:2x2x2, h200:8",

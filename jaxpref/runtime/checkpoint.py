@@ -28,8 +28,8 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxpref import config as config_lib
 from jaxpref.errors import TransientError, UserError, first_line, storage_error
-from jaxpref.paths import user_path
 from jaxpref.runtime import checkpoint_files, distributed, storage
+from jaxpref.runtime.paths import user_path
 from jaxpref.runtime.workdir import CONFIG, check_same, visible
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -15,8 +15,8 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from jaxpref.errors import DamagedError, UserError, first_line
-from jaxpref.paths import number_of
 from jaxpref.runtime import storage
+from jaxpref.runtime.paths import number_of
 from jaxpref.runtime.workdir import CONFIG, read_json, visible
 
 CHECKSUMS = "checksums.json"

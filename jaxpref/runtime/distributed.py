@@ -24,8 +24,8 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from jaxpref.errors import TransientError, UserError, first_line
-from jaxpref.paths import number_of
 from jaxpref.runtime import workdir as workdir_lib
+from jaxpref.runtime.paths import number_of
 
 # Environments whose launcher has started this process as one of several, by the variable
 # with their number, and one that only a process of such a job has.

@@ -15,7 +15,7 @@ from typing import Any
 from etils import epath
 
 from jaxpref.errors import TransientError, UserError, first_line
-from jaxpref.paths import user_path
+from jaxpref.runtime.paths import user_path
 from jaxpref.runtime.workdir import write_text
 
 SCHEME = "gs://"

@@ -25,8 +25,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from jaxpref.errors import DamagedError, UserError
-from jaxpref.paths import user_path
 from jaxpref.runtime import records, workdir
+from jaxpref.runtime.paths import user_path
 
 SPLITS = ("train", "test")
 _MARKER = "complete.json"  # written last; a directory without it is built again

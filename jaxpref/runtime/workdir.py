@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from jaxpref import config as config_lib
 from jaxpref.errors import DamagedError, UserError, storage_error
-from jaxpref.paths import user_path
+from jaxpref.runtime.paths import user_path
 
 CONFIG, STARTS = "config.json", "starts.json"
 LOCK = ".lock"

@@ -15,8 +15,8 @@ from jaxpref.errors import UserError
 from jaxpref.evaluation import best_checkpoint as best_checkpoint_lib
 from jaxpref.models import hub, lora
 from jaxpref.models import pipeline as pipeline_lib
-from jaxpref.paths import number_of, user_path
 from jaxpref.runtime import checkpoint, checkpoint_files
+from jaxpref.runtime.paths import number_of, user_path
 from jaxpref.runtime.workdir import CONFIG, STARTS, read_json
 
 # Of an iterative run: folders with the pairs of each iteration, and with a run for each.

@@ -1,0 +1,43 @@
+"""The shape of the code: layers, names and lengths."""
+
+import ast
+import collections
+import statistics
+from pathlib import Path
+
+import pytest
+from importlinter import cli
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted((ROOT / "jaxpref").rglob("*.py"))
+LENGTHS = {p: p.read_text(encoding="utf-8").count("\n") for p in MODULES}
+
+
+def test_imports_run_down_and_never_in_a_circle(monkeypatch):
+  """The layers are in pyproject.toml."""
+  monkeypatch.chdir(ROOT)
+  assert cli.lint_imports(no_cache=True) == cli.EXIT_STATUS_SUCCESS
+
+
+def test_the_top_level_is_read_at_a_glance():
+  assert len([p for p in MODULES if p.parent.name == "jaxpref" and p.stem != "__init__"]) <= 9
+
+
+def test_no_two_modules_have_one_name():
+  names = collections.Counter(p.stem for p in MODULES if not p.stem.startswith("__"))
+  assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_files_are_short():
+  assert statistics.median(LENGTHS.values()) <= 130
+  assert {p.name: n for p, n in LENGTHS.items() if n > 450} == {}
+
+
+@pytest.mark.parametrize("folder", ["jaxpref", "configs", "benchmarks", "tests"])
+def test_functions_are_short(folder):
+  long = {}
+  for path in (ROOT / folder).rglob("*.py"):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+      if isinstance(node, ast.FunctionDef) and (n := node.end_lineno - node.lineno + 1) > 100:
+        long[f"{path.relative_to(ROOT)}:{node.name}"] = n
+  assert long == {}
