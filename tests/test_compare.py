@@ -186,13 +186,13 @@ def test_bad_rows_are_named():
     c.compare(rows[~tuned])
   with pytest.raises(ValueError, match=r"prompt 0, seed 0 has no base .*\(and 1 more"):
     c.by_category(rows[(rows["model"] == "tuned") | (rows["prompt_id"] != 0)])
-  with pytest.raises(ValueError, match=r"model tuned, prompt 2, seed 1 is there twice"):
+  with pytest.raises(ValueError, match=r"model tuned, prompt 2, seed 1 occurs twice"):
     c.compare(pd.concat([rows, rows[tuned]]))
   with pytest.raises(ValueError, match=r"prompt 2, seed 1 is nan"):
     c.compare(rows.assign(score=rows["score"].mask(tuned)))
   with pytest.raises(ValueError, match="lack the columns prompt_id, seed"):
     c.compare(rows.drop(columns=["seed", "prompt_id"]))
-  with pytest.raises(ValueError, match="base or tuned, not .*'ema'"):
+  with pytest.raises(ValueError, match="base or tuned .got .*'ema'"):
     c.compare(rows.assign(model="ema"))
 
 

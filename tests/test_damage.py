@@ -332,7 +332,7 @@ def test_damaged_images_are_drawn_again(tmp_path):
   files = [directory / f"{seed:08d}.png" for seed in seeds]
   for file in files:
     Image.new("RGB", (8, 8)).save(file)
-  read = lambda: evaluate.read_pictures(tmp_path, "base", 2, settings)  # noqa: E731
+  read = lambda: evaluate.read_images(tmp_path, "base", 2, settings)  # noqa: E731
   assert read().shape == (2, 8, 8, 3)
   content = files[0].read_bytes()
   start = content.index(b"IDAT") + 8

@@ -251,7 +251,7 @@ def test_a_finished_run_goes_on_with_more_iterations(
   status, printed = main.main(given), capsys.readouterr().err
   assert status == 0, printed
   # What the base draws for the evaluations, it has drawn.
-  assert "pictures of the tuned model" in printed and "the base model" not in printed
+  assert "images of the tuned model" in printed and "the base model" not in printed
   second, third = (
     {p.name: p.read_bytes() for p in workdir.glob(f"iterations/{k}/evaluation/4/images/base/*")}
     for k in (2, 3)

@@ -141,7 +141,7 @@ def test_tables_have_headers_and_pictures_scores(tmp_path):
   assert len(page.all("th", scope="row")) == 2 + 2
   for badge in ("quality-1: 0.61", "quality-1: 0.712", "verifier-1: no"):
     assert badge in page.text
-  assert "picked at random with a fixed seed, not by score" in page.text
+  assert "chosen at random with a fixed seed, not by score" in page.text
   [tuned] = page.all("figure", **{"class": "tuned winner"})
   assert tuned and page.all("figure", **{"class": "base loser"})
   assert "optim.lr" in page.text and "0.0001" in page.text
@@ -161,13 +161,13 @@ def test_only_small_pictures_are_doubled(tmp_path):
 def test_empty_run_still_has_a_page(tmp_path):
   nothing = {"results": {}, "categories": [], "curves": {}, "examples": []}
   page = Page(write(tmp_path / "report.html", **nothing))
-  assert "No scorer judged these pictures" in page.text
+  assert "No scorer rated these images" in page.text
   assert not page.all("svg") and not page.all("table")
 
 
 def test_unreadable_picture_writes_nothing(tmp_path):
   bad = {"prompt": "a", "category": "b", "seed": 0, "scores": {}}
-  with pytest.raises(ValueError, match="neither a PNG nor a JPEG"):
+  with pytest.raises(ValueError, match="must be a PNG or JPEG"):
     write(tmp_path / "r.html", examples=[{**bad, "base_png": b"", "tuned_png": b""}])
   assert list(tmp_path.iterdir()) == []
 
@@ -205,7 +205,7 @@ def test_verdict_on_one_prompt_and_on_mixed_evidence(tmp_path):
   lone["difference_interval"] = [None, None]
   text = report.verdict({"q-1": lone})
   assert text.startswith("On 1 held-out prompt, it is undecided")
-  assert "no interval from one prompt" in text
+  assert "one prompt gives no interval" in text
   Page(write(tmp_path / "a.html", results={"q-1": lone}, categories=[]))
 
   mixed = {"quality-1": WON, "verifier-1": WORSE}
@@ -222,11 +222,11 @@ def test_a_scorer_that_selected_the_data_does_not_speak_first():
   }
   assert "b-1 prefers the base model in 60 %" in report.verdict(results)
   assert report.remarks(results) == [
-    "a-1 selected the training data, so it is no evidence.",
+    "a-1 selected the training data, so it is not evidence.",
     "c-1 prefers the tuned model: 71 % of the pairs for the tuned model, p = 1e-12.",
   ]
   assert "c-1 prefers the tuned model" in report.verdict(results, headline="c-1")
-  with pytest.raises(ValueError, match=r"no scorer x-1 among a-1, b-1, c-1"):
+  with pytest.raises(ValueError, match=r"one of a-1, b-1, c-1 \(got 'x-1'"):
     report.verdict(results, headline="x-1")
 
 
@@ -284,8 +284,8 @@ def test_pictures_come_before_the_training_curves(tmp_path):
   unjudged = {"results": {}, "categories": []}
   for changed in ({}, unjudged):
     headings = re.findall(r"<h2[^>]*>([^<]*)", write(tmp_path / "r.html", **changed))
-    assert headings[-3:] == ["Pictures", "Training", "The run"]
-  assert headings[0] == "Pictures"
+    assert headings[-3:] == ["Images", "Training", "The run"]
+  assert headings[0] == "Images"
 
 
 def test_long_captions_are_cut_and_can_be_unfolded(tmp_path):
@@ -398,8 +398,8 @@ def test_grid_refuses_what_it_cannot_draw():
   image = colored((1, 2, 3))
   for bad, match in (
     (([],), "at least one"),
-    (([[image], [image, image]],), "uneven length"),
-    (([[image, colored((1, 2, 3), (5, 5))]],), "uneven size"),
+    (([[image], [image, image]],), "must have one length"),
+    (([[image, colored((1, 2, 3), (5, 5))]],), "must have one size"),
     (([[image.astype(np.float32)]],), "uint8"),
     (([[image[..., :1]]],), "uint8"),
   ):

@@ -1,1 +1,1 @@
-"""Base against tuned: generate, score, compare, report."""
+"""Evaluation of a tuned model against its base: generate, score, compare, report."""

@@ -1,4 +1,4 @@
-"""Which of a run's checkpoints is best, by the evaluations made of them."""
+"""The best checkpoint of a run, by the evaluations of its checkpoints."""
 
 import json
 import math
@@ -13,11 +13,22 @@ from jaxpref.runtime.paths import number_of
 from jaxpref.scorers import load_scorers
 
 FILE, _SETTINGS = "best.json", "settings.json"
-_COMPARED = ("images_per_prompt", "num_steps", "guidance", "seed")  # of the section evaluate
+_COMPARED = (
+  "images_per_prompt",
+  "num_steps",
+  "guidance",
+  "seed",
+)  # fields of `evaluate` that evaluations must share
 
 
 class Best(NamedTuple):
-  """A checkpoint: its update, and the tuned model's mean score there by which scorer."""
+  """The best checkpoint of a run.
+
+  Attributes:
+    update: its update.
+    scorer: the scorer that decides, with its version.
+    mean: the tuned model's mean score.
+  """
 
   update: int
   scorer: str
@@ -25,13 +36,13 @@ class Best(NamedTuple):
 
 
 def is_due(config: Any, update: int) -> bool:
-  """Whether the checkpoint after so many updates is to be evaluated on the way."""
+  """Checks whether the checkpoint after `update` is evaluated during training."""
   every = config.evaluate.every * config.train.updates_per_iteration
   return bool(every and update and update % every == 0 and update < config.train.num_updates)
 
 
 def settings_of(config: Any, prompts: Sequence[str], scorers: Sequence[str]) -> dict[str, Any]:
-  """What evaluations must have in common to be compared, with the scorers' versions."""
+  """Returns the settings and scorer versions that comparable evaluations share."""
   own = {name: value for name, value in config.evaluate.items() if name in _COMPARED}
   own["improve"] = config.improve.to_dict() if "improve" in config else {}
   versions = {name: version for name, (version, _) in load_scorers(scorers).items()}
@@ -40,28 +51,30 @@ def settings_of(config: Any, prompts: Sequence[str], scorers: Sequence[str]) -> 
 
 
 def write_settings(directory: Path, settings: dict[str, Any]) -> None:
-  """Says, last of all, how an evaluation was made."""
+  """Records the settings of an evaluation; its presence marks it as complete."""
   workdir_lib.write_json(directory / _SETTINGS, settings)
 
 
 def is_made(directory: Path, settings: dict[str, Any]) -> bool:
-  """Whether the directory holds an evaluation of these settings."""
+  """Checks whether the directory has a complete evaluation with these settings."""
   try:
     workdir_lib.read_json(directory / _SETTINGS, lambda made: made == settings)
     evaluate.read_results(directory)
   except DamagedError:
-    return False  # it is made again
+    return False  # the caller then evaluates again
   return True
 
 
 def find(workdir: Path, settings: dict[str, Any], saved: Collection[int]) -> Best | None:
-  """The best of the checkpoints that are still there and were evaluated alike.
+  """Finds the best of the saved checkpoints with comparable evaluations.
 
   Args:
-    workdir: of the run.
-    settings: from `settings_of`; the first scorer in them decides, without one nothing is
-      best.
-    saved: the updates whose checkpoints are still there.
+    workdir: the run's workdir.
+    settings: from `settings_of`; their first scorer decides.
+    saved: updates with a saved checkpoint.
+
+  Returns:
+    The best checkpoint; None without a scorer or an evaluation. The earliest of equal ones.
   """
   found = []
   for directory in (workdir / "evaluation").glob("*"):
@@ -71,25 +84,25 @@ def find(workdir: Path, settings: dict[str, Any], saved: Collection[int]) -> Bes
     for scorer, entry in evaluate.read_results(directory).items():
       if scorer.rpartition("-")[::2] in map(tuple, settings["scorers"][:1]):
         found.append(Best(update, scorer, entry["tuned"]["mean"]))
-  # The earliest of equals: it has left the base least.
+  # Of equal scores the earliest, which has moved least from the base.
   return max(found, key=lambda b: (b.mean, -b.update), default=None)
 
 
 def write(workdir: Path, best: Best) -> None:
-  """Notes it down, for `read`."""
+  """Records the best checkpoint in the workdir, for `read`."""
   workdir_lib.write_json(workdir / FILE, best._asdict())
 
 
 def read(workdir: Path) -> Best:
-  """What was noted down.
+  """Reads the recorded best checkpoint.
 
   Raises:
-    UserError: nothing, for the run made no evaluation with scores, or it is damaged.
+    UserError: the run has no evaluation with scores, or the record is damaged.
   """
   if not (workdir / FILE).exists():
     raise UserError(
-      f"{workdir} has no best checkpoint: none was evaluated on the way, with a scorer "
-      "(evaluate.every)"
+      f"{workdir} has no best checkpoint: set evaluate.every and evaluate.scorers to score "
+      "checkpoints during training"
     )
   return Best(**workdir_lib.read_json(workdir / FILE, _is_best))
 

@@ -1,4 +1,4 @@
-"""Base against tuned on the same prompts and noise: pictures, scores, tables, the report."""
+"""Comparison of the tuned model with its base on the same prompts and noise."""
 
 import collections
 import functools
@@ -29,19 +29,19 @@ from jaxpref.runtime import workdir as workdir_lib
 RESULTS = "results.json"
 _SCORES, _EXAMPLES = "scores.parquet", "examples.json"
 _GRID_PAIRS = 12
-_MOST_IMAGES = 1_000_000  # of each model; all are held in memory
+_MOST_IMAGES = 1_000_000  # per model; all of them are held in memory
 _log = logging.getLogger(__name__)
 
 
 def check_count(num_prompts: int, images_per_prompt: int) -> None:
-  """Refuses more images than a run can hold in memory.
+  """Refuses more images than fit in memory.
 
   Raises:
-    UserError: there are more.
+    UserError: the number of images per model is above the limit.
   """
   if (count := num_prompts * images_per_prompt) > _MOST_IMAGES:
     raise UserError(
-      f"evaluate.images_per_prompt = {images_per_prompt} of {num_prompts} prompts makes "
+      f"{num_prompts} prompts times evaluate.images_per_prompt = {images_per_prompt} gives "
       f"{count:,} images; at most {_MOST_IMAGES:,} are possible"
     )
 
@@ -82,57 +82,57 @@ def evaluate(
   improve: Any = None,
   known: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
-  """Generates, scores and compares.
+  """Generates images of both models, scores them and compares the scores.
 
   Args:
-    pipeline: what both models share.
+    pipeline: everything that both models share.
     models: UNet parameters of 'base' and 'tuned'.
     prompts: distinct prompts.
     settings: the configuration's `evaluate` section.
-    scorer_names: what to score with, perhaps nothing.
-    mesh: to generate on.
-    directory: gets images/, scores.parquet, examples.json, grid.png and, last,
-      results.json; `write_report` reads them.
-    prefix: what the tuned model is told before each prompt.
-    improve: the configuration's section of that name, for an improver: the tuned model is
-      shown the base's pictures.
-    known: models' pictures of an earlier, equal evaluation, which are not drawn again.
+    scorer_names: names of the scorers; may be empty.
+    mesh: devices that share a batch.
+    directory: gets images/, scores.parquet, examples.json, grid.png and, last, results.json,
+      which `write_report` reads.
+    prefix: text that is put before each prompt of the tuned model.
+    improve: the configuration's `improve` section if the tuned model is an improver; its input
+      images are then the base's images.
+    known: images by model of an earlier evaluation with equal settings, which are reused.
 
   Returns:
-    The pictures by model, uint8 [N, H, W, 3], prompts slow.
+    The images by model, uint8 [N, H, W, 3]; images of a prompt follow each other.
   """
   repeats = settings.images_per_prompt
   seeds = sampling.seeds_of(len(prompts), repeats, seed=settings.seed)
   images = dict(known or {})
   missing = {model: params for model, params in models.items() if model not in images}
-  images |= _draw(
+  images |= _generate(
     *(pipeline, missing, prompts, seeds, settings, mesh, prefix, improve), images.get("base")
   )
-  watchdog.rest()  # scorers take as long as they take
+  watchdog.rest()  # scorers take an unknown time
   distributed.first(lambda: _judge(images, prompts, seeds, settings, scorer_names, directory))
   return images
 
 
-def read_pictures(
+def read_images(
   directory: Path, model: str, num_prompts: int, settings: Any
 ) -> np.ndarray | None:
-  """A model's pictures of an evaluation that has been made; None if any is gone or damaged.
+  """Reads a model's images of an earlier evaluation; None if one is missing or damaged.
 
   Args:
-    directory: of the evaluation, with these prompts and settings.
+    directory: directory of the evaluation, which has the same prompts and settings.
     model: 'base' or 'tuned'.
-    num_prompts: of it.
+    num_prompts: number of its prompts.
     settings: the configuration's `evaluate` section.
   """
   seeds = sampling.seeds_of(num_prompts, settings.images_per_prompt, seed=settings.seed)
-  files = [_picture(directory / "images" / model, seed) for seed in seeds]
+  files = [_image_file(directory / "images" / model, seed) for seed in seeds]
   try:
     return np.stack([decode(file) for file in files])
-  except (BadRow, ValueError):  # one is missing, damaged or of another size
+  except (BadRow, ValueError):  # an image is missing, damaged or of another size
     return None
 
 
-def _draw(
+def _generate(
   pipeline: Pipeline,
   models: Mapping[str, Any],
   prompts: Sequence[str],
@@ -141,9 +141,12 @@ def _draw(
   mesh: Mesh,
   prefix: str,
   improve: Any,
-  shown: np.ndarray | None,
+  base_images: np.ndarray | None,
 ) -> dict[str, np.ndarray]:
-  """Each model's pictures by its name; an improver is `shown` the base's."""
+  """Generates the images of each model.
+
+  `base_images` are an improver's input images; None means that the base is in `models`.
+  """
   make = functools.partial(
     sampling.make_generator, pipeline, mesh, batch_size=min(settings.batch_size, len(seeds))
   )
@@ -166,12 +169,12 @@ def _draw(
   for model, params in models.items():
     cond = jax.tree.map(lambda x: np.repeat(x, repeats, axis=0), conds[model])
     if improve and model == "tuned":
-      base = images["base"] if shown is None else shown
+      base = images["base"] if base_images is None else base_images
       cond["image"] = encode_images(pipeline, mesh, list(base))
-    # An improver's noise is not that of the picture it is shown.
+    # An improver's noise must differ from the noise of its input image.
     noise = seeds ^ np.uint32(2**31) if improve and model == "tuned" else seeds
     with progress.progress_bar(
-      total=len(seeds), desc=f"pictures of the {model} model", unit="image"
+      total=len(seeds), desc=f"images of the {model} model", unit="image"
     ) as bar:
 
       def on_batch(done, bar=bar):
@@ -190,9 +193,9 @@ def _judge(
   scorer_names: Sequence[str],
   directory: Path,
 ) -> None:
-  """Scores pictures and writes all that an evaluation leaves."""
+  """Scores images and writes all files of an evaluation."""
   directory.mkdir(parents=True, exist_ok=True)
-  (directory / RESULTS).unlink(missing_ok=True)  # it says that the rest is there
+  (directory / RESULTS).unlink(missing_ok=True)  # its presence marks the evaluation as complete
   models, repeats = tuple(images), settings.images_per_prompt
   texts = [p for p in prompts for _ in range(repeats)]
   functions = scorers.load_scorers(scorer_names)
@@ -242,19 +245,19 @@ def _judge(
 
 
 def read_results(directory: Path) -> dict[str, Any]:
-  """The results of an evaluation, see `compare.compare`.
+  """Reads the results of an evaluation, see `statistics.compare`.
 
   Raises:
-    DamagedError: they are missing or damaged.
+    DamagedError: the file is missing or damaged.
   """
   return workdir_lib.read_json(directory / RESULTS, statistics.are_results)
 
 
 def _read_table(file: Path) -> list[dict[str, Any]]:
-  """The scores of an evaluation by category.
+  """Reads the scores of an evaluation and computes their means by category.
 
   Raises:
-    DamagedError: they are missing or damaged.
+    DamagedError: the file is missing or damaged.
   """
   if not file.is_file():
     raise DamagedError(f"{file} is missing")
@@ -279,12 +282,12 @@ def _are_examples(value: Any) -> bool:
 
 
 def _read_png(directory: Path, seed: int) -> bytes:
-  """An image of an evaluation as a file's bytes.
+  """Reads the file of an image of an evaluation.
 
   Raises:
-    DamagedError: it is missing or damaged.
+    DamagedError: the image is missing or damaged.
   """
-  file = _picture(directory, seed)
+  file = _image_file(directory, seed)
   try:
     decode(file)
   except BadRow as error:
@@ -305,12 +308,12 @@ def write_report(
   """Prints the tables of an evaluation and writes `report.html`; returns its path.
 
   Args:
-    workdir: where to write.
-    directory: of the evaluation.
-    config: of the run.
-    facts: as `report.write_report` takes them.
-    held_out: whether none of the prompts was trained on.
-    curves: of the training; by default those in the workdir.
+    workdir: gets the report.
+    directory: directory of the evaluation.
+    config: the run's configuration.
+    facts: labels and values, see `report.write_report`.
+    held_out: whether the model was trained on none of the prompts.
+    curves: training curves; by default the workdir's metrics.
     more: further sections, see `report.write_report`.
   """
   results = read_results(directory)
@@ -335,7 +338,7 @@ def write_report(
   if results:
     print(statistics.to_text(results, table))
     print(report.verdict(results, held_out=held_out))
-  print(f"report: {path}\npictures and scores: {directory}")
+  print(f"report: {path}\nimages and scores: {directory}")
   return path
 
 
@@ -346,13 +349,13 @@ def _png(image: np.ndarray) -> bytes:
 
 
 def _save_images(directory: Path, images: np.ndarray, seeds: np.ndarray) -> None:
-  # Emptied first: an evaluation with other settings may have left pictures of its own.
+  # An earlier evaluation with other settings may have left images here.
   shutil.rmtree(directory, ignore_errors=True)
   for image, seed in zip(images, seeds, strict=True):
-    workdir_lib.write_bytes(_picture(directory, seed), _png(image))
+    workdir_lib.write_bytes(_image_file(directory, seed), _png(image))
 
 
-def _picture(directory: Path, seed: int) -> Path:
+def _image_file(directory: Path, seed: int) -> Path:
   return directory / f"{seed:08d}.png"
 
 
@@ -360,7 +363,7 @@ def _save_grid(
   path: Path, images: Mapping[str, np.ndarray], texts: Sequence[str], order: np.ndarray
 ) -> None:
   size = images["base"].shape[1]
-  picture = image_grid.image_grid(
+  grid = image_grid.image_grid(
     [[images["base"][i], images["tuned"][i]] for i in order],
     captions=[report.shorten(texts[i], report.CAPTION) for i in order],
     headers=["base", "tuned"],
@@ -368,5 +371,5 @@ def _save_grid(
     scale=max(128 // size, 1),
   )
   buffer = io.BytesIO()
-  picture.save(buffer, "PNG")
+  grid.save(buffer, "PNG")
   workdir_lib.write_bytes(path, buffer.getvalue())

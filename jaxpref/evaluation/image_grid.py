@@ -1,4 +1,4 @@
-"""One picture of many: rows of images with their prompts, for READMEs and reports."""
+"""Grids of images with captions, for READMEs and reports."""
 
 from collections.abc import Sequence
 
@@ -20,24 +20,24 @@ def image_grid(
   gap: int = 6,
   font_size: int = 13,
 ) -> Image.Image:
-  """Draws rows of images side by side, each row's caption wrapped under it.
+  """Arranges rows of images in columns, with the caption of each row below it.
 
   Args:
-    rows_of_images: rows of uint8 RGB images [H, W, 3], all of one size, every row of
-      one length (two, for base and tuned).
-    captions: a text for each row.
-    headers: a text for each image of a row, drawn once above every column of rows.
-    columns: rows of images placed next to each other before the next line begins.
-    scale: whole-number magnification, by nearest neighbour: no invented pixels.
+    rows_of_images: rows of uint8 RGB images [H, W, 3] of one size; all rows have the same
+      length (2 for base and tuned).
+    captions: one text per row.
+    headers: one text per image of a row, shown at the top of every column of rows.
+    columns: number of rows that are placed next to each other.
+    scale: integer magnification by nearest neighbour.
     gap: pixels between the images of a row; margins are multiples of it.
     font_size: height of the text in pixels.
 
   Returns:
-    An RGB picture.
+    An RGB image.
 
   Raises:
-    ValueError: no images, uneven rows, sizes or dtypes, a number of captions or
-      headers that does not fit, or `columns` or `scale` below 1.
+    ValueError: `rows_of_images` is empty; rows, sizes or dtypes differ; the number of captions
+      or headers is wrong; or `columns` or `scale` is below 1.
   """
   height, width = _check(rows_of_images, captions, headers, columns, scale)
   per_row = len(rows_of_images[0])
@@ -82,7 +82,7 @@ def image_grid(
 def wrap(
   text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float
 ) -> list[str]:
-  """Breaks `text` into lines at most `width` pixels wide; a long word is cut."""
+  """Breaks `text` into lines of at most `width` pixels; splits words that are longer."""
   lines: list[str] = []
   current = ""
   for word in text.split():
@@ -113,17 +113,17 @@ def _check(
   if not rows or not rows[0]:
     raise ValueError("a grid needs at least one image")
   if columns < 1 or scale < 1:
-    raise ValueError(f"columns and scale must be at least 1: {columns}, {scale}")
+    raise ValueError(f"columns and scale must be at least 1 (got {columns} and {scale})")
   if any(len(row) != len(rows[0]) for row in rows):
-    raise ValueError(f"rows of uneven length: {sorted({len(row) for row in rows})}")
+    raise ValueError(f"rows must have one length (got {sorted({len(row) for row in rows})})")
   if captions is not None and len(captions) != len(rows):
-    raise ValueError(f"{len(captions)} captions for {len(rows)} rows")
+    raise ValueError(f"got {len(captions)} captions for {len(rows)} rows")
   if headers is not None and len(headers) != len(rows[0]):
-    raise ValueError(f"{len(headers)} headers for rows of {len(rows[0])} images")
+    raise ValueError(f"got {len(headers)} headers for rows of {len(rows[0])} images")
   shape = rows[0][0].shape
   for image in (image for row in rows for image in row):
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-      raise ValueError(f"want uint8 [H, W, 3], got {image.dtype} {image.shape}")
+      raise ValueError(f"images must be uint8 [H, W, 3] (got {image.dtype} {image.shape})")
     if image.shape != shape:
-      raise ValueError(f"images of uneven size: {shape} and {image.shape}")
+      raise ValueError(f"images must have one size (got {shape} and {image.shape})")
   return shape[0], shape[1]

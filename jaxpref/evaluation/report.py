@@ -1,9 +1,8 @@
-"""The report of a run: one HTML file that needs nothing but itself.
+"""The report of a run as one self-contained HTML file.
 
-Numbers are turned into places and words here; `report.html.j2` only lays them out.
-Pictures are data URIs, plots are inline SVG coloured by the page's style sheet (so
-they follow the reader's light or dark scheme), and a content security policy in the
-page forbids every request.
+This module turns numbers into positions and words, and `report.html.j2` lays them out. Images
+are data URIs. Plots are inline SVG with the colours of the page's style sheet, so that they
+follow the reader's light or dark scheme. A content security policy forbids all requests.
 """
 
 import base64
@@ -28,11 +27,11 @@ from jaxpref.runtime.workdir import write_bytes
 PANEL_WIDTH, PANEL_HEIGHT = 340, 150
 _LEFT, _RIGHT, _TOP, _BOTTOM = 42, 8, 8, 20
 _BUCKETS = 120
-_ONE_PANEL = ("err", "time")  # prefixes whose metrics share a unit, so also a panel
-_TINY = 128  # pictures up to this size are enlarged, pixel by pixel
-CAPTION = 160  # characters of a prompt that are shown at once
-_UNFOLDED = 2000  # and of the whole, which the reader unfolds
-_VALUE = 500  # characters of a configuration's or a fact's value
+_ONE_PANEL = ("err", "time")  # prefixes of metrics with a common unit, which share a panel
+_TINY = 128  # images up to this size are enlarged by nearest neighbour
+CAPTION = 160  # characters of a prompt that are always shown
+_UNFOLDED = 2000  # characters of a prompt that are shown when it is unfolded
+_VALUE = 500  # characters of a value of the configuration or the facts
 
 Curve = Sequence[tuple[float, float]]
 
@@ -56,27 +55,27 @@ def write_report(
   """Writes the report of a run as one self-contained HTML file, atomically.
 
   Args:
-    path: where to write.
-    title: the page's heading.
-    config: the resolved configuration, nested plain mappings.
-    results: what `compare.compare` returns.
-    categories: what `compare.by_category` returns.
-    curves: (step, value) points of each metric; non-finite values are left out and
-      counted under their panel.
-    examples: mappings with `prompt, category, seed`, `base_png, tuned_png` (bytes of
-      a PNG or JPEG file) and `scores`, {scorer: {"base": x, "tuned": y}} with the
-      keys of `results`. Draw them at random: the page says that they were.
+    path: path of the report.
+    title: heading of the page.
+    config: the resolved configuration as nested mappings.
+    results: from `statistics.compare`.
+    categories: from `statistics.by_category`.
+    curves: (step, value) points of each metric; non-finite values are left out and counted
+      under their panel.
+    examples: mappings with `prompt, category, seed`, `base_png, tuned_png` (bytes of a PNG or
+      JPEG file) and `scores`, {scorer: {"base": x, "tuned": y}} with the keys of `results`. The
+      page says that they were chosen at random.
     facts: label -> value: versions, device, seed, wall time, updates.
     headline: the scorer that the verdict quotes; see `verdict`.
-    held_out: whether none of the prompts was trained on.
-    improves: whether the tuned model's pictures are its versions of the base's.
-    iterations: of an iterative run, a table's rows, column to text, all with the same
+    held_out: whether the model was trained on none of the prompts.
+    improves: whether the tuned model's images are improved versions of the base's images.
+    iterations: rows of the table of an iterative run, column -> text, all with the same
       columns.
-    pairs: of an iterative run, some of those it trained on: mappings with `prompt`, `note`
+    pairs: examples of the training pairs of an iterative run: mappings with `prompt`, `note`
       and `winner_png, loser_png`.
 
   Raises:
-    ValueError: an unknown headline or a picture that cannot be read.
+    ValueError: the headline is unknown, or an image cannot be read.
     OSError: the file cannot be written.
   """
   template = importlib.resources.files(__package__).joinpath("report.html.j2")
@@ -111,7 +110,7 @@ def write_report(
       {
         **p,
         **_caption(p["prompt"]),
-        "sides": [(side, _picture(p[f"{side}_png"])) for side in ("loser", "winner")],
+        "sides": [(side, _image(p[f"{side}_png"])) for side in ("loser", "winner")],
       }
       for p in pairs
     ],
@@ -125,45 +124,45 @@ def verdict(
   headline: str | None = None,
   held_out: bool = True,
 ) -> str:
-  """Says in one sentence what the comparison shows, whoever won.
+  """Writes the result of the comparison as one sentence.
 
   Args:
-    results: what `compare.compare` returns.
-    headline: key of the scorer to quote. By default the first by name that is not
-      binary and did not select the training data, else the first of what there is.
-    held_out: whether none of the prompts was trained on.
+    results: from `statistics.compare`.
+    headline: key of the scorer to quote; by default the first by name, preferably one that is
+      not binary and did not select the training data.
+    held_out: whether the model was trained on none of the prompts.
 
   Raises:
     ValueError: `headline` is not among the results.
   """
   if not results:
-    return "No scorer judged these pictures: compare them by eye."
+    return "No scorer rated these images: compare them by eye."
   judge = _judge(results, headline)
   entry = results[judge]
   prompts = entry["prompts"]
   kind = "held-out " if held_out else ""
   where = f"On {prompts:,} {kind}prompt{'s' if prompts != 1 else ''}"
-  rate, (low, high), told = entry["win_rate"], entry["interval"], outcome(entry)
-  side = "base" if told == "lost" else "tuned"
-  if told == "lost":
+  rate, (low, high), result = entry["win_rate"], entry["interval"], outcome(entry)
+  side = "base" if result == "lost" else "tuned"
+  if result == "lost":
     rate, low, high = 1 - rate, 1 - high, 1 - low
-  by = "no interval from one prompt"
+  by = "one prompt gives no interval"
   if entry["p_value"] is not None:
     by = f"95 % interval {percent(low)[:-2]} to {percent(high)}, {_p(entry)}"
   said = f"{judge} prefers the {side} model in {percent(rate)} of the pairs ({by})"
-  if told == "undecided":
+  if result == "undecided":
     said = f"it is undecided which model is better: {said}"
   text = f"{where}, {said}"
   for key in results:
     if results[key]["binary"] and key != judge:
       change = outcome(results[key])
-      clash = {told, change} == {"won", "lost"}
+      clash = {result, change} == {"won", "lost"}
       text += f"; {'but ' if clash else ''}{_correctness(key, results[key], change)}"
   return text + "."
 
 
 def remarks(results: Mapping[str, dict[str, Any]], *, headline: str | None = None) -> list[str]:
-  """Says what the verdict leaves out: other judges, and scorers that do not count."""
+  """Writes what the verdict leaves out: other scorers, and scorers that do not count."""
   if not results:
     return []
   judge = _judge(results, headline)
@@ -171,7 +170,7 @@ def remarks(results: Mapping[str, dict[str, Any]], *, headline: str | None = Non
   said = []
   for key, entry in results.items():
     if entry["selected_training_data"]:
-      said.append(f"{key} selected the training data, so it is no evidence.")
+      said.append(f"{key} selected the training data, so it is not evidence.")
     elif key != judge and not entry["binary"]:
       said.append(
         f"{key} prefers {words[outcome(entry)]}: "
@@ -183,10 +182,10 @@ def remarks(results: Mapping[str, dict[str, Any]], *, headline: str | None = Non
 def panels(curves: Mapping[str, Curve]) -> list[dict[str, Any]]:
   """Lays out small plots: SVG paths, labels and meanings, in the order of the metrics.
 
-  Long curves are cut into at most 120 runs of points: the line is each run's mean and
-  the band its range, so that no value is hidden by thinning. Shares are drawn from 0 to 1,
-  counts from 0, others over their range; a constant lies in the middle between 0 and its
-  double.
+  Long curves are split into at most 120 runs of points. The line shows the mean of each run,
+  and the band shows its range, so that no extreme value is hidden. The axis goes from 0 to 1
+  for shares, starts at 0 for counts, and covers the range of other metrics. The axis of a
+  constant goes from 0 to twice its value.
   """
   grouped: dict[str, dict[str, Curve]] = {}
   for name, curve in curves.items():
@@ -198,7 +197,7 @@ def panels(curves: Mapping[str, Curve]) -> list[dict[str, Any]]:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-  """Lists a nested mapping as ("a.b", JSON text) in its own order."""
+  """Lists the leaves of a nested mapping as ("a.b", JSON text), in their order."""
   flat = []
   for name, value in config.items():
     if isinstance(value, Mapping):
@@ -209,16 +208,16 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
 
 
 def shorten(text: str, length: int) -> str:
-  """Cuts a text to `length` characters and an ellipsis, between words where it has some."""
+  """Cuts a text to `length` characters plus an ellipsis, between words if possible."""
   if len(text) <= length:
     return text
   cut = text[:length]
-  space = cut.rfind(" ")  # scripts without spaces are cut between any two characters
+  space = cut.rfind(" ")  # some scripts have no spaces
   return f"{cut[:space] if space >= length // 2 else cut} ..."
 
 
 def ticks(low: float, high: float) -> list[float]:
-  """Two to five round numbers within [low, high]: multiples of 1, 2 or 5 times 10^n."""
+  """Returns two to five multiples of 1, 2 or 5 times 10^n within [low, high]."""
   widest = (high - low) / 2 * (1 + 1e-9)
   power = 10.0 ** math.floor(math.log10(widest))
   step = max(m * power for m in (1, 2, 5) if m == 1 or m * power <= widest)
@@ -229,7 +228,7 @@ def ticks(low: float, high: float) -> list[float]:
 def _judge(results: Mapping[str, dict[str, Any]], headline: str | None) -> str:
   if headline is not None:
     if headline not in results:
-      raise ValueError(f"no scorer {headline} among {', '.join(results)}")
+      raise ValueError(f"headline must be one of {', '.join(results)} (got {headline!r})")
     return headline
   return min(results, key=lambda key: _weight(results, key))
 
@@ -241,9 +240,9 @@ def _weight(results: Mapping[str, dict[str, Any]], key: str) -> tuple[bool, bool
 def _state(results: Mapping[str, dict[str, Any]], judge: str | None) -> str:
   if judge is None:
     return "unscored"
-  told = outcome(results[judge])
+  result = outcome(results[judge])
   others = {outcome(e) for e in results.values() if not e["selected_training_data"]}
-  return "mixed" if {"won", "lost"} <= others | {told} else told
+  return "mixed" if {"won", "lost"} <= others | {result} else result
 
 
 def _p(entry: dict[str, Any]) -> str:
@@ -277,7 +276,7 @@ def _category_tables(
     means = [row[side] for row in rows for side in ("base", "tuned")]
     low, high = min(means), max(means)
     pad = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
-    # Nothing below 0 where no mean is.
+    # The axis goes below 0 only if a mean does.
     low, high = low - pad if low < 0 else max(low - pad, 0.0), high + pad
     if results[scorer]["binary"]:
       low, high = 0.0, 1.0
@@ -348,7 +347,7 @@ def _panel(title: str, lines: Mapping[str, Curve]) -> dict[str, Any] | None:
 
 
 def _range(low: float, high: float, scales: Set[str]) -> tuple[float, float]:
-  """The ends of a panel's axis, for metrics of these scales with values in [low, high]."""
+  """Returns the ends of the axis for metrics of these scales with values in [low, high]."""
   if scales & {"share", "count"}:
     low, high = min(low, 0.0), max(high, 1.0)
   if high - low <= 1e-9 * max(abs(high), abs(low)):
@@ -357,7 +356,7 @@ def _range(low: float, high: float, scales: Set[str]) -> tuple[float, float]:
 
 
 def _labels(steps: Sequence[float], *, percents: bool) -> list[str]:
-  """Ticks as text, with as many digits as tell neighbours apart."""
+  """Formats ticks with enough digits to distinguish neighbours."""
   if percents:
     return [percent(t) for t in steps]
   widest, step = max(map(abs, steps)), min(b - a for a, b in itertools.pairwise(steps))
@@ -387,13 +386,13 @@ def _example(
       yes_no = isinstance(pair[side], bool) or results.get(key, {}).get("binary")
       text = ("yes" if pair[side] else "no") if yes_no else f"{pair[side]:.3g}"
       badges.append((key, text))
-    sides.append({"name": side, "badges": badges, **_picture(example[f"{side}_png"])})
+    sides.append({"name": side, "badges": badges, **_image(example[f"{side}_png"])})
   caption = _caption(example["prompt"])
   return {**example, **caption, "sides": sides, "winner": winner}
 
 
 def _caption(prompt: str) -> dict[str, str]:
-  """A prompt as it is shown, and the whole, within a bound, where that is more."""
+  """Returns a prompt as shown at first and, if that is cut, as shown when unfolded."""
   whole, unfold = "", "whole prompt"
   if len(prompt) > CAPTION:
     whole = shorten(prompt, _UNFOLDED)
@@ -402,12 +401,12 @@ def _caption(prompt: str) -> dict[str, str]:
   return {"prompt": shorten(prompt, CAPTION), "whole": whole, "unfold": unfold}
 
 
-def _picture(data: bytes) -> dict[str, Any]:
+def _image(data: bytes) -> dict[str, Any]:
   try:
     with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
       (width, height), mime = image.size, image.get_format_mimetype()
   except OSError as error:
-    raise ValueError("an example is neither a PNG nor a JPEG picture") from error
+    raise ValueError("an example must be a PNG or JPEG image") from error
   tiny = max(width, height) <= _TINY
   scale = max(2, 128 // max(width, height)) if tiny else min(1.0, 288 / width)
   return {

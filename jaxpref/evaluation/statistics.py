@@ -1,9 +1,9 @@
-"""Base against tuned: statistics of paired scores, all derived from the rows.
+"""Statistics of paired scores of the base and the tuned model.
 
-A row is one score of one image, `(model, prompt_id, seed, scorer, version, score)`
-with the image's `prompt` and `category`; higher scores are better. A pair is the two
-models' images of the same prompt and seed. Images of one prompt are not independent,
-so the unit of every interval and test is the prompt, never the image.
+A row is one score of one image, `(model, prompt_id, seed, scorer, version, score)`, with the
+image's `prompt` and `category`; higher scores are better. A pair is the two models' images of
+one prompt and seed. Images of one prompt are not independent, so the unit of all intervals and
+tests is the prompt, not the image.
 """
 
 import json
@@ -24,7 +24,7 @@ _GENEVAL = ("single_object", "two_object", "counting", "colors", "position")
 CATEGORIES = (*_GENEVAL, "color_attribution")
 TOLERANCE = 1e-9
 _MODELS = ("base", "tuned")
-_CHUNK = 4_000_000  # indices drawn at a time: bounds the bootstrap's memory to ~100 MB
+_CHUNK = 4_000_000  # indices sampled at once; limits the bootstrap's memory to about 100 MB
 
 
 def compare(
@@ -38,31 +38,31 @@ def compare(
 
   Args:
     rows: one score per row, with the columns `COLUMNS`.
-    seed: seed of the bootstrap; every scorer starts from it afresh, so a scorer's
-      numbers do not depend on which others are present.
-    resamples: bootstrap resamples.
-    selected_by: keys ("<scorer>-<version>") or bare names of scorers that chose the
-      training data; they are flagged, and verdicts do not count them.
+    seed: seed of the bootstrap, the same for each scorer, so that a scorer's numbers do not
+      depend on the other scorers.
+    resamples: number of bootstrap resamples.
+    selected_by: keys ("<scorer>-<version>") or names of scorers that selected the training
+      data; they are flagged and do not count for verdicts.
 
   Returns:
-    For each "<scorer>-<version>", sorted, plain JSON values (None where a number does
-    not exist, never NaN):
+    "<scorer>-<version>" -> plain JSON values, sorted by key. A number that does not exist is
+    None, never NaN:
       base, tuned: mean, std (n - 1 in the denominator) and n over images.
-      win, tie, loss: rates over pairs for the tuned model; a tie is a difference of
-        at most `TOLERANCE`.
+      win, tie, loss: rates over pairs for the tuned model; a tie is a difference of at most
+        `TOLERANCE`.
       win_rate: win + tie / 2; interval: its 95 % interval.
-      win_rate_decided: win / (win + loss), None if every pair ties; the number to
-        read for binary scores, where most pairs tie.
+      win_rate_decided: win / (win + loss), None if all pairs tie. It is more informative for
+        binary scores, where most pairs tie.
       difference: mean of tuned - base; difference_interval: its 95 % interval.
-      p_value: two-sided paired t-test on per-prompt mean scores; a sign test where all
-        prompts differ by exactly the same, which leaves a t-test no variance.
+      p_value: two-sided paired t-test on per-prompt mean scores. If the difference is the same
+        for all prompts, the t-test has no variance, and a sign test replaces it.
       prompts: number of prompts; binary: whether every score is 0 or 1.
       selected_training_data: see `selected_by`.
-    With one prompt there is no interval ([None, None]) and no p-value.
+    With one prompt, intervals are [None, None] and the p-value is None.
 
   Raises:
-    ValueError: a column is missing, a model is neither "base" nor "tuned", a score
-      is not finite, a row is doubled, or a pair lacks one half (it is named).
+    ValueError: a column is missing, a model is neither "base" nor "tuned", a score is not
+      finite, a row occurs twice, or a pair has only one score; the message names the row.
   """
   rows = _checked(rows)
   results = {}
@@ -76,18 +76,18 @@ def compare(
 
 
 def by_category(rows: pd.DataFrame) -> list[dict[str, Any]]:
-  """Means per category and scorer.
+  """Computes means per category and scorer.
 
   Args:
     rows: as for `compare`.
 
   Returns:
-    One plain dict for each category and scorer, `category, scorer, base, tuned,
-    difference` (means over images) and `n` (pairs). GenEval's categories first and
-    in its order, then any others by name; scorers by name within a category.
+    One dict per category and scorer with `category, scorer, base, tuned, difference` (means
+    over images) and `n` (pairs). GenEval's categories come first, in GenEval's order, then
+    other categories by name; within a category, scorers are sorted by name.
 
   Raises:
-    ValueError: as `compare`.
+    ValueError: for the same reasons as in `compare`.
   """
   rows = _checked(rows)
   table = []
@@ -113,10 +113,10 @@ def by_category(rows: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def outcome(entry: dict[str, Any]) -> str:
-  """Says what one scorer's entry of `compare` shows: "won", "lost" or "undecided".
+  """Returns the outcome of one scorer's entry of `compare`: "won", "lost" or "undecided".
 
-  Won or lost needs the win rate's interval on one side of 1/2, p < 0.05, and means
-  that move the same way.
+  The tuned model won if the interval of the win rate is above 1/2, p < 0.05, and the difference
+  of the means is positive. It lost if the opposite holds.
   """
   low, high = entry["interval"]
   p = entry["p_value"]
@@ -130,7 +130,7 @@ def outcome(entry: dict[str, Any]) -> str:
 
 
 def to_text(results: dict[str, Any], categories: list[dict[str, Any]]) -> str:
-  """Lays out what `compare` and `by_category` return as a table for the terminal."""
+  """Formats the results of `compare` and `by_category` as tables for the terminal."""
   head = "scorer", "base", "tuned", "difference", "win", "tie", "loss", "win rate", "p"
   lines: list[tuple[str, ...]] = [head]
   for key, e in results.items():
@@ -145,7 +145,7 @@ def to_text(results: dict[str, Any], categories: list[dict[str, Any]]) -> str:
     lines.append((key + flag, *sides, change, *shares, rate, p_text(e["p_value"])))
   text = _table(lines, left=1)
   if any(e["selected_training_data"] for e in results.values()):
-    text += "\n* selected the training data: not evidence"
+    text += "\n* selected the training data, so it is not evidence"
   lines = [("category", "scorer", "base", "tuned", "difference", "n")]
   for r in categories:
     means = (number(r[s]) for s in _MODELS)
@@ -155,13 +155,13 @@ def to_text(results: dict[str, Any], categories: list[dict[str, Any]]) -> str:
 
 
 def percent(share: float) -> str:
-  """Writes a share as "71 %"; near 0 and 1 with a decimal, so 99.6 % is not 100 %."""
+  """Formats a share as "71 %"; near 0 and 1 with a decimal, so that 99.6 % is not 100 %."""
   near_end = 0 < share < 0.01 or 0.99 < share < 1
   return f"{100 * share:.{int(near_end)}f} %"
 
 
 def number(value: float | None, *, sign: bool = False) -> str:
-  """Writes a score with about three significant digits, "-" for None."""
+  """Formats a score with about three significant digits, None as "-"."""
   if value is None:
     return "-"
   size = abs(value)
@@ -171,7 +171,7 @@ def number(value: float | None, *, sign: bool = False) -> str:
 
 
 def p_text(p: float | None) -> str:
-  """Writes a p-value as "0.023", "1e-12", "< 1e-15" (less means nothing), or "-"."""
+  """Formats a p-value as "0.023", "1e-12", "< 1e-15" (smaller is not meaningful) or "-"."""
   if p is None:
     return "-"
   if p < 1e-15:
@@ -191,17 +191,17 @@ def _table(lines: list[tuple[str, ...]], *, left: int) -> str:
 def bootstrap_interval(
   sums: np.ndarray, counts: np.ndarray, *, seed: int, resamples: int
 ) -> list[list[float]] | list[list[None]]:
-  """95 % percentile bootstrap of means over images, resampling whole prompts.
+  """Computes 95 % percentile bootstrap intervals of means, by resampling prompts.
 
   Args:
-    sums: per-prompt sums of each quantity [prompts, quantities].
-    counts: images of each prompt [prompts].
+    sums: sums of each quantity over the images of a prompt, [prompts, quantities].
+    counts: number of images of each prompt, [prompts].
     seed: seed of the resampling.
     resamples: number of resamples.
 
   Returns:
-    `[low, high]` for each quantity; `[None, None]` where there is only one prompt,
-    because resampling one prompt would claim certainty.
+    `[low, high]` for each quantity; `[None, None]` with only one prompt, where resampling
+    would give an interval of width 0.
   """
   prompts, quantities = sums.shape
   if prompts < 2:
@@ -211,26 +211,26 @@ def bootstrap_interval(
   left = resamples
   while left > 0:
     size = min(left, max(1, _CHUNK // prompts))
-    drawn = rng.integers(prompts, size=(size, prompts))
-    total = np.stack([s[drawn].sum(1) for s in sums.T], axis=1)
-    means.append(total / counts[drawn].sum(1)[:, None])
+    chosen = rng.integers(prompts, size=(size, prompts))
+    total = np.stack([s[chosen].sum(1) for s in sums.T], axis=1)
+    means.append(total / counts[chosen].sum(1)[:, None])
     left -= size
   bounds = np.quantile(np.concatenate(means), [0.025, 0.975], axis=0)
   return [[float(low), float(high)] for low, high in bounds.T]
 
 
 def write_rows(path: str | os.PathLike[str], rows: pd.DataFrame) -> None:
-  """Writes the rows as parquet, atomically, with the columns in the order `COLUMNS`.
+  """Writes the rows atomically as parquet, with the columns `COLUMNS`.
 
   Raises:
-    ValueError: as `compare`, except that pairs may be incomplete.
+    ValueError: for the same reasons as in `compare`, except that pairs may be incomplete.
   """
   table = _checked(rows)[list(COLUMNS)]
   write_bytes(path, table.to_parquet(index=False, engine="pyarrow"))
 
 
 def are_results(value: Any) -> bool:
-  """Whether a value has the shape of what `compare` returns."""
+  """Checks whether a value has the structure of the results of `compare`."""
   return isinstance(value, dict) and all(_is_entry(entry) for entry in value.values())
 
 
@@ -241,7 +241,7 @@ def _is_entry(entry: Any) -> bool:
   try:
     base, tuned = (entry[model] for model in _MODELS)
     intervals = (entry["interval"], entry["difference_interval"])
-    # None where a number does not exist: with one prompt, one image, or nothing but ties.
+    # Numbers that do not exist are None: with one prompt, one image, or only ties.
     one_prompt = entry["p_value"] is None and all(i == [None, None] for i in intervals)
     return (
       all(are_numbers(side, "mean", "n") for side in (base, tuned))
@@ -257,7 +257,7 @@ def _is_entry(entry: Any) -> bool:
 
 
 def write_results(path: str | os.PathLike[str], results: dict[str, Any]) -> None:
-  """Writes plain results as JSON with sorted keys, atomically.
+  """Writes results atomically as JSON with sorted keys.
 
   Raises:
     ValueError: a number is not finite.
@@ -272,7 +272,7 @@ def _checked(rows: pd.DataFrame) -> pd.DataFrame:
     raise ValueError(f"rows lack the columns {', '.join(missing)}")
   unknown = set(rows["model"]) - set(_MODELS)
   if unknown:
-    raise ValueError(f"model must be base or tuned, not {sorted(map(str, unknown))}")
+    raise ValueError(f"model must be base or tuned (got {sorted(map(str, unknown))})")
   rows = rows.assign(
     score=rows["score"].astype(np.float64),
     version=rows["version"].astype(str),
@@ -280,10 +280,10 @@ def _checked(rows: pd.DataFrame) -> pd.DataFrame:
   )
   bad = rows[~np.isfinite(rows["score"])]
   if len(bad):
-    raise ValueError(f"{_name(bad.iloc[0])} is {bad.iloc[0]['score']}")
+    raise ValueError(f"{_name(bad.iloc[0])} must be finite (got {bad.iloc[0]['score']})")
   twice = rows[rows.duplicated(["model", "prompt_id", "seed", "key"])]
   if len(twice):
-    raise ValueError(f"{_name(twice.iloc[0])} is there twice")
+    raise ValueError(f"{_name(twice.iloc[0])} occurs twice")
   return rows
 
 
@@ -352,7 +352,7 @@ def _p_value(tuned: np.ndarray, base: np.ndarray) -> float | None:
   if len(tuned) < 2:
     return None
   difference = tuned - base
-  # The t statistic is 0 / 0 or x / 0 here: all prompts say exactly the same.
+  # With equal differences for all prompts, the t statistic would be 0 / 0 or x / 0.
   if np.ptp(difference) <= TOLERANCE:
     return 1.0 if abs(difference.mean()) <= TOLERANCE else 2.0 ** (1 - len(difference))
   return float(scipy.stats.ttest_rel(tuned, base).pvalue)

@@ -1,7 +1,7 @@
-"""Diversity of a set of pictures: the Vendi score.
+"""The Vendi score, a measure of the diversity of a set of images.
 
-Friedman and Dieng, 2023 (https://arxiv.org/abs/2210.02410): the effective number of
-different ones, 1 where all are alike, n where no two have anything in common.
+It is the effective number of different images (Friedman and Dieng 2023,
+https://arxiv.org/abs/2210.02410): 1 if all are equal, n if all are orthogonal.
 """
 
 import numpy as np
@@ -9,23 +9,23 @@ import scipy.linalg
 
 
 def vendi_score(features: np.ndarray) -> float:
-  """exp(-sum lambda log lambda) over the eigenvalues of K / n, K the cosine similarities.
+  """Computes exp(-sum l log l) over the eigenvalues l of the cosine similarities / n.
 
   Args:
-    features: of n items, [n, d]; none of them zero.
+    features: features of n items, [n, d]; no row may be zero.
 
   Returns:
-    Between 1 and n.
+    The score, between 1 and n.
 
   Raises:
-    ValueError: there are no items, or one has no direction.
+    ValueError: `features` is empty or a row is zero.
   """
   if not len(features):
-    raise ValueError("there is nothing to score")
+    raise ValueError("features must have at least one row")
   array = np.asarray(features, np.float64).reshape(len(features), -1)
   norms = np.linalg.norm(array, axis=1, keepdims=True)
   if not np.all(norms > 0):
-    raise ValueError("an item's features are all zero")
+    raise ValueError("a row of features is all zero")
   unit = array / norms
   values = scipy.linalg.eigvalsh(unit @ unit.T / len(unit))
   positive = values[values > 1e-12]

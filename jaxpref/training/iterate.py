@@ -242,7 +242,7 @@ def _base_pictures(ready: setup_lib.Prepared, before: Path) -> dict[str, np.ndar
   config = ready.config
   directory = before / "evaluation" / str(config.train.num_updates)
   read = functools.partial(
-    evaluate.read_pictures, directory, "base", len(ready.prompts), config.evaluate
+    evaluate.read_images, directory, "base", len(ready.prompts), config.evaluate
   )
   there = distributed.first(lambda: read() is not None)
   pictures = read() if there else None
