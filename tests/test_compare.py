@@ -188,7 +188,7 @@ def test_bad_rows_are_named():
     c.by_category(rows[(rows["model"] == "tuned") | (rows["prompt_id"] != 0)])
   with pytest.raises(ValueError, match=r"model tuned, prompt 2, seed 1 occurs twice"):
     c.compare(pd.concat([rows, rows[tuned]]))
-  with pytest.raises(ValueError, match=r"prompt 2, seed 1 is nan"):
+  with pytest.raises(ValueError, match=r"prompt 2, seed 1 must be finite \(got nan"):
     c.compare(rows.assign(score=rows["score"].mask(tuned)))
   with pytest.raises(ValueError, match="lack the columns prompt_id, seed"):
     c.compare(rows.drop(columns=["seed", "prompt_id"]))
