@@ -26,7 +26,7 @@ DTYPES = ("float16", "bfloat16", "float32")
 
 def main(argv: list[str]) -> int:
   """Exports a model as the flags say; returns the exit status."""
-  return cli.exit_status(_run, argv, continues=False)
+  return cli.exit_status(_run, argv, resumable=False)
 
 
 def _parser() -> argparse.ArgumentParser:

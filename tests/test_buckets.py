@@ -143,7 +143,7 @@ def test_what_is_another_runs_stays(emulator):
   unmarked = storage.place(f"{emulator}/others/2/notes.txt")
   unmarked.write_text("mine")
   before = storage.files(storage.place(f"{emulator}/others"))
-  with pytest.raises(UserError, match="is not empty and is not a run's"):
+  with pytest.raises(UserError, match="is not empty and has no config.json"):
     checkpoint.Checkpointer(f"{emulator}/others", keep=1, owner=runs_config())
   assert storage.files(storage.place(f"{emulator}/others")) == before
 

@@ -184,7 +184,7 @@ def test_without_checksums_orbax_decides(tmp_path, caplog):
   (tmp_path / "2" / "checksums.json").unlink()
   restored = ckptr.restore(abstract(make_state()))
   assert same(restored.state, make_state(2))
-  assert "step 2 restored, though without checksums" in caplog.text
+  assert "step 2 restored, although it has no checksums" in caplog.text
   # From now on it has some, as whoever reads the run's model asks for.
   assert checkpoint_files.find_good(tmp_path).step == 2
   (tmp_path / "2" / "checksums.json").unlink()

@@ -220,9 +220,9 @@ def test_a_step_stands_in_its_record(steps, caplog):
   shutil.copytree(steps / "5", steps / "9")
   (steps / "8").symlink_to("6")
   assert checkpoint_files.find_good(steps).step == 6
-  refused(lambda: checkpoint_files.find_good(steps, step=9), "it was saved as that of step 5")
+  refused(lambda: checkpoint_files.find_good(steps, step=9), "it was saved as step 5")
   assert restore(steps) == 6
-  assert "it was saved as that of step 5" in caplog.text
+  assert "it was saved as step 5" in caplog.text
   assert checkpoint_files.steps(steps) == [5, 6]
   # Its step can be saved.
   ckptr = checkpoint.Checkpointer(steps, keep=3)

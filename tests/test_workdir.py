@@ -74,12 +74,12 @@ def test_another_run_is_refused_and_nothing_is_written(tmp_path):
   changes = {"optim.lr": 1e-3, "train.batch_size": 8, "train.num_updates": 99}
   message = fails(tmp_path, make_config(**changes))
   assert message == (
-    f"{tmp_path} holds another run: optim.lr was 0.0001, now 0.001 (and 1 more); "
+    f"{tmp_path} holds another run: optim.lr was 0.0001, now 0.001 (and 1 more): "
     "choose another --workdir"
   )
   added = make_config()
   added.evaluation = ConfigDict({"x": 1})  # 'evaluate' does not cover 'evaluation'
-  assert "evaluation.x was absent, now 1;" in fails(tmp_path, added)
+  assert "evaluation.x was absent, now 1:" in fails(tmp_path, added)
   assert (tmp_path / "config.json").read_bytes() == before
   # The lock was given back by the refusals.
   assert workdir_lib.open_workdir(tmp_path, make_config()).resumed
@@ -125,7 +125,7 @@ def test_foreign_directories_are_refused(tmp_path):
   (tmp_path / "thesis.tex").write_text("years of work")
   message = fails(tmp_path, make_config())
   assert message == (
-    f"{tmp_path} is not empty (thesis.tex) and holds no config.json; choose another --workdir"
+    f"{tmp_path} is not empty (thesis.tex) and has no config.json: choose another --workdir"
   )
   assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 

@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
   os.environ.setdefault("JAX_PLATFORMS", "cpu")
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # another process may hold the TPU
-  return cli.exit_status(_run, argv, continues=False)
+  return cli.exit_status(_run, argv, resumable=False)
 
 
 def _run(argv: list[str]) -> None:

@@ -1,9 +1,9 @@
-"""Checkpoints of a run: saved while training goes on, verified before they are restored.
+"""Checkpoints of a run: saved asynchronously, verified before they are restored.
 
 `<directory>/<step>/` is one Orbax checkpoint, to which every process of a run adds its part.
 Orbax writes it under a temporary name and renames it once it is complete. Then
-`checksums.json` is added, so that a restore notices files that were lost, cut or altered
-later, and goes back to the newest good step. `jaxpref.runtime.storage` says how buckets
+`checksums.json` is added, so that a restore detects files that were lost, truncated or altered
+later, and falls back to the newest good step. `jaxpref.runtime.storage` describes how buckets
 differ.
 """
 
@@ -48,7 +48,7 @@ class Restored(NamedTuple):
 
 
 def directory_of(workdir: Path, config: Mapping[str, Any]) -> epath.Path:
-  """Returns where a run's checkpoints are: `train.checkpoints`, or in its workdir.
+  """Returns the directory of a run's checkpoints: `train.checkpoints`, or in its workdir.
 
   Raises:
     UserError: `train.checkpoints` is neither an absolute path nor `gs://BUCKET/...`.
@@ -57,25 +57,26 @@ def directory_of(workdir: Path, config: Mapping[str, Any]) -> epath.Path:
   if not where:
     return storage.place(workdir / "checkpoints")
   if "://" not in where and not user_path(where).is_absolute():
-    raise UserError(f"train.checkpoints must be absolute or {storage.SCHEME}..., got {where}")
+    raise UserError(
+      f"train.checkpoints must be an absolute path or {storage.SCHEME}BUCKET/... (got {where})"
+    )
   return storage.place(where)
 
 
 class Checkpointer:
   """The checkpoints of one run.
 
-  Making one makes the directory and removes what an interrupted save has left in it.
+  The constructor makes the directory and removes the files of an interrupted save.
 
   Args:
-    directory: of one run's checkpoints, a local path or `gs://...`; no other process may write
-      there.
-    keep: number of the newest checkpoints that stay, at least 1.
+    directory: a local path or `gs://...`, for one run; no other process may write there.
+    keep: number of newest checkpoints to keep, at least 1.
     owner: the run's configuration, for a directory outside of its workdir.
-    resume_safe: fields that may differ from those of the run's first start.
+    resume_safe: fields of `owner` that may differ from the run's first start.
 
   Raises:
     UserError: the directory cannot be made or reached, or it has the checkpoints of another
-      run or other files. Nothing in it has been changed then.
+      run or other files. Its contents are then unchanged.
   """
 
   def __init__(
@@ -87,7 +88,7 @@ class Checkpointer:
     resume_safe: Iterable[str] = (),
   ):
     if keep < 1:
-      raise ValueError(f"keep must be at least 1, got {keep}")
+      raise ValueError(f"keep must be at least 1 (got {keep})")
     absl_logging.get_absl_logger().addFilter(_is_not_orbax_error)
     self.directory = storage.place(directory)
     self._keep = keep
@@ -97,7 +98,7 @@ class Checkpointer:
     _first(self.directory, lambda: _make(self.directory, owner, resume_safe))
 
   def protect(self, step: int) -> None:
-    """Keeps the checkpoint of this step however old it gets, instead of the one before."""
+    """Keeps the checkpoint of this step at any age; replaces the previously protected step."""
     self._protected = step
 
   def latest_step(self) -> int | None:
@@ -108,23 +109,23 @@ class Checkpointer:
   def save(self, step: int, state: Any, data_state: Any, metadata: Mapping[str, Any]) -> None:
     """Starts a save and returns once `state` is copied, so that it may be donated.
 
-    Waits for the save before this one and reports its failure.
+    Waits for the previous save first and raises its failure.
 
     Args:
-      step: number of updates made; not saved before.
-      state: pytree of `jax.Array`, typed keys included.
-      data_state: position of the data, as JSON (a grain iterator's `get_state()`).
-      metadata: anything else, as JSON.
+      step: number of updates made; must not have been saved before.
+      state: pytree of `jax.Array`; may contain typed keys.
+      data_state: position in the data, as JSON (a grain iterator's `get_state()`).
+      metadata: other values to store, as JSON.
 
     Raises:
-      UserError: this or the previous checkpoint could not be written (disk full, ...). What
-        it left is removed, and earlier checkpoints are intact.
+      UserError: this or the previous checkpoint could not be written (disk full, ...). Its
+        files are removed, and earlier checkpoints are intact.
     """
     self.wait()
     path = self.directory / str(step)
     record = {"step": step, "data": data_state, "metadata": dict(metadata)}
     if json.loads(json.dumps(record)) != record:
-      raise ValueError(f"data_state and metadata must survive JSON, got {record}")
+      raise ValueError(f"data_state and metadata must survive JSON (got {record})")
     needed = math.ceil(1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
     if not _first(self.directory, lambda: self._has_room(step, needed)):
       raise ValueError(f"step {step} is already saved in {self.directory}")
@@ -143,7 +144,7 @@ class Checkpointer:
     distributed.together(self._wait)
 
   def close(self) -> None:
-    """Waits like `wait`, for this process's part only, and ends the thread."""
+    """Waits like `wait`, but only for this process, and ends the worker thread."""
     try:
       self._wait()
     finally:
@@ -152,24 +153,24 @@ class Checkpointer:
   def restore(self, abstract_state: Any) -> Restored:
     """Restores the newest good checkpoint.
 
-    Newer ones are damaged: a warning names them, and they are renamed to `<step>.damaged`.
+    Damaged newer checkpoints are named in a warning and renamed to `<step>.damaged`.
 
     Args:
       abstract_state: pytree of `jax.ShapeDtypeStruct` with shardings.
 
     Returns:
-      (step, state, data_state, metadata), the arrays bit for bit what was saved.
+      (step, state, data_state, metadata); the arrays equal the saved ones bit for bit.
 
     Raises:
       UserError: every checkpoint is damaged (the message lists them), or the newest good one
-        holds another structure or other shapes.
+        has a different structure or different shapes.
     """
     self.wait()
     damaged: dict[int, str] = {}
     found = _first(self.directory, lambda: checkpoint_files.steps(self.directory))
     for step in reversed(found):
       path = self.directory / str(step)
-      # Process 0 reads the files for all.
+      # Only process 0 reads the files.
       problem = _first(path, functools.partial(checkpoint_files.verify, path))
       if problem:
         damaged[step] = problem
@@ -190,7 +191,7 @@ class Checkpointer:
         damaged[step] = problem
         continue
       if not checked:
-        _log.warning("checkpoint of step %d restored, though without checksums", step)
+        _log.warning("checkpoint of step %d restored, although it has no checksums", step)
         _first(path, functools.partial(checkpoint_files.write_checksums, path))
       self._set_aside(damaged, step)
       return Restored(step, state, record["data"], record["metadata"])
@@ -219,7 +220,7 @@ class Checkpointer:
       step, future = pending
       try:
         future.result()
-      except Exception as error:  # clients of buckets raise errors of many kinds
+      except Exception as error:  # clients of buckets raise errors of many types
         self._raise_failure(step, error)
 
   def _finish(self, path: epath.Path, response: ocp.AsyncResponse) -> None:
@@ -234,8 +235,8 @@ class Checkpointer:
       try:
         checkpoint_files.remove(self.directory / str(step))
       except Exception as error:
-        # The new checkpoint is whole; an old one that stays only takes space.
-        _log.warning("the old checkpoint of step %d stays: %s", step, error)
+        # The new checkpoint is complete, and the old one only takes space.
+        _log.warning("cannot remove the old checkpoint of step %d: %s", step, error)
 
   def _set_aside(self, damaged: Mapping[int, str], good: int) -> None:
     """Renames damaged checkpoints, so that their steps can be saved again."""
@@ -254,10 +255,10 @@ class Checkpointer:
     _first(self.directory, rename)
 
   def _raise_failure(self, step: int, error: Exception) -> None:
-    """Removes what a failed save has left and says in one line why it failed."""
+    """Removes the files of a failed save and raises a one-line error."""
     path = self.directory / str(step)
     if storage.is_bucket(path):
-      # What is there has no mark and goes at the next start; now the bucket may not answer.
+      # The bucket may not answer now. The files lack the mark, so the next start removes them.
       where = f"in {self.directory}: step {step} was not written"
       raise TransientError(f"{first_line(error)} {where}") from error
     if distributed.is_first():
@@ -278,7 +279,7 @@ class Checkpointer:
     raise storage_error(message, cause) from error
 
   def _not_written(self, step: int, reason: str) -> str:
-    # Only this process has failed, so only it looks.
+    # Possibly only this process has failed, so it must not wait for the others here.
     latest = max(checkpoint_files.steps(self.directory), default=None)
     rest = "" if latest is None else f", the checkpoint of step {latest} is intact"
     return f"{reason} in {self.directory}: step {step} was not written{rest}"
@@ -295,19 +296,19 @@ def _make(directory: epath.Path, owner: ConfigDict | None, resume_safe: Iterable
   checkpoint_files.remove_temporary(directory)
   if others := checkpoint_files.other_names(directory):
     _log.warning(
-      "%s: ignored, because they are not named after a step: %s", directory, ", ".join(others)
+      "%s: ignored these names, because they are not steps: %s", directory, ", ".join(others)
     )
 
 
 def _check_owner(directory: epath.Path, config: ConfigDict, resume_safe: Iterable[str]) -> None:
-  """Marks a directory outside of a workdir as this run's, by `config.json` in it."""
+  """Marks a directory outside of the workdir as this run's, by a `config.json` in it."""
   stored = directory / CONFIG
   if stored.exists():
     check_same(directory, config, resume_safe, choose="train.checkpoints")
     return
   if directory.exists() and visible(directory):
     raise UserError(
-      f"{directory} is not empty and is not a run's: choose another train.checkpoints"
+      f"{directory} is not empty and has no {CONFIG}: choose another train.checkpoints"
     )
   storage.write(stored, config_lib.to_json(config) + "\n")
 
@@ -323,8 +324,5 @@ def _first(where: epath.Path, job: Callable[[], Any]) -> Any:
 
 
 def _is_not_orbax_error(record: logging.LogRecord) -> bool:
-  """Tells whether to log a record.
-
-  Orbax logs the traceback of each of its threads, and raises the error as well.
-  """
+  """Drops the tracebacks that Orbax logs in its threads, because it also raises the errors."""
   return not (record.levelno == logging.ERROR and "orbax" in record.pathname)

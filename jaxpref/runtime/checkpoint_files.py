@@ -1,4 +1,4 @@
-"""Finished checkpoints on disk or in a bucket: listed, verified, read in part, removed.
+"""Operations on finished checkpoints on disk or in a bucket: list, verify, read, remove.
 
 `<directory>/<step>/` is one Orbax checkpoint. `checksums.json` in it has the size and the
 checksum of every other file.
@@ -36,7 +36,7 @@ def steps(directory: str | os.PathLike) -> list[int]:
 
 
 def other_names(directory: epath.Path) -> list[str]:
-  """Lists names that neither a run nor Orbax gives, such as 007 and '5 (copy)'."""
+  """Lists names in the directory that neither a run nor Orbax writes, such as '5 (copy)'."""
   if not directory.exists():  # a bucket has no empty directories
     return []
   names = (name for name in visible(directory) if number_of(name) is None)
@@ -55,16 +55,17 @@ def find_good(directory: str | os.PathLike, *, step: int | None = None) -> Good:
 
   Args:
     directory: the directory of steps.
-    step: the step to verify; by default that of the newest good checkpoint.
+    step: the step to verify; by default, the newest good checkpoint is found.
 
   Raises:
-    UserError: the checkpoint does not exist or is damaged.
+    UserError: the checkpoint does not exist or is damaged, or every checkpoint is.
   """
   root = storage.place(directory)
   found = steps(root) if storage.is_bucket(root) or root.is_dir() else []
   if not found or step not in (None, *found):
-    which = "" if step is None else f" of step {step}, only of {found}"
-    raise UserError(f"there is no checkpoint{which} in {root}")
+    which = "" if step is None else f" of step {step}"
+    others = f"; the steps are {found}" if found else ""
+    raise UserError(f"there is no checkpoint{which} in {root}{others}")
   problems = []
   for candidate in reversed(found) if step is None else (step,):
     path = root / str(candidate)
@@ -79,12 +80,12 @@ def find_good(directory: str | os.PathLike, *, step: int | None = None) -> Good:
       if problem is None:
         return Good(candidate, record["metadata"])
     problems.append(f"step {candidate}: {problem}")
-    _log.warning("checkpoint of step %d is damaged (%s), not used", candidate, problem)
+    _log.warning("skipped the checkpoint of step %d, which is damaged: %s", candidate, problem)
   raise UserError(f"no good checkpoint in {root} ({'; '.join(problems)})")
 
 
 def stored(directory: str | os.PathLike, step: int) -> dict[str, Any]:
-  """Describes a checkpoint's arrays (`shape`, `dtype`) by their paths in the state."""
+  """Returns the arrays' `shape` and `dtype` by their paths in the state."""
   path = storage.place(directory) / str(step)
   with storage.failures_of(path):
     state = ocp.checkpointables_metadata(path).metadata["state"]
@@ -93,15 +94,16 @@ def stored(directory: str | os.PathLike, step: int) -> dict[str, Any]:
 
 
 def restore_subtree(directory: str | os.PathLike, step: int, abstract: Any) -> Any:
-  """Restores a part of a state, such as its EMA weights, and changes nothing on disk.
+  """Restores a part of a state, such as its EMA weights; changes nothing on disk.
 
   Args:
     directory: the directory of steps.
-    step: from `find_good`.
-    abstract: nested dict of `jax.ShapeDtypeStruct` with shardings by the state's field names.
+    step: a step that `find_good` verified.
+    abstract: nested dict of `jax.ShapeDtypeStruct` with shardings; its keys are the state's
+      field names.
 
   Raises:
-    UserError: the checkpoint holds another structure or other shapes.
+    UserError: the checkpoint has a different structure or different shapes.
   """
   path = storage.place(directory) / str(step)
   context = ocp.Context()
@@ -120,13 +122,13 @@ def load(path: epath.Path, abstract_state: Any, *, checked: bool) -> tuple[Any, 
   """Loads the state and the record of a checkpoint.
 
   Args:
-    path: of the checkpoint.
+    path: the checkpoint.
     abstract_state: pytree of `jax.ShapeDtypeStruct` with shardings.
     checked: whether its checksums were verified.
 
   Raises:
-    UserError: the checkpoint cannot be read or has another structure.
-    OSError: a `checked` checkpoint cannot be read, which is the machine's fault.
+    UserError: the checkpoint cannot be read or has a different structure.
+    OSError: a `checked` checkpoint cannot be read, so the storage fails, not the checkpoint.
   """
   try:
     state = ocp.load_checkpointables(path, {"state": abstract_state})["state"]
@@ -141,7 +143,7 @@ def load(path: epath.Path, abstract_state: Any, *, checked: bool) -> tuple[Any, 
 
 
 def _reason(error: Exception) -> str:
-  """Returns the first line of the cause, which Orbax wraps in an error about its handlers."""
+  """Returns the first line of the cause; Orbax wraps it in an error about its handlers."""
   return first_line(error.__cause__ or error).rstrip(":")
 
 
@@ -156,7 +158,7 @@ def write_checksums(path: epath.Path) -> None:
 
 
 def verify(path: epath.Path) -> str | None:
-  """Says what is wrong with a checkpoint's files, or None; also if it has no checksums."""
+  """Says what is wrong with a checkpoint's files, or None; None without checksums, too."""
   if not (path / CHECKSUMS).exists():
     return None
   try:
@@ -197,13 +199,13 @@ def wrong_record(record: Any, step: int) -> str | None:
   if not isinstance(record, dict) or not isinstance(record.get("metadata"), dict):
     return "its record is damaged"
   if (saved := record.get("step", step)) != step:
-    return f"it was saved as that of step {saved}"
+    return f"it was saved as step {saved}"
   return None if "data" in record else "its record is damaged"
 
 
 def remove(path: epath.Path) -> None:
   """Removes a checkpoint."""
-  # First make sure that a half-removed checkpoint is not taken for a whole one.
+  # First make sure that an interrupted removal cannot leave a checkpoint that looks complete.
   if storage.is_bucket(path):
     (path / storage.MARK).unlink(missing_ok=True)
   else:
@@ -212,7 +214,7 @@ def remove(path: epath.Path) -> None:
 
 
 def remove_temporary(directory: epath.Path) -> None:
-  """Removes what interrupted saves have left."""
+  """Removes the files of interrupted saves."""
   if storage.is_bucket(directory):
     entries = directory.iterdir() if directory.exists() else ()
     numbered = (p for p in entries if number_of(p.name) is not None)
@@ -220,6 +222,6 @@ def remove_temporary(directory: epath.Path) -> None:
   else:
     left = list(directory.glob(f"*{TEMPORARY}"))
   for path in left:
-    # A failed save's threads may still write there; the next start cleans up.
+    # Threads of a failed save may still write there; the next start removes the rest.
     with contextlib.suppress(OSError):
       path.rmtree()

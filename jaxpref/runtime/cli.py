@@ -1,4 +1,4 @@
-"""What the package's programs have in common: flags, messages, exit status."""
+"""Flags, messages and exit statuses that all of the package's programs share."""
 
 import argparse
 import errno
@@ -11,7 +11,7 @@ from typing import NoReturn
 from jaxpref.errors import TransientError, UserError, one_line
 from jaxpref.runtime import jax_setup, output
 
-# What the machine refuses: no permission, no space, no such name.
+# Errors that the user can fix: no permission, no space, an impossible name.
 _REFUSALS = (
   *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
   *(errno.ENAMETOOLONG, errno.ENOTDIR),
@@ -21,17 +21,20 @@ _LONGEST_MESSAGE = 2000  # characters of a warning
 
 
 class Parser(argparse.ArgumentParser):
-  """Flags of a program without a configuration file; what is wrong is one line."""
+  """A parser for programs without a configuration file; its errors are one line."""
 
   def __init__(self, doc: str):
     super().__init__(description=doc, allow_abbrev=False)
 
   def error(self, message: str):
-    """Raises what argparse would print with a page of usage."""
+    """Raises the message as a `UserError`; argparse would print a page of usage and exit."""
     raise UserError(f"{message}; --help lists the flags")
 
   def parse_args(self, args=None, namespace=None):
-    """Parses; an option whose value is `--` has none, which argparse makes an empty list."""
+    """Parses the arguments and refuses an option without a value.
+
+    For `--option --`, argparse would return an empty list as the option's value.
+    """
     found = super().parse_args(args, namespace)
     for action in self._actions:
       if action.nargs is None and getattr(found, action.dest, None) == []:
@@ -39,18 +42,19 @@ class Parser(argparse.ArgumentParser):
     return found
 
   def add_run_flags(self) -> None:
-    """--ema and --step, which weights of a run are meant."""
+    """Adds --ema and --step, which select the weights of a run."""
     self.add_argument(
       "--ema",
       action=argparse.BooleanOptionalAction,
       default=True,
-      help="of a run, the averaged weights, which its report compares; --no-ema: the last",
+      help="for a run: use the EMA weights, which its report compares (the default); "
+      "--no-ema: the weights after the last update",
     )
     self.add_argument(
       "--step",
       type=_step,
-      help="of a run, which checkpoint: a number of updates, or 'best' of those that were "
-      "evaluated; the newest good one by default",
+      help="for a run: the checkpoint, as a number of updates, or 'best' for the best of "
+      "those evaluated; default: the newest good checkpoint",
     )
 
 
@@ -61,27 +65,27 @@ def _step(text: str) -> int | str:
 
 
 class _OneLine(logging.Formatter):
-  """Messages as one line each; tracebacks that a library logs follow as they are."""
+  """A formatter that makes each message one line and leaves logged tracebacks unchanged."""
 
   def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
     return f"jaxpref: {one_line(record.message, longest=_LONGEST_MESSAGE)}"
 
 
-FLAGS = {"workdir": "directory of the run; runs/<name>-<preset> by default"}
+FLAGS = {"workdir": "directory of the run; default: runs/<name>-<preset>"}
 
 
 def run(main: Callable[[list[str]], int]) -> NoReturn:
-  """A program's process, from its arguments to its exit status."""
+  """Runs a program's `main` on the command line's arguments and exits with its status."""
   output.secure_output()
   try:
     sys.exit(main(sys.argv[1:]))
   except BaseException as error:
-    if "jax" in sys.modules:  # else there are no other processes, and no need to wait for it
+    if "jax" in sys.modules:  # else there are no other processes, and importing jax is slow
       from jaxpref.runtime import distributed  # noqa: PLC0415
 
       distributed.end_alone(error)
     if isinstance(error, SystemExit) and error.code == TransientError.status:
-      # Else threads that wait for a storage that does not answer hold up the end.
+      # A normal exit would wait for threads that are blocked on an unreachable storage.
       sys.stdout.flush()
       sys.stderr.flush()
       os._exit(TransientError.status)
@@ -92,16 +96,18 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
 
 
 def exit_status(
-  job: Callable[[list[str]], None], argv: list[str], *, continues: bool = True
+  job: Callable[[list[str]], None], argv: list[str], *, resumable: bool = True
 ) -> int:
-  """Runs a program's job: 0, 2 after a one-line error, 130 if interrupted.
-
-  Other errors have statuses of their own, see `jaxpref.errors`.
+  """Runs a program's job, prints a `UserError` as one line, and returns the exit status.
 
   Args:
-    job: takes the arguments.
-    argv: without the program's name.
-    continues: whether the same command goes on where an interrupted one stopped.
+    job: the program, called with `argv`.
+    argv: the arguments, without the program's name.
+    resumable: whether the same command resumes an interrupted one; for the message.
+
+  Returns:
+    0, 130 if interrupted, 2 if the machine refuses a file, or the `status` of the error (see
+    `jaxpref.errors`).
   """
   log = logging.StreamHandler()
   log.setFormatter(_OneLine())
@@ -118,7 +124,7 @@ def exit_status(
     print(f"jaxpref: error: {one_line(error)}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
-    rest = "the same command resumes this run" if continues else "nothing was written"
+    rest = "the same command resumes this run" if resumable else "nothing was written"
     print(f"jaxpref: interrupted; {rest}", file=sys.stderr)
     return 130
   return 0

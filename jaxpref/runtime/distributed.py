@@ -1,9 +1,9 @@
-"""Several processes as one run: how they meet, agree, and leave the writing to one.
+"""Coordination of the processes of one run: start, agreement, shared workdir, failures.
 
-All processes run the same program on the same arguments and see the same workdir. What is
-decided from the disk, and all that is written there, is process 0's; what it finds, and its
-errors, reach the others. A process that fails alone ends at once, without waiting for the
-others at a barrier: they notice, and whoever started them starts all of them again.
+All processes run the same program with the same arguments and see the same workdir. Only
+process 0 reads and writes the workdir; it sends the results and its errors to the others. A
+process that fails alone ends at once and does not wait for the others at a barrier. The
+others detect the loss and end too, and the launcher starts all of them again.
 """
 
 import contextlib
@@ -27,16 +27,17 @@ from jaxpref.errors import TransientError, UserError, first_line
 from jaxpref.runtime import workdir as workdir_lib
 from jaxpref.runtime.paths import number_of
 
-# Environments whose launcher has started this process as one of several, by the variable
-# with their number, and one that only a process of such a job has.
+# Launchers that start several processes: the variable with the number of processes, and a
+# variable that only the launched processes have (a batch script has the first one, too).
 _LAUNCHERS = {
   "SLURM_NTASKS": "SLURM_STEP_NODELIST",
   "OMPI_COMM_WORLD_SIZE": "OMPI_MCA_orte_hnp_uri",
 }
-_TOKEN = ".shared"  # in the workdir: what process 0 has written there for the others to find
-_SHARED_SECONDS = 30.0  # until they must; network file systems take their time
-_END, _END_MILLISECONDS = "jaxpref-end", 5000
-_LAST_SECONDS = 2.0
+_TOKEN = ".shared"  # file in the workdir that process 0 writes and the others look for
+_SHARED_SECONDS = 30.0  # how long they look; network file systems show new files late
+_END, _END_MILLISECONDS = "jaxpref-end", 5000  # the barrier before the end
+_LAST_SECONDS = 2.0  # how long process 0 outlives the others
+# Parts of the messages of JAX errors that mean that another process is gone.
 _LOST = (
   *("Gloo", "onnection reset", "onnection closed", "eartbeat", "oordination"),
   "emote process exited",  # NCCL
@@ -44,16 +45,18 @@ _LOST = (
 
 
 def initialize(flags: Mapping[str, str]) -> None:
-  """Meets the other processes of this run, if there are any; before JAX has any device.
+  """Connects to the other processes of this run, if there are any.
+
+  Must be called before JAX initializes its devices.
 
   Args:
-    flags: of these that were given: 'coordinator', 'num_processes', 'process_id', see
-      `main.FLAGS`. With none of them, SLURM's and Open MPI's launchers are asked.
+    flags: those of 'coordinator', 'num_processes' and 'process_id' that the user gave (see
+      `main.FLAGS`). Without any of them, the environment of SLURM's and Open MPI's launchers
+      decides.
 
   Raises:
-    UserError: the flags are incomplete.
-    TransientError: the others cannot be found; where that takes too long JAX ends the
-      process itself.
+    UserError: the flags are incomplete or invalid.
+    TransientError: the connection failed. (After its own timeout JAX ends the process.)
   """
   settings = _settings(flags)
   if settings is None:
@@ -64,11 +67,11 @@ def initialize(flags: Mapping[str, str]) -> None:
     reason = first_line(error)
     kind: type[UserError] = TransientError
     if "must be defined" in reason or "should be defined" in reason:
-      reason = "this is no TPU pod, and not started by SLURM, Open MPI or Kubernetes"
+      reason = "this is not a TPU pod and was not started by SLURM, Open MPI or Kubernetes"
       kind = UserError
     raise kind(f"the processes of this run did not meet: {reason}") from error
   if not is_first():
-    # What concerns all is said once.
+    # Only process 0 logs warnings, which otherwise appear once a process.
     logging.getLogger().setLevel(logging.ERROR)
 
 
@@ -87,7 +90,7 @@ def _settings(flags: Mapping[str, str]) -> dict[str, Any] | None:
   if count is None or index is None:
     raise UserError("--coordinator=HOST:PORT needs --num_processes=N and --process_id=I")
   if not index < count:
-    raise UserError(f"--process_id={index} is none of --num_processes={count}, from 0")
+    raise UserError(f"--process_id must be less than --num_processes={count} (got {index})")
   host, _, port = coordinator.rpartition(":")
   if not (host and 0 < (number_of(port) or 0) < 65536):
     raise UserError(f"--coordinator={coordinator} is not HOST:PORT")
@@ -95,21 +98,18 @@ def _settings(flags: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def is_first() -> bool:
-  """Whether this is the process that writes."""
+  """Tells whether this is process 0, which writes the run's files."""
   return jax.process_index() == 0
 
 
 def first(job: Callable[[], Any]) -> Any:
-  """Does a job on process 0 alone.
+  """Runs a job on process 0 only and returns its result on every process.
 
   Args:
-    job: without arguments; what it returns must survive JSON.
-
-  Returns:
-    What it returned, on every process.
+    job: a function without arguments; its result must survive a round trip through JSON.
 
   Raises:
-    UserError: what it raised, on every process.
+    UserError: the job raised it; raised on every process.
   """
   if jax.process_count() == 1:
     return job()
@@ -117,15 +117,15 @@ def first(job: Callable[[], Any]) -> Any:
 
 
 def together(job: Callable[[], Any]) -> Any:
-  """Does a job on every process; if it fails on one, it has failed on all.
+  """Runs a job on every process; a failure of one process is raised on all of them.
 
-  Nothing in the job may wait for other processes, which might have failed before it.
+  The job must not wait for other processes, because they may already have failed.
 
   Returns:
-    What it returned on this process.
+    The result of the job on this process.
 
   Raises:
-    UserError: what it raised, on this process or on another one.
+    UserError: the job raised it on this process or on another one.
   """
   if jax.process_count() == 1:
     return job()
@@ -135,14 +135,14 @@ def together(job: Callable[[], Any]) -> Any:
 
 
 def check_same(what: str, values: Mapping[str, str]) -> None:
-  """Refuses a run whose processes differ in something that must be the same.
+  """Refuses a run whose processes have different values.
 
   Args:
-    what: all of it, in the message.
-    values: of this process, by name.
+    what: what the values are, for the message, such as 'configurations'.
+    values: name to value on this process.
 
   Raises:
-    UserError: another process has others.
+    UserError: another process has different values.
   """
   if jax.process_count() == 1:
     return
@@ -157,7 +157,10 @@ def check_same(what: str, values: Mapping[str, str]) -> None:
 
 
 def _exchange(job: Callable[[], Any] | None) -> list[Any]:
-  """What the job returned on each process, on all of them; an error of one is everyone's."""
+  """Runs a job and returns its results on all processes, ordered by process.
+
+  A `UserError` on one process is raised on all of them. Without a job, this process adds None.
+  """
   failure: BaseException | None = None
   try:
     text = json.dumps({"value": job() if job else None})
@@ -166,29 +169,31 @@ def _exchange(job: Callable[[], Any] | None) -> list[Any]:
     text = json.dumps({"error": str(error), "status": error.status})
   data = np.frombuffer(text.encode(), np.uint8)
   lengths = np.atleast_1d(multihost_utils.process_allgather(np.int32(len(data))))
-  # A power of two: few programs for all the lengths there may be.
+  # XLA compiles one program per length, so powers of two keep the programs few.
   padded = np.zeros(1 << int(lengths.max() - 1).bit_length(), np.uint8)
   padded[: len(data)] = data
   gathered = multihost_utils.process_allgather(padded)
-  said = [
+  messages = [
     json.loads(row[:n].tobytes()) for row, n in zip(gathered, lengths.ravel(), strict=True)
   ]
   if failure:
     raise failure
-  for index, one in enumerate(said):
-    if "error" in one:
-      theirs = UserError(f"{one['error']} (process {index})")
-      theirs.status = one["status"]
+  for index, message in enumerate(messages):
+    if "error" in message:
+      theirs = UserError(f"{message['error']} (process {index})")
+      theirs.status = message["status"]
       raise theirs
-  return [one["value"] for one in said]
+  return [message["value"] for message in messages]
 
 
 @contextlib.contextmanager
 def open_workdir(path: Any, config: Any, *, resume_safe: Any) -> Iterator[Path]:
-  """A run's directory for the time of the run, see `workdir.open_workdir`.
+  """Opens a run's directory on process 0, yields its path on all processes, and unlocks it.
+
+  See `workdir.open_workdir` for the arguments.
 
   Raises:
-    UserError: it cannot be opened, or other processes do not see it.
+    UserError: the directory cannot be opened, or some process sees another directory.
   """
   opened: list[workdir_lib.Workdir] = []
 
@@ -206,11 +211,12 @@ def open_workdir(path: Any, config: Any, *, resume_safe: Any) -> Iterator[Path]:
       together(lambda: _check_shared(directory, token))
     yield directory
   finally:
-    for one in opened:
-      workdir_lib.release(one)
+    for workdir in opened:
+      workdir_lib.release(workdir)
 
 
 def _check_shared(directory: Path, token: str) -> None:
+  """Waits until the token that process 0 wrote is visible in the directory."""
   deadline = time.monotonic() + _SHARED_SECONDS
   while True:
     with contextlib.suppress(OSError, ValueError):
@@ -223,10 +229,12 @@ def _check_shared(directory: Path, token: str) -> None:
 
 
 def end_alone(error: BaseException) -> None:
-  """Ends this process at once where others would wait for it, or it for them.
+  """Ends this process at once if it is one of several, so that none waits for another.
+
+  Returns without doing anything if this is the only process or the exit status is 0.
 
   Args:
-    error: what it is about to end with; nothing happens if all is well, or it is alone.
+    error: the exception that is about to end the process.
   """
   alone = not jax.distributed.is_initialized() or jax.process_count() == 1
   if alone or (isinstance(error, SystemExit) and not error.code):
@@ -234,9 +242,8 @@ def end_alone(error: BaseException) -> None:
   lost = isinstance(error, jax.errors.JaxRuntimeError) and any(t in str(error) for t in _LOST)
   if lost:
     print(
-      f"jaxpref: error: process {jax.process_index()} has lost another one "
-      f"({first_line(error)}); "
-      "started again, all of them continue this run",
+      f"jaxpref: error: process {jax.process_index()} has lost another process "
+      f"({first_line(error)}); start all of them again to resume this run",
       file=sys.stderr,
     )
   elif not isinstance(error, SystemExit):
@@ -244,11 +251,12 @@ def end_alone(error: BaseException) -> None:
   sys.stdout.flush()
   sys.stderr.flush()
   if not lost:
-    # Most errors are everyone's: then all meet here, and none is taken for a lost one.
+    # Most errors occur on all processes. Those then wait for each other here, because a process
+    # that ends first would be reported as lost.
     with contextlib.suppress(Exception):
       ocp.multihost.get_barrier_sync_fn()(key=_END, timeout_ms=_END_MILLISECONDS)
   if is_first():
-    # It has the service that the others talk to: they should be gone before it.
+    # Process 0 runs the coordination service, so the others must end before it.
     time.sleep(_LAST_SECONDS)
-  # Not by way of `atexit`, where JAX would wait for the others.
+  # `sys.exit` would run JAX's `atexit` handler, which waits for the other processes.
   os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)

@@ -1,4 +1,4 @@
-"""How JAX is set up: its devices on a machine without an accelerator, its cache."""
+"""Setup of JAX: its CPU devices, its compilation cache, and facts about the machine."""
 
 import os
 import platform
@@ -9,60 +9,61 @@ from pathlib import Path
 
 from jaxpref import __version__
 
-# Of the control group: microseconds of CPU time, or "max", in each period of so many.
+# The control group's CPU limit: microseconds of CPU time (or "max") per period, and the period.
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def use_all_cores() -> None:
-  """Makes each CPU core a device of its own, unless XLA_FLAGS already decides.
+  """Makes each CPU core a JAX device, unless XLA_FLAGS already decides.
 
-  XLA cuts the operations of a network as small as the bundled one into pieces too short to
-  be worth a thread. Whole rows of the batch are a better piece of work: with one device a
-  core, an update of the bundled UNet takes about half the time. Accelerators are not
-  touched. To be called before JAX starts.
+  XLA splits the operations of a small network into pieces that are too short to be worth a
+  thread. With one device per core the batch is split by rows instead, and an update of the
+  bundled UNet takes about half the time. Accelerators are not affected. Must be called before
+  JAX starts.
   """
   flags = os.environ.get("XLA_FLAGS", "")
   if "host_platform_device_count" in flags or "multi_thread_eigen" in flags:
     return
-  # A power of two, for batches to divide; beyond 8 they would be too thin.
+  # A power of two, so that batches divide; with more than 8, each device has too few rows.
   cores = _cores()
   count = min(8, 1 << (cores.bit_length() - 1))
   flags += f" --xla_force_host_platform_device_count={count}"
-  if count == cores:  # else the operations' own threads use the cores that are left
+  if count == cores:  # else the threads of single operations use the remaining cores
     flags += " --xla_cpu_multi_thread_eigen=false"
   os.environ["XLA_FLAGS"] = flags.strip()
 
 
 def cache_programs() -> None:
-  """Keeps compiled programs for the next run: a resumed one starts at once.
+  """Stores compiled programs on disk, so that a resumed run starts without compiling.
 
-  In `~/.cache/jaxpref/jax` (or XDG_CACHE_HOME), unless JAX_COMPILATION_CACHE_DIR says
-  where; nowhere if that place cannot be written, as for a container's user without a home.
+  The directory is JAX_COMPILATION_CACHE_DIR or, by default, `~/.cache/jaxpref/jax` (under
+  XDG_CACHE_HOME if set). Does nothing if the default is not writable, as for a container's
+  user without a home directory.
   """
-  import jax  # noqa: PLC0415  # `use_all_cores` comes before it
+  import jax  # noqa: PLC0415  # `use_all_cores` must run first
 
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     if (cache := _own_cache()) is None:
       return
     jax.config.update("jax_compilation_cache_dir", str(cache / "jax"))
   if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-    # A run has dozens of small programs, which JAX would leave out.
+    # JAX's default leaves out programs that compile quickly, and a run has dozens of those.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def _own_cache() -> Path | None:
-  """This package's cache directory; None where there is no place for one."""
+  """Returns this package's cache directory, or None if it is not writable."""
   home = os.environ.get("XDG_CACHE_HOME")
   try:
     cache = (Path(home) if home else Path.home() / ".cache") / "jaxpref"
     cache.mkdir(parents=True, exist_ok=True)
-  except (OSError, RuntimeError):  # RuntimeError: neither HOME nor a user with a home
+  except (OSError, RuntimeError):  # RuntimeError: no HOME, and the user has no home directory
     return None
   return cache if os.access(cache, os.W_OK) else None
 
 
 def facts() -> dict[str, str]:
-  """Devices, machine and versions, for a report."""
+  """Returns devices, machine and versions, for a report."""
   import jax  # noqa: PLC0415
 
   several = jax.process_count()
@@ -78,11 +79,11 @@ def facts() -> dict[str, str]:
 
 
 def _git_state() -> str:
-  """The commit of a checkout whose code this is, and whether it was changed; else ''."""
+  """Returns the commit of this checkout and whether it has changes, or '' if not in one."""
   here = Path(__file__).parents[1]
   if not (here.parent / ".git").exists():
     return ""
-  said = []
+  outputs = []
   for command in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "."]):
     try:
       done = subprocess.run(
@@ -97,12 +98,13 @@ def _git_state() -> str:
       return ""
     if done.returncode:
       return ""
-    said.append(done.stdout.strip())
-  return said[0] + (", changed" if said[1] else "")
+    outputs.append(done.stdout.strip())
+  commit, changes = outputs
+  return commit + (", changed" if changes else "")
 
 
 def _cores() -> int:
-  """Cores that this process may keep busy: those it may run on, or its container's share."""
+  """Returns the number of cores that the process may use, limited by its container's quota."""
   if sys.platform != "linux":
     return os.cpu_count() or 1
   cores = len(os.sched_getaffinity(0))

@@ -1,4 +1,4 @@
-"""What a run says about itself: metrics.jsonl, TensorBoard events, a progress line.
+"""Metrics of a run: metrics.jsonl, TensorBoard events and the progress line.
 
 Metric names are paths: `loss`, `rewards/margin`, `optim/grad_norm`, `time/rollout`.
 """
@@ -27,14 +27,14 @@ _log = logging.getLogger(__name__)
 
 
 class MetricWriter:
-  """Appends metrics to `<workdir>/metrics.jsonl` and, where it can, to TensorBoard.
+  """A writer of `<workdir>/metrics.jsonl` and, if TensorBoard is installed, of its events.
 
   Args:
     workdir: the run's directory.
-    total_updates: how many updates the run will make, for the progress line.
-    start_step: the step a resumed run continues from: later lines, which it will write
-      again, are dropped. None begins a new file.
-    line_seconds: how often a progress line is printed when stderr is no terminal.
+    total_updates: number of updates of the whole run, for the progress line.
+    start_step: step at which the run resumes; later lines are dropped, because the run
+      writes them again. None starts a new file.
+    line_seconds: seconds between progress lines if stderr is not a terminal.
   """
 
   def __init__(
@@ -51,21 +51,21 @@ class MetricWriter:
     kept = [] if start_step is None else _read_lines(self._path)
     kept = [line for line in kept if start_step is None or line["step"] <= start_step]
     workdir_lib.write_text(self._path, "".join(json.dumps(x) + "\n" for x in kept))
-    # Unbuffered: each line is on its way at once, and a failed one is not tried again.
+    # Unbuffered, so that each line reaches the file at once and a failed write is not repeated.
     self._file = self._path.open("ab", buffering=0)
     self._events = _open_tensorboard(Path(workdir) / "tensorboard")
     self._first: tuple[int, float] | None = None
     self._printed = -math.inf
 
   def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
-    """Writes one line of scalars; what is not finite becomes null.
+    """Writes one line of scalars; non-finite values become null.
 
     Args:
       step: number of updates made.
-      metrics: name to scalar (Python, NumPy or JAX; fetching a JAX scalar waits for it).
+      metrics: name to scalar (Python, NumPy or JAX; converting a JAX scalar waits for it).
 
     Raises:
-      UserError: the line cannot be written, such as on a full disk.
+      UserError: the line cannot be written, for example because the disk is full.
     """
     values = {name: float(value) for name, value in metrics.items()}
     line: dict[str, float | None] = {"step": step, "time": round(time.time(), 3)}
@@ -89,16 +89,19 @@ class MetricWriter:
     images_per_second: float,
     shares: Mapping[str, float],
   ) -> None:
-    """Shows where the run stands, on stderr: in place on a terminal, else now and then.
+    """Prints the progress of the run to stderr.
+
+    A terminal shows one line that is overwritten; other outputs get a line every
+    `line_seconds`.
 
     Args:
       step: number of updates made.
-      loss: to show.
-      images_per_second: to show.
-      shares: share of the time, in [0, 1], by name (see `Stopwatch.shares`).
+      loss: the last update's loss.
+      images_per_second: training speed.
+      shares: name to share of the time, in [0, 1] (see `Stopwatch.shares`).
     """
     now = time.monotonic()
-    # The first update compiles, so the clock of the ETA starts after it.
+    # The first update includes compilation, so the ETA is measured from its end.
     self._first = self._first or (step, now)
     terminal = sys.stderr.isatty()
     if now - self._printed < (0.1 if terminal else self._line_seconds) and step < self._total:
@@ -137,9 +140,10 @@ class MetricWriter:
 
 
 class Stopwatch:
-  """Where the time goes: `with clock("rollout"): ...` adds up seconds by name.
+  """A stopwatch that adds up seconds by name: `with clock("rollout"): ...`.
 
-  JAX returns before the device is done, so block on the result inside the block.
+  JAX dispatches asynchronously, so the block must wait for its result
+  (`jax.block_until_ready`), or the time is not counted.
   """
 
   def __init__(self):
@@ -156,11 +160,11 @@ class Stopwatch:
       self._seconds[name] = self._seconds.get(name, 0.0) + spent
 
   def elapsed(self) -> float:
-    """Seconds since the start or the last `reset`."""
+    """Returns the seconds since the start or the last `reset`."""
     return time.perf_counter() - self._begin
 
   def shares(self) -> dict[str, float]:
-    """Share of the elapsed time by name, each in [0, 1]; what no block held is left."""
+    """Returns each name's share of the elapsed time, in [0, 1]; they need not add up to 1."""
     elapsed = self.elapsed()
     return {name: seconds / elapsed for name, seconds in self._seconds.items()}
 
@@ -174,7 +178,7 @@ def read_curves(workdir: str | os.PathLike) -> dict[str, list[tuple[int, float]]
   """Reads `metrics.jsonl` as curves, for plots.
 
   Returns:
-    Metric name to points (step, value), steps ascending; nan for null.
+    Metric name to points (step, value), with ascending steps; null is read as nan.
   """
   curves: dict[str, list[tuple[int, float]]] = {}
   for line in _read_lines(Path(workdir) / FILE):
@@ -186,16 +190,20 @@ def read_curves(workdir: str | os.PathLike) -> dict[str, list[tuple[int, float]]
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-  """The lines of a run, in the order of their steps."""
+  """Returns the lines of a metrics file, ordered by step.
+
+  Raises:
+    UserError: the file is not a regular file, or a line is not a line of metrics.
+  """
   if not os.path.lexists(path):
     return []
   if not path.is_file():
-    raise UserError(f"{path} is not a regular file; move it away")
+    raise UserError(f"{path} is not a regular file: move it away")
   lines = []
   with path.open("rb") as file:
     for number in itertools.count(1):
       data = file.readline(_LONGEST_LINE)
-      # A killed run may leave its last line unfinished; anything else was altered.
+      # A killed run may leave an unfinished last line, which is ignored.
       if not data.endswith(b"\n") and len(data) < _LONGEST_LINE:
         break
       try:
@@ -204,8 +212,8 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         line = None
       if not _is_line(line):
         raise UserError(
-          f"{path}: line {number} is not a line of metrics; move the file away, and the run "
-          "goes on without its earlier metrics"
+          f"{path}: line {number} is not a line of metrics: move the file away to resume "
+          "without the earlier metrics"
         )
       lines.append(line)
   return sorted(lines, key=lambda line: line["step"])
@@ -220,18 +228,19 @@ def _is_line(line: Any) -> bool:
 
 
 def _open_tensorboard(directory: Path) -> Any:
+  """Returns a writer of TensorBoard events, or None if a package for it is missing."""
   for package in ("tensorflow", "tensorboard", "clu"):
     if importlib.util.find_spec(package) is None:
       _log.info("no TensorBoard events: %s is not installed", package)
       return None
-  # Both only to keep TensorFlow quiet: nothing is computed with it.
+  # TensorFlow only writes the event files; these settings silence its log messages.
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
   os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
   try:
     import tensorflow as tf  # noqa: PLC0415
     from clu import metric_writers  # noqa: PLC0415
 
-    # TensorFlow would claim the memory of the accelerator that JAX needs.
+    # Otherwise TensorFlow would reserve the GPU memory that JAX needs.
     tf.config.set_visible_devices([], "GPU")
     return metric_writers.SummaryWriter(str(directory))
   except (ImportError, RuntimeError) as error:

@@ -8,10 +8,10 @@ from typing import Any, TextIO
 
 
 class _Output:
-  """A text stream whose writes never fail: once one has, the rest goes nowhere.
+  """A text stream that ignores errors; after one, it discards everything.
 
-  A run should not end because nobody reads what it prints (`| head`), nor because the
-  terminal lacks a character.
+  A run should not fail because the reader of its output is gone (`| head`) or because the
+  terminal's encoding lacks a character.
   """
 
   def __init__(self, stream: TextIO):
@@ -19,11 +19,11 @@ class _Output:
     self._stream = stream
 
   def write(self, text: str) -> int:
-    """Writes `text`, if anyone listens."""
+    """Writes `text`, unless the stream has failed."""
     return self._attempt(lambda: self._stream.write(text)) or 0
 
   def flush(self) -> None:
-    """Writes what is buffered, if anyone listens."""
+    """Flushes the buffer, unless the stream has failed."""
     self._attempt(self._stream.flush)
 
   def _attempt(self, action: Callable[[], Any]) -> Any:
@@ -40,12 +40,12 @@ class _Output:
 
 
 def _spell_out(error: UnicodeError) -> tuple[str, int]:
-  """Replaces characters that an output's encoding lacks, such as `+-` for a plus-minus sign."""
+  """Replaces characters that the encoding lacks, for example a plus-minus sign by `+-`."""
   if not isinstance(error, UnicodeEncodeError):
     raise error
-  lacking = error.object[error.start : error.end]
+  missing = error.object[error.start : error.end]
   return "".join(
-    _SPELLED.get(c) or c.encode("ascii", "backslashreplace").decode() for c in lacking
+    _SPELLED.get(c) or c.encode("ascii", "backslashreplace").decode() for c in missing
   ), error.end
 
 
@@ -53,12 +53,12 @@ _SPELLED = {"±": "+-", "→": "->", "×": "x", "–": "-", "…": "..."}
 
 
 def secure_output() -> None:
-  """Gives the process standard streams on which printing cannot fail."""
+  """Replaces stdout and stderr by streams on which printing cannot fail."""
   codecs.register_error(_spell_out.__name__, _spell_out)
   for number, name in enumerate(("stdin", "stdout", "stderr")):
     try:
       os.fstat(number)
-    except OSError:  # closed at the start: the next file that is opened would get its number
+    except OSError:  # closed by the parent; the next opened file would get this number
       os.open(os.devnull, os.O_RDWR)
     if name != "stdin":
       stream = getattr(sys, name) or os.fdopen(number, "w", encoding="utf-8", closefd=False)

@@ -1,4 +1,4 @@
-"""Progress bars, of a run of several processes only the first's."""
+"""Progress bars, which only process 0 of a run shows."""
 
 import sys
 from collections.abc import Iterable
@@ -9,11 +9,11 @@ from tqdm import tqdm
 
 
 def progress_bar(iterable: Iterable | None = None, **options: Any) -> tqdm:
-  """A bar of tqdm on stderr; a log file gets it every ten seconds, not ten times a second.
+  """Returns a tqdm bar on stderr, updated every 0.1 s on a terminal and every 10 s in a file.
 
   Args:
-    iterable: to go through, if any.
-    **options: of `tqdm.tqdm`.
+    iterable: what the bar iterates over; None for a bar that the caller updates.
+    **options: further arguments of `tqdm.tqdm`.
   """
   options.setdefault("disable", jax.process_index() > 0)
   return tqdm(iterable, mininterval=0.1 if sys.stderr.isatty() else 10.0, **options)

@@ -21,7 +21,7 @@ class Records(Sequence[Mapping[str, Any]]):
     Args:
       directory: the data set's version directory.
       split: name of the split.
-      advice: what the user should do if files are damaged; ends the error messages.
+      advice: what the user should do if files are damaged; the end of the error messages.
 
     Raises:
       UserError: the data set cannot be opened.

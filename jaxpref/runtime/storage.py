@@ -1,8 +1,8 @@
-"""Where checkpoints are: a directory of this machine, or of a bucket, `gs://...`.
+"""File operations on local directories and on Google Cloud Storage buckets (`gs://...`).
 
-A bucket's objects cannot be renamed together, so a checkpoint there is whole when Orbax has
-added its mark. Each object carries the checksum that Google keeps of it, which is asked for
-instead of reading all of it again.
+A bucket has no atomic rename of a directory, so Orbax marks a complete checkpoint there with
+a file (`MARK`). Google stores a checksum of each object; `checksum` queries it instead of
+reading the object.
 """
 
 import contextlib
@@ -19,8 +19,8 @@ from jaxpref.runtime.paths import user_path
 from jaxpref.runtime.workdir import write_text
 
 SCHEME = "gs://"
-MARK = "commit_success.txt"  # Orbax's, of a whole checkpoint in a bucket
-# TensorStore reports these as ValueError.
+MARK = "commit_success.txt"  # Orbax adds this file to a complete checkpoint in a bucket
+# TensorStore raises these transient errors as ValueError.
 _PASSING = (
   *("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "RESOURCE_EXHAUSTED", "CURL"),
   *("PERMISSION_DENIED", "UNAUTHENTICATED"),
@@ -28,41 +28,42 @@ _PASSING = (
 
 
 def place(where: str | os.PathLike) -> epath.Path:
-  """The path of a directory, absolute.
+  """Returns the absolute path of a directory.
 
   Args:
     where: a local path or `gs://BUCKET/...`.
 
   Raises:
-    UserError: another scheme, no bucket's name, or what reads buckets is not installed.
+    UserError: the scheme is not `gs://`, the bucket's name is missing, or gcsfs is not
+      installed.
   """
   text = os.fspath(where)
   if "://" not in text:
     return epath.Path(user_path(text).absolute())
   if not text.startswith(SCHEME) or not text.removeprefix(SCHEME).partition("/")[0]:
-    raise UserError(f"{text}: neither a local path nor {SCHEME}BUCKET/DIRECTORY")
+    raise UserError(f"{text} is neither a local path nor {SCHEME}BUCKET/DIRECTORY")
   try:
-    import fsspec  # noqa: PLC0415  # with gcsfs, of those who use buckets
+    import fsspec  # noqa: PLC0415  # comes with gcsfs, which is optional
     import gcsfs  # noqa: F401, PLC0415
   except ImportError as error:
     raise UserError(f"{text} needs gcsfs: pip install 'jaxpref[gcs]'") from error
-  os.environ["EPATH_USE_TF"] = "false"  # the same client with and without TensorFlow
-  # Orbax writes beside it, and other processes do.
+  os.environ["EPATH_USE_TF"] = "false"  # epath would use TensorFlow's client if installed
+  # Orbax and other processes write to the bucket, too, so cached listings would be stale.
   fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
   return epath.Path(text.rstrip("/"))
 
 
 def is_bucket(path: epath.Path) -> bool:
-  """Whether this is of a bucket."""
+  """Tells whether a path is in a bucket."""
   return os.fspath(path).startswith(SCHEME)
 
 
 @contextlib.contextmanager
 def failures_of(path: epath.Path) -> Iterator[None]:
-  """Errors of a bucket's clients, which are of many kinds, as one line.
+  """Turns any error in the block into a `TransientError` if the path is in a bucket.
 
-  Raises:
-    TransientError: no connection, no permission, no such bucket: not told apart.
+  The clients of buckets raise errors of many types, and do not distinguish a lost connection
+  from a missing permission or bucket.
   """
   try:
     yield
@@ -75,10 +76,11 @@ def failures_of(path: epath.Path) -> Iterator[None]:
 
 
 def raise_passing(path: epath.Path, error: Exception) -> None:
-  """Tells a bucket that does not answer from data that are not as they should be.
+  """Raises a `TransientError` if a bucket does not answer; returns if the data are wrong.
 
-  Raises:
-    TransientError: it does not answer; nothing is raised for the other.
+  Args:
+    path: the path that was read.
+    error: the exception that reading it raised.
   """
   if not is_bucket(path) or isinstance(error, UserError):
     return
@@ -92,7 +94,7 @@ def _unreachable(path: epath.Path, error: Exception) -> TransientError:
 
 
 def write(path: epath.Path, text: str) -> None:
-  """Writes a file, whole or not at all."""
+  """Writes a text file atomically."""
   if is_bucket(path):
     path.write_text(text, encoding="utf-8")
   else:
@@ -100,15 +102,16 @@ def write(path: epath.Path, text: str) -> None:
 
 
 def is_whole(path: epath.Path) -> bool:
-  """Whether this is a checkpoint's directory, not what a killed save has left or a file."""
+  """Tells whether a path is a complete checkpoint: not a file, not left by a killed save."""
   return (path / MARK).exists() if is_bucket(path) else path.is_dir()
 
 
 def move(path: epath.Path, target: epath.Path) -> None:
-  """Renames a directory; in a bucket each object is copied by Google, the mark first gone."""
+  """Renames a directory; in a bucket, copies its objects and removes the originals."""
   if not is_bucket(path):
     path.rename(target)
     return
+  # The mark goes first, so that an interrupted move leaves no complete checkpoint.
   (path / MARK).unlink(missing_ok=True)
   for name in files(path):
     (path / name).copy(target / name, overwrite=True)
@@ -116,7 +119,7 @@ def move(path: epath.Path, target: epath.Path) -> None:
 
 
 def files(path: epath.Path) -> list[str]:
-  """All files below, by their paths from here, sorted."""
+  """Lists the relative paths of all files below a directory, sorted."""
   found = []
   for entry in path.iterdir():
     below = (
@@ -127,12 +130,12 @@ def files(path: epath.Path) -> list[str]:
 
 
 def is_file(path: epath.Path) -> bool:
-  """Whether it can be read as a file; a pipe would wait for a writer."""
+  """Tells whether a path is a regular file; opening a pipe would wait for a writer."""
   return path.is_file() if is_bucket(path) else Path(path).is_file()
 
 
 def clear(path: epath.Path) -> None:
-  """Removes a directory with all below, or a link or file of that name, if there is one."""
+  """Removes a directory with its contents, a file or a link, if the path exists."""
   if is_bucket(path):
     if path.exists():
       path.rmtree()
@@ -143,14 +146,14 @@ def clear(path: epath.Path) -> None:
 
 
 def size(file: epath.Path) -> int:
-  """In bytes."""
+  """Returns the size of a file in bytes."""
   if is_bucket(file):
     return file.stat().length
-  return Path(file).stat().st_size  # epath's fails for a user whom the system does not know
+  return Path(file).stat().st_size  # epath's `stat` fails if the user id has no name
 
 
 def checksum(file: epath.Path) -> Any:
-  """CRC-32 of a local file; of a bucket's the CRC-32C that Google has of it, in base64."""
+  """Returns a local file's CRC-32 (int), or a bucket object's stored CRC-32C (base64)."""
   if is_bucket(file):
     import fsspec  # noqa: PLC0415
 

@@ -29,7 +29,7 @@ from jaxpref.runtime import records, workdir
 from jaxpref.runtime.paths import user_path
 
 SPLITS = ("train", "test")
-_MARKER = "complete.json"  # written last; a directory without it is built again
+_MARKER = "complete.json"  # written last; a data set without it is generated again
 
 
 class StoredBuilder(tfds.core.GeneratorBasedBuilder):
@@ -58,7 +58,7 @@ class StoredBuilder(tfds.core.GeneratorBasedBuilder):
     }
 
   def _post_download_and_prepare_hook(self) -> None:
-    """Writes the marker: the sizes of all files and the fingerprint of the code."""
+    """Writes the marker, which has the sizes of all files and the fingerprint of the code."""
     directory = Path(self.data_dir)
     sizes = {p.name: p.stat().st_size for p in sorted(directory.iterdir())}
     temporary = directory / f"{_MARKER}.tmp"
@@ -75,9 +75,9 @@ def load(
   *,
   data_dir: str | os.PathLike | None,
 ) -> records.Records:
-  """Opens a split; generates and writes the data set first if it is not stored yet.
+  """Opens a split, and first generates the data set if it is not stored yet.
 
-  Safe to call from several processes at once: one writes, the others wait.
+  Several processes may call it at once: one writes, the others wait.
 
   Args:
     kind: the data set's builder.
@@ -90,7 +90,7 @@ def load(
     A random-access sequence of rows, each a mapping from columns to values; text is bytes.
 
   Raises:
-    UserError: the directory cannot be written, is damaged, or is not a local path.
+    UserError: the directory is not writable, is damaged, or is not a local path.
     ValueError: `split` is unknown.
   """
   if split not in SPLITS:
@@ -107,7 +107,7 @@ def load(
 
 
 def rng_of(seed: int, stream: int, split: str, i: int) -> np.random.Generator:
-  """Returns the generator of all randomness in row `i`; `stream` separates data sets."""
+  """Returns the random generator of row `i` of a split; `stream` numbers the data set."""
   return np.random.default_rng([seed, stream, SPLITS.index(split), i])
 
 
@@ -119,14 +119,14 @@ def to_png(image: np.ndarray) -> bytes:
 
 
 def _data_dir(data_dir: str | os.PathLike | None) -> Path:
-  place = os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR") or _default_data_dir())
-  if "://" in place:
+  name = os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR") or _default_data_dir())
+  if "://" in name:
     raise UserError(
-      f"generated data sets need a local TFDS directory (got {place}): set TFDS_DATA_DIR "
+      f"generated data sets need a local TFDS directory (got {name}): set TFDS_DATA_DIR "
       "to a local directory"
     )
   try:
-    return user_path(place)
+    return user_path(name)
   except UserError as error:
     raise UserError(f"{error}: set TFDS_DATA_DIR to a writable directory") from error
 
@@ -147,19 +147,20 @@ def _default_data_dir() -> Path:
 def _build(
   kind: type[StoredBuilder], directory: Path, root: Path, config: tfds.core.BuilderConfig
 ) -> None:
+  """Generates a data set under a lock, unless another process has done so meanwhile."""
   directory.parent.mkdir(parents=True, exist_ok=True)
   with filelock.FileLock(directory.parent / ".lock"):
     if _is_complete(directory, kind):
       return
-    # One rename, so that no part of an incomplete data set can remain under its name.
+    # A rename is atomic, so an interrupted removal leaves no part of the old data set here.
     if directory.exists():
       directory.rename(directory.with_name(f"incomplete.{uuid.uuid4().hex}"))
     for rest in directory.parent.glob("incomplete.*"):  # tfds uses this name, too
       shutil.rmtree(rest)
     builder = kind(config=config, data_dir=root, file_format="array_record")
-    tfds.disable_progress_bar()  # its bars show no total; the builders' own bars do
+    tfds.disable_progress_bar()  # its bars lack a total; the builders show bars with one
     try:
-      # tfds prints to stdout that it is downloading.
+      # tfds prints "Downloading ..." to stdout, which is misleading here.
       with contextlib.redirect_stdout(io.StringIO()):
         builder.download_and_prepare(file_format="array_record")
     finally:
@@ -181,6 +182,7 @@ def _is_complete(directory: Path, kind: type[StoredBuilder]) -> bool:
 
 
 def _fingerprint(kind: type[StoredBuilder]) -> str:
+  """Hashes the source code that determines the rows."""
   here = (sys.modules[__name__], sys.modules[kind.__module__])
   source = "".join(inspect.getsource(module) for module in (*kind.SOURCES, *here))
   return hashlib.sha256(source.encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""How fast a run is: rows, images and FLOPs a second, and what the devices could do."""
+"""Training speed: rows, images and FLOPs per second, devices' peaks, and profiler traces."""
 
 import time
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-# Dense bfloat16 peak of a device, from the vendors' data sheets, by JAX's name for it.
+# JAX's device kind to its dense bfloat16 peak in FLOP/s, from the vendors' data sheets.
 PEAKS = {
   "TPU v4": 275e12,
   "TPU v5 lite": 197e12,
@@ -21,24 +21,24 @@ PEAKS = {
   "NVIDIA H100": 989e12,
   "NVIDIA H200": 989e12,
 }
-_compiled = {"seconds": 0.0}
+_compiled = {"seconds": 0.0}  # compile time of this process so far
 
 
 def peak_of(device_kind: str) -> float | None:
-  """FLOP/s that a device's data sheet promises in bfloat16, None where it is not known."""
+  """Returns the bfloat16 peak of a device in FLOP/s, or None if it is not known."""
   if device_kind.startswith("TPU"):
     return PEAKS.get(device_kind)
-  # GPUs have their memory and their form in the name as well.
+  # The names of GPUs go on with memory size and form factor, so the longest prefix counts.
   known = [kind for kind in PEAKS if device_kind.startswith(kind)]
   return PEAKS[max(known, key=len)] if known else None
 
 
 class Speedometer:
-  """How fast a run is, and what it makes of its devices.
+  """A meter of training speed and device utilization.
 
   Args:
-    images_per_row: of the data, that are trained on in each row.
-    flops_per_row: which an update costs, see `jaxpref.training.flops`.
+    images_per_row: number of the data's images in each row.
+    flops_per_row: FLOPs of an update per row (see `jaxpref.training.flops`).
   """
 
   def __init__(self, *, images_per_row: int, flops_per_row: float):
@@ -51,13 +51,16 @@ class Speedometer:
     self._rows += rows
 
   def measure(self) -> dict[str, float]:
-    """Speed since the last time, by name.
+    """Measures the speed since the last call and starts a new interval.
 
     Returns:
-      Under 'perf/': 'rows_per_second'; 'images_per_second', of the data's;
-      'tflops_per_second', by what the method needs, of each device; 'mfu', that as a share
-      of the device's peak in bfloat16, where it is known; 'compile_seconds', of all programs
-      so far; 'peak_gib', of memory used on the first device so far, where it is known.
+      Metrics under 'perf/':
+      'rows_per_second';
+      'images_per_second': the data's images;
+      'tflops_per_second': per device, counting only the FLOPs that the method needs;
+      'mfu': the same as a share of the device's bfloat16 peak, if the peak is known;
+      'compile_seconds': total compile time of the process so far;
+      'peak_gib': peak memory of the first local device so far, if it reports that.
     """
     speed = self._rows / (time.perf_counter() - self._begin)
     device = jax.local_devices()[0]
@@ -82,12 +85,12 @@ class Speedometer:
 
 
 class Profiler:
-  """Traces some updates with `jax.profiler`, for TensorBoard, XProf or Perfetto.
+  """A profiler that traces a few updates, for TensorBoard, XProf or Perfetto.
 
   Args:
-    directory: for the trace.
-    first: number of the first update traced; earlier ones compile.
-    updates: how many; 0 for none.
+    directory: where the trace is written.
+    first: index of the first update to trace; earlier ones include compilation.
+    updates: number of updates to trace; 0 traces none.
   """
 
   def __init__(self, directory: Path, *, first: int, updates: int):
@@ -96,20 +99,23 @@ class Profiler:
     self._on = False
 
   def before(self, update: int, state: Any) -> None:
-    """To be called before an update is dispatched; what came before is waited for."""
+    """Starts the trace if `update` is the first one; must be called before its dispatch.
+
+    Waits for `state` first, so that the trace leaves out earlier updates.
+    """
     if self._updates and update == self._updates[0]:
       jax.block_until_ready(state)
       jax.profiler.start_trace(self._directory)
       self._on = True
 
   def after(self, update: int, results: Any) -> None:
-    """To be called after it; the last one's results are waited for."""
+    """Ends the trace once `results` are computed, if `update` is the last one to trace."""
     if self._on and update == self._updates[-1]:
       jax.block_until_ready(results)
       self.close()
 
   def close(self) -> None:
-    """Writes what is still being traced, of a run that ended before."""
+    """Ends and writes an unfinished trace, if the run ends during it."""
     if self._on:
       self._on = False
       jax.profiler.stop_trace()

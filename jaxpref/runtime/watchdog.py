@@ -1,9 +1,9 @@
-"""What watches over a run: a request to stop, and a limit to how long nothing may happen.
+"""Graceful stop on SIGTERM, and a watchdog that ends a run that hangs.
 
-A cluster that takes a machine back sends SIGTERM. The run then stops at the next `beat`, all
-processes of it at the same one: the training loop saves first. If no beat comes for too
-long, the stacks of all threads go to stderr and the process ends, so that whoever started it
-can start it again; the others end with it.
+A cluster sends SIGTERM before it takes a machine back. All processes of the run then stop at
+the same `beat`; the training loop saves a checkpoint first. If no beat comes within the time
+limit, the process prints the stacks of all threads to stderr and exits, so that its launcher
+can start it again; the other processes lose it and end too.
 """
 
 import contextlib
@@ -20,20 +20,22 @@ from jaxpref.errors import StoppedError
 
 _asked = threading.Event()
 _beats = itertools.count()
-_limit: list[float] = []  # seconds, while a run is watched
+_limit: list[float] = []  # seconds between beats, one entry per open `watching` block
 
 
 @contextlib.contextmanager
 def watching(*, hang_minutes: float) -> Iterator[None]:
-  """Watches from the first `beat` to the end of the block; before it programs are compiled.
+  """Watches the run from the first `beat` to the end of the block.
+
+  The time before the first beat, in which programs compile, has no limit.
 
   Args:
-    hang_minutes: the longest that beats may be apart; 0 for no limit.
+    hang_minutes: longest time between two beats in minutes; 0 for no limit.
   """
   _asked.clear()
   _limit.append(60 * hang_minutes)
   before = None
-  # With several processes JAX's preemption service has the signal, and tells the others.
+  # With several processes, JAX's preemption service handles the signal and informs the others.
   if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
     before = signal.signal(signal.SIGTERM, lambda *_: _asked.set())
   try:
@@ -47,30 +49,30 @@ def watching(*, hang_minutes: float) -> Iterator[None]:
 
 
 def beat() -> bool:
-  """Says that the run is alive; every process must call it as often as the others.
+  """Restarts the time limit and returns whether the run should stop.
 
-  Returns:
-    Whether the run is to stop: the same on all processes.
+  Every process must call it equally often, because all of them get the same answer at each
+  beat.
   """
   if _limit and _limit[-1]:
-    # Not `sys.stderr`, which may be no file of the system's, as in a notebook.
+    # File 2 is stderr; `sys.stderr` may lack a file descriptor, as in a notebook.
     faulthandler.dump_traceback_later(_limit[-1], exit=True, file=2)
-  # JAX says it at one beat only.
+  # JAX reports the preemption at one beat only, so `_asked` remembers it.
   if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(next(_beats)):
     _asked.set()
   return _asked.is_set()
 
 
 def rest() -> None:
-  """Lifts the limit until the next beat, for work of no known length."""
+  """Pauses the watchdog until the next `beat`, for work of unknown length."""
   faulthandler.cancel_dump_traceback_later()
 
 
 def beat_or_stop() -> None:
-  """A `beat` where nothing needs to be saved.
+  """Calls `beat` where nothing needs to be saved before a stop.
 
   Raises:
-    StoppedError: the run is to stop.
+    StoppedError: the run should stop.
   """
   if beat():
     raise StoppedError("asked to stop (SIGTERM); the same command resumes this run")

@@ -1,6 +1,7 @@
-"""The directory of a run: one config, one writer, nothing of another run overwritten.
+"""The directory of a run, which holds one configuration, has one writer and is locked.
 
-Opened by `main` once all input is checked, before training starts.
+Also reads and writes a run's files: writes are atomic, and damaged files are reported or set
+aside.
 """
 
 import contextlib
@@ -28,35 +29,36 @@ from jaxpref.runtime.paths import user_path
 
 CONFIG, STARTS = "config.json", "starts.json"
 LOCK = ".lock"
-# What a run reads and how: it may have moved, as training compares the contents' digests.
+# Fields that say where inputs are. Inputs may move, because training compares the digests of
+# their contents instead of their paths.
 BY_CONTENT = (
   *("data.path", "data.split", "data.follow_links", "data.max_bad_share"),
   *("model.path", "model.start"),
 )
-# What may change between the start of a run and its resumption.
+# Fields and sections that may change when a run is resumed.
 RESUME_SAFE = (
   *BY_CONTENT,
   *("evaluate", "improve", "profile"),
   *("train.log_every", "train.num_updates", "train.keep"),
   *("train.max_skipped", "train.hang_minutes"),
 )
-# Network and FUSE file systems answer with one of these when they have no locks.
+# Network and FUSE file systems without locks raise one of these errors.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
-_LARGEST_JSON = 1 << 28  # bytes; changes of ten million pairs are less
-_DEEPEST_JSON = 50  # lists and objects within each other
+_LARGEST_JSON = 1 << 28  # bytes; the record of ten million generated pairs is smaller
+_DEEPEST_JSON = 50  # levels of nested lists and objects
 
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Workdir:
-  """An opened, locked directory.
+  """An opened and locked directory of a run.
 
   Attributes:
     path: absolute path.
     resumed: whether the directory already held this run.
-    lock: the descriptor that holds the lock until the process ends or `release`.
+    lock: file descriptor that holds the lock until `release` or the end of the process.
   """
 
   path: Path
@@ -65,7 +67,7 @@ class Workdir:
 
 
 def default_workdir(config: ConfigDict) -> Path:
-  """Where a run goes when no `--workdir` is given: `runs/<name>-<preset>`."""
+  """Returns the directory of a run without `--workdir`: `runs/<name>-<preset>`."""
   return Path("runs") / f"{config.name}-{config.preset}"
 
 
@@ -78,23 +80,23 @@ def open_workdir(
   """Creates or resumes the directory of a run and locks it.
 
   Args:
-    path: the directory; parents are made. It must be new, empty (names that begin with
-      a dot don't count) or hold a run of the same config.
-    config: the run's config, written to `config.json` of a new run.
-    resume_safe: fields or sections, dotted, that may differ from the stored config;
-      `write_config` stores the change.
+    path: the directory; it is created with its parents. It must be new, empty (except for
+      names that begin with a dot) or hold a run with the same configuration.
+    config: the run's configuration; a new run stores it in `config.json`.
+    resume_safe: dotted names of the fields and sections that may differ from the stored
+      configuration. A changed value is not stored here (see `write_config`).
 
   Returns:
     The locked directory.
 
   Raises:
-    UserError: it cannot be written, holds something else or another config's run, or
-      another process works in it. Nothing in it has been changed then.
+    UserError: the directory is not writable, holds other files or a run with another
+      configuration, or is locked by another process. Its contents are then unchanged.
   """
   if "://" in str(path):
     raise UserError(
-      f"{path}: not a local path; checkpoints alone can be in a bucket "
-      "(--config.train.checkpoints=gs://...), or mount it and name the mount"
+      f"{path} is not a local path: only checkpoints can be in a bucket "
+      "(--config.train.checkpoints=gs://...); or mount the bucket and use the mount's path"
     )
   path = user_path(path).absolute()
   make_writable(path)
@@ -102,7 +104,7 @@ def open_workdir(
   if not stored.exists() and (others := visible(path)):
     raise UserError(
       f"{path} is not empty ({', '.join(others[:3])}{', ...' if others[3:] else ''}) "
-      f"and holds no {CONFIG}; choose another --workdir"
+      f"and has no {CONFIG}: choose another --workdir"
     )
   lock = _lock(path)
   try:
@@ -118,17 +120,17 @@ def open_workdir(
 
 
 def release(workdir: Workdir) -> None:
-  """Gives the lock back before the process ends."""
+  """Releases the lock, which would otherwise last until the process ends."""
   os.close(workdir.lock)
 
 
 def write_config(path: str | os.PathLike, config: ConfigDict) -> None:
-  """Writes `config.json`, as with `write_json`."""
+  """Writes `config.json`; see `write_json`."""
   write_json(Path(path) / CONFIG, json.loads(config_lib.to_json(config)))
 
 
 def add_start(path: str | os.PathLike, facts: Mapping[str, Any]) -> None:
-  """Adds to `starts.json` when the run was begun or continued, and with what."""
+  """Appends an entry to `starts.json`: the time and `facts` of this start or resumption."""
   file = Path(path) / STARTS
   starts = read_or_set_aside(file, _is_list_of_objects, missing=[])
   now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -136,14 +138,14 @@ def add_start(path: str | os.PathLike, facts: Mapping[str, Any]) -> None:
 
 
 def _is_list_of_objects(value: Any) -> bool:
-  return isinstance(value, list) and all(isinstance(one, dict) for one in value)
+  return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
 
 
 def parse_json(data: bytes) -> Any:
   """Parses JSON in UTF-8.
 
   Raises:
-    ValueError: it is something else, or nested deeper than what a run writes.
+    ValueError: the data are not JSON in UTF-8, or nested more than 50 levels deep.
   """
   try:
     value = json.loads(data.decode())
@@ -163,41 +165,43 @@ def read_json(path: Path | epath.Path, is_valid: Callable[[Any], bool]) -> Any:
 
   Args:
     path: the file.
-    is_valid: whether the value has the shape that the caller relies on.
+    is_valid: tells whether a value has the structure that the caller relies on.
 
   Raises:
-    DamagedError: it is missing, not a regular file, too large, not UTF-8, not JSON, or of
-      another shape.
-    UserError: the storage refuses to read it.
+    DamagedError: the file is missing, not a regular file, too large, not UTF-8, not JSON, or
+      its value is not valid.
+    UserError: the storage fails to read it.
   """
   if "://" not in os.fspath(path):
-    path = Path(path)  # `etils` takes whatever is not a directory for a file
+    path = Path(path)  # `is_file` of `etils` is true for a pipe, too
   try:
-    # Asked before it is opened: a pipe would wait for a writer.
+    # Before opening: opening a pipe would wait for a writer.
     if not path.is_file():
       there = path.exists() or (isinstance(path, Path) and path.is_symlink())
       raise DamagedError(f"{path} is {'not a regular file' if there else 'missing'}")
     about: Any = path.stat()
-    size = about.st_size if isinstance(path, Path) else about.length  # as `etils` calls it
+    size = about.st_size if isinstance(path, Path) else about.length  # the name in `etils`
     if size > _LARGEST_JSON:
-      raise DamagedError(f"{path} is damaged: it has {size:,} bytes")
+      raise DamagedError(
+        f"{path} is damaged: it has {size:,} bytes, more than {_LARGEST_JSON:,}"
+      )
     value = parse_json(path.read_bytes())
   except OSError as error:
     raise storage_error(f"cannot read {path}: {error.strerror or error}", error) from error
   except ValueError as error:
     raise DamagedError(f"{path} is damaged: {error}") from error
   if not is_valid(value):
-    raise DamagedError(f"{path} is damaged: it is not what a run writes there")
+    raise DamagedError(f"{path} is damaged: its values are not those that a run writes")
   return value
 
 
 def read_or_set_aside(
   path: Path, is_valid: Callable[[Any], bool], *, missing: Any = None
 ) -> Any:
-  """Reads a JSON file as `read_json`; sets a damaged one aside.
+  """Reads a JSON file like `read_json`, but sets a damaged file aside.
 
   Returns:
-    The value, or `missing` where there is no such file or it was damaged.
+    The value, or `missing` if the file does not exist or was damaged.
   """
   if not os.path.lexists(path):
     return missing
@@ -209,7 +213,13 @@ def read_or_set_aside(
 
 
 def set_aside(path: Path, reason: str) -> None:
-  """Renames what is damaged to `<name>.damaged`, instead of an earlier one; warns.
+  """Renames a damaged file or directory to `<name>.damaged` and logs a warning.
+
+  Replaces an earlier `<name>.damaged`.
+
+  Args:
+    path: the file or directory.
+    reason: what is wrong with it, for the warning.
 
   Raises:
     UserError: it cannot be renamed.
@@ -225,11 +235,7 @@ def set_aside(path: Path, reason: str) -> None:
 
 
 def write_json(path: str | os.PathLike, obj: Any) -> None:
-  """Writes JSON (indent 2) so that a reader sees the old file or the whole new one.
-
-  Raises:
-    UserError: the file cannot be written, such as on a full disk.
-  """
+  """Writes JSON (indent 2) atomically; see `write_bytes`."""
   write_text(path, json.dumps(obj, indent=2) + "\n")
 
 
@@ -239,17 +245,17 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
-  """Writes a file so that a reader sees the old one or the whole new one.
+  """Writes a file atomically: a reader sees the complete old or the complete new file.
 
   Raises:
-    UserError: the file cannot be written, such as on a full disk.
+    UserError: the file cannot be written, for example because the disk is full.
   """
   path = Path(path)
   temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary.unlink(missing_ok=True)
-    with temporary.open("xb") as file:  # never through a link of that name
+    with temporary.open("xb") as file:  # "x": fails instead of writing through a link
       file.write(data)
       file.flush()
       os.fsync(file.fileno())
@@ -261,14 +267,14 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
 
 
 def make_writable(path: Path) -> None:
-  """Makes a directory where there is none, and tries to write into it.
+  """Makes a directory if it does not exist, and tries to write into it.
 
   Raises:
-    UserError: it is a file, or cannot be written to.
+    UserError: the path is a file, or the directory is not writable.
   """
   try:
     path.mkdir(parents=True, exist_ok=True)
-    # Only a real file tells: root passes permission checks that a read-only mount fails.
+    # Permission bits are not enough: root passes them even on a read-only mount.
     with tempfile.NamedTemporaryFile(dir=path, prefix=".probe-"):
       pass
   except FileExistsError as error:
@@ -278,14 +284,15 @@ def make_writable(path: Path) -> None:
 
 
 def visible(path: Path | epath.Path) -> list[str]:
-  """Names in a directory but for those that begin with a dot, sorted."""
+  """Lists the names in a directory that do not begin with a dot, sorted."""
   return sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
 
 
 def _lock(path: Path) -> int:
-  # The owner is written into it: through a link, that would be another file's end.
+  """Locks a directory by its `.lock` file; returns the file's descriptor."""
+  # The owner is written into the file, which must not overwrite the target of a link.
   flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-  foreign = f"cannot lock {path}: {LOCK} is a link or not a regular file; remove it"
+  foreign = f"cannot lock {path}: {LOCK} is a link or not a regular file: remove it"
   try:
     descriptor = os.open(path / LOCK, flags, 0o644)
   except OSError as error:
@@ -302,14 +309,16 @@ def _lock(path: Path) -> int:
     owner = os.pread(descriptor, 256, 0).decode(errors="replace").strip()
     os.close(descriptor)
     raise UserError(
-      f"{path} is in use by process {owner or '(unknown)'}; wait for it or choose "
+      f"{path} is in use by process {owner or '(unknown)'}: wait for it or choose "
       "another --workdir"
     ) from error
   except OSError as error:
     if error.errno not in _NO_LOCKS:
       os.close(descriptor)
       raise UserError(f"cannot lock {path}: {error.strerror}") from error
-    _log.warning("%s: no file locks here, so keep other runs out of it", path)
+    _log.warning(
+      "%s is on a file system without file locks: do not start a second run in it", path
+    )
   os.ftruncate(descriptor, 0)
   os.pwrite(descriptor, f"{os.getpid()} on {socket.gethostname()}\n".encode(), 0)
   return descriptor
@@ -322,13 +331,13 @@ def check_same(
   *,
   choose: str = "--workdir",
 ) -> None:
-  """Refuses a directory whose `config.json` is another run's.
+  """Refuses a directory with the `config.json` of another run.
 
   Args:
     path: the directory.
-    config: of this run.
-    resume_safe: see `open_workdir`.
-    choose: what is to be chosen anew, for the error.
+    config: the configuration of this run.
+    resume_safe: fields and sections that may differ (see `open_workdir`).
+    choose: the flag or field that the error message tells the user to change.
 
   Raises:
     UserError: a field differs, or the file cannot be read.
@@ -350,11 +359,12 @@ def check_same(
     more = f" (and {len(others)} more)" if others else ""
     raise UserError(
       f"{path} holds another run: {field} was {old.get(field, 'absent')}, "
-      f"now {new.get(field, 'absent')}{more}; choose another {choose}"
+      f"now {new.get(field, 'absent')}{more}: choose another {choose}"
     )
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Flattens nested mappings to dotted names."""
   leaves: dict[str, Any] = {}
   for key, value in tree.items():
     if isinstance(value, Mapping):
