@@ -186,7 +186,7 @@ def test_file_systems_without_locks_get_a_warning(tmp_path, monkeypatch, caplog)
 
   monkeypatch.setattr(fcntl, "flock", unsupported)
   assert not workdir_lib.open_workdir(tmp_path, make_config()).resumed
-  assert "no file locks" in caplog.text
+  assert "without file locks" in caplog.text
 
 
 def test_write_json_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
