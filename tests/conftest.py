@@ -76,6 +76,17 @@ def tiny_pipeline(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tfds_dir(tmp_path_factory) -> Path:
-  """The shapes world's preferences in their default size, built once for all workers."""
+  """The shapes world's data sets, a tenth of their default size, built once for all workers.
+
+  They lie where the default ones would: runs, and programs that tests start, open these.
+  """
+  from jaxpref.runtime import tfds_store
+  from jaxpref.shapes import builder, rankings
+
   own = tmp_path_factory.getbasetemp()
-  return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "tfds"
+  directory = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "tfds"
+  pairs = builder.PairsConfig(name="default", num_train=300, num_test=30)
+  lists = rankings.ListsConfig(name="of-3", num_train=100, num_test=10, num_images=3)
+  tfds_store.load(builder.ShapesPreferences, pairs, "train", data_dir=directory)
+  tfds_store.load(rankings.ShapesRankings, lists, "train", data_dir=directory)
+  return directory

@@ -58,6 +58,7 @@ def runs_are_copies(finished, monkeypatch):
   return asked
 
 
+@pytest.mark.long
 def test_dro_against_sft(surroundings, tmp_path, runs_are_copies):
   program = _program("dro_vs_sft")
   arguments = [*surroundings, "--seeds", "0"]
@@ -91,6 +92,7 @@ def surroundings(tiny_pipeline, tfds_dir, tmp_path, monkeypatch):
   return [*folders, "--preset=tiny", "--set", *fields]
 
 
+@pytest.mark.long
 def test_methods(surroundings, tmp_path, monkeypatch):
   program = _program("methods")
   monkeypatch.setattr(program, "SIX_RATES", (1e-4,))  # in the place of six
@@ -114,6 +116,7 @@ def test_methods(surroundings, tmp_path, monkeypatch):
   program.main(arguments)
 
 
+@pytest.mark.long
 def test_dro_ablations(surroundings, tmp_path, runs_are_copies):
   program = _program("dro_ablations")
   arguments = [*surroundings, "--seeds", "0"]
@@ -141,6 +144,7 @@ def test_dro_ablations(surroundings, tmp_path, runs_are_copies):
     program.main([*arguments, "--report"])
 
 
+@pytest.mark.long
 def test_online(surroundings, finished, tiny_pipeline, tmp_path, monkeypatch):
   program = _program("online")
   kinds = {"iterative-4": program.Kind("iterative_dpo", 4), "dpo": program.KINDS["dpo"]}

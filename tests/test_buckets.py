@@ -123,6 +123,7 @@ def test_what_a_killed_save_left_is_no_checkpoint(emulator):
   assert restore(ckptr).step == 1
 
 
+@pytest.mark.long
 def test_a_bucket_that_does_not_answer_is_one_line(emulator, monkeypatch):
   with pytest.raises(TransientError, match="gs://nowhere/run cannot be reached: "):
     checkpoint.Checkpointer("gs://nowhere/run", keep=1, owner=runs_config())
@@ -190,6 +191,7 @@ def test_without_gcsfs_it_says_what_to_install(monkeypatch):
     storage.place("gs://bucket/run")
 
 
+@pytest.mark.long
 def test_a_run_goes_on_from_a_bucket(
   emulator, tiny_pipeline, tmp_path, capsys, monkeypatch, tfds_dir
 ):

@@ -57,15 +57,28 @@ def tune(model: Path, root: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tuned_run(tmp_path_factory) -> tuple[Path, Path]:
-  """A reduced SDXL, and the workdir of a run that tuned it."""
-  root = tmp_path_factory.mktemp("sdxl")
-  model = families.write_pipeline("sdxl", root, shallow=True)
-  return model, tune(model, root)
+def sdxl(tmp_path_factory) -> Path:
+  """A reduced SDXL."""
+  return families.write_pipeline("sdxl", tmp_path_factory.mktemp("sdxl"), shallow=True)
 
 
-def test_an_export_is_what_was_tuned(tuned_run, tmp_path):
-  model, workdir = tuned_run
+@pytest.fixture(scope="module")
+def tuned_run(tiny_pipeline, tmp_path_factory) -> tuple[Path, Path]:
+  """The tiny pipeline, and the workdir of a run that tuned it."""
+  return tiny_pipeline, tune(tiny_pipeline, tmp_path_factory.mktemp("tuned"))
+
+
+@pytest.fixture(scope="module")
+def tuned_sdxl(sdxl, tmp_path_factory) -> tuple[Path, Path]:
+  """The same of the reduced SDXL."""
+  return sdxl, tune(sdxl, tmp_path_factory.mktemp("tuned"))
+
+
+@pytest.mark.parametrize(
+  "tuned", ["tuned_run", pytest.param("tuned_sdxl", marks=pytest.mark.long)]
+)
+def test_an_export_is_what_was_tuned(tuned, request, tmp_path):
+  model, workdir = request.getfixturevalue(tuned)
   flags = [f"--workdir={workdir}", "--dtype=float32"]
   assert export.main([*flags, f"--out={tmp_path / 'ema'}"]) == 0
   assert export.main([*flags, f"--out={tmp_path / 'last'}", "--no-ema"]) == 0
@@ -94,13 +107,14 @@ def test_an_export_is_what_was_tuned(tuned_run, tmp_path):
     assert json.loads((tmp_path / "ema" / part / "config.json").read_text()) == theirs
 
 
+@pytest.mark.long
 @live
-def test_pytorch_draws_the_picture_that_we_draw(tuned_run, tmp_path):
+def test_pytorch_draws_the_picture_that_we_draw(tuned_sdxl, tmp_path):
   import test_families
   import torch
   import witness
 
-  _, workdir = tuned_run
+  _, workdir = tuned_sdxl
   assert (
     export.main([f"--workdir={workdir}", "--dtype=float32", f"--out={tmp_path / 'x'}"]) == 0
   )
@@ -124,6 +138,7 @@ def test_pytorch_draws_the_picture_that_we_draw(tuned_run, tmp_path):
   assert np.abs(ours[0] - ours[1]).max() > 1.0
 
 
+@pytest.mark.long
 @live
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_pytorch_reads_the_single_file(family, tmp_path):
@@ -160,9 +175,9 @@ def test_pytorch_reads_the_single_file(family, tmp_path):
     ),
   ],
 )
-def test_a_single_file_says_what_the_unet_predicts(stated, markers, tuned_run, tmp_path):
+def test_a_single_file_says_what_the_unet_predicts(stated, markers, sdxl, tmp_path):
   """To ComfyUI and A1111's web UI, which look for two empty tensors beside SDXL's weights."""
-  model = shutil.copytree(tuned_run[0], tmp_path / "model")
+  model = shutil.copytree(sdxl, tmp_path / "model")
   file = model / "scheduler" / "scheduler_config.json"
   file.write_text(json.dumps(json.loads(file.read_text()) | stated))
   out = tmp_path / "one.safetensors"
@@ -248,6 +263,7 @@ def prompts(tmp_path) -> Path:
   return file
 
 
+@pytest.mark.long
 def test_pictures_depend_on_prompt_and_seed_alone(tiny_pipeline, prompts, tmp_path):
   flags = (f"--prompts={prompts}", "--images-per-prompt=2", "--seed=5")
   one = draw(tmp_path / "a", *flags, "--batch-size=4", model=tiny_pipeline)
@@ -299,6 +315,7 @@ def test_settings_travel_with_the_picture(tiny_pipeline, tmp_path):
   ]
 
 
+@pytest.mark.long
 def test_a_setting_changes_the_picture(tiny_pipeline, tmp_path):
   flags = ("--prompts=a ring", "--steps=3")
   shown = {
@@ -309,6 +326,7 @@ def test_a_setting_changes_the_picture(tiny_pipeline, tmp_path):
   assert all((plain != picture).any() for picture in shown.values())
 
 
+@pytest.mark.long
 def test_no_guidance_is_the_prompts_own_prediction(tiny_pipeline, tmp_path):
   """At any scale of at most 1, as diffusers; a negative prompt then has no influence."""
   none, below = (
@@ -353,6 +371,7 @@ def test_pictures_beside_one_that_is_not_finite_are_written(
   assert sorted(p.name for p in out.iterdir()) == ["00000-00.png", "00002-00.png"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("decode", ["sliced", "tiled"])
 def test_ways_to_decode_agree(tiny_pipeline, tmp_path, decode):
   flags = ("--prompts=a ring", "--images-per-prompt=3", "--size=12")  # of one tile

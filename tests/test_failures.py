@@ -70,6 +70,7 @@ def test_a_workdir_that_cannot_be_written(tiny_pipeline, tmp_path, capsys):
   assert "jaxpref: error: cannot write" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_full_disk_leaves_the_last_checkpoint(tiny_pipeline, tmp_path, capsys, monkeypatch):
   workdir = tmp_path / "run"
   save = checkpoint.Checkpointer.save
@@ -86,6 +87,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tiny_pipeline, tmp_path, capsys,
   assert checkpoint_files.steps(workdir / "checkpoints") == [2]
 
 
+@pytest.mark.long
 def test_sigterm_to_one_process_stops_all_after_a_save(tiny_pipeline, tmp_path):
   workdir, log = tmp_path / "run", tmp_path / "log"
   fields = {"train.num_updates": 100_000, "train.updates_per_iteration": 100_000}
@@ -101,6 +103,7 @@ def test_sigterm_to_one_process_stops_all_after_a_save(tiny_pipeline, tmp_path):
   assert log.read_text().count(said) == 2, log.read_text()[-2000:]
 
 
+@pytest.mark.long
 def test_an_update_that_is_not_finite_changes_nothing(tiny_pipeline, tmp_path, capsys):
   workdir = tmp_path / "run"
   arguments = runs.arguments(

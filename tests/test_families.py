@@ -16,6 +16,8 @@ from jaxpref.data import encode
 from jaxpref.diffusion import guidance, sampler, timesteps
 from jaxpref.models import pipeline, unet, vae
 
+pytestmark = pytest.mark.long
+
 GOLDEN = Path(__file__).parent / "golden" / "families.npz"
 STEPS, GUIDANCE = 20, 5.0
 SEEDS = np.array([11, 12], np.uint32)

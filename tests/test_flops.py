@@ -63,6 +63,7 @@ def test_what_holds_other_programs():
   assert count(split, (8, 5), (5, 5)) == 2 * 8 * 25
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "tera"), [("sd15", 0.8033), ("sdxl", 6.761)])
 def test_forward_passes_of_the_real_models(name, tera, tmp_path):
   pipeline = families.describe(name, tmp_path)
@@ -95,6 +96,7 @@ CASES = [(name, "", passes) for name, passes in PASSES.items()]
 CASES += [(name, *option) for name, options in OPTIONS.items() for option in options]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "option", "passes"), CASES)
 def test_a_step_costs_what_its_method_says(name, option, passes, monkeypatch):
   """The step as it is traced, the published count, and the one that runs report."""

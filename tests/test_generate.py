@@ -39,6 +39,7 @@ def test_a_picture_depends_on_its_prompt_and_seed_alone(tiny_pipeline):
     run(broken, cond, seeds, names=prompts)
 
 
+@pytest.mark.long
 def test_the_bundled_pipeline_draws_what_it_is_asked_for():
   base = pipeline.load_pipeline("shapes")
   mesh = sharding.make_mesh()

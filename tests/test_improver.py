@@ -149,6 +149,7 @@ def test_a_folder_of_pictures_is_improved(improving, folder, tmp_path, capsys):
   assert "a-00.png has other settings: improved was" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_what_is_improved_depends_on_picture_and_seed_alone(
   improving, folder, tmp_path, capsys
 ):

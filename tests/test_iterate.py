@@ -99,6 +99,7 @@ def test_what_an_iterative_run_leaves(finished):
   assert {row["model_1"].decode() for row in rows} == {first.digest}
 
 
+@pytest.mark.long
 def test_two_and_four_processes_end_where_one_does(finished, tiny_pipeline, improver, tmp_path):
   """The first iteration on two processes of two devices, the second on four."""
   workdir, log = tmp_path / "run", tmp_path / "log"
@@ -121,6 +122,7 @@ def test_two_and_four_processes_end_where_one_does(finished, tiny_pipeline, impr
   assert apart.max() < 1e-4
 
 
+@pytest.mark.long
 def test_its_model_is_that_of_the_last_iteration(finished, tmp_path):
   last = load_run.load(str(finished / "iterations" / "2"))
   whole = load_run.load(str(finished))
@@ -131,6 +133,7 @@ def test_its_model_is_that_of_the_last_iteration(finished, tmp_path):
   assert generate.main(draw) == 0
 
 
+@pytest.mark.long
 def test_pairs_are_what_policy_and_improver_draw(finished, tiny_pipeline, improver):
   """Drawn by hand, from what a row says of itself; and they are what is trained on."""
   mesh = sharding.make_mesh()
@@ -198,6 +201,7 @@ def test_pairs_are_what_policy_and_improver_draw(finished, tiny_pipeline, improv
   np.testing.assert_allclose(arms.cond["text"], cond["text"], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.long
 def test_stopped_anywhere_it_ends_the_same(
   finished, tiny_pipeline, improver, tmp_path, monkeypatch, capsys
 ):
@@ -242,6 +246,7 @@ def test_stopped_anywhere_it_ends_the_same(
     assert ours == theirs and len(ours) == 12
 
 
+@pytest.mark.long
 def test_a_finished_run_goes_on_with_more_iterations(
   finished, tiny_pipeline, improver, tmp_path, capsys
 ):
@@ -324,6 +329,7 @@ def _inner(workdir, k):
   return ConfigDict(json.loads(file.read_text()))
 
 
+@pytest.mark.long
 def test_pairs_that_hardly_differ_are_not_trained_on(
   finished, tiny_pipeline, improver, tmp_path, monkeypatch, capsys
 ):
@@ -416,6 +422,7 @@ def test_half_written_data_sets_are_none(tmp_path):
     generated_pairs.open_pairs(directory)
 
 
+@pytest.mark.long
 def test_the_papers_recipe_starts(tmp_path, capsys):
   """`iterative_dpo.py:sd15` on an SD 1.5 of reduced width with random weights."""
   base = families.write_pipeline("sd15", tmp_path, shallow=True)

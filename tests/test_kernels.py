@@ -60,6 +60,7 @@ def relative(a, b):
   return np.linalg.norm(np.float64(a) - b) / max(np.linalg.norm(np.float64(b)), 1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ALTERNATIVES)
 def test_outputs_and_gradients_are_the_stock_modules(name, tiny, stock):
   loaded, inputs, target = tiny
@@ -73,6 +74,7 @@ def test_outputs_and_gradients_are_the_stock_modules(name, tiny, stock):
   assert max(jax.tree.leaves(far)) < 1e-5, far
 
 
+@pytest.mark.long
 def test_additions_are_seen_by_other_kernels(tiny):
   loaded, inputs, target = tiny
   params = jax.tree.map(jnp.asarray, loaded.params["unet"])
@@ -156,6 +158,7 @@ def test_attention_is_softmax():
   np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-6)  # too short for cuDNN: XLA's
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("query, key, size", [(1024, 1024, 40), (1152, 1024, 160)])
 def test_splash_attention_is_xlas(query, key, size):
   """Outputs and gradients, as Pallas' interpreter computes them; tiles of 512 and of 128."""
@@ -167,6 +170,7 @@ def test_splash_attention_is_xlas(query, key, size):
   assert len(got) == 4 and all(relative(a, b) < 1e-5 for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.long
 def test_splash_attention_splits_rows_over_devices():
   """With XLA's attention in the kernel's place: the interpreter is for one device."""
   program = [sys.executable, splash_main.__file__]
@@ -220,6 +224,7 @@ def test_which_kernel_serves_a_platform(monkeypatch):
   assert asked == ["cudnn", "cudnn", "xla", "xla", "xla", "xla"]
 
 
+@pytest.mark.long
 def test_what_is_kept_of_sd15_at_full_width(tmp_path):
   """GiB for an image of 512 pixels in bfloat16."""
   described = families.describe("sd15", tmp_path, dtype=jnp.bfloat16)

@@ -36,6 +36,7 @@ def _layout(family: str) -> dict[str, dict[str, tuple[int, ...]]]:
   return parts
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_every_tensor_has_its_place(family):
   layout = _layout(family)
@@ -53,6 +54,7 @@ def test_every_tensor_has_its_place(family):
     assert count == COUNTS[family, part]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_every_large_tensor_is_split_over_eight_devices(family):
   mesh = sharding.abstract_mesh(types.SimpleNamespace(data=1, fsdp=8), 8)
@@ -75,6 +77,7 @@ def test_what_cannot_be_split_is_said(caplog):
   assert "2 MiB of them, for example a/b" in caplog.text
 
 
+@pytest.mark.long
 @live
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_layouts_are_pytorchs(family):

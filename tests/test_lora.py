@@ -121,6 +121,7 @@ def test_comfyui_and_a1111_find_every_layer(family, count):
     assert written == names["lora_unet_" + name.replace(".", "_")] + ".weight"
 
 
+@pytest.mark.long
 @live
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_pytorch_loads_the_additions(family, tmp_path):

@@ -68,6 +68,7 @@ def test_twenty_updates(name, tiny_pipeline, tfds_dir, tmp_path, monkeypatch, ca
   assert (workdir / "report.html").exists()
 
 
+@pytest.mark.long
 def test_other_ways_to_compute(tiny_pipeline, tfds_dir, tmp_path, monkeypatch, capsys):
   """Additions that roll out with guidance, from a copy that lags, in bfloat16."""
   monkeypatch.chdir(ROOT)

@@ -259,6 +259,7 @@ def test_unknown_and_missing_fields_are_named(copy, caplog):
     assert said in caplog.text
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_published_configurations_are_known(family, tmp_path, caplog):
   pipeline.describe_pipeline(str(families.write_configs(family, tmp_path, vocab_size=560)))
@@ -308,6 +309,7 @@ def families_of_two(tmp_path_factory):
   }
 
 
+@pytest.mark.long
 @live
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 @pytest.mark.parametrize("skip", [1, 2])
@@ -334,6 +336,7 @@ def test_clip_skip_is_diffusers(families_of_two, family, skip):
   assert np.abs(plain["text"] - cond["text"]).max() > 0.01
 
 
+@pytest.mark.long
 def test_clip_skip_by_the_configuration(families_of_two, tmp_path, caplog):
   """Fewer layers than the weights have, which for a prompt is the same."""
   copy = shutil.copytree(families_of_two["sd15"], tmp_path / "model")
@@ -349,6 +352,7 @@ def test_clip_skip_by_the_configuration(families_of_two, tmp_path, caplog):
   refused(copy, "clip_skip must be at least 0 and below 2", clip_skip=2)
 
 
+@pytest.mark.long
 def test_the_index_says_a_text_encoders_class(families_of_two, tmp_path):
   copy = shutil.copytree(families_of_two["sdxl"], tmp_path / "model")
   edit(copy / "text_encoder/config.json", architectures=["CLIPTextModelWithProjection"])
@@ -362,6 +366,7 @@ def test_the_index_says_a_text_encoders_class(families_of_two, tmp_path):
   same(pipeline.load_pipeline(str(copy)).params, read.params)
 
 
+@pytest.mark.long
 def test_generate_takes_parts_and_clip_skip(families_of_two, tmp_path, capsys):
   out, model = tmp_path / "out", families_of_two["sd15"]
   other = shutil.copytree(model / "vae", tmp_path / "other")

@@ -67,6 +67,7 @@ def test_diffusion_dro_of_sd15(sd15):
   assert "does NOT fit into 90 % of 16 GiB" in text and "859,520,964" in text
 
 
+@pytest.mark.long
 def test_other_methods_and_devices():
   lora = planned(
     "shapes", "h200:1", "lora.rank=8", search=False, config="configs/dpo.py:shapes"
@@ -82,6 +83,7 @@ def test_other_methods_and_devices():
   assert spin["memory"]["frozen copies"] == 2 * dpo["memory"]["frozen copies"]
 
 
+@pytest.mark.long
 def test_settings_that_fit_are_found():
   """On a device that holds the bundled model's state only where it is split."""
   fields = ("train.batch_size=4096", "data.num_experts=500")
@@ -101,6 +103,7 @@ def test_settings_that_fit_are_found():
   )
 
 
+@pytest.mark.long
 def test_low_rank_additions_draw_with_their_base():
   """The arguments that the rollout is compiled for are those it is called with."""
   config = ["--config=configs/dro.py:tiny", "--config.lora.rank=2"]
@@ -173,6 +176,7 @@ def test_messages_are_found_in_a_program():
   assert reduced["MiB"] == 2 + 2048 / 2**20 + 4096 / 2**20
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
 def test_the_tpu_compiler_accounts_for_a_step(tmp_path):
   model = families.write_configs("sdxl", tmp_path / "xl", vocab_size=500, shallow=True)

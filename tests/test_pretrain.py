@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 from conftest import ROOT
 
 from jaxpref.models import pipeline
@@ -16,6 +17,7 @@ def _run(workdir, capsys, *extra):
   return pipeline.load_pipeline(str(workdir / "pipeline"))
 
 
+@pytest.mark.long
 def test_a_run_in_small(tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(ROOT)
   made = _run(tmp_path / "run", capsys)
@@ -35,6 +37,7 @@ def test_a_run_in_small(tmp_path, monkeypatch, capsys):
   _assert_same(_run(tmp_path / "run", capsys), made)
 
 
+@pytest.mark.long
 def test_trained_on_interrupted_and_continued(tmp_path, tiny_pipeline, monkeypatch, capsys):
   monkeypatch.chdir(ROOT)
   options = [f"--config.{part}.path={tiny_pipeline}" for part in ("vae", "denoiser")]
@@ -77,6 +80,7 @@ def test_trained_on_interrupted_and_continued(tmp_path, tiny_pipeline, monkeypat
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.long
 def test_a_decoder_is_trained_on(tmp_path, tiny_pipeline, monkeypatch, capsys):
   monkeypatch.chdir(ROOT)
   taken = pipeline.load_pipeline(str(tiny_pipeline))

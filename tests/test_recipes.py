@@ -51,6 +51,7 @@ CASES = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("method", "fields", "reference"), CASES)
 def test_whose_errors_the_reference_has(
   method, fields, reference, tiny_pipeline, tuned_model, tmp_path
@@ -158,6 +159,7 @@ def test_posteriors_are_those_of_diffusers(tiny_pipeline):
     np.testing.assert_allclose(got[name][:, 0], want.numpy() * scale, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 def test_a_run_that_samples_latents_resumes_to_the_same_bits(tiny_pipeline, tmp_path):
   whole, parts = tmp_path / "whole", tmp_path / "parts"
   fields = {"data.latents": "sample", "evaluate.num_prompts": 1}

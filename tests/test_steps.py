@@ -60,6 +60,7 @@ def alone():
   return {name: devices_main.train(name) for name in ("dro", "sft")}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[str(c) for c in CASES])
 def test_eight_devices_equal_one(on_eight, index):
   result, case = on_eight[index], dict(CASES[index])
@@ -75,6 +76,7 @@ def test_eight_devices_equal_one(on_eight, index):
   np.testing.assert_allclose(result["sums"], sums, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
 def test_a_compiled_update_has_one_message_of_gradients(on_eight, alone):
   """Across eight devices: gradients and means of metrics, after the micro-batches' loop."""
   found = on_eight[0]["collectives"]

@@ -16,6 +16,7 @@ def surroundings(monkeypatch):
   monkeypatch.chdir(conftest.ROOT)
 
 
+@pytest.mark.long
 @live
 def test_the_fast_rival_draws_what_the_slow_one_does():
   """Both solvers are DPM-Solver++ (2M), each sample at timesteps of its own."""
@@ -50,6 +51,7 @@ def test_the_fast_rival_draws_what_the_slow_one_does():
   np.testing.assert_allclose(slow_target, fast_target, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.long
 def test_scripts_in_small(tiny_pipeline, tmp_path, capsys, monkeypatch):
   import attention
   import dro_loop

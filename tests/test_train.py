@@ -109,6 +109,7 @@ def _start(arguments, log, *, devices):
   )
 
 
+@pytest.mark.long
 def test_processes_and_devices_may_change_on_the_way(finished, tiny_pipeline, tmp_path):
   """Four processes, then two, each of two devices, and at last one device."""
   workdir, log = tmp_path / "elastic", tmp_path / "log"
@@ -155,6 +156,7 @@ def test_stopped_and_started_again_it_ends_the_same(
     np.testing.assert_array_equal(ours[path], array, err_msg=path)
 
 
+@pytest.mark.long
 def test_killed_and_started_again_it_ends_the_same(finished, tiny_pipeline, tmp_path, capsys):
   workdir, log = tmp_path / "run", tmp_path / "log"
   arguments = runs.arguments(tiny_pipeline, workdir)
@@ -212,6 +214,7 @@ def test_a_finished_run_is_only_evaluated_again(finished, tiny_pipeline, monkeyp
   assert (finished / "config.json").read_bytes() == stored
 
 
+@pytest.mark.long
 def test_what_a_run_began_with_must_stay(tiny_pipeline, tmp_path, capsys):
   copy = shutil.copytree(tiny_pipeline, tmp_path / "pipeline")
   fields = {"optim.schedule": "cosine", "train.num_updates": 1}
@@ -228,6 +231,7 @@ def test_what_a_run_began_with_must_stay(tiny_pipeline, tmp_path, capsys):
   assert f"the base pipeline's weights ({copy}) are not those" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_the_best_checkpoint_stays(tiny_pipeline, tmp_path, capsys):
   workdir = tmp_path / "run"
   fields = {"train.num_updates": 6, "train.keep": 1, "evaluate.every": 1, "optim.lr": 3e-3}

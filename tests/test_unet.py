@@ -17,6 +17,7 @@ from jaxpref.errors import UserError
 from jaxpref.models import interceptors, pipeline, unet
 
 
+@pytest.mark.long
 def test_a_widened_input_is_ignored_until_it_is_trained(tiny_pipeline):
   loaded = pipeline.load_pipeline(str(tiny_pipeline))
   improver = pipeline.widen(loaded)
@@ -51,6 +52,7 @@ def test_unknown_blocks_are_named(tiny_pipeline, field):
     unet.build_unet({**config, field: "Foo"}, dtype=jnp.float32)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_frozen_copy_answers_bit_for_bit(tiny_pipeline, dtype):
   loaded = pipeline.load_pipeline(str(tiny_pipeline), dtype=jnp.dtype(dtype))
@@ -79,6 +81,7 @@ def test_a_transformers_norm_has_pytorchs_epsilon():
   np.testing.assert_allclose(out, x + (grouped - mean) / np.sqrt(var + 1e-6), rtol=1e-4)
 
 
+@pytest.mark.long
 def test_parameters_that_are_split_are_gathered_once_each(tiny_pipeline):
   """And nothing else moves but the gradients: each device computes its rows."""
   done = subprocess.run(

@@ -55,6 +55,7 @@ def test_shift_and_scale_are_undone(loaded, images):
   )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("at_once", [1, 2, 4])
 def test_slices_are_the_whole(loaded, at_once):
   module, params = loaded.modules["vae"], loaded.params["vae"]
@@ -74,6 +75,7 @@ def test_one_tile_is_the_whole(loaded):
     np.testing.assert_array_equal(tiled, whole)
 
 
+@pytest.mark.long
 @live
 @pytest.mark.parametrize("shape", [(20, 13), (8, 8)])
 def test_tiles_are_pytorchs(tiny_pipeline, loaded, shape):

@@ -230,6 +230,7 @@ def test_the_digest_changes_with_any_value(copy, loaded):
   assert pipeline.load_pipeline(str(copy)).digest != loaded.digest
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux's accounting")
 def test_the_host_holds_one_tensor_above_the_shards(tmp_path):
   """Memory of the process while 400 MB of float16 become 800 MB of float32 on the device."""
@@ -272,6 +273,7 @@ def test_the_host_holds_one_tensor_above_the_shards(tmp_path):
   assert peak - before < needed + 8 * largest
 
 
+@pytest.mark.long
 def test_tensors_lie_where_the_mesh_wants_them(tmp_path):
   """On eight devices, large ones split over them, small ones whole; the same values."""
   program = """
