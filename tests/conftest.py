@@ -87,6 +87,8 @@ def tfds_dir(tmp_path_factory) -> Path:
   directory = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "tfds"
   pairs = builder.PairsConfig(name="default", num_train=300, num_test=30)
   lists = rankings.ListsConfig(name="of-3", num_train=100, num_test=10, num_images=3)
-  tfds_store.load(builder.ShapesPreferences, pairs, "train", data_dir=directory)
+  with pytest.MonkeyPatch.context() as patch:  # TFDS has one configuration of a name
+    patch.setattr(builder.ShapesPreferences, "BUILDER_CONFIGS", [pairs])
+    tfds_store.load(builder.ShapesPreferences, pairs, "train", data_dir=directory)
   tfds_store.load(rankings.ShapesRankings, lists, "train", data_dir=directory)
   return directory
