@@ -91,7 +91,7 @@ def measure(options: argparse.Namespace, directory: Path) -> dict[str, float]:
         ckptr.wait()
       stalls[waits].append(time.perf_counter() - began)
       beside = []
-      while ckptr.pending and not ckptr.pending[0][1].done():
+      while ckptr._pending and not ckptr._pending[1].done():
         beside.append(update())
       slower.append(sum(beside) - statistics.median(usual) * len(beside))
       ckptr.wait()
