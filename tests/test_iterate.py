@@ -405,7 +405,7 @@ def test_half_written_data_sets_are_none(tmp_path):
   (directory / ".online_pairs-train.array_record-00001-of-00002.77.tmp").write_bytes(b"half")
   assert generated_pairs.missing(directory, 2) == [1] and len(list(directory.iterdir())) == 1
   generated_pairs.write_shard(directory, 1, 2, [row | {"change": 0.5}])
-  with pytest.raises(UserError, match="no complete.json"):
+  with pytest.raises(UserError, match="complete.json is missing"):
     generated_pairs.open_pairs(directory)
   generated_pairs.finish(directory, [1, 1], description="two")
   assert generated_pairs.changes(directory).tolist() == [1.0, 0.5]
