@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 import pandas as pd
+import records as records_lib
 
 from jaxpref import config as config_lib
 from jaxpref import main, sharding
@@ -37,6 +38,7 @@ TEST_PROMPTS, TEST_SEED = 150, 3000  # as in the configurations' evaluation
 VALIDATION_PROMPTS = 75  # for the choice of settings
 SCORERS = ("shapes.correct", "shapes.quality")  # as in the configurations' evaluation
 FIRST_SCORERS = dict.fromkeys(SCORERS, "1")  # for records without versions
+RECORDS = "records.parquet"  # beside the tables
 BASE = "base.json"  # the record of the base's diversity
 _BEGIN, _END = "<!-- measured: -->", "<!-- until here. -->"
 DIVERSITY = (
@@ -86,9 +88,15 @@ def model_of(arguments: Sequence[str]) -> str:
 def open_campaign(options: argparse.Namespace, arguments: Sequence[str]) -> Campaign:
   """Opens a campaign whose runs tune the same base as a run with these arguments."""
   base = pipeline.load_pipeline(model_of(arguments)).digest
-  records = options.out / "records"
+  records = options.runs / "records"
+  records_lib.unpack(options.out / RECORDS, records)
   scorers = _recorded_scorers(records) if options.report else {}
   return Campaign(records, options.runs, base, options.report, scorers or _current_scorers())
+
+
+def pack_records(campaign: Campaign, options: argparse.Namespace) -> None:
+  """Writes all records of a campaign into one file beside its tables."""
+  records_lib.pack(campaign.records, options.out / RECORDS)
 
 
 def _current_scorers() -> dict[str, str]:

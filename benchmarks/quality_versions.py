@@ -2,30 +2,36 @@
 
   python benchmarks/quality_versions.py
 
-The images that benchmarks/methods.py keeps of each method are in docs/methods/records, with
-their scores by version 1. The script scores them again and writes a table into docs/shapes.md.
+The images that benchmarks/methods.py keeps of each method are in docs/methods/records.parquet,
+with their scores by version 1. The script scores them again and writes a table into
+docs/shapes.md.
 """
 
 import datetime
 import sys
+import tempfile
 from pathlib import Path
 
 import campaign
 import methods
 import numpy as np
 import pandas as pd
+import records
 from PIL import Image
 
 from jaxpref.scorers import load_scorers
 
-RECORDS, DOCUMENT = Path("docs/methods/records"), Path("docs/shapes.md")
+RECORDS, DOCUMENT = Path("docs/methods/records.parquet"), Path("docs/shapes.md")
 SCORER, FIRST = "shapes.quality", "1"
 
 
 def main() -> None:
   """Writes the table."""
   version, score = load_scorers([SCORER])[SCORER]
-  rows = pd.concat(_score(file, score) for file in sorted(RECORDS.glob("*.png")))
+  with tempfile.TemporaryDirectory() as directory:
+    records.unpack(RECORDS, Path(directory))
+    strips = sorted(Path(directory).glob("*.png"))
+    rows = pd.concat(_score(file, score) for file in strips)
   table = rows.groupby("method").agg(
     n=("new", "size"),
     old=("old", "mean"),
@@ -59,7 +65,7 @@ def _score(file: Path, score) -> pd.DataFrame:
   base = file.stem == "base"
   method, _, seed = ("base", "", "0") if base else file.stem.rpartition("-")
   # The base's scores are in the records of all runs.
-  scores = pd.read_parquet(RECORDS / ("sft-0.parquet" if base else f"{file.stem}.parquet"))
+  scores = pd.read_parquet(file.with_name("sft-0.parquet" if base else f"{file.stem}.parquet"))
   old = scores[(scores.model == ("base" if base else "tuned")) & (scores.scorer == SCORER)]
   if set(old.version) != {FIRST}:
     sys.exit(f"{file} was not scored with version {FIRST} of {SCORER}")

@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts there share campaign.py
 
 import campaign  # noqa: E402
 import quality_versions  # noqa: E402
+import records  # noqa: E402
 
 
 def _program(name):
@@ -76,7 +77,7 @@ def test_dro_against_sft(surroundings, tmp_path, runs_are_copies):
   assert len(runs_are_copies) == 2
   assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
   # ... and records of another base are not mistaken for these.
-  for record in (tmp_path / "out" / "records").glob("*.json"):
+  for record in (tmp_path / "runs" / "records").glob("*.json"):
     record.write_text(json.dumps(json.loads(record.read_text()) | {"base": "another"}))
   with pytest.raises(SystemExit, match="is not finished yet"):
     program.main([*arguments, "--report"])
@@ -110,7 +111,7 @@ def test_methods(surroundings, tmp_path, monkeypatch):
   assert (tmp_path / "out" / "grid.png").stat().st_size > 1000
   # No test prompt was validated on.
   validation = set((tmp_path / "runs" / "validation.txt").read_text().splitlines())
-  tested = set(pd.read_parquet(tmp_path / "out" / "records" / "sft-0.parquet").prompt)
+  tested = set(pd.read_parquet(tmp_path / "runs" / "records" / "sft-0.parquet").prompt)
   assert len(validation) == 75 and tested and not validation & tested
   monkeypatch.setattr(campaign.main, "main", lambda _: pytest.fail("ran again"))
   program.main(arguments)
@@ -133,7 +134,8 @@ def test_dro_ablations(surroundings, tmp_path, runs_are_copies):
   # Tables are written anew, and what stands around them stays.
   document = tmp_path / "out.md"
   document.write_text(f"# By hand\n\n{document.read_text()}\nThe end.\n")
-  (tmp_path / "out" / "records" / "margin-1-0.json").unlink()
+  (tmp_path / "out" / "records.parquet").unlink()
+  (tmp_path / "runs" / "records" / "margin-1-0.json").unlink()
   program.main([*arguments, "--report"])
   assert len(runs_are_copies) == others + 1
   text = document.read_text()
@@ -293,7 +295,9 @@ def test_records_of_other_versions_of_the_scorers_are_not_used(tmp_path, monkeyp
   monkeypatch.setattr(
     campaign.pipeline, "load_pipeline", lambda _: types.SimpleNamespace(digest="base")
   )
-  options = campaign.make_parser("One.", "one").parse_args([f"--out={tmp_path}", "--report"])
+  options = campaign.make_parser("One.", "one").parse_args(
+    [f"--out={tmp_path}", f"--runs={tmp_path}", "--report"]
+  )
   current = {name: v for name, (v, _) in load_scorers(campaign.SCORERS).items()}
   runs = campaign.Campaign(tmp_path / "records", tmp_path, "base", True, current)
 
@@ -316,12 +320,14 @@ def test_records_of_other_versions_of_the_scorers_are_not_used(tmp_path, monkeyp
 def test_clean_images_of_sft_are_above_the_blotchy_ones_of_mapo_and_simpo(
   tmp_path, monkeypatch
 ):
-  document, records = tmp_path / "shapes.md", ROOT / quality_versions.RECORDS
-  for file in records.glob("*"):
-    if file.stem.partition("-")[0] in ("base", "sft", "mapo", "simpo"):
-      shutil.copy(file, tmp_path)
+  document, directory = tmp_path / "shapes.md", tmp_path / "records"
+  records.unpack(ROOT / quality_versions.RECORDS, directory)
+  for file in directory.rglob("*"):
+    if file.is_file() and file.stem.partition("-")[0] not in ("base", "sft", "mapo", "simpo"):
+      file.unlink()
+  records.pack(directory, tmp_path / "records.parquet")
   monkeypatch.setattr(quality_versions, "DOCUMENT", document)
-  monkeypatch.setattr(quality_versions, "RECORDS", tmp_path)
+  monkeypatch.setattr(quality_versions, "RECORDS", tmp_path / "records.parquet")
   quality_versions.main()
   lines = [line for line in document.read_text().splitlines() if re.match(r"\|.*\+-", line)]
   rows = {name.strip(): row for _, name, *row in (line.split("|") for line in lines)}
