@@ -1,1 +1,1 @@
-"""Configurations: a file a method, read top to bottom."""
+"""Configurations: one file per method."""

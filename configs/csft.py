@@ -1,12 +1,12 @@
-"""Conditional fine-tuning: every image, with its quality said in the prompt.
+"""Conditional fine-tuning: all images, with their quality as a prefix of the prompt.
 
   python -m jaxpref.main --config=configs/csft.py
 
-A baseline of the KTO papers; the evaluation and `jaxpref.generate` then draw with the good
-prefix, which other programs must be told with an exported model. On the shapes
-world, whose tokenizer has no words for it, the prefixes are single signs. `sd15` and `sdxl`
-take over Diffusion-DPO's optimizer. An image is good if it ever won a pair; half of
-those sampled are (`data.desirable_share`).
+This is a baseline of the KTO papers. The evaluation and `jaxpref.generate` then use the good
+prefix; in other programs, add it to the prompts of an exported model. On the shapes world,
+whose tokenizer has no words for quality, the prefixes are single signs. `sd15` and `sdxl` use
+Diffusion-DPO's optimizer. An image is good if it ever won a pair; half of the sampled images
+are good (`data.desirable_share`).
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +17,7 @@ PRESETS = base_config.PRESETS
 
 
 def get_config(preset: str = "shapes") -> ConfigDict:
-  """The run's configuration."""
+  """Returns the run's configuration."""
   c = base_config.base("csft", preset)
   if preset in ("shapes", "tiny"):
     c.data.good_prefix, c.data.bad_prefix = "+ ", "- "

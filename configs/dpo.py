@@ -22,8 +22,8 @@ PRESETS = base_config.PRESETS
 
 
 def get_config(preset: str = "shapes") -> ConfigDict:
-  """The run's configuration."""
+  """Returns the run's configuration."""
   c = base_config.base("dpo", preset)
-  c.loss.beta = 5000.0  # how much the policy is bound to the reference
+  c.loss.beta = 5000.0  # strength of the tie to the reference
   c.loss.variant = "sigmoid"  # or 'hinge' or 'ipo'
   return c

@@ -16,7 +16,7 @@ PRESETS = base_config.PRESETS
 
 
 def get_config(preset: str = "shapes") -> ConfigDict:
-  """The run's configuration."""
+  """Returns the run's configuration."""
   c = base_config.base("dspo", preset)
   c.loss.beta = 0.001  # weight of the step away from the reference
   if preset == "sdxl":

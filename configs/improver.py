@@ -1,16 +1,17 @@
-"""The improvement model: draws the better version of a picture that it is shown.
+"""The improvement model: generates a better version of its input image.
 
   python -m jaxpref.main --config=configs/improver.py
 
-widens the bundled pipeline's UNet by the latents of a clean picture and trains it on the
-shapes world's pairs, three tasks in one batch (`jaxpref.losses.improver`); at the end it
-improves the base's own pictures of held-out prompts, and the report compares the two. The run
-then is what `jaxpref.generate --improver` and `configs/iterative_dpo.py` take.
+This adds the latents of a clean image to the inputs of the bundled pipeline's UNet and trains
+it on the pairs of the shapes world, with three tasks in one batch (`jaxpref.losses.improver`).
+At the end it improves the base's own images of held-out prompts, and the report compares the
+two. `jaxpref.generate --improver` and `configs/iterative_dpo.py` use the run.
 
-`sd15` and `sdxl`: AdamW at 1e-4, batch 2048, up to 200,000 updates, guidance 3.5 and 3.0 are
-the paper's; it gives no weights of the tasks, and half of the rows to the first is ours.
-The shown latents are scaled like all others; InstructPix2Pix leaves its own unscaled, 5.5 times
-larger for SD 1.5. Rows need no prompt dropout: two of the tasks have no prompt.
+`sd15` and `sdxl`: AdamW at 1e-4, batch 2048, up to 200,000 updates, and guidance 3.5 and 3.0
+are the paper's. It does not publish the weights of the tasks; one half of the rows for the
+first task is our choice. The input's latents are scaled like all others; InstructPix2Pix does
+not scale its own, which are then 5.5 times larger for SD 1.5. Rows need no prompt dropout: two
+of the tasks have no prompt.
 """
 
 from ml_collections import ConfigDict
@@ -21,13 +22,15 @@ PRESETS = base_config.PRESETS
 
 
 def get_config(preset: str = "shapes") -> ConfigDict:
-  """The run's configuration."""
+  """Returns the run's configuration."""
   c = base_config.base("improver", preset)
-  c.loss.weight_winning = 0.5  # how often a row is: shown the loser, told the prompt
-  c.loss.weight_reconstruction = 0.25  # shown the target itself, told nothing
-  c.loss.weight_unconditional = 0.25  # shown and told nothing
+  c.loss.weight_winning = 0.5  # share of rows with the loser as input, and the prompt
+  c.loss.weight_reconstruction = (
+    0.25  # share of rows with the target as input, without a prompt
+  )
+  c.loss.weight_unconditional = 0.25  # share of rows without an input image and prompt
   c.data.prompt_dropout = 0.0
-  c.data.dropped_prompt = "unconditional"  # what it is sampled with, for SDXL zeros
+  c.data.dropped_prompt = "unconditional"  # as in sampling; zeros for SDXL
   base_config.improve(c)
   if preset == "shapes":
     c.optim.lr = 1e-3

@@ -1,16 +1,16 @@
-"""Iterative DPO: the policy's own pictures, improved, over themselves.
+"""Iterative DPO: the policy's own images against their improved versions.
 
   python -m jaxpref.main --config=configs/improver.py
   python -m jaxpref.main --config=configs/iterative_dpo.py
 
-Each iteration draws losers with the model before it on the training prompts, has the improver
-that the first command makes draw a better version of each, and trains Diffusion-DPO on the
-pairs; the reference stays the base. `--config.model.start=W` begins with another run's model,
-as the paper does with SPIN's third iterate; without it with the base.
+Each iteration generates losers with the previous model from the training prompts, improves
+each of them with the improver that the first command trains, and trains Diffusion-DPO on the
+pairs. The reference stays the base. `--config.model.start=W` begins with another run's model,
+as the paper does with SPIN's third iterate; without it, training begins with the base.
 
 `sd15` and `sdxl`: three iterations of 38,400 pairs and 5000 updates, batch 2048, learning rate
 1e-4, beta 2000, s_T = 3.5 and s_I = 3.0 are the paper's. `data.min_change` and the guidance
-with which losers are sampled are ours.
+for the losers are our choices.
 """
 
 from ml_collections import ConfigDict
@@ -21,15 +21,15 @@ PRESETS = base_config.PRESETS
 
 
 def get_config(preset: str = "shapes") -> ConfigDict:
-  """The run's configuration."""
+  """Returns the run's configuration."""
   c = base_config.base("iterative_dpo", preset)
   c.loss.name = "dpo"
-  c.loss.beta = 2000.0  # how much the policy is bound to the reference
-  c.loss.reference = "base"  # not the iterate before
+  c.loss.beta = 2000.0  # strength of the tie to the reference
+  c.loss.reference = "base"  # not the previous iterate
   c.loss.variant = "sigmoid"  # or 'hinge' or 'ipo'
   base_config.iterate(c, winners="improved")
-  c.iterate.improver = f"runs/improver-{preset}"  # where configs/improver.py puts it
-  c.data.experts = "winners"  # of the data only the captions are used, here all of them
+  c.iterate.improver = f"runs/improver-{preset}"  # the workdir of configs/improver.py
+  c.data.experts = "winners"  # only the captions of the data are used, here all
   c.data.num_experts = 0
   if preset == "shapes":  # the best of six settings, see docs/online/results.json
     c.optim.lr = 1e-4

@@ -4,8 +4,8 @@
 
 After Li et al. 2024 (https://arxiv.org/abs/2404.04465): 80 % desirable images, learning rate
 1e-7 with 200 updates of warm-up and 20,000 updates are those of the authors' example
-(https://github.com/jacklishufan/diffusion-kto); beta is 5000 in the paper, 1000 by default
-in the code. An image is liked if it ever won a pair, and images are sampled with replacement so
+(https://github.com/jacklishufan/diffusion-kto); beta is 5000 in the paper, 1000 by default in
+the code. An image is liked if it ever won a pair, and images are sampled with replacement so
 that four of five are liked (`data.desirable_share`). `loss.utility` is 'kt', 'loss_averse' or
 'risk_seeking'. Their example trains two images on each of four devices; the batch of 128 here
 is ours.
@@ -19,7 +19,7 @@ PRESETS = base_config.PRESETS
 
 
 def get_config(preset: str = "shapes") -> ConfigDict:
-  """The run's configuration."""
+  """Returns the run's configuration."""
   c = base_config.base("kto", preset)
   c.loss.beta = 5000.0  # scale of the implicit reward
   c.loss.utility = "kt"  # or 'loss_averse' or 'risk_seeking'

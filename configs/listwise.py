@@ -2,9 +2,9 @@
 
   python -m jaxpref.main --config=configs/listwise.py
 
-Plackett and Luce's model on Diffusion-DPO's rewards. On the shapes world lists of four; for
-`sd15` and `sdxl`, which take over Diffusion-DPO's optimizer and beta, there is no source of
-ranked lists yet: `data.source=pickapic` has pairs, and says so.
+This applies Plackett and Luce's model to Diffusion-DPO's rewards. The shapes world has lists
+of four images. `sd15` and `sdxl` use Diffusion-DPO's optimizer and beta, but there is not yet
+a source of ranked lists for them: `data.source=pickapic` has pairs, and refuses lists.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +15,7 @@ PRESETS = base_config.PRESETS
 
 
 def get_config(preset: str = "shapes") -> ConfigDict:
-  """The run's configuration."""
+  """Returns the run's configuration."""
   c = base_config.base("listwise", preset)
-  c.loss.beta = 5000.0  # how much the policy is bound to the reference
+  c.loss.beta = 5000.0  # strength of the tie to the reference
   return c

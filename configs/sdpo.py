@@ -16,7 +16,7 @@ PRESETS = base_config.PRESETS
 
 
 def get_config(preset: str = "shapes") -> ConfigDict:
-  """The run's configuration."""
+  """Returns the run's configuration."""
   c = base_config.base("sdpo", preset)
   c.loss.guarded = "dpo"  # or 'dspo'
   c.loss.beta = 5000.0  # as in the guarded loss

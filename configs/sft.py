@@ -14,7 +14,7 @@ PRESETS = base_config.PRESETS
 
 
 def get_config(preset: str = "shapes") -> ConfigDict:
-  """The run's configuration."""
+  """Returns the run's configuration."""
   c = base_config.base("sft", preset)
   if preset in ("sd15", "sdxl"):
     base_config.train_on_experts(c)

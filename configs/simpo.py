@@ -2,8 +2,8 @@
 
   python -m jaxpref.main --config=configs/simpo.py
 
-There is no published recipe for diffusion models: `sd15` and `sdxl` take over Diffusion-DPO's
-optimizer and beta; the target margin is a guess to tune.
+A recipe for diffusion models is not published. `sd15` and `sdxl` use Diffusion-DPO's optimizer
+and beta; the target margin is a first value to tune.
 """
 
 from ml_collections import ConfigDict
@@ -14,8 +14,8 @@ PRESETS = base_config.PRESETS
 
 
 def get_config(preset: str = "shapes") -> ConfigDict:
-  """The run's configuration."""
+  """Returns the run's configuration."""
   c = base_config.base("simpo", preset)
   c.loss.beta = 5000.0  # scale of the difference of errors
-  c.loss.target_margin = 0.5  # by which the scaled difference should lead
+  c.loss.target_margin = 0.5  # of the scaled difference of errors
   return c

@@ -1,15 +1,15 @@
-"""SPIN-Diffusion: real images over those that the previous iterate draws.
+"""SPIN-Diffusion: real images against samples of the previous iterate.
 
   python -m jaxpref.main --config=configs/spin.py
 
-After Yuan et al. 2024 (https://arxiv.org/abs/2402.10210): each iteration draws an image for
-the caption of each of the data's, trains with DPO's loss to prefer the data's, with the model
-before it as reference, and begins the next from the averaged result. `sd15` and `sdxl`:
-learning rate 2e-5, batch 2048 and 500 updates an iteration, each with a linear schedule of its
-own after 200 updates of warm-up, are those of the published models' cards. They give no beta:
-2000 throughout is ours (2000 in the first iteration and 5000 in later ones could not be
-confirmed). So are guidance 7.5 and 50 steps of DPM-Solver++ for the opponents, the number of
-pairs, and `data.min_change`.
+After Yuan et al. 2024 (https://arxiv.org/abs/2402.10210). Each iteration generates an image
+for the caption of each real image, trains with DPO's loss to prefer the real ones with the
+previous model as reference, and starts the next iteration from the EMA weights. `sd15` and
+`sdxl`: the learning rate 2e-5, batch 2048 and 500 updates per iteration, each iteration with a
+new linear schedule after 200 updates of warm-up, are those of the published models' cards. The
+cards give no beta: 2000 in all iterations is our choice (2000 in the first and 5000 in later
+ones could not be confirmed). Guidance 7.5 and 50 steps of DPM-Solver++ for the losers, the
+number of pairs, and `data.min_change` are our choices, too.
 """
 
 from ml_collections import ConfigDict
@@ -20,9 +20,9 @@ PRESETS = base_config.PRESETS
 
 
 def get_config(preset: str = "shapes") -> ConfigDict:
-  """The run's configuration."""
+  """Returns the run's configuration."""
   c = base_config.base("spin", preset)
-  c.loss.beta = 2000.0  # how much the policy is bound to the previous iterate
+  c.loss.beta = 2000.0  # strength of the tie to the previous iterate
   base_config.iterate(c, winners="data")
   if preset == "shapes":  # the best of six settings, see docs/methods.md
     c.optim.lr = 1e-4
@@ -30,9 +30,9 @@ def get_config(preset: str = "shapes") -> ConfigDict:
     c.train.num_updates = 50
   if preset in ("sd15", "sdxl"):
     c.data.experts = "winners"
-    c.data.num_experts = 0  # all that memory holds: set it, see docs/losses.md
+    c.data.num_experts = 0  # 0 reads all; set what memory holds, see docs/losses.md
     c.optim.lr = 2e-5
-    c.optim.schedule = "linear"  # in each iteration anew
+    c.optim.schedule = "linear"  # starts again in each iteration
     c.optim.warmup_updates = 200
     c.train.num_updates = 500
     c.iterate.num_pairs = 100_000

@@ -1,9 +1,9 @@
 """The command line: a config file, overrides of its fields, and a few flags.
 
 `--config=configs/dro.py` or `--config=configs/dro.py:tiny` calls the file's
-`get_config(preset)`; `--config=dro:tiny` finds the file that the package brings, from any
-directory; `--config.optim.lr=1e-4` overrides a field. Everything wrong with
-them is one line. No JAX here, so that `--help` and errors come at once.
+`get_config(preset)`; `--config=dro:tiny` finds the package's own file from any
+directory; `--config.optim.lr=1e-4` overrides a field. Errors are one line. This module does not
+import JAX, so that `--help` and errors appear at once.
 """
 
 import ast
@@ -33,7 +33,7 @@ _BOOLS = {"true": True, "1": True, "false": False, "0": False}
 def parse_args(
   argv: list[str], *, flags: Mapping[str, str]
 ) -> tuple[ConfigDict, dict[str, str]]:
-  """Parses the command line; `--help` prints what there is and exits with 0.
+  """Parses the command line; `--help` prints the flags and fields and exits with 0.
 
   Args:
     argv: the arguments, without the program's name.
@@ -41,10 +41,10 @@ def parse_args(
 
   Returns:
     The locked config, with `preset` set to the preset's name, and the flags given, name
-    to value. What is given twice counts as given last.
+    to value. The last of repeated flags counts.
 
   Raises:
-    UserError: anything wrong with a flag, the config file, a field or a value.
+    UserError: a flag, the config file, a field or a value is wrong.
   """
   given, overrides, wants_help = _split(argv, flags)
   if wants_help and "config" not in given:
@@ -60,7 +60,7 @@ def parse_args(
 
 
 def validate(config: ConfigDict, rules: Rules = RULES) -> None:
-  """Checks values; a field that the config lacks or that is None is not checked.
+  """Checks values; missing fields and None are not checked.
 
   Every number has an upper limit, in `LIMITS` or by its type. Infinity is for fields whose
   rule permits it.
@@ -88,7 +88,7 @@ def validate(config: ConfigDict, rules: Rules = RULES) -> None:
 
 
 def _shown(number: float) -> str:
-  """A number for a message; Python refuses to write integers of thousands of digits."""
+  """Formats a number; Python cannot print integers of thousands of digits."""
   try:
     return repr(number)
   except ValueError:
@@ -96,12 +96,12 @@ def _shown(number: float) -> str:
 
 
 def to_json(config: ConfigDict) -> str:
-  """The config as JSON: sorted keys, indent 2, tuples as lists."""
+  """Writes a config as JSON: sorted keys, indent 2, tuples as lists."""
   return json.dumps(config.to_dict(), sort_keys=True, indent=2)
 
 
 def from_json(text: str) -> ConfigDict:
-  """The config that `to_json` wrote, locked; lists stay lists, None has no type."""
+  """Reads a config from `to_json`, locked; lists stay lists, None has no type."""
   return ConfigDict(json.loads(text)).lock()
 
 
@@ -148,24 +148,24 @@ def load_config(argument: str) -> ConfigDict:
   """Loads a configuration, locked.
 
   Args:
-    argument: as `--config` takes it: a file or a name, and a preset behind a colon.
+    argument: the value of `--config`: a file or a name, and a preset behind a colon.
 
   Raises:
-    UserError: there is no such file, name or preset, or the file raises.
+    UserError: the file, name or preset does not exist, or the file raises.
   """
   return _load(argument)[1]
 
 
 def find_config(name: str) -> Path:
-  """Finds a configuration file: a path, or the name of one that the package brings.
+  """Finds a configuration file by its path, or by its name in the package.
 
   Raises:
-    UserError: there is no such file.
+    UserError: the file does not exist.
   """
   path = Path(name)
   if path.is_file():
     return path
-  # A wheel has them in the package; in a checkout they stand beside it.
+  # An installed package has its own `configs`; a checkout has them beside the package.
   own = Path(__file__).parent / "configs"
   own = own if own.is_dir() else own.parent.parent / "configs"
   ours = {file.stem: file for file in sorted(own.glob("[!_]*.py"))}
@@ -186,7 +186,7 @@ def _load(argument: str) -> tuple[ModuleType, ConfigDict]:
   if spec is None or spec.loader is None:
     raise UserError(f"'{name}' is not a Python file")
   module = importlib.util.module_from_spec(spec)
-  # The file is the user's program: whatever it raises is theirs to see, in one line.
+  # The file is the user's program: its errors are shown in one line.
   try:
     spec.loader.exec_module(module)
     parameters = inspect.signature(module.get_config).parameters
@@ -241,7 +241,7 @@ def _override(config: ConfigDict, path: str, text: str) -> None:
 
 
 def _nearest(path: str, known: Iterable[str]) -> str | None:
-  """The path most like `path`: as a whole, or by its last name or that one's initials."""
+  """Finds the path most like `path`: as a whole, by its last name, or by initials."""
   last = path.rpartition(".")[2]
 
   def score(candidate: str) -> tuple[float, float]:
@@ -261,7 +261,7 @@ def _initials(name: str) -> str:
 
 
 def _parse(path: str, text: str, old: Any, kind: type) -> Any:
-  """The value that `text` means for a field of type `kind` that holds `old`."""
+  """Parses `text` as a field of type `kind` whose value is `old`."""
   if old is None and text.lower() == "none":
     return None
   if kind is str:
@@ -326,9 +326,9 @@ def _print_help(
 
 
 def _comments(module: ModuleType) -> dict[str, str]:
-  """Field to the comment at the end of the line that sets it first.
+  """Maps fields to the comment at the end of the line that sets them first.
 
-  Also looks into the modules that it imports from this package or from beside it.
+  Includes modules that the file imports from this package or from its own directory.
   """
   main = Path(str(module.__file__)).resolve()
   homes = [sys.modules.get(_home(value)) for value in vars(module).values()]
@@ -350,7 +350,7 @@ def _comments(module: ModuleType) -> dict[str, str]:
 
 
 def _home(value: Any) -> str:
-  """The name of the module that a global of a config file is, or comes from."""
+  """Returns the name of the module that a global is, or comes from."""
   return value.__name__ if inspect.ismodule(value) else getattr(value, "__module__", "")
 
 

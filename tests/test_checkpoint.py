@@ -231,12 +231,12 @@ def test_restore_subtree(tmp_path):
 
 
 def test_find_good(tmp_path, caplog):
-  with pytest.raises(UserError, match="there is no checkpoint in"):
+  with pytest.raises(UserError, match="cannot find a checkpoint in"):
     checkpoint_files.find_good(tmp_path)
   save_all(tmp_path, 1, 2).close()
   assert checkpoint_files.find_good(tmp_path)[:2] == (2, {"a": 2})
   assert checkpoint_files.find_good(tmp_path, step=1)[:2] == (1, {"a": 1})
-  with pytest.raises(UserError, match=r"no checkpoint of step 9 in .*; the steps are \[1, 2\]"):
+  with pytest.raises(UserError, match=r"checkpoint of step 9 in .*; the steps are \[1, 2\]"):
     checkpoint_files.find_good(tmp_path, step=9)
   os.truncate(largest(tmp_path / "2"), 10)
   with pytest.raises(UserError, match="step 2: state/.* has 10 of"):

@@ -197,7 +197,7 @@ def test_export_refuses(tuned_run, tmp_path, capsys):
   assert "--single-file writes a file" in fails(export, [*base, new, "--single-file"], capsys)
   assert "invalid choice" in fails(export, [*base, new, "--dtype=int8"], capsys)
   assert "unrecognized arguments: --ouch" in fails(export, [*base, new, "--ouch"], capsys)
-  assert "no checkpoint of step 7" in fails(export, [*base, new, "--step=7"], capsys)
+  assert "cannot find a checkpoint of step 7" in fails(export, [*base, new, "--step=7"], capsys)
   assert "model_index.json" in fails(export, [f"--workdir={tmp_path}", new], capsys)
   changed = shutil.copytree(workdir, tmp_path / "changed")
   config = json.loads((changed / "config.json").read_text())

@@ -28,7 +28,7 @@ def surroundings(monkeypatch, tfds_dir):
 
 
 REFUSALS = {
-  "kernels of a TPU": (["--config.model.attention=splash"], "'splash' runs on TPUs, and here"),
+  "kernels of a TPU": (["--config.model.attention=splash"], "needs a TPU, and this machine"),
   "unknown field": (["--config.optim.learning_rate=1"], "did you mean 'optim.lr'"),
   "ill-typed field": (["--config.optim.lr=fast"], "'optim.lr' takes a float"),
   "negative steps": (["--config.train.num_updates=-5"], "'train.num_updates' must be"),

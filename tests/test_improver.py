@@ -193,4 +193,4 @@ def test_an_improver_is_not_trained_as_a_model(improving, tmp_path, monkeypatch,
   monkeypatch.chdir(ROOT)
   flags = [f"--config.model.path={improving}", f"--workdir={tmp_path / 'run'}"]
   assert main.main(["--config=configs/sft.py:tiny", *flags]) == 2
-  assert "is an improver; --config=improver trains it on" in capsys.readouterr().err
+  assert "is an improver: only --config=improver" in capsys.readouterr().err

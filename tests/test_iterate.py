@@ -269,7 +269,7 @@ def test_a_finished_run_goes_on_with_more_iterations(
   assert "train.num_updates was 4, now 6" in capsys.readouterr().err
   fewer = arguments(tiny_pipeline, improver, workdir, **{"iterate.num_iterations": 1})
   assert main.main(fewer) == 2
-  assert "has iteration 2 already, more than 1" in capsys.readouterr().err
+  assert "already has iteration 2, more than" in capsys.readouterr().err
   # The same improver elsewhere is the same.
   elsewhere = shutil.copytree(improver, tmp_path / "elsewhere")
   assert main.main([*given, f"--config.iterate.improver={elsewhere}"]) == 0

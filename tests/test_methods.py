@@ -118,12 +118,12 @@ def test_presets_are_sound(name, preset):
     ),
     ("dpo", ["--config.loss.beta=-1"], "'loss.beta' must be positive"),
     ("dpo", ["--config.rollout.replay=2"], "are for losses that take states"),
-    ("dro", ["--config.data.noise_draws=2"], "which rollouts draw anew"),
+    ("dro", ["--config.data.noise_draws=2"], "rollouts sample them at each update"),
     ("dro", ["--config.rollout.states=5"], "rollout.num_steps = 2 states"),
     ("dspo", ["--config.data.noise_draws=2"], "this loss needs predictions"),
     ("listwise", ["--config.data.source=folder"], "folder has no lists"),
     ("dpo", ["--config.data.good_prefix=+ "], "are for losses that learn singles"),
-    ("sft", ["--config.data.num_rows=5"], "of experts there are data.num_experts"),
+    ("sft", ["--config.data.num_rows=5"], "set data.num_experts, not data.num_rows"),
     (
       "dpo",
       ["--config.data.noise_draws=2", "--config.model.dtype=bfloat16"],
@@ -137,7 +137,7 @@ def test_presets_are_sound(name, preset):
     ("listwise", ["--config.data.source=pickapic"], "pickapic has no lists"),
     ("dpo", ["--config.data.source=online"], "has no generated pairs"),
     ("dpo", ["--config.model.start=/nowhere"], "/nowhere is neither a directory nor a Hub id"),
-    ("dpo", ["--config.model.start=shapes"], "shapes has trained does not fit"),
+    ("dpo", ["--config.model.start=shapes"], "the parameters of shapes do not fit"),
     ("improver", ["--config.lora.rank=2"], "leaves out the input's new weights"),
     ("improver", ["--config.data.noise_draws=2"], "is for losses that take images as"),
     (
@@ -148,7 +148,11 @@ def test_presets_are_sound(name, preset):
       ],
       "loss.weight_winning, loss.weight_reconstruction and loss.weight_unconditional are all 0",
     ),
-    ("spin", ["--config.loss.name=listwise"], "iterations draw pairs; 'listwise' learns"),
+    (
+      "spin",
+      ["--config.loss.name=listwise"],
+      "iterations generate pairs, but loss 'listwise' learns",
+    ),
     ("spin", ["--config.evaluate.scorers=('shapes.x',)"], "shapes.x"),
     ("spin", ["--config.iterate.num_steps=2000"], "iterate.num_steps: sampling steps must"),
     (
@@ -159,8 +163,8 @@ def test_presets_are_sound(name, preset):
     ),
     ("improver", ["--config.improve.num_steps=2000"], "improve.num_steps: sampling steps"),
     ("spin", ["--config.iterate.winners=best"], "'iterate.winners' must be one of"),
-    ("spin", ["--config.iterate.winners=improved"], "iterate.improver names none"),
-    ("iterative_dpo", ["--config.iterate.improver=shapes"], "shapes is no improver"),
+    ("spin", ["--config.iterate.winners=improved"], "iterate.improver is empty"),
+    ("iterative_dpo", ["--config.iterate.improver=shapes"], "shapes is not an improver"),
   ],
 )
 def test_what_cannot_be_is_one_line(

@@ -65,7 +65,7 @@ def find_good(directory: str | os.PathLike, *, step: int | None = None) -> Good:
   if not found or step not in (None, *found):
     which = "" if step is None else f" of step {step}"
     others = f"; the steps are {found}" if found else ""
-    raise UserError(f"there is no checkpoint{which} in {root}{others}")
+    raise UserError(f"cannot find a checkpoint{which} in {root}{others}")
   problems = []
   for candidate in reversed(found) if step is None else (step,):
     path = root / str(candidate)

@@ -80,7 +80,7 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
   try:
     sys.exit(main(sys.argv[1:]))
   except BaseException as error:
-    if "jax" in sys.modules:  # else there are no other processes, and importing jax is slow
+    if "jax" in sys.modules:  # otherwise there is only this process, and importing jax is slow
       from jaxpref.runtime import distributed  # noqa: PLC0415
 
       distributed.end_alone(error)

@@ -1,10 +1,10 @@
-"""Training on pairs that the model itself has drawn: SPIN and iterative DPO.
+"""Training on generated pairs: SPIN and iterative DPO.
 
-Each iteration draws losers with the model before it, takes for winners the data's images or
-what an improver makes of the losers, writes the pairs into `pairs/<k>/`, and trains on them in
-`iterations/<k>/`, a run like any other, which begins with the model before it. What is on disk
-is not made again: an interrupted run goes on at the shard, the update or the evaluation
-where it stopped. What is there, the first process finds out and tells the others.
+Each iteration generates losers with the previous model. Its winners are the data's images, or
+the losers as an improver improves them. The pairs go into `pairs/<k>/`, and a run like any
+other trains on them in `iterations/<k>/`, starting from the previous model. An interrupted run
+resumes at the shard, update or evaluation where it stopped. Process 0 inspects the disk and
+broadcasts the result.
 """
 
 import dataclasses
@@ -47,18 +47,18 @@ _ALWAYS_SAFE = (
 )
 # Not the base: the iterations' own configurations name it, too.
 _MOVABLE = tuple(name for name in workdir_lib.BY_CONTENT if name != "model.path")
-# What leaves out pairs that are drawn; it may change until some were trained on.
+# Filters of generated pairs; they may change until an iteration has trained on pairs.
 _FILTERS = ("data.min_change", "data.num_rows")
-# Other updates or evaluations would make iterations that do not compare.
+# Other updates or evaluations would make iterations that cannot be compared.
 RESUME_SAFE = (
   *(*_ALWAYS_SAFE, *_FILTERS, "iterate.num_iterations"),
-  # They may have moved: `_check_inputs` knows them by their contents.
+  # These paths may change: `_check_inputs` compares their contents.
   *("iterate.improver", *_MOVABLE),
 )
-# What an iteration's training may find changed when it goes on: the workdir may have moved.
+# Fields that may change when an iteration's training resumes: the workdir may have moved.
 _RESUME_SAFE = (*_ALWAYS_SAFE, *_MOVABLE, "evaluate.prompts")
 _log = logging.getLogger(__name__)
-_INPUTS = "inputs.json"  # digests of what the run was begun with
+_INPUTS = "inputs.json"  # digests of the run's models and data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +67,11 @@ class Prepared:
 
   Attributes:
     config: of the whole run.
-    mesh: to draw on.
-    rows: captions, and images where those are the winners.
+    mesh: of the devices that generate.
+    rows: captions, with images if the data's images are the winners.
     prompts: of the evaluations.
-    inputs: digests of all that it was read from.
-    data: which rows were left out, and why.
+    inputs: digests of the models and the data.
+    data: counts of the rows that were left out, by reason.
   """
 
   config: ConfigDict
@@ -83,19 +83,21 @@ class Prepared:
 
 
 def prepare(config: ConfigDict) -> Prepared:
-  """Everything that can be known to be wrong before the first pair is drawn.
+  """Reads and checks a run's input before the first pair is generated.
 
   Raises:
-    UserError: it is.
+    UserError: a model, the data or a setting is unusable.
   """
   settings = config.iterate
   needs = losses.make_loss(config.loss).needs
   if needs.rows != "pairs" or needs.arms or needs.rollout:
-    raise UserError(f"iterations draw pairs; {config.loss.name!r} learns from other rows")
+    raise UserError(
+      f"iterations generate pairs, but loss {config.loss.name!r} learns from other rows"
+    )
   if config.data.num_rows > settings.num_pairs:
     raise UserError(
-      f"data.num_rows = {config.data.num_rows}, of which an iteration's training takes no "
-      f"more, exceeds the iterate.num_pairs = {settings.num_pairs} that it draws"
+      f"data.num_rows = {config.data.num_rows} must be at most iterate.num_pairs = "
+      f"{settings.num_pairs}, the pairs that an iteration generates"
     )
   checked = setup_lib.check(_inner_config(config))
   base = checked.pipeline
@@ -114,7 +116,7 @@ def prepare(config: ConfigDict) -> Prepared:
     [row.caption for row in rows],
     seed=config.evaluate.seed,
   )
-  # As they come back from a file with a prompt a line.
+  # As they would be read from a file with one prompt per line.
   prompts = list(dict.fromkeys(" ".join(prompt.split()) for prompt in prompts))
   evaluate.check_count(len(prompts), config.evaluate.images_per_prompt)
   evaluate.usable_scorers(config.evaluate.scorers, prompts)
@@ -123,20 +125,20 @@ def prepare(config: ConfigDict) -> Prepared:
 
 
 def _check_improver(config: ConfigDict, base: pipeline_lib.Pipeline, mesh: Mesh) -> str:
-  """Refuses what cannot improve the base's pictures; returns the digest of what can."""
+  """Refuses an improver that does not fit the base; returns its digest."""
   name = config.iterate.improver
   make = "make one with: python -m jaxpref.main --config=improver"
   if not name:
-    raise UserError(f"iterate.improver names none; {make}")
+    raise UserError(f"iterate.improver is empty; {make}")
   try:
     improver = _load(config, name, mesh)
   except UserError as error:
     raise UserError(f"iterate.improver: {error}; {make}") from error
   if not improver.is_improver:
-    raise UserError(f"iterate.improver: {name} is no improver")
+    raise UserError(f"iterate.improver: {name} is not an improver; {make}")
   if improver.image_size != base.image_size:
     raise UserError(
-      f"iterate.improver: {name} draws {improver.image_size} pixels, the model "
+      f"iterate.improver: {name} generates {improver.image_size} pixels, the model "
       f"{base.image_size}"
     )
   setup_lib.check_steps(improver, "improve.num_steps", config.improve.num_steps)
@@ -150,10 +152,10 @@ def _load(config: ConfigDict, name: str, mesh: Mesh) -> pipeline_lib.Pipeline:
 
 
 def run(prepared: Prepared, workdir: Path) -> None:
-  """All iterations, from where they stopped, and the report.
+  """Runs the iterations that are not finished, then writes the report.
 
   Raises:
-    UserError: something cannot be written, or is of another run.
+    UserError: a file cannot be written or is of another run.
   """
   config = prepared.config
   count = config.iterate.num_iterations
@@ -173,10 +175,12 @@ def run(prepared: Prepared, workdir: Path) -> None:
 
 
 def _begin(prepared: Prepared, workdir: Path) -> None:
-  """Whether this is the run that the workdir holds; then it is begun or goes on."""
+  """Checks that the workdir is this run's, and records this start."""
   count = prepared.config.iterate.num_iterations
   if (workdir / load_run.ITERATIONS / str(count + 1)).exists():
-    raise UserError(f"{workdir} has iteration {count + 1} already, more than {count}")
+    raise UserError(
+      f"{workdir} already has iteration {count + 1}, more than iterate.num_iterations = {count}"
+    )
   _check_inputs(prepared, workdir)
   _check_filters(prepared.config, workdir)
   workdir_lib.write_config(workdir, prepared.config)
@@ -185,7 +189,7 @@ def _begin(prepared: Prepared, workdir: Path) -> None:
 
 
 def _check_inputs(prepared: Prepared, workdir: Path) -> None:
-  """A run goes on with the models and the data that it was begun with."""
+  """Refuses to resume with other models or data."""
   file = workdir / _INPUTS
   if file.exists():
     found = workdir_lib.read_json(file, lambda value: isinstance(value, dict))
@@ -197,7 +201,7 @@ def _check_inputs(prepared: Prepared, workdir: Path) -> None:
 
 
 def _check_filters(config: ConfigDict, workdir: Path) -> None:
-  """All iterations leave out the same pairs."""
+  """Refuses to resume with other filters: all iterations must leave out the same pairs."""
   if not (workdir / load_run.ITERATIONS / "1" / workdir_lib.CONFIG).exists():
     return
   stored = workdir_lib.read_json(workdir / workdir_lib.CONFIG, _has_filters)
@@ -218,11 +222,11 @@ def _has_filters(config: Any) -> bool:
 
 
 def _iterate(prepared: Prepared, workdir: Path, model: str, k: int) -> None:
-  """Draws pairs with `model` and trains it on them; what it reads is free afterwards."""
+  """Generates pairs with `model` and trains on them."""
   pairs, trained = workdir / load_run.PAIRS / str(k), workdir / load_run.ITERATIONS / str(k)
   prompts = workdir / "prompts.txt"
   if not distributed.first(lambda: generated_pairs.is_finished(pairs)):
-    _draw_pairs(prepared, pairs, model, k)
+    _generate_pairs(prepared, pairs, model, k)
   count = distributed.first(lambda: _begin_training(prepared, pairs, prompts, k))
   config = _inner_config(prepared.config, pairs=pairs, num_rows=count, model=model, k=k)
   if setup_lib.prompts_source(prepared.config) == "captions":
@@ -232,31 +236,31 @@ def _iterate(prepared: Prepared, workdir: Path, model: str, k: int) -> None:
   ready = distributed.together(lambda: setup_lib.prepare(config))
   distributed.check_same("inputs", ready.inputs)
   with distributed.open_workdir(trained, config, resume_safe=_RESUME_SAFE) as path:
-    train.run(ready, path, _base_pictures(ready, trained.with_name(str(k - 1))))
+    train.run(ready, path, _base_images(ready, trained.with_name(str(k - 1))))
   phases = {"train": time.perf_counter() - began}
   distributed.first(lambda: workdir_lib.write_json(trained / iterate_report.PHASES, phases))
 
 
-def _base_pictures(ready: setup_lib.Prepared, before: Path) -> dict[str, np.ndarray]:
-  """What the base drew for the iteration before, and would draw again for this one."""
+def _base_images(ready: setup_lib.Prepared, before: Path) -> dict[str, np.ndarray]:
+  """Reads the base's images of the previous evaluation, which would be the same again."""
   config = ready.config
   directory = before / "evaluation" / str(config.train.num_updates)
   read = functools.partial(
     evaluate.read_images, directory, "base", len(ready.prompts), config.evaluate
   )
   there = distributed.first(lambda: read() is not None)
-  pictures = read() if there else None
-  return {} if pictures is None else {"base": pictures}
+  images = read() if there else None
+  return {} if images is None else {"base": images}
 
 
 def _begin_training(prepared: Prepared, pairs: Path, prompts: Path, k: int) -> int:
-  """The number of pairs to train on."""
+  """Writes the evaluation's prompts; returns the number of pairs to train on."""
   config, changes = prepared.config, generated_pairs.changes(pairs)
   if not (count := generated_pairs.count_kept(changes, config.data)):
     raise UserError(f"in {pairs}, {_none_differs(config, changes, k)}")
   print(f"iteration {k} of {config.iterate.num_iterations}", flush=True)
   if setup_lib.prompts_source(prepared.config) == "captions":
-    # The same for all, whichever captions an iteration's pairs have.
+    # All iterations use the same prompts, whichever captions their pairs have.
     workdir_lib.write_text(prompts, "\n".join(prepared.prompts) + "\n")
   return count
 
@@ -264,41 +268,41 @@ def _begin_training(prepared: Prepared, pairs: Path, prompts: Path, k: int) -> i
 def _none_differs(config: ConfigDict, changes: np.ndarray, k: int) -> str:
   low, median, high = (f"{x:.3g}" for x in np.quantile(changes, (0, 0.5, 1)))
   if k == 1:
-    way_on = "The same command with another --config.data.min_change goes on, with these pairs"
+    way_on = "The same command with another --config.data.min_change resumes with these pairs"
   else:
-    way_on = "Iteration 1 was trained with that: set less of it in another --workdir"
+    way_on = "Iteration 1 was trained with it: choose a lower value and another --workdir"
   return (
-    f"no pair differs by data.min_change = {config.data.min_change:g} or more: they do by "
-    f"{low} to {high}, median {median}. {way_on}"
+    f"no pair differs by data.min_change = {config.data.min_change:g} or more: the pairs "
+    f"differ by {low} to {high}, median {median}. {way_on}"
   )
 
 
 def _inner_config(
   config: ConfigDict, *, pairs: Path = Path(), num_rows: int = 0, model: str = "", k: int = 1
 ) -> ConfigDict:
-  """The configuration of an iteration's training."""
+  """Returns the configuration of an iteration's training."""
   inner = config.copy_and_resolve_references()
   with inner.unlocked():
     del inner.iterate
     inner.name = f"{inner.name}-{k}"
     if model:
       inner.model.start = "" if model == inner.model.path else model
-    inner.seed = (inner.seed + 100_003 * k) % 2**31  # else its draws were those of the last
+    inner.seed = (inner.seed + 100_003 * k) % 2**31  # other random numbers than in the last
     inner.data.source, inner.data.path, inner.data.num_rows = "online", str(pairs), num_rows
-    inner.data.split = "train"  # that of the captions does not apply to pairs
+    inner.data.split = "train"  # the captions' split does not apply to pairs
     inner.evaluate.prompts = setup_lib.prompts_source(config)
     if inner.train.checkpoints:
       inner.train.checkpoints = f"{inner.train.checkpoints.rstrip('/')}/{k}"
   return inner
 
 
-def _draw_pairs(prepared: Prepared, directory: Path, model: str, k: int) -> None:
-  """The pairs of iteration `k` that are not on disk yet, drawn by `model`."""
+def _generate_pairs(prepared: Prepared, directory: Path, model: str, k: int) -> None:
+  """Generates the pairs of iteration `k` that are not on disk yet."""
   config, mesh, settings = prepared.config, prepared.mesh, prepared.config.iterate
   policy = _load(config, model, mesh)
   improver = _load(config, settings.improver, mesh) if settings.winners == "improved" else None
   at_once = min(settings.batch_size, settings.num_pairs, settings.shard_size)
-  draw = sampling.make_generator(
+  generate = sampling.make_generator(
     policy,
     mesh,
     num_steps=settings.num_steps,
@@ -319,7 +323,7 @@ def _draw_pairs(prepared: Prepared, directory: Path, model: str, k: int) -> None
   missing = distributed.first(lambda: generated_pairs.missing(directory, len(shards)))
   rng = np.random.default_rng([config.seed, k])
   order = rng.permutation(len(prepared.rows))
-  # The upper half of the seeds: evaluations take theirs from the lower.
+  # The upper half of the seeds: evaluations use the lower half.
   seeds = rng.integers(2**31, 2**32, size=(settings.num_pairs, 2)).astype(np.uint32)
   clock = metrics.Stopwatch()
   with progress.progress_bar(
@@ -334,14 +338,14 @@ def _draw_pairs(prepared: Prepared, directory: Path, model: str, k: int) -> None
       captions = [row.caption for row in rows]
       with clock("generate"):
         cond = encode.encode_prompts(policy, mesh, captions)
-        losers = draw(policy.params["unet"], cond, seeds[index, 1], names=captions)
+        losers = generate(policy.params["unet"], cond, seeds[index, 1], names=captions)
       if not (improver and improve):
         winners = np.stack([row.images[0] for row in rows])
       else:
         with clock("improve"):
-          told = dict(encode.encode_prompts(improver, mesh, captions))
-          told["image"] = encode.encode_images(improver, mesh, list(losers))
-          winners = improve(improver.params["unet"], told, seeds[index, 0], names=captions)
+          cond = dict(encode.encode_prompts(improver, mesh, captions))
+          cond["image"] = encode.encode_images(improver, mesh, list(losers))
+          winners = improve(improver.params["unet"], cond, seeds[index, 0], names=captions)
       with clock("write"):
         worse, better = (
           encode.encode_images(policy, mesh, list(images)) for images in (losers, winners)
@@ -364,12 +368,12 @@ def _draw_pairs(prepared: Prepared, directory: Path, model: str, k: int) -> None
       watchdog.beat_or_stop()
   lengths = [len(shard) for shard in shards]
   description = f"Iteration {k} of {config.name}."
-  watchdog.rest()  # until the first update, whose programs are yet to be compiled
+  watchdog.rest()  # until the first update: its programs are compiled before it
   distributed.first(lambda: generated_pairs.finish(directory, lengths, description=description))
 
 
 def _add_phases(file: Path, clock: metrics.Stopwatch) -> None:
-  """Adds what was measured since the last shard, in this process or an earlier one."""
+  """Adds the seconds since the last shard to those on disk."""
   before = workdir_lib.read_or_set_aside(file, iterate_report.are_phases, missing={})
   elapsed = clock.elapsed()
   now = {name: share * elapsed for name, share in clock.shares().items()}
@@ -377,7 +381,7 @@ def _add_phases(file: Path, clock: metrics.Stopwatch) -> None:
 
 
 def _how_made(config: ConfigDict, policy: str, improver: str) -> dict[str, Any]:
-  """Columns that all pairs of an iteration share."""
+  """Returns the columns that all pairs of an iteration share."""
   return {
     "has_label": True,
     "label_0": 1.0,
@@ -400,7 +404,7 @@ def _columns(
   loser: np.ndarray,
   change: float,
 ) -> dict[str, Any]:
-  """A pair as `data.online` stores it, all but its seeds."""
+  """Returns the columns of a pair for `generated_pairs`, without its seeds."""
   return {
     **made,
     "caption": caption,
@@ -414,7 +418,7 @@ def _columns(
 
 
 def _finish_iteration(prepared: Prepared, workdir: Path, k: int) -> None:
-  # Exactly this model: an older checkpoint of it would be another.
+  # Only the last checkpoint is this iteration's model.
   trained, step = workdir / load_run.ITERATIONS / str(k), prepared.config.train.num_updates
   own = _inner_config(prepared.config, k=k)
   checkpoint_files.find_good(checkpoint.directory_of(trained, own), step=step)

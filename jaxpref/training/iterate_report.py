@@ -1,4 +1,4 @@
-"""What iterations leave to be read: a line of metrics for each, and the report."""
+"""Metrics of iterations, one line for each, and the report of an iterative run."""
 
 import json
 import math
@@ -21,7 +21,7 @@ _GALLERY = 12
 
 
 def write_metrics(config: ConfigDict, workdir: Path, k: int) -> None:
-  """A line for each iteration, beside those for each update in the iterations' workdirs."""
+  """Writes one line of metrics for each iteration into the run's workdir."""
   lines = []
   for i in range(1, k + 1):
     changes = generated_pairs.changes(workdir / load_run.PAIRS / str(i))
@@ -44,16 +44,16 @@ def _phases(workdir: Path, k: int) -> dict[str, float]:
 
 
 def are_phases(value: Any) -> bool:
-  """Whether these are seconds by phase."""
+  """Tells whether a JSON value is seconds by phase."""
   return isinstance(value, dict) and all(
     isinstance(seconds, int | float) and 0 <= seconds < math.inf for seconds in value.values()
   )
 
 
 def is_finished(workdir: Path, config: ConfigDict, k: int) -> bool:
-  """Whether iteration `k` has been trained and evaluated; what is damaged is made again."""
+  """Tells whether iteration `k` is trained and evaluated; damaged results count as not."""
   trained = workdir / load_run.ITERATIONS / str(k)
-  # Written last.
+  # This file is written last.
   if workdir_lib.read_or_set_aside(trained / PHASES, are_phases) is None:
     return False
   try:
@@ -66,13 +66,13 @@ def is_finished(workdir: Path, config: ConfigDict, k: int) -> bool:
 def write_report(
   workdir: Path, config: ConfigDict, data: Mapping[str, str], *, held_out: bool
 ) -> None:
-  """The last iteration's evaluation, with all iterations' curves and some of the pairs.
+  """Reports the last iteration's evaluation, all iterations' curves and some pairs.
 
   Args:
     workdir: of the run.
     config: of the whole run.
-    data: what to say of the data that was read.
-    held_out: whether no prompt of the evaluation is a caption that was trained on.
+    data: facts about the data, by label.
+    held_out: whether the evaluation's prompts are all absent from the training captions.
   """
   count, updates = config.iterate.num_iterations, config.train.num_updates
   curves: dict[str, list[tuple[float, float]]] = {}
@@ -87,7 +87,7 @@ def write_report(
   facts = {
     "iterations": count,
     "updates in each": updates,
-    "pairs drawn in each": config.iterate.num_pairs,
+    "pairs generated in each": config.iterate.num_pairs,
     **data,
     "seed": config.seed,
     **jax_setup.facts(),
@@ -105,7 +105,7 @@ def write_report(
 
 
 def _summary(config: ConfigDict, workdir: Path, k: int) -> dict[str, str]:
-  """An iteration's row in the report's table."""
+  """Returns an iteration's row in the report's table."""
   evaluation = workdir / load_run.ITERATIONS / str(k) / "evaluation"
   results = evaluate.read_results(evaluation / str(config.train.num_updates))
   changes = generated_pairs.changes(workdir / load_run.PAIRS / str(k))

@@ -1,4 +1,4 @@
-"""The model that a run has tuned: its base pipeline with the UNet of a checkpoint."""
+"""The model that a run has trained: its base pipeline with the UNet of a checkpoint."""
 
 import dataclasses
 import functools
@@ -19,9 +19,9 @@ from jaxpref.runtime import checkpoint, checkpoint_files
 from jaxpref.runtime.paths import number_of, user_path
 from jaxpref.runtime.workdir import CONFIG, STARTS, read_json
 
-# Of an iterative run: folders with the pairs of each iteration, and with a run for each.
+# Folders of an iterative run: the pairs, and the training run, of each iteration.
 PAIRS, ITERATIONS = "pairs", "iterations"
-# Sections of a run's configuration that must be there, and types of the fields read here.
+# Required sections of a run's configuration, and types of the fields that are read here.
 _NEEDED = ("model", "train")
 _READ: dict[str, Any] = {
   **dict.fromkeys(("model.path", "model.variant", "train.checkpoints"), str),
@@ -49,37 +49,39 @@ def load(
   clip_skip: int = 0,
   merged: bool = True,
 ) -> pipeline_lib.Pipeline:
-  """A pipeline, or what a run has made of one.
+  """Loads the model of a run, or a pipeline.
 
   Args:
-    name: a run's workdir, or what `load_pipeline` takes.
-    ema: of a run, the averaged parameters, which are those its report compares; else the
-      parameters themselves.
-    step: of a run, the checkpoint after so many updates, or 'best', see `evaluation.best`;
-      by default the newest good one.
+    name: a run's workdir, or a name for `load_pipeline`.
+    ema: load the EMA weights of a run, which its report compares; else the last update's.
+    step: number of updates of a run's checkpoint, or 'best' (see
+      `evaluation.best_checkpoint`); None for the newest good one.
     dtype: of the computation.
-    mesh: to place parameters on; see `load_pipeline`.
-    variant: of a pipeline's weights; of a run's base its configuration says, as what follows.
-    unet: another UNet of a pipeline.
-    vae: another VAE of a pipeline.
-    clip_skip: of a pipeline's text encoders.
-    merged: whether LoRA's additions are added to the weights; else the UNet's parameters
-      are a `lora.Adapted`.
+    mesh: of the devices to place parameters on; see `load_pipeline`.
+    variant: of a pipeline's weights. A run's configuration says this for its base, as it
+      does for the following three.
+    unet: the UNet to use instead of a pipeline's own; '' for its own.
+    vae: the VAE to use instead of a pipeline's own; '' for its own.
+    clip_skip: number of last text encoder layers to skip.
+    merged: whether to add LoRA matrices to the weights; else the UNet's parameters are a
+      `lora.Adapted`.
 
   Raises:
-    UserError: there is no such thing, or it is damaged, or the base pipeline is not the
-      one that the run began with, or an argument does not apply.
+    UserError: the model is missing or damaged, the base pipeline is not the one that the run
+      began with, or an argument does not apply.
   """
   if not _is_workdir(name):
     if step is not None or not ema:
-      raise UserError(f"--step and --no-ema are a run's, and {name} is none")
+      raise UserError(
+        f"--step and --no-ema only apply to a run's workdir; {name} is a pipeline"
+      )
     return pipeline_lib.load_pipeline(
       name, dtype=dtype, mesh=mesh, variant=variant, unet=unet, vae=vae, clip_skip=clip_skip
     )
   workdir = trained_in(user_path(name))
   own = {"variant": variant, "unet": unet, "vae": vae, "clip-skip": clip_skip}
   if given := [flag for flag, value in own.items() if value]:
-    raise UserError(f"--{given[0]} is a pipeline's; the base of the run {workdir} has its own")
+    raise UserError(f"--{given[0]} only applies to pipelines; the run {workdir} has its own")
   config = _read_config(workdir)
   wanted = best_checkpoint_lib.read(workdir).update if isinstance(step, str) else step
   directory = checkpoint.directory_of(workdir, config)
@@ -109,7 +111,7 @@ def load(
   if rank:
     trained = lora.Adapted(pipeline.params["unet"], trained, config["lora"]["alpha"] / rank)
   params = {**pipeline.params, "unet": lora.merge(trained) if merged else trained}
-  # Of the weights, not of the files, which hold the same ones in other bytes each time.
+  # A digest of the weights: files of checkpoints with equal weights differ in their bytes.
   scale = f" {trained.scale}" if rank else ""
   weights = pipeline_lib.fingerprint(state[field], of=pipeline.digest + scale)
   digest = f"{field}-{found.step}-{weights}"
@@ -117,7 +119,7 @@ def load(
 
 
 def prompt_prefix(name: str) -> str:
-  """What goes before every prompt of a run's model, '' for other models and most losses."""
+  """Returns the prefix of every prompt of a run's model; '' for other models."""
   if not _is_workdir(name):
     return ""
   data = _read_config(trained_in(user_path(name))).get("data", {})
@@ -125,7 +127,7 @@ def prompt_prefix(name: str) -> str:
 
 
 def setting(name: str, section: str, field: str, default: float) -> float:
-  """What a run's configuration says, `default` for other models."""
+  """Returns a field of a run's configuration; `default` for other models."""
   if not _is_workdir(name):
     return default
   return _read_config(trained_in(user_path(name))).get(section, {}).get(field, default)
@@ -135,22 +137,24 @@ def _is_workdir(name: str) -> bool:
   path = trained_in(user_path(name))
   if not (path / CONFIG).is_file():
     return False
-  # A pipeline's parts have a file of that name, too.
+  # Parts of pipelines also have a `config.json`.
   return (path / "checkpoints").is_dir() or (path / STARTS).is_file()
 
 
 def trained_in(path: Path) -> Path:
-  """Where a run has trained: in its workdir, or of an iterative one in the last iteration's.
+  """Returns the workdir with the training: a run's own, or that of its last iteration.
 
   Raises:
-    UserError: none of its iterations is finished.
+    UserError: the run has iterations, and the first is not finished yet.
   """
   if not (path / CONFIG).is_file() or "iterate" not in _read_config(path):
     return path
   finished = [p.parent for p in (path / ITERATIONS).glob("*/report.html")]
   numbers = [n for p in finished if (n := number_of(p.name)) is not None]
   if not numbers:
-    raise UserError(f"no iteration of the run {path} is finished yet")
+    raise UserError(
+      f"no iteration of the run {path} is finished yet; start it again to finish one"
+    )
   return path / ITERATIONS / str(max(numbers))
 
 
@@ -162,7 +166,7 @@ def _read_config(workdir: Path) -> dict[str, Any]:
 
 
 def _is_config(config: Any) -> bool:
-  """Whether what is read of a configuration here has the types that a run writes."""
+  """Tells whether the fields that are read here have the types that a run writes."""
   if not (isinstance(config, dict) and all(isinstance(config.get(s), dict) for s in _NEEDED)):
     return False
   for path, kind in _READ.items():
@@ -185,7 +189,7 @@ def _is_config(config: Any) -> bool:
 def _load_base(
   workdir: Path, model: Any, dtype: Any, mesh: Mesh | None, *, without_unet: bool
 ) -> pipeline_lib.Pipeline:
-  """The run's base; where its UNet is not needed that is read for its digest alone."""
+  """Loads the run's base; reads an unneeded UNet only for its digest."""
   base = model["path"]
   try:
     return pipeline_lib.load_pipeline(

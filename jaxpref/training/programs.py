@@ -1,6 +1,7 @@
-"""A run's programs as its configuration asks for them: to train with, to plan or to measure.
+"""A run's jitted programs, made from its configuration: to train, plan or measure.
 
-None of these functions reads anything or computes anything; arrays may be shapes.
+These functions only build programs: they read no files, and every array may be a
+ShapeDtypeStruct.
 """
 
 from collections.abc import Callable
@@ -23,16 +24,16 @@ from jaxpref.training.setup import Checked, abstract_trained
 
 
 class Programs(NamedTuple):
-  """What a run computes with.
+  """The programs of a run.
 
   Attributes:
-    adapt: (what is trained, base) -> the policy's parameters.
-    make_state: what is trained, as it is at the start -> a `steps.TrainState`.
+    adapt: (trained parameters, base) -> the policy's parameters.
+    make_state: initial trained parameters -> a `train_step.TrainState`.
     placement: the sharding of each of the state's leaves.
-    train_step: see `steps.make_train_step`.
-    rollout: see `rollouts.make_rollout`, or None where the loss draws nothing.
-    reference_errors: see `steps.make_reference_errors`.
-    lagging: whether it is the state's older copy of the policy that draws.
+    train_step: see `train_step.make_train_step`.
+    rollout: see `rollout.make_rollout`; None if the loss has no rollout.
+    reference_errors: see `train_step.make_reference_errors`.
+    lagging: whether the rollout uses `TrainState.policy_copy`.
   """
 
   adapt: Callable[[Any, Any], Any]
@@ -45,13 +46,13 @@ class Programs(NamedTuple):
 
 
 def make_programs(checked: Checked, trained: Any, rows: Any, uncond: Any) -> Programs:
-  """The programs of a run.
+  """Makes the programs of a run.
 
   Args:
     checked: the run's configuration and models.
-    trained: what is trained, arrays or shapes.
+    trained: initial trained parameters, arrays or shapes.
     rows: 'latents', 'cond' and 'labels' of at least one row, arrays or shapes.
-    uncond: the empty prompt, arrays or shapes.
+    uncond: conditioning of the dropped prompt, arrays or shapes.
   """
   config, pipeline, mesh = checked.config, checked.pipeline, checked.mesh
   needs = checked.loss.needs
@@ -116,13 +117,13 @@ def make_programs(checked: Checked, trained: Any, rows: Any, uncond: Any) -> Pro
 def rollout_arguments(
   program: Programs, state: Any, base: Any, cond: Any, uncond: Any, guide: Any = None
 ) -> tuple:
-  """What `program.rollout` is called with; arrays or shapes."""
+  """Returns the arguments of `program.rollout`, arrays or shapes."""
   policy = state.policy_copy if program.lagging else state.params
   return program.adapt(policy, base), state.seed, state.update, cond, uncond, guide
 
 
 class Arguments(NamedTuple):
-  """What `train_step` takes, as shapes with their shardings; see `steps.make_train_step`."""
+  """Arguments of `Programs.train_step`, as shapes with shardings."""
 
   state: Any
   base: Any
@@ -133,7 +134,7 @@ class Arguments(NamedTuple):
 
 
 def abstract_rows(checked: Checked, count: int) -> dict[str, Any]:
-  """Shapes of so many encoded rows, as `encode.encode_rows` makes them."""
+  """Returns the shapes that `encode.encode_rows` returns for `count` rows."""
   pipeline, needs = checked.pipeline, checked.loss.needs
   images = len(rows_lib.arms_of(needs.rows, checked.config.data.list_size))
   latents = jax.ShapeDtypeStruct((count, images, *pipeline.latent_shape), jnp.float32)
@@ -146,7 +147,7 @@ def abstract_rows(checked: Checked, count: int) -> dict[str, Any]:
 
 
 def abstract_programs(checked: Checked) -> tuple[Programs, Arguments]:
-  """A run's programs and what its train step would be called with, from nothing but shapes."""
+  """Makes a run's programs and the arguments of its train step from shapes only."""
   config, mesh, needs = checked.config, checked.mesh, checked.loss.needs
   count = config.train.batch_size
   trained = abstract_trained(config, checked.pipeline)
@@ -185,7 +186,7 @@ def _placed(shapes: Any, shardings: Any) -> Any:
 
 
 def has_own_targets(checked: Checked) -> bool:
-  """Whether what the policy drew are its own predictions still: no error, no gradient."""
+  """Tells whether a rollout's targets are the policy's predictions, with error 0."""
   rollout = checked.config.rollout
   fresh = rollout.refresh_every == 1 and rollout.guidance <= 1 and not rollout.replay
   return bool(checked.loss.needs.rollout) and fresh
@@ -220,7 +221,7 @@ def _make_optimizer(config: Any, learning_rate: optax.Schedule) -> optax.Gradien
 
 
 def _replay_shapes(checked: Checked, rows: Any, uncond: Any) -> Any:
-  """Shapes of an update's rows, where a buffer of earlier ones is asked for."""
+  """Returns the shapes of an update's noised rows if the run has a replay buffer."""
   config, pipeline = checked.config, checked.pipeline
   if not config.rollout.replay:
     return None
@@ -236,7 +237,7 @@ def _replay_shapes(checked: Checked, rows: Any, uncond: Any) -> Any:
 
 
 def _abstract_states(checked: Checked) -> rollout_lib.States:
-  """Shapes of what an update's rollout returns."""
+  """Returns the shapes of an update's rollout."""
   config, latent_shape = checked.config, checked.pipeline.latent_shape
   shape = config.train.batch_size, config.rollout.states
   x_t = jax.ShapeDtypeStruct((*shape, *latent_shape), jnp.float32)

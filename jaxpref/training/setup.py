@@ -1,4 +1,4 @@
-"""What a run reads, all of it, and checked before anything is written."""
+"""Everything that a run reads, checked before it writes anything."""
 
 import dataclasses
 from pathlib import Path
@@ -23,15 +23,15 @@ from jaxpref.training import load_run
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-  """What of a run's input does not depend on its rows.
+  """A run's configuration, loss and models, without its data rows.
 
   Attributes:
     config: of the run.
-    mesh: it runs on.
+    mesh: of the run's devices.
     loss: with its hyper-parameters.
-    arms: of a row, see `steps.make_train_step`.
+    arms: names of the errors, see `train_step.make_train_step`.
     pipeline: the base; `programs` need only its modules and schedule.
-    start: of a `model.start`, its 'params' and 'digest'.
+    start: 'params' and 'digest' of `model.start`; empty without it.
     reference: see `reference_of`.
   """
 
@@ -46,9 +46,14 @@ class Checked:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared(Checked):
-  """A run's input, read and checked.
+  """A run's whole input, read and checked.
 
-  `inputs` are digests of all of it, `data` says which rows were left out, and why.
+  Attributes:
+    inputs: digests of the data and the models.
+    data: counts of the rows that were left out, by reason.
+    rows: the training rows.
+    prompts: of the evaluation.
+    scorers: names of the scorers that can judge these prompts.
   """
 
   inputs: dict[str, str]
@@ -59,10 +64,10 @@ class Prepared(Checked):
 
 
 def prepare(config: Any) -> Prepared:
-  """Everything a run reads.
+  """Reads and checks everything that a run needs.
 
   Raises:
-    UserError: whatever is wrong with it; the workdir has not been touched then.
+    UserError: a setting, a model or the data is unusable. Nothing has been written then.
   """
   checked = check(config)
   tally = rows_lib.make_tally(config.data)
@@ -90,22 +95,22 @@ def prepare(config: Any) -> Prepared:
 
 
 def check(config: Any, *, mesh: Any = None) -> Checked:
-  """Reads the models, and refuses settings that cannot be.
+  """Reads the models and refuses settings that do not fit them.
 
   Args:
     config: of the run.
-    mesh: another one than that of this machine's devices, to plan for, abstract or not: no
-      weights are read then.
+    mesh: a mesh to plan for, which may be abstract: no weights are read then. None for a
+      mesh of this machine's devices.
 
   Raises:
-    UserError: whatever is wrong.
+    UserError: a setting or a model is unusable.
   """
   jax_setup.cache_programs()
   plans = mesh is not None
   if not plans:
     mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
     _check_attention(config.model.attention)
-    checkpoint.directory_of(Path(), config)  # refuses what is no place for them
+    checkpoint.directory_of(Path(), config)  # refuses an unusable train.checkpoints
   sharding.check_batch(config.train.batch_size, mesh, accumulate=config.train.accumulate)
   loss = losses.make_loss(config.loss)
   of_rows = rows_lib.arms_of(loss.needs.rows, config.data.list_size)
@@ -119,14 +124,14 @@ def check(config: Any, *, mesh: Any = None) -> Checked:
     pipeline = pipeline_lib.load_pipeline(config.model.path, mesh=mesh, **model)
   if loss.needs.condition == "image":
     if "improve" not in config:
-      raise UserError(
-        "a loss that is shown an image needs a section improve in its config file"
-      )
+      raise UserError("a loss with an input image needs a section improve in its config file")
     pipeline = pipeline_lib.widen(pipeline)
     check_steps(pipeline, "improve.num_steps", config.improve.num_steps)
   elif pipeline.is_improver:
-    raise UserError(f"{config.model.path} is an improver; --config=improver trains it on")
-  # More steps than the schedule has are refused here, not at the first picture.
+    raise UserError(
+      f"{config.model.path} is an improver: only --config=improver can train it further"
+    )
+  # Refuses more steps than the schedule has here, not at the first image.
   timesteps_lib.offset_grid(
     pipeline.schedule, config.rollout.num_steps, jnp.zeros(1, jnp.int32)
   )
@@ -134,7 +139,7 @@ def check(config: Any, *, mesh: Any = None) -> Checked:
   start = {}
   if config.model.start and not plans:
     start = _load_start(config, pipeline, mesh)
-  if rank := config.lora.rank:  # a pattern without a match is refused here, too
+  if rank := config.lora.rank:  # also refuses a pattern without a match
     unet = pipeline_lib.abstract_params(pipeline.modules["unet"])
     lora_lib.check_rank(unet, rank=rank, targets=config.lora.targets)
     abstract_trained(config, pipeline)
@@ -143,7 +148,7 @@ def check(config: Any, *, mesh: Any = None) -> Checked:
 
 
 def reference_of(loss: losses.Loss, config: Any) -> str | None:
-  """Tells whose errors a loss is given besides the policy's.
+  """Returns the model whose errors are the reference.
 
   Returns:
     'start' for the model that training begins with, 'base' for that of `model.path`, None
@@ -155,12 +160,12 @@ def reference_of(loss: losses.Loss, config: Any) -> str | None:
 
 
 def _check_attention(kernel: str) -> None:
-  """Refuses kernels of other devices than there are."""
+  """Refuses attention kernels of other devices than this machine's."""
   needed = {"cudnn": "gpu", "splash": "tpu"}.get(kernel)
   if needed and needed != (platform := jax.default_backend()):
     raise UserError(
-      f"model.attention = {kernel!r} runs on {needed.upper()}s, and here is a "
-      f"{platform.upper()}; 'auto' takes what there is"
+      f"model.attention = {kernel!r} needs a {needed.upper()}, and this machine has a "
+      f"{platform.upper()}; 'auto' chooses the kernel"
     )
 
 
@@ -173,20 +178,20 @@ def check_steps(pipeline: pipeline_lib.Pipeline, field: str, num_steps: int) -> 
 
 
 def prompts_source(config: Any) -> str:
-  """Where an evaluation's prompts are from, for `prompt_files.choose_prompts`."""
+  """Returns the source of an evaluation's prompts, for `prompt_files.choose_prompts`."""
   if config.evaluate.prompts != "auto":
     return config.evaluate.prompts
   return "shapes" if config.data.source == "shapes" else "captions"
 
 
 def abstract_trained(config: Any, pipeline: pipeline_lib.Pipeline) -> Any:
-  """Shapes of what is trained."""
+  """Returns the shapes of the trained parameters."""
   base = pipeline_lib.abstract_params(pipeline.modules["unet"])
   return jax.eval_shape(lambda params: init_trained(config, params), base)
 
 
 def init_trained(config: Any, base: Any) -> Any:
-  """What is trained, before the first update: all parameters, or additions to them."""
+  """Returns the initial trained parameters: the base's, or LoRA matrices."""
   lora = config.lora
   if not lora.rank:
     return base
@@ -195,44 +200,48 @@ def init_trained(config: Any, base: Any) -> Any:
 
 
 def _load_start(config: Any, pipeline: pipeline_lib.Pipeline, mesh: Mesh) -> dict[str, Any]:
-  """What training begins with in the place of the base's parameters."""
+  """Loads the parameters of `model.start`, with which training begins."""
   name, rank = config.model.start, config.lora.rank
   start = load_run.load(name, dtype=jnp.dtype(config.model.dtype), mesh=mesh, merged=not rank)
   params, wanted = start.params["unet"], abstract_trained(config, pipeline)
   if rank:
     if not isinstance(params, lora_lib.Adapted):
-      raise UserError(f"model.start: {name} is no LoRA run, which lora.rank > 0 asks for")
+      raise UserError(f"model.start: {name} is not a LoRA run, which lora.rank > 0 requires")
     params = params.lora
   if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, wanted):
-    raise UserError(f"model.start: what {name} has trained does not fit model.path and lora")
+    raise UserError(f"model.start: the parameters of {name} do not fit model.path and lora")
   return {"params": params, "digest": start.digest}
 
 
 def _check_needs(loss: losses.Loss, config: Any) -> None:
-  """Refuses settings that this loss makes nothing of, rather than ignoring them."""
+  """Refuses settings that this loss would ignore."""
   needs = loss.needs
   if config.loss.reference == "base" and not needs.reference:
     raise UserError(f"loss.reference = 'base', but {config.loss.name} has no reference")
   rollout, draws = config.rollout, config.data.noise_draws
   if draws and needs.rollout:
-    raise UserError("data.noise_draws fixes timesteps and noise, which rollouts draw anew")
+    raise UserError(
+      "data.noise_draws fixes timesteps and noise, but rollouts sample them at each update"
+    )
   if needs.condition and config.lora.rank:
     raise UserError("lora.rank leaves out the input's new weights, which this loss must train")
   if draws and loss.arrange:
     raise UserError("data.noise_draws is for losses that take images as the rows have them")
   if needs.rollout and loss.arrange:
-    raise UserError(f"{config.loss.name} both rolls out and arranges its rows, which cannot be")
+    raise UserError(
+      f"{config.loss.name} has both a rollout and arrange, which cannot be combined"
+    )
   if draws and needs.residuals:
     raise UserError("data.noise_draws keeps errors, and this loss needs predictions")
   if draws and needs.reference and config.model.dtype != "float32":
     raise UserError(
-      "data.noise_draws needs model.dtype=float32: errors of a program of their own, rounded "
-      "to less, would differ by more than preference margins"
+      "data.noise_draws needs model.dtype=float32: in bfloat16, the errors of its separate "
+      "program would differ by more than preference margins"
     )
   if needs.rows != "singles" and (config.data.good_prefix or config.data.bad_prefix):
     raise UserError("data.good_prefix and data.bad_prefix are for losses that learn singles")
   if needs.rows == "experts" and config.data.num_rows:
-    raise UserError("of experts there are data.num_experts; data.num_rows is for other rows")
+    raise UserError("this loss learns from experts: set data.num_experts, not data.num_rows")
   if needs.rows != "pairs" and config.data.min_change:
     raise UserError("data.min_change is for losses that learn from pairs")
   if not needs.rollout and (rollout.states > 1 or rollout.replay):

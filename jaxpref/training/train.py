@@ -7,14 +7,13 @@ loop in `run` from top to bottom. All processes of a run execute it; process 0 w
 import collections
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from clu import parameter_overview
-from jax.sharding import Mesh
 
 from jaxpref import sharding
 from jaxpref.data import encode
@@ -22,7 +21,7 @@ from jaxpref.data import loader as loader_lib
 from jaxpref.errors import StoppedError
 from jaxpref.runtime import checkpoint, distributed, jax_setup, metrics, throughput, watchdog
 from jaxpref.runtime import workdir as workdir_lib
-from jaxpref.training import anomalies, flops, programs, run_state
+from jaxpref.training import anomalies, batch_maker, flops, programs, run_state
 from jaxpref.training.run_evaluator import RunEvaluator
 from jaxpref.training.setup import Prepared
 
@@ -57,7 +56,7 @@ def run(
   distributed.first(lambda: _write_start(workdir, prepared, identity, start, state.params))
   evaluator = RunEvaluator(prepared, workdir, ckptr, known)
   evaluator.keep_best()
-  make_batch = _batch_maker(prepared, program, base, reference, uncond, rows)
+  make_batch = batch_maker.make_batch_maker(prepared, program, base, reference, uncond, rows)
   models_of = lambda state: {"base": base, "tuned": program.adapt(state.ema, base)}  # noqa: E731
 
   writer = _open_writer(workdir, train.num_updates, start)
@@ -192,52 +191,6 @@ def _open_writer(workdir: Path, updates: int, start: int) -> metrics.MetricWrite
     )
   )
   return opened[0] if opened else None
-
-
-def _batch_maker(
-  prepared: Prepared,
-  program: programs.Programs,
-  base: Any,
-  start: Any,
-  uncond: Any,
-  rows: Any,
-) -> Callable[[np.ndarray, int], Any]:
-  """Makes a function: (indices of rows, number of the update) -> a batch on the devices."""
-  config, mesh = prepared.config, prepared.mesh
-  draws = config.data.noise_draws
-  known: dict[str, np.ndarray] = {}
-  if draws and prepared.loss.needs.reference:
-    reference = base if start is None else program.adapt(start, base)
-    known = _known_errors(program.reference_errors, reference, uncond, rows, config, mesh)
-
-  def make(index: np.ndarray, done: int) -> Any:
-    batch = sharding.place_batch(rows, mesh, index)
-    if draws:
-      rng = np.random.default_rng([config.seed, done - 1])
-      draw = rng.integers(draws, size=len(index), dtype=np.int32)
-      ref = {arm: of[index, draw] for arm, of in known.items()}
-      numbers = {"row": index.astype(np.int32), "draw": draw, "ref": ref}
-      batch |= sharding.place_batch(numbers, mesh)
-    return batch
-
-  return make
-
-
-def _known_errors(
-  reference_errors: Callable, reference: Any, uncond: Any, rows: Any, config: Any, mesh: Mesh
-) -> dict[str, np.ndarray]:
-  """Computes the reference's errors by arm for every row and noise draw, [N, draws]."""
-  count, draws = len(rows["latents"]), config.data.noise_draws
-  found = []
-  for draw in range(draws):
-    numbers = {"row": np.arange(count, dtype=np.int32), "draw": np.full(count, draw, np.int32)}
-    found.append(
-      encode.in_batches(
-        lambda params, batch: reference_errors(params, config.seed, uncond, batch),
-        *(reference, rows | numbers, config.train.batch_size, mesh),
-      )
-    )
-  return jax.tree.map(lambda *of: np.stack(of, axis=1), *found)
 
 
 def _speedometer(prepared: Prepared) -> throughput.Speedometer:
