@@ -174,7 +174,7 @@ def runs_config():
   [
     ("s3://bucket/run", "neither a local path nor gs://"),
     ("gs:///run", "neither a local path nor gs://"),
-    ("runs/elsewhere", "must be absolute"),
+    ("runs/elsewhere", "must be an absolute path"),
   ],
 )
 def test_other_places_are_refused(where, said, tiny_pipeline, tmp_path, capsys, monkeypatch):

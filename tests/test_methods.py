@@ -158,8 +158,7 @@ def test_presets_are_sound(name, preset):
     (
       "spin",
       ["--config.data.num_rows=99"],
-      "data.num_rows = 99, of which an iteration's training takes no more, exceeds the "
-      "iterate.num_pairs = 12",
+      "data.num_rows = 99 must be at most iterate.num_pairs = 12",
     ),
     ("improver", ["--config.improve.num_steps=2000"], "improve.num_steps: sampling steps"),
     ("spin", ["--config.iterate.winners=best"], "'iterate.winners' must be one of"),
