@@ -396,7 +396,10 @@ def test_ways_to_decode_agree(tiny_pipeline, tmp_path, decode):
     (["--prompts=a", "--out=x", "--seed=-1"], "--seed must be at least 0"),
     (["--prompts=a", "--out=x", "--guidance=-1"], "--guidance must be finite and at least 0"),
     (["--prompts=a", "--out=x", "--guidance=nan"], "--guidance must be finite"),
-    (["--prompts=a", "--out=x", "--step=3"], "--step and --no-ema only apply to a run's workdir"),
+    (
+      ["--prompts=a", "--out=x", "--step=3"],
+      "--step and --no-ema only apply to a run's workdir",
+    ),
     (["--prompts=a", "--out=~nobody-here/x"], "this user has no home directory"),
     (["--prompts=a", "--out=x", "--guidence=1"], "unrecognized arguments"),
     (["--prompts=a", "--out=setup.py"], "is a file, not a directory"),
