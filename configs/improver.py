@@ -25,9 +25,7 @@ def get_config(preset: str = "shapes") -> ConfigDict:
   """Returns the run's configuration."""
   c = base_config.base("improver", preset)
   c.loss.weight_winning = 0.5  # share of rows with the loser as input, and the prompt
-  c.loss.weight_reconstruction = (
-    0.25  # share of rows with the target as input, without a prompt
-  )
+  c.loss.weight_reconstruction = 0.25  # share of rows with the target as input, no prompt
   c.loss.weight_unconditional = 0.25  # share of rows without an input image and prompt
   c.data.prompt_dropout = 0.0
   c.data.dropped_prompt = "unconditional"  # as in sampling; zeros for SDXL

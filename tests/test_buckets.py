@@ -116,7 +116,7 @@ def test_what_a_killed_save_left_is_no_checkpoint(emulator):
   root = storage.place(directory)
   (root / "2" / storage.MARK).unlink()
   assert checkpoint_files.steps(directory) == [1]
-  with pytest.raises(UserError, match="only of"):
+  with pytest.raises(UserError, match=r"the steps are \[1\]"):
     checkpoint_files.find_good(directory, step=2)
   ckptr = checkpoint.Checkpointer(directory, keep=2)
   assert not (root / "2").exists()
