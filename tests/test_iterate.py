@@ -377,7 +377,7 @@ def test_pairs_that_hardly_differ_are_not_trained_on(
   # Another run on these pairs is told why it has so few of them.
   flags = ["--config=configs/dpo.py:tiny", "--config.data.source=online"]
   flags += [f"--config.data.path={workdir / 'pairs' / '1'}", "--config.data.min_change=9"]
-  with pytest.raises(UserError, match="0 pairs of data.min_change = 9 or more, data.num_rows"):
+  with pytest.raises(UserError, match="0 pairs of data.min_change = 9 or more: data.num_rows"):
     setup_lib.prepare(_config(flags))
   none, said = start(num_rows=13)
   assert not none and "data.num_rows = 13 must be at most iterate.num_pairs = 12" in said
