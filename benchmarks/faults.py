@@ -92,7 +92,7 @@ def kill_in_the_data(trial: trials.Trial, duration: float) -> None:
   """Kills a run while the data set is generated."""
   del duration
   trial.env |= {"TFDS_DATA_DIR": str(trial.directory / "data")}
-  kill_once_said(trial, "drawing", within=8)
+  kill_once_said(trial, "generating the", within=8)
 
 
 def kill_in_the_pairs(trial: trials.Trial, duration: float) -> None:
