@@ -1,4 +1,4 @@
-"""Updates of methods on meshes; prints metrics and digests as JSON. For test_steps.
+"""A program for test_steps.py: trains a toy model on meshes, prints metrics and sums as JSON.
 
 python devices_main.py '[{"name": "dro", "data": 8}, ...]'
 """
@@ -22,14 +22,14 @@ CHANNELS, SIZE, TOKENS, WIDTH, ROWS = 4, 4, 3, 8, 16
 
 
 def denoise(params, x_t, t, cond):
-  """A small network in place of the UNet: what is tested here is everything around it."""
+  """Predicts with a small network instead of the UNet, because the tests cover the step."""
   hidden = jnp.einsum("bchw,cd->bdhw", x_t, params["in"])
   hidden += (cond.mean(1) @ params["cond"])[:, :, None, None]
   hidden += jnp.sin(t / 100.0)[:, None, None, None]
   return jnp.einsum("bdhw,dc->bchw", jnp.tanh(hidden), params["out"])
 
 
-HYPER = {  # of each method, where this toy problem puts them to the test
+HYPER = {  # each method's settings, chosen so that they matter in this toy problem
   "csft": {},
   "dpo": {"beta": 20.0, "variant": "sigmoid"},
   "dro": {"margin": 0.001},
@@ -45,7 +45,7 @@ HYPER = {  # of each method, where this toy problem puts them to the test
 
 
 def initial(kind="experts", seed=0):
-  """Parameters, rows and the empty prompt's embedding."""
+  """Samples parameters, rows and the empty prompt's embedding."""
   rng = np.random.default_rng(seed)
   draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
   params = {
@@ -80,7 +80,7 @@ def train(
   collectives=None,
   **hyper,
 ):
-  """Metrics by update, and the parameters."""
+  """Trains for a few updates; returns the metrics of each update and the parameters."""
   mesh = sharding.make_mesh(data=data, fsdp=fsdp)
   loss = losses.make_loss({"name": name, **HYPER[name], **hyper})
   needs = loss.needs
@@ -105,7 +105,7 @@ def train(
       buffer = rollout_lib.init_replay(example, replay)
     return train_step.init_state(p, tx, seed=seed, lagging_copy=lagging, replay=buffer)
 
-  # Every tensor is split here that can be, however small.
+  # `min_bytes=0` also shards small tensors.
   split = sharding.params_sharding(mesh, jax.eval_shape(make_state, params), min_bytes=0)
   step = train_step.make_train_step(
     *(denoise, schedule, loss, tx),

@@ -1,8 +1,8 @@
-"""Stable Diffusion 1.5, 2.1 and XL at a width that a test can afford.
+"""Stable Diffusion 1.5, 2.1 and XL pipelines that are narrow enough for a test.
 
-The real configurations (`jaxpref/pipelines`, as their public repositories state them)
-with every switch kept - heads by block, linear projections, layers by block, text_time
-conditioning, activations, schedules - and fewer channels, layers and words.
+They are the configurations of the public repositories (`jaxpref/pipelines`) with fewer
+channels, layers and words. All other settings stay: heads per block, linear projections,
+layers per block, text_time conditioning, activations and schedules.
 """
 
 import json
@@ -25,19 +25,25 @@ WIDTHS = (32, 48)  # of the text encoders
 
 
 def real_configs(family: str) -> dict[str, dict[str, Any]]:
-  """The configuration files of a family, by part."""
+  """Reads the configuration files of a family, by part."""
   files = {"model_index": CONFIGS / family / "model_index.json"}
   files |= {p.parent.name: p for p in (CONFIGS / family).glob("*/*config.json")}
   return {name: json.loads(file.read_text()) for name, file in files.items()}
 
 
 def describe(family: str, directory: Path, *, dtype: Any = np.float32) -> pipeline.Pipeline:
-  """A real family's pipeline at full width, without weights, by way of a directory."""
+  """Describes a family's pipeline at full width; writes its configurations to `directory`."""
   return pipeline.describe_pipeline(str(write_configs(family, directory)), dtype=dtype)
 
 
 def write_configs(family: str, directory: Path, **reduced: Any) -> Path:
-  """A pipeline's directory without weights, at full width unless `reduced_configs` is asked."""
+  """Writes a pipeline's configurations without weights.
+
+  Args:
+    family: one of `FAMILIES`.
+    directory: where they are written.
+    **reduced: arguments of `reduced_configs`; without any, the width is the real one.
+  """
   configs = reduced_configs(family, **reduced) if reduced else real_configs(family)
   places = {"model_index": "model_index.json", "scheduler": "scheduler/scheduler_config.json"}
   for name, config in configs.items():
@@ -48,7 +54,7 @@ def write_configs(family: str, directory: Path, **reduced: Any) -> Path:
 
 
 def write_tiny(root: Path) -> None:
-  """A pipeline as the shapes world's, of a few thousand random parameters, `root/pipeline`."""
+  """Writes a tiny shapes pipeline with random parameters to `root/pipeline`."""
   config = config_lib.load_config("shapes_base:tiny")
   captions = [prompts.caption(s) for s in prompts.all_prompts("train")["position"]]
   text.train_tokenizer(
@@ -68,7 +74,13 @@ def write_tiny(root: Path) -> None:
 def reduced_configs(
   family: str, *, vocab_size: int, shallow: bool = False
 ) -> dict[str, dict[str, Any]]:
-  """The same, narrow; and with as few layers as can be, where a test trains."""
+  """Returns the configurations of a family with fewer channels, layers and words.
+
+  Args:
+    family: one of `FAMILIES`.
+    vocab_size: number of words of the tokenizers.
+    shallow: also remove levels and layers, for tests that train.
+  """
   configs = real_configs(family)
   unet, vae = configs["unet"], configs["vae"]
   channels = [32, 64, 64, 64][: len(unet["block_out_channels"])]
@@ -88,16 +100,16 @@ def reduced_configs(
       "projection_class_embeddings_input_dim": 48 + WIDTHS[1],
     }
   vae |= {"block_out_channels": [32, 32, 64, 64], "sample_size": 8 * unet["sample_size"]}
-  if shallow or family != "sd15":  # one family at its real depth will do
+  if shallow or family != "sd15":  # testing one family at its real depth is enough
     unet["layers_per_block"] = vae["layers_per_block"] = 1
     if "transformer_layers_per_block" in unet:
       unet["transformer_layers_per_block"] = [1, 1, 1]
-  if shallow and family == "sdxl":  # two of its three levels
+  if shallow and family == "sdxl":  # keep two of the three levels
     for field in ("block_out_channels", "attention_head_dim", "down_block_types"):
       unet[field] = unet[field][:2]
     unet["up_block_types"] = unet["up_block_types"][1:]
     unet["transformer_layers_per_block"] = [1, 1]
-  if shallow and family == "sd15":  # two of its four, with text and without
+  if shallow and family == "sd15":  # keep two of the four levels, one without attention
     unet["block_out_channels"] = channels[:2]
     unet["down_block_types"] = unet["down_block_types"][2:]
     unet["up_block_types"] = unet["up_block_types"][:2]
@@ -115,7 +127,7 @@ def reduced_configs(
 
 
 def random_params(modules: Mapping[str, Any]) -> dict[str, Any]:
-  """By part; not as the modules begin, whose zeros and ones would hide mistakes."""
+  """Samples parameters by part; the modules' own initial zeros and ones would hide mistakes."""
   rng = np.random.default_rng(0)
 
   def draw(leaf):
@@ -126,11 +138,11 @@ def random_params(modules: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_pipeline(family: str, directory: Path, *, shallow: bool = False) -> Path:
-  """A reduced pipeline with random weights, in diffusers' layout; returns its directory."""
+  """Writes a reduced pipeline with random weights in diffusers' layout; returns its path."""
   text.train_tokenizer(PROMPTS, directory / "tokenizer", vocab_size=560, max_length=77)
   vocab_size = len(text.load_tokenizer(directory / "tokenizer"))
   configs = reduced_configs(family, vocab_size=vocab_size, shallow=shallow)
-  if "text_encoder_2" in configs:  # its padding is another word than the end mark
+  if "text_encoder_2" in configs:  # its padding token differs from the end token
     text.train_tokenizer(PROMPTS, directory / "tokenizer_2", vocab_size=560, max_length=77)
     file = directory / "tokenizer_2" / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"pad_token": "!"}))
@@ -143,7 +155,7 @@ def write_pipeline(family: str, directory: Path, *, shallow: bool = False) -> Pa
 
 
 def write_improver(base: Path, target: Path) -> Path:
-  """An improver of a pipeline's layout, which makes something of the image it is shown."""
+  """Writes an improver based on a pipeline, with random weights for the clean-image input."""
   loaded = pipeline.load_pipeline(str(base))
   wide = pipeline.widen(loaded)
   kernel = np.array(wide.params["unet"]["conv_in"]["kernel"])

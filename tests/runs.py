@@ -1,4 +1,4 @@
-"""Runs of the tiny preset: their arguments, and what they have left."""
+"""Runs of the tiny preset: their arguments, final parameters and metrics."""
 
 import json
 
@@ -19,10 +19,10 @@ def arguments(pipeline, workdir, method="dro", **fields):
 
 
 def parameters(workdir):
-  """Every array of the newest checkpoint, by its path."""
+  """Returns the step of the newest checkpoint, and its arrays by their paths in the state."""
   directory = workdir / "checkpoints"
   newest = max(checkpoint_files.steps(directory))
-  # Onto one device, whatever mesh wrote it.
+  # A checkpoint of any mesh is restored onto one device.
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   abstract = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

@@ -1,7 +1,7 @@
-"""What PyTorch's diffusers and transformers make of a reduced pipeline.
+"""Outputs of PyTorch's diffusers and transformers for a reduced pipeline.
 
-Used by the live comparisons in `test_families.py`, and by `golden/make_families.py`, which
-commits a part of the numbers for machines without PyTorch.
+`test_families.py` compares with them directly. `golden/make_families.py` stores a part of them
+for machines without PyTorch.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ GUIDANCE = 5.0
 
 
 def load(directory: Path):
-  """The pipeline with DPM-Solver++ on its own schedule."""
+  """Loads a pipeline and gives it DPM-Solver++ on the pipeline's own schedule."""
   xl = (directory / "text_encoder_2").exists()
   kind = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
   pipe = kind.from_pretrained(directory)
@@ -30,7 +30,13 @@ def load(directory: Path):
 
 @torch.no_grad()
 def outputs(directory: Path, inputs: dict[str, np.ndarray], prompts: list[str]):
-  """Every part's outputs, float32, by name; `inputs` as `test_families.inputs` makes them."""
+  """Returns the outputs of every part, float32, by name.
+
+  Args:
+    directory: the pipeline.
+    inputs: from `test_families.make_inputs`.
+    prompts: texts to encode and to sample images for.
+  """
   pipe = load(directory)
   tensors = {k: torch.tensor(v) for k, v in inputs.items()}
   posterior = pipe.vae.encode(tensors["image"]).latent_dist
