@@ -1,4 +1,4 @@
-"""Iterative training: pairs that the model draws, SPIN and iterative DPO, stopped or not."""
+"""Training on generated pairs, SPIN and iterative DPO, interrupted or not."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def improver(tiny_pipeline, tmp_path_factory):
 
 
 def arguments(base, improver, workdir, method="iterative_dpo", **fields):
-  # Random weights draw much the same, whatever they are told.
+  # Random weights generate nearly the same image for every prompt.
   given = {"data.min_change": 0, "evaluate.num_prompts": 3}
   # Steps as long as gradients: Adam's, of one length, would take rounding's sign for theirs
   # where they are near nothing.
@@ -93,7 +93,7 @@ def test_what_an_iterative_run_leaves(finished):
   html = (finished / "report.html").read_text()
   assert "Pairs of the last iteration" in html and html.count("winner:") == 12
   assert '<h2 id="iterations">' in html and "12 of 12" in html
-  # The second iteration's pairs are drawn by the first one's model.
+  # The model of the first iteration generates the pairs of the second.
   first = load_run.load(str(finished / "iterations" / "1"))
   rows = generated_pairs.open_pairs(finished / "pairs" / "2")
   assert {row["model_1"].decode() for row in rows} == {first.digest}
@@ -135,7 +135,7 @@ def test_its_model_is_that_of_the_last_iteration(finished, tmp_path):
 
 @pytest.mark.long
 def test_pairs_are_what_policy_and_improver_draw(finished, tiny_pipeline, improver):
-  """Drawn by hand, from what a row says of itself; and they are what is trained on."""
+  """Generates the pairs again from the fields of their rows; training reads these pairs."""
   mesh = sharding.make_mesh()
   base, better = (pipeline.load_pipeline(str(p)) for p in (tiny_pipeline, improver))
   source = generated_pairs.open_pairs(finished / "pairs" / "1")
@@ -164,7 +164,7 @@ def test_pairs_are_what_policy_and_improver_draw(finished, tiny_pipeline, improv
     np.mean((encode.encode_images(base, mesh, list(winners)) - latents) ** 2, axis=(1, 2, 3))
   )
   np.testing.assert_allclose([row["change"] for row in rows], change, rtol=2e-2)
-  # Nothing alike: neither two losers nor a loser and its winner.
+  # All images differ: no two losers are equal, and no loser equals its winner.
   assert len({row["jpg_1"] for row in rows} | {row["jpg_0"] for row in rows}) == 24
   inner = json.loads((finished / "iterations" / "1" / "config.json").read_text())
   assert inner["data"]["path"] == str(finished / "pairs" / "1")
@@ -205,7 +205,7 @@ def test_pairs_are_what_policy_and_improver_draw(finished, tiny_pipeline, improv
 def test_stopped_anywhere_it_ends_the_same(
   finished, tiny_pipeline, improver, tmp_path, monkeypatch, capsys
 ):
-  """Stopped while it draws pairs, trains and evaluates, and started again each time."""
+  """Stops while it generates pairs, trains and evaluates, and resumes each time."""
   workdir = tmp_path / "run"
   given = arguments(tiny_pipeline, improver, workdir)
 
@@ -232,14 +232,14 @@ def test_stopped_anywhere_it_ends_the_same(
   fourth = stop_after(generated_pairs, "write_shard", 1)  # of the second iteration's
   assert [len(shards) for shards in (first, second, third, fourth)] == [1, 2, 2, 3]
   assert main.main(given) == 0
-  for shards in (first, second, third, fourth):  # each was drawn once
+  for shards in (first, second, third, fourth):  # each was generated once
     assert {p: p.stat().st_mtime_ns for p in shards} == shards
   for k in ("1", "2"):
     ours, theirs = (parameters(w / "iterations" / k) for w in (workdir, finished))
     assert ours[0] == theirs[0] == 4
     for path, array in theirs[1].items():
       np.testing.assert_array_equal(ours[1][path], array, err_msg=path)
-    # All columns, the digest of the model that drew among them.
+    # All columns, including the digest of the model that generated the pair.
     ours, theirs = (
       list(generated_pairs.open_pairs(w / "pairs" / k)) for w in (workdir, finished)
     )
@@ -255,7 +255,7 @@ def test_a_finished_run_goes_on_with_more_iterations(
   given = arguments(tiny_pipeline, improver, workdir, **{"iterate.num_iterations": 3})
   status, printed = main.main(given), capsys.readouterr().err
   assert status == 0, printed
-  # What the base draws for the evaluations, it has drawn.
+  # The images of the base for the evaluations exist already.
   assert "images of the tuned model" in printed and "the base model" not in printed
   second, third = (
     {p.name: p.read_bytes() for p in workdir.glob(f"iterations/{k}/evaluation/4/images/base/*")}
@@ -368,13 +368,13 @@ def test_pairs_that_hardly_differ_are_not_trained_on(
   none, said = start(min_change=0)
   assert not none and f"data.min_change was {middle}, now 0.0" in said
   shutil.rmtree(workdir / "iterations")
-  # A cap is no promise that there are so many.
+  # data.num_rows is an upper limit: there may be fewer pairs.
   assert start(min_change=middle, num_rows=9)[0] == kept
   shutil.rmtree(workdir / "iterations")
   assert start(min_change=middle, num_rows=4)[0] == kept[:4]
   config = json.loads((workdir / "iterations" / "1" / "config.json").read_text())
   assert config["data"]["num_rows"] == 4
-  # Another run on these pairs is told why it has so few of them.
+  # The error of another run on these pairs says why there are too few.
   flags = ["--config=configs/dpo.py:tiny", "--config.data.source=online"]
   flags += [f"--config.data.path={workdir / 'pairs' / '1'}", "--config.data.min_change=9"]
   with pytest.raises(UserError, match="0 pairs of data.min_change = 9 or more: data.num_rows"):

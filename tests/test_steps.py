@@ -327,7 +327,7 @@ def test_chunks_that_stop_early_give_the_states_of_whole_trajectories(options, m
   count = len(steps_done)
 
   def whole(*args, **kwargs):
-    """Every step of every row, from the loop that images are drawn with."""
+    """Takes every step of every row, with the loop that generates images."""
     *problem, kept = args
     _, seen = sampler_lib.sample(*problem, trajectory=True, **kwargs)
     at = lambda x: jax.vmap(lambda s, k: s[k], in_axes=(1, 1), out_axes=1)(x, kept)  # noqa: E731
