@@ -1,17 +1,18 @@
-r"""The base pipeline of the shapes world, trained from scratch on its flawed corpus.
+r"""Training of the shapes world's base pipeline from scratch, on its flawed corpus.
 
   python -m jaxpref.pretrain --config=configs/shapes_base.py
   python -m jaxpref.pretrain --config=configs/shapes_base.py:more
   python -m jaxpref.pretrain --config=configs/shapes_base.py:decoder
 
-Three stages: a VAE on the corpus's images, then its text encoder and UNet together on the
-latents, then the export to `<workdir>/pipeline` in diffusers' directory layout, with a model
-card. Each is resumable: the same command continues where it was stopped.
+There are three stages. The first trains a VAE on the images of the corpus, the second trains
+text encoder and UNet together on the latents, and the third exports them to
+`<workdir>/pipeline` in diffusers' directory layout, with a model card. The same command resumes
+an interrupted run.
 
-The presets `more` and `decoder` train on what there is: `more` the text encoder and UNet of
-the bundled pipeline, on as many new images; `decoder` the VAE's decoder alone, towards
-sharper edges, which leaves latents and UNet as they are. How the bundled pipeline was made is
-on its model card.
+The presets `more` and `decoder` train existing weights further: `more` trains the text encoder
+and UNet of the bundled pipeline on new images, as many as before; `decoder` trains only the
+VAE's decoder, for sharper edges, which does not change latents and UNet. The model card of the
+bundled pipeline describes how it was made.
 """
 
 from ml_collections import ConfigDict
@@ -20,32 +21,32 @@ PRESETS = ("shapes", "more", "decoder", "tiny")
 
 
 def get_config(preset: str = "shapes") -> ConfigDict:
-  """Settings of the run; `more` and `decoder` go on, `tiny` is it in seconds, for tests."""
+  """Returns the run's configuration; `tiny` takes seconds, for tests."""
   c = ConfigDict()
   c.name = "shapes_base"
   c.preset = preset
   c.seed = 0
 
   c.corpus = ConfigDict()
-  c.corpus.num_images = 60_000  # rendered once, with the flaws of web data
-  c.corpus.image_size = 32  # pixels; the renderer's 64 are averaged down
+  c.corpus.num_images = 60_000  # rendered once, with flaws as in web data
+  c.corpus.image_size = 32  # height and width in pixels; the renderer's 64 are averaged
 
   c.tokenizer = ConfigDict()
-  c.tokenizer.vocab_size = 640  # 512 bytes with and without word end, the rest merges
-  c.tokenizer.max_length = 16  # tokens; the longest caption of this world takes 13
+  c.tokenizer.vocab_size = 640  # 512 bytes, with and without word end; the others are merges
+  c.tokenizer.max_length = 16  # tokens; the longest caption has 13
 
   c.vae = ConfigDict()
-  c.vae.path = ""  # the pipeline whose VAE is kept, and of it only the decoder trained on
-  c.vae.channels = (32, 64, 96)  # of each level, 32 x 32 pixels to 8 x 8 latents
+  c.vae.path = ""  # pipeline whose VAE decoder is trained further; '': train a new VAE
+  c.vae.channels = (32, 64, 96)  # channels per level, from 32 x 32 pixels to 8 x 8 latents
   c.vae.latent_channels = 4
   c.vae.norm_groups = 8
   c.vae.kl_weight = 1e-5
-  c.vae.edge_weight = 0.0  # of the error of steps between neighbouring pixels
+  c.vae.edge_weight = 0.0  # weight of the error of differences between neighbouring pixels
   c.vae.batch_size = 24
   c.vae.num_updates = 3_600
   c.vae.lr = 2e-3
   c.vae.warmup_updates = 100
-  c.vae.decay = 0.7  # the last share of the updates, over which lr falls to 0
+  c.vae.decay = 0.7  # share of the updates at the end over which lr falls to 0
 
   c.text = ConfigDict()
   c.text.width = 128
@@ -54,13 +55,13 @@ def get_config(preset: str = "shapes") -> ConfigDict:
 
   c.unet = ConfigDict()
   c.unet.channels = (64, 128)
-  c.unet.attention = (False, True)  # levels with self- and cross-attention
+  c.unet.attention = (False, True)  # whether a level has self- and cross-attention
   c.unet.heads = (2, 4)
   c.unet.layers_per_block = 1
   c.unet.prediction_type = "v_prediction"
 
   c.denoiser = ConfigDict()
-  c.denoiser.path = ""  # the pipeline whose text encoder and UNet are trained on; '' for none
+  c.denoiser.path = ""  # pipeline whose text encoder and UNet are trained further; '': new ones
   c.denoiser.batch_size = 32
   c.denoiser.num_updates = 24_000
   c.denoiser.lr = 1.5e-3
@@ -68,14 +69,14 @@ def get_config(preset: str = "shapes") -> ConfigDict:
   c.denoiser.decay = 0.4
   c.denoiser.weight_decay = 0.01
   c.denoiser.clip_norm = 1.0
-  c.denoiser.prompt_dropout = 0.1  # share of rows trained without their prompt
+  c.denoiser.prompt_dropout = 0.1  # share of rows trained with an empty prompt
   c.denoiser.ema_decay = 0.999
 
-  c.log_every = 100  # updates
-  c.save_every = 500  # updates
+  c.log_every = 100  # updates between logged metrics
+  c.save_every = 500  # updates between checkpoints
 
   if preset in ("more", "decoder"):
-    c.seed = 1  # another corpus, other noise
+    c.seed = 1  # gives another corpus and other noise
     c.vae.path = c.denoiser.path = "shapes"
     c.vae.num_updates = c.denoiser.num_updates = 0
   if preset == "more":
@@ -94,7 +95,7 @@ def get_config(preset: str = "shapes") -> ConfigDict:
     c.corpus.image_size = 16
     c.vae.channels = (8, 8)
     c.unet.channels = (32,)
-    c.unet.attention = (False,)  # but in the middle
+    c.unet.attention = (False,)  # the middle block has attention
     c.unet.heads = (2,)
     c.text.layers = 1
     c.text.width = 16

@@ -1,6 +1,8 @@
-"""`python -m jaxpref.main --config=configs/dro.py [--workdir=W] [--config.FIELD=VALUE ...]`.
+"""The training program.
 
-On several machines the same command in each of them, see `jaxpref.runtime.distributed`.
+  python -m jaxpref.main --config=configs/dro.py [--workdir=W] [--config.FIELD=VALUE ...]
+
+On several machines, each runs the same command, see `jaxpref.runtime.distributed`.
 """
 
 from typing import Any
@@ -11,22 +13,22 @@ from jaxpref.runtime import workdir as workdir_lib
 
 FLAGS = {
   **cli.FLAGS,
-  "coordinator": "of a run of several processes: HOST:PORT of process 0, the same for all; or "
-  "'auto', as the TPU pod, SLURM, Open MPI or Kubernetes has it",
-  "num_processes": "with --coordinator=HOST:PORT: how many there are",
-  "process_id": "with --coordinator=HOST:PORT: which one this is, from 0",
+  "coordinator": "for several processes: HOST:PORT of process 0, the same for all; or 'auto': "
+  "from the TPU pod, SLURM, Open MPI or Kubernetes",
+  "num_processes": "with --coordinator=HOST:PORT: the number of processes",
+  "process_id": "with --coordinator=HOST:PORT: the number of this process, from 0",
 }
 
 
 def main(argv: list[str]) -> int:
-  """Runs or resumes what the configuration says; returns the exit status."""
+  """Starts or resumes the configured run; returns the exit status."""
   return cli.exit_status(_run, argv)
 
 
 def _run(argv: list[str]) -> None:
   config, flags = config_lib.parse_args(argv, flags=FLAGS)
   config_lib.validate(config)
-  # Late: errors on the command line should not wait for JAX.
+  # Imported late, so that errors on the command line do not wait for JAX.
   from jaxpref.runtime import distributed, watchdog  # noqa: PLC0415
   from jaxpref.training import iterate, setup, train  # noqa: PLC0415
 
@@ -35,7 +37,7 @@ def _run(argv: list[str]) -> None:
   distributed.check_same("configurations", fields)
   iterative = "iterate" in config
   program: Any = iterate if iterative else train
-  # Reads and checks all input before anything is written.
+  # Reads and checks all input before it writes anything.
   prepared = distributed.together(
     lambda: iterate.prepare(config) if iterative else setup.prepare(config)
   )

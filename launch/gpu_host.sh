@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# One host with GPUs: installs jaxpref with CUDA in .venv and starts a run on all devices.
+# Starts a run on all GPUs of this host; installs jaxpref with CUDA in .venv first.
 #   launch/gpu_host.sh --config=configs/dro.py --workdir=runs/dro [--config.FIELD=VALUE ...]
-# With DRY_RUN=1 it prints what it would do.
+# DRY_RUN=1 prints the commands instead of running them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 do_it() { if [ -n "${DRY_RUN:-}" ]; then printf '%q ' "$@"; echo; else "$@"; fi; }

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# A cluster on this machine: N processes of D CPU devices each, which meet over loopback.
+# Runs a cluster on this machine: N processes with D CPU devices each, connected over loopback.
 #   launch/local_cluster.sh 2 2 --config=configs/dro.py --workdir=runs/dro [--config.FIELD=VALUE ...]
-# Lines of process 0 are shown as they are, those of the others after their number. Where one
-# fails, all are ended; they are started again up to RESTARTS times (0 by default), unless
-# what is wrong would be wrong again. PORT is where they meet. With DRY_RUN=1 it prints what
-# it would do. Needs bash 5.1.
+# Lines of processes other than process 0 are printed with the number of their process. If one
+# process fails, all are stopped. They are started again up to RESTARTS times (default 0), except
+# after errors that a restart cannot fix. PORT sets the coordinator's port. DRY_RUN=1 prints the
+# commands instead of running them. Needs bash 5.1.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if ! [[ ${1:-} =~ ^[1-9][0-9]*$ && ${2:-} =~ ^[1-9][0-9]*$ ]] || [ $# -lt 3 ]; then
@@ -20,7 +20,7 @@ port=${PORT:-$((20000 + $$ % 10000))}
 export JAX_PLATFORMS=cpu
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
 
-command_of() { # of process $1, as the array `command`
+command_of() { # sets the array `command` for process $1
   command=("$python" -m jaxpref.main "${flags[@]}" "--coordinator=127.0.0.1:$port"
     "--num_processes=$count" "--process_id=$1")
 }
@@ -37,11 +37,11 @@ if [ -n "${DRY_RUN:-}" ]; then
 fi
 
 pids=()
-# Passed on, Ctrl-C as well: all save and stop.
+# Passes SIGTERM and Ctrl-C on, so that all processes save and stop.
 trap 'kill -TERM "${pids[@]}" 2> /dev/null || true' TERM INT
 trap 'kill -KILL "${pids[@]}" 2> /dev/null || true' EXIT
 
-run_once() { # all processes; returns the first failure's status
+run_once() { # runs all processes; returns the status of the first failure
   pids=()
   local i status=0 one killer=
   for ((i = 0; i < count; i++)); do
@@ -57,14 +57,14 @@ run_once() { # all processes; returns the first failure's status
   while ((${#left[@]})); do
     one=0 ended=
     wait -n -p ended "${left[@]}" || one=$?
-    # None has ended where the wait was interrupted, by the signal that is passed on.
+    # A signal interrupts the wait, although no process has ended.
     [ -n "${ended:-}" ] || continue
     for i in "${!left[@]}"; do
       [ "${left[i]}" = "$ended" ] && unset "left[$i]"
     done
     if ((one)) && ((!status)); then
       status=$one
-      # The others have some time to notice it themselves.
+      # Gives the other processes time to notice the failure and stop by themselves.
       (sleep "${GRACE:-20}" && kill -KILL "${pids[@]}") > /dev/null 2>&1 &
       killer=$!
     fi
@@ -77,8 +77,8 @@ for ((attempt = 0; ; attempt++)); do
   status=0
   run_once || status=$?
   case $status in
-    0 | 2 | 3 | 130 | 143) exit "$status" ;; # done, wrong input, diverged, asked to stop
+    0 | 2 | 3 | 130 | 143) exit "$status" ;; # finished, invalid input, diverged, asked to stop
   esac
   ((attempt < ${RESTARTS:-0})) || exit "$status"
-  echo "local_cluster: a process ended with status $status; starting all again" >&2
+  echo "local_cluster: a process ended with status $status; starting all processes again" >&2
 done

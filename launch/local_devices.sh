@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# This machine's CPU as N devices, to try meshes without accelerators:
+# Runs with this machine's CPU as N devices, to try meshes without accelerators:
 #   launch/local_devices.sh 8 --config=configs/dro.py --config.mesh.fsdp=2
-# With DRY_RUN=1 it prints what it would do.
+# DRY_RUN=1 prints the command instead of running it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if ! [[ ${1:-} =~ ^[1-9][0-9]*$ ]]; then

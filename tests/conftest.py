@@ -1,4 +1,4 @@
-"""What tests share: a pipeline of a few thousand random parameters, and a small world."""
+"""Fixtures and helpers that tests share: a tiny random pipeline and small data sets."""
 
 import gc
 import importlib.util
@@ -13,31 +13,31 @@ ROOT = Path(__file__).parent.parent
 
 
 def xla_flags(*, devices: int) -> str:
-  """XLA's flags for `devices` CPU devices, compiling in less time than it would save.
+  """Returns XLA's flags for `devices` CPU devices and fast compilation.
 
-  Only flags that every supported jaxlib knows: XLA ends the process on an unknown one.
+  All supported versions of jaxlib must know the flags: XLA aborts on an unknown flag.
   """
   return f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
 
 
-# One device, here and in the programs that tests start, unless a test says otherwise: bits
-# are compared between the two.
+# Tests and the programs that they start have one device unless a test sets another number,
+# because tests compare their results bit by bit.
 os.environ.setdefault("XLA_FLAGS", xla_flags(devices=1))
-# Compiled once for all workers, and the programs that tests start; `git clean` forgets it.
+# Workers and the programs that tests start share compiled programs; `git clean` removes them.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
-# Tracing makes many objects that live on: looking for garbage among them takes a fourth of it.
+# Tracing makes many long-lived objects, so frequent garbage collection takes a fourth of its time.
 gc.set_threshold(50_000, 20, 20)
-sys.path.insert(0, str(ROOT))  # this checkout, whichever is installed
+sys.path.insert(0, str(ROOT))  # tests this checkout, not an installed version
 
 
-# For programs that tests start: no PyTorch there, as on most machines that run jaxpref, where
-# diffusers would otherwise import it.
+# Hides PyTorch from the programs that tests start: most machines that run jaxpref do not have
+# it, and diffusers would import it.
 WITHOUT_TORCH = {"PYTHONPATH": str(ROOT / "tests" / "without_torch")}
 
 
 def start_cluster(processes: int, devices: int, arguments, log: Path) -> subprocess.Popen:
-  """launch/local_cluster.sh as a process."""
+  """Starts launch/local_cluster.sh."""
   return subprocess.Popen(
     [ROOT / "launch" / "local_cluster.sh", str(processes), str(devices), *arguments],
     env=os.environ | WITHOUT_TORCH | {"PYTHON": sys.executable},
@@ -46,14 +46,14 @@ def start_cluster(processes: int, devices: int, arguments, log: Path) -> subproc
   )
 
 
-# Comparisons with PyTorch. CI has it: there they fail rather than be skipped.
+# Marks comparisons with PyTorch. In CI they fail without PyTorch instead of skipping.
 live = pytest.mark.skipif(
   importlib.util.find_spec("torch") is None and not os.environ.get("CI"),
   reason="PyTorch is not installed",
 )
 
-# The files that take longest, by themselves or in their long tests. Begun first, they do not
-# leave one worker behind at the end.
+# The slowest files, because of all their tests or of the long ones. They start first, so that no
+# worker is still busy with one of them at the end.
 _LONG = (
   *("test_iterate", "test_methods", "test_train", "test_recipes", "test_export"),
   *("test_pretrain", "test_benchmarks", "test_families", "test_steps", "test_lora"),
@@ -62,14 +62,14 @@ _LONG = (
 
 
 def pytest_collection_modifyitems(items):
-  """Long files first, each file's tests together and in their order."""
+  """Puts slow files first; keeps the tests of a file together and in order."""
   rank = {name: i for i, name in enumerate(_LONG)}
   items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 @pytest.fixture(scope="session")
 def tiny_pipeline(tmp_path_factory) -> Path:
-  """A pipeline directory as the shapes world's, tiny and untrained."""
+  """Writes a tiny, untrained pipeline directory with the layout of the bundled pipeline."""
   import families
 
   root = tmp_path_factory.mktemp("tiny")
