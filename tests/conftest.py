@@ -26,7 +26,7 @@ os.environ.setdefault("XLA_FLAGS", xla_flags(devices=1))
 # Workers and the programs that tests start share compiled programs; `git clean` removes them.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
-# Tracing makes many long-lived objects, so frequent garbage collection takes a fourth of its time.
+# Tracing makes many long-lived objects: frequent garbage collection takes a fourth of its time.
 gc.set_threshold(50_000, 20, 20)
 sys.path.insert(0, str(ROOT))  # tests this checkout, not an installed version
 
@@ -52,8 +52,8 @@ live = pytest.mark.skipif(
   reason="PyTorch is not installed",
 )
 
-# The slowest files, because of all their tests or of the long ones. They start first, so that no
-# worker is still busy with one of them at the end.
+# The slowest files, because of all their tests or of the long ones. They start first, so that
+# no worker is still busy with one of them at the end.
 _LONG = (
   *("test_iterate", "test_methods", "test_train", "test_recipes", "test_export"),
   *("test_pretrain", "test_benchmarks", "test_families", "test_steps", "test_lora"),
