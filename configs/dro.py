@@ -33,6 +33,8 @@ PRESETS = base_config.PRESETS
 def get_config(preset: str = "shapes") -> ConfigDict:
   """Returns the run's configuration."""
   c = base_config.base("dro", preset)
+  # Experts are chosen by data.num_experts instead.
+  c.data.num_rows = 0
   c.loss.margin = 0.05  # m: margin of the experts, in mean squared error
   if preset in ("sd15", "sdxl"):
     c.loss.margin = 1e-3

@@ -16,6 +16,8 @@ PRESETS = base_config.PRESETS
 def get_config(preset: str = "shapes") -> ConfigDict:
   """Returns the run's configuration."""
   c = base_config.base("sft", preset)
+  # Experts are chosen by data.num_experts instead.
+  c.data.num_rows = 0
   if preset in ("sd15", "sdxl"):
     base_config.train_on_experts(c)
   return c

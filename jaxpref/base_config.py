@@ -186,7 +186,7 @@ def _scale_up(c: ConfigDict) -> None:
 def _scale_down(c: ConfigDict) -> None:
   """Sets the fields of the preset `tiny`."""
   c.data.num_experts = 16
-  c.data.num_rows = 0 if c.name in ("sft", "spin", "dro") else 16  # these learn from experts
+  c.data.num_rows = 16
   c.data.list_size = 3
   c.rollout.num_steps = 2
   c.rollout.batch_size = 4
