@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import side_by_side
 
 from jaxpref import sharding
+from jaxpref.base_config import DTYPES
 from jaxpref.models import kernels
 from jaxpref.runtime import jax_setup
 
@@ -32,7 +33,7 @@ def main(argv: list[str]) -> None:
   add = parser.add_argument
   add("--shapes", nargs="+", default=SHAPES)
   add("--kernels", nargs="+", default=["plain", "xla"], choices=KERNELS)
-  add("--dtype", default="float32", choices=("float32", "bfloat16"))
+  add("--dtype", default="float32", choices=DTYPES)
   add("--against", default="", choices=("", "torch"))
   add("--turns", type=int, default=15)
   add("--out", type=Path)

@@ -26,6 +26,7 @@ import numpy as np
 
 from jaxpref import config as config_lib
 from jaxpref import sharding
+from jaxpref.base_config import DTYPES
 from jaxpref.runtime import jax_setup, throughput
 from jaxpref.training import flops, programs, setup
 
@@ -52,7 +53,7 @@ def make_parser(description: str, *, method: str, rows: int) -> argparse.Argumen
   add("--config", default=f"configs/{method}.py:shapes", help="jaxpref's configuration")
   add("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields to set in it")
   add("--rows", type=int, default=rows, help="batch size")
-  add("--dtype", default="float32", choices=("float32", "bfloat16"), help="computation dtype")
+  add("--dtype", default="float32", choices=DTYPES, help="computation dtype")
   add("--against", default="", choices=("", "torch"), help="time rivals as well")
   add("--rivals", nargs="+", default=["P0", "P1"], choices=RIVALS)
   add("--turns", type=int, default=7, help="turns per contender, after one that compiles")

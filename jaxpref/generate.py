@@ -19,13 +19,15 @@ from typing import Any, NamedTuple
 
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
+from jaxpref.base_config import DTYPES, SOLVERS
 from jaxpref.data import prompt_files as prompt_files_lib
 from jaxpref.errors import DivergedError, UserError, count
 from jaxpref.runtime import cli
 from jaxpref.runtime.paths import user_path
 from jaxpref.runtime.workdir import parse_json
 
-SOLVERS = {"dpm_solver": "DPM++ 2M", "ddim": "DDIM", "ddpm": "DDPM"}
+# Names of the solvers in the text that A1111's web UI reads.
+_SAMPLERS = {"dpm_solver": "DPM++ 2M", "ddim": "DDIM", "ddpm": "DDPM"}
 _SETTINGS, _A1111 = "jaxpref", "parameters"  # keys of the PNG's texts
 _LATER = {"clip_skip": 0}  # settings that older images lack, and their values
 
@@ -68,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     help="an improver's guidance scale for the image; default: its run's, otherwise 3",
   )
   add("--steps", type=_count, default=30, help="number of solver steps")
-  add("--solver", choices=tuple(SOLVERS), default="dpm_solver")
+  add("--solver", choices=SOLVERS, default="dpm_solver")
   add("--order", type=int, choices=(1, 2, 3), default=2, help="order of DPM-Solver++")
   add(
     "--size",
@@ -84,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     default="whole",
     help="'sliced' and 'tiled' save memory",
   )
-  add("--dtype", choices=("float32", "bfloat16"), default="float32", help="computation dtype")
+  add("--dtype", choices=DTYPES, default="float32", help="computation dtype")
   add("--variant", default="", help="variant of the pipeline's weights, such as fp16")
   add("--unet", default="", metavar="DIR", help="another UNet: a directory or Hub id")
   add("--vae", default="", metavar="DIR", help="another VAE: a directory or Hub id")
@@ -436,7 +438,7 @@ def to_png(image: Any, settings: Mapping[str, Any]) -> bytes:
   if settings["negative"]:
     lines.append(f"Negative prompt: {settings['negative']}")
   lines.append(
-    f"Steps: {settings['steps']}, Sampler: {SOLVERS[settings['solver']]}, "
+    f"Steps: {settings['steps']}, Sampler: {_SAMPLERS[settings['solver']]}, "
     f"CFG scale: {settings['guidance']:g}, Seed: {settings['seed']}, "
     f"Size: {width}x{height}, Model: {Path(settings['model']).name}"
   )
