@@ -12,7 +12,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,6 @@ TEST_PROMPTS, TEST_SEED = 150, 3000  # as in the configurations' evaluation
 VALIDATION_PROMPTS = 75  # for the choice of settings
 SCORERS = ("shapes.correct", "shapes.quality")  # as in the configurations' evaluation
 FIRST_SCORERS = dict.fromkeys(SCORERS, "1")  # for records without versions
-RECORDS = "records.parquet"  # beside the tables
 BASE = "base.json"  # the record of the base's diversity
 _BEGIN, _END = "<!-- measured: -->", "<!-- until here. -->"
 DIVERSITY = (
@@ -53,6 +52,7 @@ class Campaign:
 
   Attributes:
     records: directory of the records that finished runs leave.
+    packed: the same records in one file beside the tables, which is committed.
     runs: directory of workdirs; they can be deleted once the records exist.
     base: digest of the weights that every run begins with.
     report_only: make no runs.
@@ -60,6 +60,7 @@ class Campaign:
   """
 
   records: Path
+  packed: Path
   runs: Path
   base: str
   report_only: bool
@@ -89,14 +90,11 @@ def open_campaign(options: argparse.Namespace, arguments: Sequence[str]) -> Camp
   """Opens a campaign whose runs tune the same base as a run with these arguments."""
   base = pipeline.load_pipeline(model_of(arguments)).digest
   records = options.runs / "records"
-  records_lib.unpack(options.out / RECORDS, records)
+  packed = options.out / "records.parquet"
+  records_lib.unpack(packed, records)
   scorers = _recorded_scorers(records) if options.report else {}
-  return Campaign(records, options.runs, base, options.report, scorers or _current_scorers())
-
-
-def pack_records(campaign: Campaign, options: argparse.Namespace) -> None:
-  """Writes all records of a campaign into one file beside its tables."""
-  records_lib.pack(campaign.records, options.out / RECORDS)
+  scorers = scorers or _current_scorers()
+  return Campaign(records, packed, options.runs, base, options.report, scorers)
 
 
 def _current_scorers() -> dict[str, str]:
@@ -192,8 +190,14 @@ def record_run(
   }
   campaign.records.mkdir(parents=True, exist_ok=True)
   scores.to_parquet(campaign.records / f"{name}.parquet", index=False)
-  workdir_lib.write_json(campaign.records / f"{name}.json", record)
+  _write_record(campaign, campaign.records / f"{name}.json", record)
   return record
+
+
+def _write_record(campaign: Campaign, file: Path, record: Mapping[str, Any]) -> None:
+  """Writes a record, and all records of the campaign into their one file."""
+  workdir_lib.write_json(file, record)
+  records_lib.pack(campaign.records, campaign.packed)
 
 
 def choose(
@@ -258,7 +262,7 @@ def _validate(
   if {k: newest.get(k) for k in asked} == asked:
     stored = newest
   stored["scores"][key] = score
-  workdir_lib.write_json(record, stored)
+  _write_record(campaign, record, stored)
   return score
 
 
@@ -300,7 +304,7 @@ def record_base(campaign: Campaign, model: str) -> None:
   stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
   if stored.get("base") != campaign.base and not campaign.report_only:
     found = {"base": campaign.base, "vendi": diversity_of(model)}
-    workdir_lib.write_json(file, found)
+    _write_record(campaign, file, found)
 
 
 def base_diversity(campaign: Campaign) -> float:

@@ -122,7 +122,6 @@ def main(argv: list[str]) -> None:
     for name in options.only
     for variant, fields in ABLATIONS[name].variants.items()
   }
-  campaign.pack_records(runs, options)
   report(records, runs, options)
 
 

@@ -28,7 +28,6 @@ def main(argv: list[str]) -> None:
       arguments = _arguments(method, options, f"seed={seed}")
       if not campaign.record_run(runs, f"{method}-{seed}", arguments):
         sys.exit(f"{method} with seed {seed} is not finished yet")
-  campaign.pack_records(runs, options)
   report(runs, options)
 
 

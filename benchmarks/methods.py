@@ -94,7 +94,6 @@ def main(argv: list[str]) -> None:
       finished[name] = records
   if not finished:
     sys.exit("no method is finished yet")
-  campaign.pack_records(runs, options)
   report(finished, runs, options)
 
 

@@ -121,7 +121,6 @@ def main(argv: list[str]) -> None:
   if not all(records.values()):
     missing = (f"{name} {seed}" for (name, seed), record in records.items() if not record)
     sys.exit("not finished yet: " + ", ".join(missing))
-  campaign.pack_records(runs, options)
   report(records, runs, options)
 
 

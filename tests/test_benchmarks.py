@@ -299,7 +299,9 @@ def test_records_of_other_versions_of_the_scorers_are_not_used(tmp_path, monkeyp
     [f"--out={tmp_path}", f"--runs={tmp_path}", "--report"]
   )
   current = {name: v for name, (v, _) in load_scorers(campaign.SCORERS).items()}
-  runs = campaign.Campaign(tmp_path / "records", tmp_path, "base", True, current)
+  runs = campaign.Campaign(
+    tmp_path / "records", tmp_path / "records.parquet", tmp_path, "base", True, current
+  )
 
   def write(name, **entries):
     record = {"arguments": ["a"], "base": "base", "means": {}, **entries}
