@@ -95,3 +95,18 @@ def tfds_dir(tmp_path_factory) -> Path:
     tfds_store.load(builder.ShapesPreferences, pairs, "train", data_dir=directory)
   tfds_store.load(rankings.ShapesRankings, lists, "train", data_dir=directory)
   return directory
+
+
+@pytest.fixture
+def register_plugin(tmp_path, monkeypatch):
+  """Installs a package with one module, registered under a name by an entry point."""
+
+  def register(group, name, module, source):
+    (tmp_path / f"{module}.py").write_text(source)
+    info = tmp_path / "theirs-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {module}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+  return register

@@ -345,18 +345,14 @@ def test_a_loss_from_elsewhere_loads_by_its_dotted_path():
   assert losses.load_loss("jaxpref.losses.dro").dro_loss is losses.dro_loss
 
 
-def test_a_loss_that_a_package_registers_loads_by_its_name(tmp_path, monkeypatch):
-  (tmp_path / "their_losses.py").write_text(
+def test_a_loss_that_a_package_registers_loads_by_its_name(register_plugin):
+  register_plugin(
+    *("jaxpref.losses", "ours_too", "their_losses"),
     "from jaxpref.losses import Needs\n"
     "NEEDS = Needs(rows='pairs')\n"
     "def objective(terms, *, strength):\n"
-    "  return strength * terms.err['w'], {}\n"
+    "  return strength * terms.err['w'], {}\n",
   )
-  info = tmp_path / "theirs-1.0.dist-info"
-  info.mkdir()
-  (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
-  (info / "entry_points.txt").write_text("[jaxpref.losses]\nours_too = their_losses\n")
-  monkeypatch.syspath_prepend(tmp_path)
   assert "ours_too" in losses.known_losses()
   loss = losses.make_loss({"name": "ours_too", "strength": 2.0})
   terms = losses.Terms({"w": jnp.asarray([1.0, 3.0])}, {}, {}, jnp.mean)

@@ -411,16 +411,12 @@ def test_prompts_have_categories_where_scorers_know_them():
     scorers.categorize(names, [*texts, "a photo of a dog"])
 
 
-def test_scorers_of_other_packages(tmp_path, monkeypatch, caplog):
-  (tmp_path / "their_scorers.py").write_text(
+def test_scorers_of_other_packages(register_plugin, caplog):
+  register_plugin(
+    *("jaxpref.scorers", "theirs", "their_scorers"),
     "import numpy as np\n"
-    "SCORERS = {'bright': ('3', lambda images, texts: np.mean(images, (1, 2, 3)))}\n"
+    "SCORERS = {'bright': ('3', lambda images, texts: np.mean(images, (1, 2, 3)))}\n",
   )
-  info = tmp_path / "theirs-1.0.dist-info"
-  info.mkdir()
-  (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
-  (info / "entry_points.txt").write_text("[jaxpref.scorers]\ntheirs = their_scorers\n")
-  monkeypatch.syspath_prepend(tmp_path)
   for name in ("theirs.bright", "their_scorers.bright"):
     version, score = scorers.load_scorers([name])[name]
     assert version == "3" and score(np.ones((2, 4, 4, 3), np.uint8), ["a", "b"]).tolist() == [
