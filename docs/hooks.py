@@ -7,11 +7,10 @@ neither JavaScript nor the network to show them.
 """
 
 import ast
-import contextlib
-import io
+import itertools
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,8 @@ _COPIED = {
   "contributing.md": "CONTRIBUTING.md",
   "changelog.md": "CHANGELOG.md",
 }
-_SHOWN = ("dro", "sd15", "sdxl")  # a method's configuration for the defaults, and presets
+_METHOD = "dro"  # whose defaults are shown
+_PRESETS = ("sd15", "sdxl")  # shown where they differ from `shapes`
 # Code shown beside an equation: `<!-- code: losses/dpo.py dpo_loss -->`.
 _CODE = re.compile(r"^<!-- code: (\S+) (\w+) -->$", re.MULTILINE)
 # Links to what the site does not have, such as records: their text remains.
@@ -89,8 +89,6 @@ def _copied(source: Path) -> str:
 
 def _configuration() -> str:
   """Returns the configuration reference: a table for each section, and one for each method."""
-  meanings = _meanings(_SHOWN[0])
-  by_preset = [dict(_fields(_SHOWN[0], preset)) for preset in ("shapes", *_SHOWN[1:])]
   methods = sorted(file.stem for file in (ROOT / "configs").glob("[!_]*.py"))
   methods = [name for name in methods if name != "shapes_base"]
   common = set.intersection(*({path for path, _ in _fields(name)} for name in methods))
@@ -102,34 +100,29 @@ def _configuration() -> str:
     "--help` prints the same list. Defaults are those of the preset `shapes` of `dro`; the "
     "columns `sd15` and `sdxl` show where these presets of `dro` differ.",
   ]
-  section = None
-  for path, value in by_preset[0].items():
-    if path not in common:
-      continue
-    head, dot, _ = path.rpartition(".")
-    if head != section:
-      section = head
-      title = f"`{head}`" if dot else "The run"
-      lines += ["", f"## {title}", "", "| field | default | meaning | `sd15` | `sdxl` |"]
-      lines += ["|---|---|---|---|---|"]
-    others = [_value(of[path]) if of[path] != value else "" for of in by_preset[1:]]
-    cells = [f"`{path}`", _value(value), _escaped(meanings.get(path, "")), *others]
-    lines.append(f"| {' | '.join(cells)} |")
+  shared = [path for path, _ in _fields(_METHOD) if path in common]
+  for section, paths in itertools.groupby(shared, lambda path: path.rpartition(".")[0]):
+    lines += ["", f"## `{section}`" if section else "## The run", ""]
+    lines += _table(_METHOD, paths, "default")
   lines += ["", "## Fields of single methods", ""]
   lines.append("Fields that only some methods have, with the defaults of their presets.")
   for name in methods:
-    own = {path: value for path, value in _fields(name) if path not in common}
-    if not own:
-      continue
-    meanings = _meanings(name)
-    others = [dict(_fields(name, preset)) for preset in _SHOWN[1:]]
-    lines += ["", f"### `{name}`", "", "| field | `shapes` | meaning | `sd15` | `sdxl` |"]
-    lines += ["|---|---|---|---|---|"]
-    for path, value in own.items():
-      different = [_value(of[path]) if of[path] != value else "" for of in others]
-      cells = [f"`{path}`", _value(value), _escaped(meanings.get(path, "")), *different]
-      lines.append(f"| {' | '.join(cells)} |")
+    if own := [path for path, _ in _fields(name) if path not in common]:
+      lines += ["", f"### `{name}`", "", *_table(name, own, "`shapes`")]
   return "\n".join(lines) + "\n"
+
+
+def _table(name: str, paths: Iterable[str], title: str) -> list[str]:
+  """Returns a table of fields: default, meaning, and where other presets differ."""
+  usual, *others = (dict(_fields(name, preset)) for preset in ("shapes", *_PRESETS))
+  meanings = config_lib.field_meanings(name)
+  heads = ("field", title, "meaning", *(f"`{preset}`" for preset in _PRESETS))
+  lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+  for path in paths:
+    different = [_value(of[path]) if of[path] != usual[path] else "" for of in others]
+    cells = [f"`{path}`", _value(usual[path]), _escaped(meanings.get(path, "")), *different]
+    lines.append(f"| {' | '.join(cells)} |")
+  return lines
 
 
 def _fields(name: str, preset: str = "shapes") -> Iterator[tuple[str, Any]]:
@@ -138,20 +131,6 @@ def _fields(name: str, preset: str = "shapes") -> Iterator[tuple[str, Any]]:
   for path in sorted(fields, key=lambda path: "." in path):
     if path not in ("name", "preset"):
       yield path, fields[path]
-
-
-def _meanings(name: str) -> dict[str, str]:
-  """Returns what `--help` says of each field of a configuration."""
-  printed = io.StringIO()
-  with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
-    config_lib.parse_args([f"--config={name}", "--help"], flags={})
-  found: dict[str, str] = {}
-  for path, value in config_lib.leaves(config_lib.load_config(name)):
-    start = f"  --config.{path}={value}"
-    for line in printed.getvalue().splitlines():
-      if line.startswith(start):
-        found[path] = line.removeprefix(start).strip()
-  return found
 
 
 def _value(value: Any) -> str:

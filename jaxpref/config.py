@@ -156,6 +156,18 @@ def load_config(argument: str) -> ConfigDict:
   return _load(argument)[1]
 
 
+def field_meanings(argument: str) -> dict[str, str]:
+  """Returns the meaning of each field of a configuration, as `--help` prints it.
+
+  Args:
+    argument: as for `load_config`.
+
+  Raises:
+    UserError: the file, name or preset does not exist, or the file raises.
+  """
+  return _comments(_load(argument)[0])
+
+
 def find_config(name: str) -> Path:
   """Finds a configuration file by its path, or by its name in the package.
 
