@@ -1,4 +1,4 @@
-"""The planner: what a run will cost, before devices are rented.
+"""Estimates of a run's cost, before devices are rented.
 
   python -m jaxpref.plan --config=configs/dro.py:sd15 --topology=v5e:4x4
 
