@@ -184,13 +184,10 @@ def _load_model(flags: argparse.Namespace, mesh: Any) -> Any:
     )
   except UserError as error:
     raise UserError(f"{option}: {error}") from error
-  if pipeline.is_improver != bool(flags.improver):
-    what = (
-      "not an improver: use --model"
-      if flags.improver
-      else "an improver: use --improver and --images"
-    )
-    raise UserError(f"{name} is {what}")
+  if flags.improver and not pipeline.is_improver:
+    raise UserError(f"{name} is not an improver: use --model")
+  if pipeline.is_improver and not flags.improver:
+    raise UserError(f"{name} is an improver: use --improver and --images")
   return pipeline
 
 
