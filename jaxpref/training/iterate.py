@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from jaxpref import config as config_lib
 from jaxpref import losses
-from jaxpref.data import encode, generated_pairs, prompt_files
+from jaxpref.data import encode, generated_pairs
 from jaxpref.data import rows as rows_lib
 from jaxpref.data.bad_rows import Tally
 from jaxpref.errors import UserError
@@ -106,16 +106,7 @@ def prepare(config: ConfigDict) -> Prepared:
   if settings.winners == "improved":
     inputs["improver"] = _check_improver(config, base, checked.mesh)
   kind = "captions" if settings.winners == "improved" else "experts"
-  tally = rows_lib.make_tally(config.data)
-  rows = rows_lib.load_rows(
-    kind, config.data, image_size=base.image_size, seed=config.seed, tally=tally
-  )
-  prompts = prompt_files.choose_prompts(
-    setup_lib.prompts_source(config),
-    config.evaluate.num_prompts,
-    [row.caption for row in rows],
-    seed=config.evaluate.seed,
-  )
+  rows, tally, prompts = setup_lib.read_data(config, kind, image_size=base.image_size)
   # As they would be read from a file with one prompt per line.
   prompts = list(dict.fromkeys(" ".join(prompt.split()) for prompt in prompts))
   evaluate.check_count(len(prompts), config.evaluate.images_per_prompt)

@@ -70,19 +70,8 @@ def prepare(config: Any) -> Prepared:
     UserError: a setting, a model or the data is unusable. Nothing has been written then.
   """
   checked = check(config)
-  tally = rows_lib.make_tally(config.data)
-  rows = rows_lib.load_rows(
-    checked.loss.needs.rows,
-    config.data,
-    image_size=checked.pipeline.image_size,
-    seed=config.seed,
-    tally=tally,
-  )
-  prompts = prompt_files.choose_prompts(
-    prompts_source(config),
-    config.evaluate.num_prompts,
-    [r.caption for r in rows],
-    seed=config.evaluate.seed,
+  rows, tally, prompts = read_data(
+    config, checked.loss.needs.rows, image_size=checked.pipeline.image_size
   )
   evaluate.check_count(len(prompts), config.evaluate.images_per_prompt)
   usable = evaluate.usable_scorers(config.evaluate.scorers, prompts)
@@ -92,6 +81,35 @@ def prepare(config: Any) -> Prepared:
   return Prepared(
     **vars(checked), inputs=inputs, data=tally, rows=rows, prompts=prompts, scorers=usable
   )
+
+
+def read_data(
+  config: Any, kind: str, *, image_size: int
+) -> tuple[list[rows_lib.Row], Tally, list[str]]:
+  """Reads the training rows and chooses the evaluation's prompts.
+
+  Args:
+    config: of the run.
+    kind: of the rows, see `rows.load_rows`.
+    image_size: height and width of the rows' images, in pixels.
+
+  Returns:
+    The rows, the counts of those that were left out, and the prompts.
+
+  Raises:
+    UserError: the data or the prompts cannot be used.
+  """
+  tally = rows_lib.make_tally(config.data)
+  rows = rows_lib.load_rows(
+    kind, config.data, image_size=image_size, seed=config.seed, tally=tally
+  )
+  prompts = prompt_files.choose_prompts(
+    prompts_source(config),
+    config.evaluate.num_prompts,
+    [row.caption for row in rows],
+    seed=config.evaluate.seed,
+  )
+  return rows, tally, prompts
 
 
 def check(config: Any, *, mesh: Any = None) -> Checked:
