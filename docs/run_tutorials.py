@@ -3,9 +3,9 @@
   python docs/run_tutorials.py              # every quick command
   python docs/run_tutorials.py --slow docs/first_run.md
 
-Each page gets its own copy of the checkout. In the order of the page, a code block with a
-`title` is written to the file of that name, a `diff` block with a title changes that file, and
-a `bash` block runs if the comment above it says so:
+Each page gets its own copy of the checkout, and two pages run at a time. In the order of the
+page, a code block with a `title` is written to the file of that name, a `diff` block with a
+title changes that file, and a `bash` block runs if the comment above it says so:
 
   <!-- run -->                    a quick command, which CI runs too
   <!-- run: slow -->              minutes, only with --slow
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent import futures
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,12 +99,16 @@ def apply(block: Block, root: Path) -> None:
   file.write_text(whole.replace(before, after), encoding="utf-8")
 
 
-def run_page(page: str, *, slow: bool) -> None:
+def run_page(page: str, *, slow: bool) -> str:
   """Follows a page in a copy of the checkout.
 
+  Returns:
+    What its commands print and how long each takes.
+
   Raises:
-    subprocess.CalledProcessError: a command fails.
+    RuntimeError: a command fails; the message ends with what it printed.
   """
+  log = []
   blocks = read_blocks((ROOT / page).read_text(encoding="utf-8"), where=page)
   wanted = ("run", "run: slow") if slow else ("run",)
   with tempfile.TemporaryDirectory() as directory:
@@ -116,14 +121,23 @@ def run_page(page: str, *, slow: bool) -> None:
     for block in blocks:
       if block.title:
         apply(block, copy)
-        print(f"{page}: {block.title} written", flush=True)
+        log.append(f"{page}: {block.title} written\n")
       elif block.language == "bash" and block.mark in wanted:
-        print(f"{page}: {block.text.strip()}", flush=True)
         began = time.perf_counter()
-        subprocess.run(
-          ["bash", "-euo", "pipefail", "-c", block.text], cwd=copy, env=environment, check=True
+        done = subprocess.run(
+          ["bash", "-euo", "pipefail", "-c", block.text],
+          cwd=copy,
+          env=environment,
+          check=False,
+          stdout=subprocess.PIPE,
+          stderr=subprocess.STDOUT,
+          text=True,
         )
-        print(f"{page}: took {time.perf_counter() - began:.0f} s\n", flush=True)
+        log.append(f"{page}: {block.text.strip()}\n{done.stdout}")
+        log.append(f"{page}: took {time.perf_counter() - began:.0f} s\n\n")
+        if done.returncode:
+          raise RuntimeError(f"{''.join(log)}{page}: a command failed ({done.returncode})")
+  return "".join(log)
 
 
 def _copy_checkout(target: Path) -> None:
@@ -147,8 +161,10 @@ def main(argv: list[str]) -> None:
   parser.add_argument("pages", nargs="*", default=PAGES)
   parser.add_argument("--slow", action="store_true", help="also the commands that take minutes")
   options = parser.parse_args(argv)
-  for page in options.pages:
-    run_page(page, slow=options.slow)
+  with futures.ThreadPoolExecutor(2) as pool:
+    runs = [pool.submit(run_page, page, slow=options.slow) for page in options.pages]
+    for run in futures.as_completed(runs):
+      print(run.result(), flush=True)
 
 
 if __name__ == "__main__":
