@@ -167,8 +167,9 @@ def test_a_run_that_samples_latents_resumes_to_the_same_bits(tiny_pipeline, tmp_
   for updates in (2, 4):
     more = {**fields, "train.num_updates": updates}
     assert main.main(runs.arguments(tiny_pipeline, parts, "dpo", **more)) == 0
-  for path, array in runs.parameters(whole)[1].items():
-    np.testing.assert_array_equal(array, runs.parameters(parts)[1][path], err_msg=path)
+  ours, theirs = (runs.parameters(at)[1] for at in (parts, whole))
+  for path, array in theirs.items():
+    np.testing.assert_array_equal(ours[path], array, err_msg=path)
   modes = tmp_path / "modes"
   assert main.main(runs.arguments(tiny_pipeline, modes, "dpo", **ONE)) == 0
   assert runs.lines(modes)[0]["err/policy_w"] != runs.lines(whole)[0]["err/policy_w"]

@@ -111,17 +111,16 @@ def _start(arguments, log, *, devices):
 
 @pytest.mark.long
 def test_processes_and_devices_may_change_on_the_way(finished, tiny_pipeline, tmp_path):
-  """Four processes, then two, each of two devices, and at last one device."""
+  """Four processes, each of two devices, and then one device."""
   workdir, log = tmp_path / "elastic", tmp_path / "log"
-  for updates, processes in ((2, 4), (3, 2)):
-    fields = {"train.num_updates": updates, "evaluate.num_prompts": 1}
-    arguments = runs.arguments(tiny_pipeline, workdir, **fields)
-    assert start_cluster(processes, 2, arguments, log).wait(300) == 0, log.read_text()[-2000:]
-    assert len(runs.lines(workdir)) == updates
+  fields = {"train.num_updates": 2, "evaluate.num_prompts": 1}
+  arguments = runs.arguments(tiny_pipeline, workdir, **fields)
+  assert start_cluster(4, 2, arguments, log).wait(300) == 0, log.read_text()[-2000:]
+  assert len(runs.lines(workdir)) == 2
   assert main.main(runs.arguments(tiny_pipeline, workdir)) == 0
   starts = json.loads((workdir / "starts.json").read_text())
   found = [(start["after_update"], start["devices"]) for start in starts]
-  assert found == [(0, "8 x cpu, 4 processes"), (2, "4 x cpu, 2 processes"), (3, "1 x cpu")]
+  assert found == [(0, "8 x cpu, 4 processes"), (2, "1 x cpu")]
   for ours, theirs in zip(runs.lines(workdir), runs.lines(finished), strict=True):
     for name in ("loss", "err/policy_e", "err/reference_e"):
       assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
