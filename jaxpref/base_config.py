@@ -21,6 +21,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from jaxpref.errors import UserError
+
 PRESETS = ("shapes", "sd15", "sdxl", "tiny")
 
 # Choices of fields; the modules that implement them import them from here.
@@ -38,7 +40,12 @@ def base(name: str, preset: str) -> ConfigDict:
   Args:
     name: the method, which is the default of `loss.name`.
     preset: one of `PRESETS`.
+
+  Raises:
+    UserError: no preset has this name.
   """
+  if preset not in PRESETS:
+    raise UserError(f"no preset {preset!r}; choose {', '.join(PRESETS)}")
   c = ConfigDict()
   c.name = name  # name of the run and of its default workdir
   c.preset = preset  # set with the file, as in --config=dro:tiny
@@ -261,7 +268,7 @@ def _one_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
 
 
 _POSITIVE = (lambda value: 0 < value < math.inf, "positive and finite")
-_FINITE = (lambda value: 0 <= value < math.inf, "at least 0 and finite")
+_NOT_NEGATIVE = (lambda value: 0 <= value < math.inf, "at least 0 and finite")
 _DECAY = (lambda value: 0 <= value < 1, "at least 0 and below 1")
 _SEED = (lambda value: 0 <= value < 2**31, "at least 0 and below 2^31")
 _SHARE = (lambda value: 0 <= value <= 1, "between 0 and 1")
@@ -290,13 +297,13 @@ RULES: Rules = {
   ),
   "lora.rank": _at_least(0),
   **dict.fromkeys(("lora.alpha", "loss.beta", "loss.snr"), _POSITIVE),
-  **dict.fromkeys(("loss.margin", "loss.target_margin"), _FINITE),
+  **dict.fromkeys(("loss.margin", "loss.target_margin"), _NOT_NEGATIVE),
   **dict.fromkeys(
     (
       *("loss.weight_desirable", "loss.weight_undesirable", "loss.weight_winning"),
       *("loss.weight_reconstruction", "loss.weight_unconditional"),
     ),
-    _FINITE,
+    _NOT_NEGATIVE,
   ),
   **dict.fromkeys(
     (
@@ -305,9 +312,9 @@ RULES: Rules = {
     ),
     _at_least(1),
   ),
-  **dict.fromkeys(("iterate.guidance", "data.min_change"), _FINITE),
+  **dict.fromkeys(("iterate.guidance", "data.min_change"), _NOT_NEGATIVE),
   "iterate.winners": _one_of("data", "improved"),
-  **dict.fromkeys(("improve.text_guidance", "improve.image_guidance"), _FINITE),
+  **dict.fromkeys(("improve.text_guidance", "improve.image_guidance"), _NOT_NEGATIVE),
   "improve.num_steps": _at_least(1),
   "rollout.solver": _one_of(*SOLVERS),
   "optim.schedule": _one_of(*SCHEDULES),
@@ -318,7 +325,9 @@ RULES: Rules = {
   **dict.fromkeys(("mesh.data", "mesh.fsdp"), _AXIS),
   **dict.fromkeys(("seed", "evaluate.seed"), _SEED),
   **dict.fromkeys(("evaluate.num_examples", "evaluate.every"), _at_least(0)),
-  **dict.fromkeys(("rollout.guidance", "evaluate.guidance", "optim.weight_decay"), _FINITE),
+  **dict.fromkeys(
+    ("rollout.guidance", "evaluate.guidance", "optim.weight_decay"), _NOT_NEGATIVE
+  ),
   "optim.warmup_updates": _at_least(0),
   "train.num_updates": _at_least(0),
   "train.max_skipped": _at_least(0),

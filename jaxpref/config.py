@@ -214,6 +214,8 @@ def _load(argument: str) -> tuple[ModuleType, ConfigDict]:
     raise UserError(f"{name} has no preset '{preset}'; {hint}(presets: {', '.join(known)})")
   try:
     config = module.get_config(preset)
+  except UserError as error:
+    raise UserError(f"{name}: {error}") from error
   except Exception as error:
     _raise_config_error(name, error)
   if not isinstance(config, ConfigDict):

@@ -187,6 +187,11 @@ def test_config_files_that_are_wrong(path, tmp_path, monkeypatch):
   assert fails("broken.py").startswith("broken.py, line 2: ZeroDivisionError")
   broken.write_text("def get_config(preset=''):\n  return {}")
   assert "must return an ml_collections.ConfigDict" in fails(str(broken))
+  source = "from jaxpref import base_config\n\ndef get_config(preset='tiny'):\n"
+  broken.write_text(f"{source}  return base_config.base('dpo', preset)\n")
+  assert (
+    fails(f"{broken}:sd16") == f"{broken}: no preset 'sd16'; choose shapes, sd15, sdxl, tiny"
+  )
   broken.write_text("def get_config():\n  return {}")
   assert fails(str(broken)) == f"{broken}: get_config takes no 'preset'"
 

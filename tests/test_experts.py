@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxpref.data import bad_rows, top_k
+from jaxpref.data import bad_rows, rows, top_k
 from jaxpref.errors import UserError
 from jaxpref.shapes import annotator, builder, flaws, prompts
 
@@ -43,6 +43,25 @@ def test_top_k_by_hand():
     top_k.top_k(source, 7)
   with pytest.raises(UserError, match="0 images"):
     top_k.top_k([], 1)
+
+
+def test_rows_need_no_uid():
+  source = [_row("x", ("", 1.0, 10), ("", 3.0, 20)), _row("y", ("", 3.0, 30), ("", 2.0, 40))]
+  for row in source:
+    del row["image_0_uid"], row["image_1_uid"]
+  assert [int(e.image[0, 0, 0]) for e in top_k.top_k(source, 3)] == [20, 30, 40]
+
+
+def test_columns_that_lack_are_named():
+  with pytest.raises(UserError, match="row 0 of the data lacks the column 'label_0'"):
+    rows.from_pairs([_row("x", ("a", 1.0, 10), ("b", 3.0, 20))])
+
+
+def test_images_of_other_types_are_left_out():
+  tally = bad_rows.Tally()
+  image = {"jpg_0": Image.new("RGB", (2, 2)), "jpg_1": b"", "label_0": 1.0, "label_1": 0.0}
+  assert rows.from_pairs([{"caption": "x", **image}], tally=tally) == []
+  assert tally.reasons() == "1 an image that is neither bytes nor a path"
 
 
 @pytest.fixture(scope="module")

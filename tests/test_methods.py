@@ -46,7 +46,8 @@ def test_twenty_updates(name, tiny_pipeline, tfds_dir, tmp_path, monkeypatch, ca
   assert [line["step"] for line in lines] == list(range(1, 21))
   assert all(np.isfinite(line["loss"]) for line in lines)
   logged = {metric for line in lines for metric in line} - {"step", "time"}
-  assert not [metric for metric in logged if not glossary.find_metric(metric)]
+  unknown = [metric for metric in logged if not glossary.find_metric(metric)]
+  assert not unknown, "give these metrics a meaning in jaxpref/evaluation/glossary.py"
   needs = losses.load_loss(name).NEEDS
   arms = needs.arms or rows_lib.arms_of(needs.rows, 3)
   arms += ("p",) if needs.rollout else ()
@@ -123,7 +124,11 @@ def test_presets_are_sound(name, preset):
     ("dspo", ["--config.data.noise_draws=2"], "this loss needs predictions"),
     ("listwise", ["--config.data.source=folder"], "folder has no lists"),
     ("dpo", ["--config.data.good_prefix=+ "], "are for losses that learn singles"),
-    ("sft", ["--config.data.num_rows=5"], "set data.num_experts, not data.num_rows"),
+    (
+      "sft",
+      ["--config.data.num_rows=5"],
+      "set data.num_experts, and data.num_rows = 0 in its config file (got 5)",
+    ),
     (
       "dpo",
       ["--config.data.noise_draws=2", "--config.model.dtype=bfloat16"],

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import io
 import itertools
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -409,6 +410,38 @@ def test_prompts_have_categories_where_scorers_know_them():
   assert scorers.categorize([], texts) == ["prompts", "prompts"]
   with pytest.raises(UserError, match="a photo of a dog"):
     scorers.categorize(names, [*texts, "a photo of a dog"])
+
+
+@pytest.mark.parametrize(
+  ("returned", "message"),
+  [
+    ("images.mean()", r"one number for each of 2 images .got an array of shape \(\)"),
+    ("images", r"one number for each of 2 images .got an array of shape \(2, 4, 4, 3\)"),
+    ("[1.0, float('nan')]", "gives nan for the prompt 'b'"),
+    ("[1, 2]", ""),
+  ],
+)
+def test_scores_are_one_finite_number_per_image(register_plugin, returned, message):
+  register_plugin(
+    *("jaxpref.scorers", "odd", "odd_scorers"),
+    f"SCORERS = {{'one': ('1', lambda images, texts: {returned})}}\n",
+  )
+  sys.modules.pop("odd_scorers", None)
+  _, function = scorers.load_scorers(["odd.one"])["odd.one"]
+  images = np.zeros((2, 4, 4, 3), np.uint8)
+  if not message:
+    assert scorers.score("odd.one", function, images, ["a", "b"]).tolist() == [1.0, 2.0]
+    return
+  with pytest.raises(UserError, match=message):
+    scorers.score("odd.one", function, images, ["a", "b"])
+
+
+def test_a_scorer_has_a_version(register_plugin):
+  register_plugin("jaxpref.scorers", "bare", "bare_scorers", "SCORERS = {'one': len}\n")
+  with pytest.raises(
+    UserError, match="'bare.one': its entry in SCORERS must be .version, func"
+  ):
+    scorers.load_scorers(["bare.one"])
 
 
 def test_scorers_of_other_packages(register_plugin, caplog):

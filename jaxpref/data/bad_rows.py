@@ -122,7 +122,7 @@ def take(
     The results of `read` for the first `limit` good rows, sorted by `place`.
 
   Raises:
-    UserError: too many rows are bad.
+    UserError: too many rows are bad, or a row lacks a column.
   """
   found: dict[int, T] = {}
   start = bad = 0
@@ -135,6 +135,8 @@ def take(
         tally.leave_out(where(i), error)
         bad += 1
         continue
+      except KeyError as error:
+        raise UserError(f"{where(i)} of the data lacks the column {error}") from error
       if value is not None:
         found[i] = value
     start += len(chunk)

@@ -38,6 +38,8 @@ def decode(file: bytes | Path, image_size: int = 0) -> np.ndarray:
   Raises:
     BadRow: the file is not an image, damaged, truncated, too large or not a regular file.
   """
+  if not isinstance(file, bytes | Path):
+    raise BadRow("an image that is neither bytes nor a path", f"a {type(file).__name__}")
   with io.BytesIO(file) if isinstance(file, bytes) else open_regular(file) as stream:
     try:
       return _decode(stream, image_size)

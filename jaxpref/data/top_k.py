@@ -12,7 +12,7 @@ from jaxpref.data import bad_rows, images
 from jaxpref.data.bad_rows import BadRow, Tally
 from jaxpref.errors import UserError, count
 
-_SCORED = ("score_0", "score_1", "image_0_uid", "image_1_uid")
+_SCORED = ("score_0", "score_1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ def top_k(
     tally: counts images that cannot be used; the next best replace them.
 
   Returns:
-    Examples by decreasing score; equal scores are sorted by uid.
+    Examples by decreasing score; equal scores are sorted by uid, if there is one.
 
   Raises:
     UserError: there are fewer than `k` images, or too many of them cannot be used.
@@ -103,7 +103,7 @@ def _images(
       raise UserError(f"experts are chosen by score, but the data lacks {', '.join(lacking)}")
     return _Image(
       score=bad_rows.number_of(values[f"score_{k}"], f"score_{k}"),
-      uid=_uid(values[f"image_{k}_uid"]),
+      uid=_uid(values.get(f"image_{k}_uid")),
       caption=bad_rows.caption_of(values["caption"]),
       digest=digest_of(values[f"jpg_{k}"], f"jpg_{k}"),
       row=row,

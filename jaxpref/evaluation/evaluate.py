@@ -202,8 +202,8 @@ def _judge(
   for model in models:
     _save_images(directory / "images" / model, images[model], seeds)
   scores = {
-    (name, version, model): np.asarray(score(images[model], texts), float)
-    for name, (version, score) in functions.items()
+    (name, version, model): scorers.score(name, function, images[model], texts)
+    for name, (version, function) in functions.items()
     for model in models
   }
   categories = scorers.categorize(scorer_names, texts)

@@ -21,7 +21,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,15 @@ class Needs:
   residuals: bool = False
   condition: Literal["image"] | None = None
   arms: tuple[str, ...] = ()
+
+  def __post_init__(self):
+    """Checks the kind of rows.
+
+    Raises:
+      UserError: rows of this kind do not exist.
+    """
+    if self.rows not in (kinds := get_args(Needs.__annotations__["rows"])):
+      raise UserError(f"Needs: rows must be one of {', '.join(kinds)} (got {self.rows!r})")
 
 
 class Arranged(NamedTuple):
@@ -137,7 +146,10 @@ def make_loss(settings: Mapping[str, Any]) -> Loss:
   if lacking := [f"'loss.{n}'" for n, must in takes.items() if must and n not in settings]:
     raise UserError(f"loss {name!r} needs {', '.join(lacking)} in its config file")
   if foreign := [f"'loss.{n}'" for n in settings if n not in (*takes, *_NOT_HYPER)]:
-    raise UserError(f"loss {name!r} does not take {', '.join(foreign)}")
+    raise UserError(
+      f"loss {name!r} does not take {', '.join(foreign)}: its hyper-parameters are the "
+      "parameters of objective after the *"
+    )
 
   def bind(function: Callable) -> Callable:
     taken = {name: settings[name] for name in _takes(function) if name in settings}
@@ -170,7 +182,7 @@ def known_losses() -> list[str]:
 
 
 def check_loss(loss: Loss, arms: Sequence[str], *, images: int) -> None:
-  """Traces a loss on shapes, so that it refuses its settings before anything is written.
+  """Traces a loss on shapes, so that mistakes show before anything is written.
 
   Args:
     loss: from `make_loss`.
@@ -178,7 +190,8 @@ def check_loss(loss: Loss, arms: Sequence[str], *, images: int) -> None:
     images: number of images in a row.
 
   Raises:
-    UserError: the loss refuses a hyper-parameter's value.
+    UserError: the loss refuses a hyper-parameter's value, reads errors that it does not get,
+      or returns something else than losses [B] and metrics.
   """
   shape = (2, 1, 1, 1) if loss.needs.residuals else (2,)
   values = {arm: jnp.zeros(shape) for arm in arms}
@@ -187,10 +200,33 @@ def check_loss(loss: Loss, arms: Sequence[str], *, images: int) -> None:
     x0, cond = jnp.zeros((2, images, 1, 1, 1)), {"text": jnp.zeros((2, 1, 1))}
     labels |= loss.arrange(x0, cond, cond, jax.random.key(0)).labels
   ref = values if loss.needs.reference else {}
-  jax.eval_shape(
-    lambda err, ref, labels: loss.objective(Terms(err, ref, labels, jnp.mean)),
-    *(values, ref, labels),
-  )
+  try:
+    found = jax.eval_shape(
+      lambda err, ref, labels: loss.objective(Terms(err, ref, labels, jnp.mean)),
+      *(values, ref, labels),
+    )
+  except KeyError as error:
+    has = f"errors {', '.join(values)}, {'a' if ref else 'no'} reference"
+    has += f" and the labels {', '.join(labels)}" if labels else ""
+    raise UserError(f"loss {loss.name!r} reads {error}, but its NEEDS give it {has}") from error
+  _check_result(loss.name, found)
+
+
+def _check_result(name: str, found: Any) -> None:
+  """Refuses results of `objective` for B = 2 that are not losses [B] and metrics."""
+  if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping)):
+    raise UserError(f"loss {name!r}: objective must return losses and a dict of metrics")
+  values, metrics = found
+  if (shape := getattr(values, "shape", None)) != (2,):
+    raise UserError(
+      f"loss {name!r}: objective must return losses of shape [B] (got {shape} for B = 2)"
+    )
+  for key, value in metrics.items():
+    if (shape := getattr(value, "shape", None)) not in ((), (2,)):
+      raise UserError(
+        f"loss {name!r}: the metric {key} must be a scalar or of shape [B] (got {shape} for "
+        "B = 2)"
+      )
 
 
 def _takes(function: Callable) -> dict[str, bool]:

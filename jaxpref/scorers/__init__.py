@@ -44,6 +44,35 @@ def load_scorers(names: Iterable[str]) -> dict[str, tuple[str, Scorer]]:
   return {name: _load(name) for name in names}
 
 
+def score(
+  name: str, function: Scorer, images: np.ndarray, prompts: Sequence[str]
+) -> np.ndarray:
+  """Scores images.
+
+  Args:
+    name: of the scorer, for error messages.
+    function: from `load_scorers`.
+    images: uint8 [N, H, W, 3].
+    prompts: of the images, N.
+
+  Returns:
+    float64 [N].
+
+  Raises:
+    UserError: the scorer does not return N finite numbers.
+  """
+  found = np.asarray(function(images, prompts), float)
+  if found.shape != (len(images),):
+    raise UserError(
+      f"scorer {name!r} must return one number for each of {len(images)} images (got an array "
+      f"of shape {found.shape})"
+    )
+  if not np.isfinite(found).all():
+    bad = int(np.flatnonzero(~np.isfinite(found))[0])
+    raise UserError(f"scorer {name!r} gives {found[bad]} for the prompt {prompts[bad]!r}")
+  return found
+
+
 def categorize(names: Iterable[str], prompts: Sequence[str]) -> list[str]:
   """Returns the category of each prompt, by the first scorer whose family has categories.
 
@@ -67,7 +96,10 @@ def _load(name: str) -> tuple[str, Scorer]:
       f"unknown scorer {name!r}; known are {', '.join((*own, *registered))}, and MODULE.NAME "
       "of an importable module with SCORERS"
     )
-  return scorers[short]
+  match scorers[short]:
+    case (str(), function) if callable(function):
+      return scorers[short]
+  raise UserError(f"scorer {name!r}: its entry in SCORERS must be (version, function)")
 
 
 def _scorers_of(family: str) -> dict[str, tuple[str, Scorer]]:

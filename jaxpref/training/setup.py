@@ -259,7 +259,10 @@ def _check_needs(loss: losses.Loss, config: Any) -> None:
   if needs.rows != "singles" and (config.data.good_prefix or config.data.bad_prefix):
     raise UserError("data.good_prefix and data.bad_prefix are for losses that learn singles")
   if needs.rows == "experts" and config.data.num_rows:
-    raise UserError("this loss learns from experts: set data.num_experts, not data.num_rows")
+    raise UserError(
+      "this loss learns from experts: set data.num_experts, and data.num_rows = 0 in its "
+      f"config file (got {config.data.num_rows})"
+    )
   if needs.rows != "pairs" and config.data.min_change:
     raise UserError("data.min_change is for losses that learn from pairs")
   if not needs.rollout and (rollout.states > 1 or rollout.replay):
