@@ -149,7 +149,7 @@ def test_replayed_rows_are_those_of_earlier_updates():
   assert {int(v) // 100 for v in np.asarray(buffer.rows["t"]).ravel()} == {3, 4}
 
 
-@pytest.mark.parametrize("name", ["dpo", "kto"])
+@pytest.mark.parametrize("name", ["dpo", pytest.param("kto", marks=pytest.mark.long)])
 def test_known_reference_errors_change_nothing(name):
   live, params = devices_main.train(name, fixed="live")
   known, again = devices_main.train(name, fixed="known")
@@ -309,9 +309,9 @@ def test_rollout_keeps_states_of_all_timesteps_alike():
 @pytest.mark.parametrize(
   "options",
   [
-    {"states_per_trajectory": 1},
+    pytest.param({"states_per_trajectory": 1}, marks=pytest.mark.long),
     {"states_per_trajectory": 3, "guidance": 2.0},
-    {"solver": "ddpm", "prompt_dropout": 0.5},
+    pytest.param({"solver": "ddpm", "prompt_dropout": 0.5}, marks=pytest.mark.long),
   ],
 )
 def test_chunks_that_stop_early_give_the_states_of_whole_trajectories(options, monkeypatch):
