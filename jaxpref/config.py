@@ -75,7 +75,11 @@ def validate(config: ConfigDict, rules: Rules = RULES) -> None:
   fields = dict(leaves(config))
   for path, (holds, meaning) in rules.items():
     value = fields.get(path)
-    if value is not None and not holds(value):
+    try:
+      fits = value is None or holds(value)
+    except TypeError:  # a config file may set a value of any type
+      fits = False
+    if not fits:
       raise UserError(f"'{path}' must be {meaning}, got {value!r}")
   for path, value in fields.items():
     for number in value if isinstance(value, list | tuple) else [value]:
@@ -201,7 +205,11 @@ def _load(argument: str) -> tuple[ModuleType, ConfigDict]:
   # The file is the user's program: its errors are shown in one line.
   try:
     spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+      raise UserError(f"{name} is not a configuration: it has no function get_config")
     parameters = inspect.signature(module.get_config).parameters
+  except UserError:
+    raise
   except Exception as error:
     _raise_config_error(name, error)
   if "preset" not in parameters:

@@ -57,6 +57,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(argv: list[str]) -> None:
   flags = _parser().parse_args(argv)
+  if flags.out == Path() or not flags.workdir:
+    raise UserError(f"{'--workdir' if flags.workdir == '' else '--out'} is empty")
   out = user_path(flags.out)
   if there := next((p for p in out.parents if p.exists() and not p.is_dir()), None):
     raise UserError(f"{there} is a file, not a directory")
@@ -65,6 +67,8 @@ def _run(argv: list[str]) -> None:
   if (flags.single_file or flags.lora) and out.suffix != ".safetensors":
     option = "--lora" if flags.lora else "--single-file"
     raise UserError(f"{option} writes a file: set --out={out}.safetensors")
+  if out.suffix == ".safetensors" and not (flags.single_file or flags.lora):
+    raise UserError(f"--out={flags.out} names a file: add --single-file or --lora")
   # Late, so that errors on the command line do not wait for JAX.
   from jaxpref.models import lora, save, single_file  # noqa: PLC0415
   from jaxpref.training import load_run  # noqa: PLC0415

@@ -159,7 +159,7 @@ def _run(argv: list[str]) -> None:
     raise DivergedError(
       f"{len(left_out)} of {count(len(missing), 'image')} not written because of non-finite "
       f"pixels, the first is {first.file.name} of {first.settings['prompt']!r}: the network "
-      "overflows; a smaller --guidance or --dtype=float32 may help"
+      "overflows; a smaller --guidance may help, and --dtype=float32 if it is not set"
     )
 
 
@@ -277,6 +277,8 @@ def _check(flags: argparse.Namespace) -> None:
     if value is not None and not 0 <= value < math.inf:
       option = name.replace("_", "-")
       raise UserError(f"--{option} must be finite and at least 0 (got {value})")
+  if flags.negative and flags.guidance is not None and flags.guidance <= 1:
+    raise UserError(f"--negative needs --guidance above 1 (got {flags.guidance:g})")
   if flags.prompts is not None:
     flags.prompts = read_prompts(flags.prompts)
     if flags.images and len(flags.prompts) > 1:
@@ -381,12 +383,7 @@ def read_prompts(text: str) -> list[str]:
   """
   if not (text := text.strip()):
     raise UserError("--prompts is empty")
-  try:
-    path = Path(text).expanduser()
-    is_file = path.is_file()
-  except (OSError, RuntimeError, ValueError):  # not a possible file name, or an unknown home
-    is_file, path = False, Path()
-  if not is_file and path.suffix != ".txt":
+  if (path := prompt_files_lib.path_in(text)) is None:
     try:
       # In the C locale, Python escapes non-ASCII bytes of arguments.
       return [text.encode(errors="surrogateescape").decode()]
@@ -436,7 +433,8 @@ def to_png(image: Any, settings: Mapping[str, Any]) -> bytes:
     lines.append(f"Negative prompt: {settings['negative']}")
   lines.append(
     f"Steps: {settings['steps']}, Sampler: {_SAMPLERS[settings['solver']]}, "
-    f"CFG scale: {settings['guidance']:g}, Seed: {settings['seed']}, "
+    # There, a scale below 1 mixes in the image without a prompt; here it is the prompt's own.
+    f"CFG scale: {max(settings['guidance'], 1):g}, Seed: {settings['seed']}, "
     f"Size: {width}x{height}, Model: {Path(settings['model']).name}"
   )
   texts.add_itxt(_A1111, "\n".join(lines))

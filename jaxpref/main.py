@@ -37,12 +37,12 @@ def _run(argv: list[str]) -> None:
   distributed.check_same("configurations", fields)
   iterative = "iterate" in config
   program: Any = iterate if iterative else train
+  path = workdir_lib.path_of(flags.get("workdir"), config)
   # Reads and checks all input before it writes anything.
   prepared = distributed.together(
     lambda: iterate.prepare(config) if iterative else setup.prepare(config)
   )
   distributed.check_same("inputs", prepared.inputs)
-  path = flags.get("workdir") or workdir_lib.default_workdir(config)
   safe = iterate.RESUME_SAFE if iterative else workdir_lib.RESUME_SAFE
   with (
     distributed.open_workdir(path, config, resume_safe=safe) as workdir,

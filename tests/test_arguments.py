@@ -18,6 +18,11 @@ from jaxpref import export, generate, main
     (export, ["--workdir=x", "--out", "--"]),
     (export, ["--workdir=x", "--out=--"]),
     (export, ["--workdir=\ud800", "--out=y"]),
+    (export, ["--workdir=", "--out=y"]),
+    (export, ["--workdir=x", "--out="]),
+    (main, ["--config=dro:tiny", "--workdir="]),
+    (main, ["--config=dro:tiny", "--workdir=\udcc3\udcbc"]),
+    (main, ["--config=dro:tiny", "--config.evaluate.prompts="]),
   ],
 )
 def test_arguments_that_nothing_can_mean_are_one_line(

@@ -187,6 +187,8 @@ def test_config_files_that_are_wrong(path, tmp_path, monkeypatch):
   assert fails("broken.py").startswith("broken.py, line 2: ZeroDivisionError")
   broken.write_text("def get_config(preset=''):\n  return {}")
   assert "must return an ml_collections.ConfigDict" in fails(str(broken))
+  broken.write_text("x = 1")
+  assert fails(str(broken)) == f"{broken} is not a configuration: it has no function get_config"
   source = "from jaxpref import base_config\n\ndef get_config(preset='tiny'):\n"
   broken.write_text(f"{source}  return base_config.base('dpo', preset)\n")
   assert (
@@ -339,3 +341,13 @@ def test_importing_it_does_not_import_jax():
   code = "import sys, jaxpref.config; sys.exit('jax' in sys.modules)"
   root = Path(config_lib.__file__).parents[1]
   assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+def test_values_of_another_type_in_a_config_file():
+  config = config_lib.load_config("dro:tiny")
+  with config.unlocked():
+    config.loss = {**config.loss, "margin": "0.05"}
+  with pytest.raises(
+    UserError, match="'loss.margin' must be at least 0 and finite, got '0.05'"
+  ):
+    config_lib.validate(config)

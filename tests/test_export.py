@@ -194,6 +194,8 @@ def test_export_refuses(tuned_run, tmp_path, capsys):
   assert "exists" in fails(export, [*base, f"--out={tmp_path / 'there'}"], capsys)
   new = f"--out={tmp_path / 'new'}"
   assert "--out" in fails(export, base, capsys)
+  named = [*base, f"--out={tmp_path / 'new.safetensors'}"]
+  assert "names a file: add --single-file or --lora" in fails(export, named, capsys)
   assert "--single-file writes a file" in fails(export, [*base, new, "--single-file"], capsys)
   assert "invalid choice" in fails(export, [*base, new, "--dtype=int8"], capsys)
   assert "unrecognized arguments: --ouch" in fails(export, [*base, new, "--ouch"], capsys)
@@ -396,6 +398,9 @@ def test_ways_to_decode_agree(tiny_pipeline, tmp_path, decode):
     (["--prompts=a", "--out=x", "--seed=-1"], "--seed must be at least 0"),
     (["--prompts=a", "--out=x", "--guidance=-1"], "--guidance must be finite and at least 0"),
     (["--prompts=a", "--out=x", "--guidance=nan"], "--guidance must be finite"),
+    (["--prompts=a", "--out=x", "--negative=b", "--guidance=1"], "above 1 (got 1)"),
+    (["--prompts=/tmp", "--out=x"], "it is not a regular file"),
+    (["--prompts=nowhere.jsonl", "--out=x"], "cannot read 'nowhere.jsonl'"),
     (
       ["--prompts=a", "--out=x", "--step=3"],
       "--step and --no-ema only apply to a run's workdir",

@@ -8,9 +8,9 @@ import zlib
 import numpy as np
 import pytest
 import skimage.data
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
-from jaxpref.data import folder
+from jaxpref.data import folder, images
 from jaxpref.errors import UserError
 
 # Photographs inside the scikit-image wheel: nothing is downloaded.
@@ -152,6 +152,41 @@ def test_transparent_parts_are_white(tmp_path):
   assert np.abs(image[0] - (127, 127, 177)).max() <= 1  # half of it over white
 
 
+def _png_of_16_bits(color_type, pixels, clear):
+  """Writes a PNG by its specification; Pillow writes no colours of 16 bits."""
+
+  def part(name, data):
+    return (
+      struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    )
+
+  height, width = pixels.shape[:2]
+  lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in pixels)
+  return (
+    b"\x89PNG\r\n\x1a\n"
+    + part(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, color_type, 0, 0, 0))
+    + part(b"tRNS", np.asarray(clear, ">u2").tobytes())
+    + part(b"IDAT", zlib.compress(lines))
+    + part(b"IEND", b"")
+  )
+
+
+@pytest.mark.parametrize(("color_type", "channels"), [(0, 1), (2, 3)])
+def test_the_clear_colour_of_16_bits_is_white(color_type, channels):
+  pixels = np.full((4, 4, channels), 25700)  # 100 of 255
+  for shade in (0, 5140):
+    pixels[0] = shade
+    found = images.decode(_png_of_16_bits(color_type, pixels, [shade] * channels))
+    assert (found[0] == 255).all() and (found[1:] == 100).all()
+
+
+def test_long_texts_of_a_png_are_no_damage():
+  texts = PngImagePlugin.PngInfo()
+  texts.add_text("workflow", "x" * 3_000_000, zip=True)
+  Image.new("RGB", (4, 4), (9, 9, 9)).save(buffer := io.BytesIO(), "PNG", pnginfo=texts)
+  assert (images.decode(buffer.getvalue()) == 9).all()
+
+
 def test_grey_with_alpha_and_palette_with_a_transparent_colour(tmp_path):
   la = np.stack([np.full((4, 4), 90), np.full((4, 4), 0)], axis=-1).astype(np.uint8)
   assert (_read(tmp_path, Image.fromarray(la, "LA")) == 255).all()
@@ -290,10 +325,13 @@ def test_bad_files_are_named_and_the_rest_is_used(tmp_path, caplog, kind):
 @pytest.mark.parametrize(
   ("files", "named"),
   [
-    (["caption.txt"], "sub/caption.txt (no images beside it)"),
-    (["caption.txt", "a.png", "b.png"], "sub/caption.txt (2 images beside it)"),
-    (["a.txt"], "sub/a.txt (no images beside it)"),
-    (["a.txt", "a.png", "a.jpg"], "sub/a.txt (2 images beside it)"),
+    (["caption.txt"], "sub/caption.txt (a caption without an image)"),
+    (
+      ["caption.txt", "a.png", "b.png"],
+      "sub/caption.txt (a caption for several images: a.png, b.png)",
+    ),
+    (["a.txt"], "sub/a.txt (a caption without an image)"),
+    (["a.txt", "a.png", "a.jpg"], "sub/a.txt (a caption for several images: a.jpg, a.png)"),
   ],
 )
 def test_captions_need_one_image(tmp_path, caplog, files, named):

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import unicodedata
 
 import numpy as np
 import pandas as pd
@@ -97,9 +98,82 @@ def test_damaged_metadata_names_its_file(tmp_path):
   with pytest.raises(UserError, match=r"metadata.parquet cannot be read as parquet"):
     _read(tmp_path)
   (tmp_path / "metadata.parquet").unlink()
-  _text(tmp_path / "metadata.csv", "file_name,text\na.png," + "x" * 200_000)
-  with pytest.raises(UserError, match=r"metadata.csv cannot be read as CSV: field larger"):
+  _text(tmp_path / "metadata.csv", 'file_name,text\na.png,"an open quote\nb.png,of b\n')
+  with pytest.raises(UserError, match=r"metadata.csv cannot be read as CSV: unexpected end"):
     _read(tmp_path)
+
+
+def test_rows_of_csv_that_are_not_as_the_header_says(tmp_path):
+  for k, name in enumerate("abcd"):
+    _image(tmp_path / f"{name}.png", k)
+  rows = ["file_name,text", "a.png,of a", "b.png,a red, round ball", "c.png," + "x" * 200_000]
+  _text(tmp_path / "metadata.csv", "\n".join([*rows, 'd.png,"of d, quoted"']))
+  tally = bad_rows.Tally()
+  assert _read(tmp_path, tally=tally) == [("of a", 0), ("of d, quoted", 3)]
+  assert tally.left_out == {
+    "more fields than the header has": 1,
+    "text of more than 100000 bytes": 1,
+    "no caption": 2,
+  }
+  _text(tmp_path / "metadata.csv", "file_name;text\na.png;of a")
+  with pytest.raises(UserError, match="no column file_name: columns: file_name;text"):
+    _read(tmp_path)
+
+
+def test_an_image_may_have_several_captions(tmp_path, caplog):
+  _captioned(tmp_path, "a", 5)  # a row comes before the file beside the image
+  lines = [{"file_name": "a.png", "text": text} for text in ("one", "two", "one")]
+  _text(tmp_path / "metadata.jsonl", "\n".join(map(json.dumps, lines)))
+  assert _read(tmp_path) == [("one", 5), ("two", 5)]
+  assert "2 captions from metadata.jsonl" in caplog.text
+
+
+def test_names_that_other_programs_write(tmp_path):
+  _image(tmp_path / "a.jpg", 0)
+  _text(tmp_path / "a.jpg.txt", "of a")
+  _image(tmp_path / unicodedata.normalize("NFD", "caf\u00e9.png"), 2)
+  _text(tmp_path / unicodedata.normalize("NFC", "caf\u00e9.txt"), "of a cafe")
+  _image(tmp_path / "images" / "b.png", 3)
+  row = {"file_name": "images\\b.png", "text": None, "caption": "of b"}
+  _text(tmp_path / "metadata.jsonl", json.dumps(row))
+  assert sorted(caption for caption, _ in _read(tmp_path)) == ["of a", "of a cafe", "of b"]
+
+
+def test_files_that_are_not_read_are_named(tmp_path, caplog):
+  _captioned(tmp_path, "a")
+  (tmp_path / "b.HEIC").write_bytes(b"x")
+  _text(tmp_path / "captions.csv", "x")
+  tally = bad_rows.Tally()
+  _read(tmp_path, tally=tally)
+  assert tally.left_out == {".heic files are not read": 1}
+  assert "not read: captions.csv" in caplog.text
+
+
+def test_bad_files_are_counted_once(tmp_path):
+  for k in range(6):
+    _captioned(tmp_path, f"{k}", k)
+  (tmp_path / "5.txt").rename(tmp_path / "of 5.txt")
+  tally = bad_rows.Tally(0.25)  # "no caption" and "without an image" are one of six
+  assert len(_read(tmp_path, tally=tally)) == 5
+  (tmp_path / "4.txt").write_text("")
+  with pytest.raises(UserError, match="2 of 6 rows of the data cannot be used"):
+    _read(tmp_path, tally=bad_rows.Tally(0.25))
+
+
+def test_losers_are_never_experts(tmp_path):
+  for k in range(4):
+    for side in ("chosen", "rejected"):
+      _captioned(tmp_path / side, f"{k}", k + 10 * (side == "rejected"))
+      _text(tmp_path / side / f"{k}.txt", f"of {k}")
+  _text(tmp_path / "rejected" / "3.txt", "something else")
+  _captioned(tmp_path / "rejected", "4", 14)
+  tally = bad_rows.Tally()
+  assert [c for c, *_ in _read(tmp_path, "pairs", tally=tally)] == ["of 0", "of 1", "of 2"]
+  assert tally.left_out == {
+    "a name without one winner and one loser": 1,
+    "a pair with two captions": 1,
+  }
+  assert [shade for _, shade in _read(tmp_path)] == [0, 1, 2, 3]
 
 
 def test_caption_files(tmp_path, caplog):
@@ -178,7 +252,7 @@ def test_pairs_of_no_use_are_named(tmp_path, caplog):
   _image(tmp_path / "l" / "5.png")
   tally = bad_rows.Tally(0.5)
   assert [c for c, *_ in _read(tmp_path, "pairs", tally=tally)] == ["0", "1", "2", "3"]
-  assert tally.left_out == {"0 winners and 1 loser with one name": 1, "not an image": 1}
+  assert tally.left_out == {"a name without one winner and one loser": 1, "not an image": 1}
   assert "2 files cannot be used" in caplog.text and "w/4.png (not an image)" in caplog.text
 
 
@@ -241,7 +315,7 @@ def test_pipes_are_not_opened(tmp_path):
     os.mkfifo(tmp_path / name)
   tally = bad_rows.Tally()
   assert [c for c, _ in _read(tmp_path, tally=tally)] == ["of a", "of d", "of e", "of f"]
-  assert tally.left_out == {"no caption": 1, "no images beside it": 1}
+  assert tally.left_out == {"no caption": 1, "a caption without an image": 1}
 
 
 # --------------------------------------------------------------- splits and samples

@@ -334,7 +334,25 @@ def test_files_without_splits_are_all_taken(tmp_path, caplog):
   # Nor is there a choice where one split alone was downloaded.
   one = _write_split(tmp_path / "x", "test-00000-of-00001.parquet", 0)
   assert [r.caption for r in _load(tmp_path / "x")] == one
-  assert not caplog.records
+  (record,) = caplog.records
+  assert record.getMessage().endswith("all files are of test, none is of data.split=train")
+
+
+@pytest.mark.parametrize(
+  ("train", "test"),
+  [
+    ("data.parquet", "test.parquet"),
+    ("split=train/0.parquet", "split=test/0.parquet"),
+    ("pickapic_train.parquet", "pickapic_test.parquet"),
+    ("my-train.parquet", "my-test.parquet"),
+  ],
+)
+def test_rows_of_other_splits_are_not_trained_on(tmp_path, caplog, train, test):
+  mine = _write_split(tmp_path, train, 0)
+  other = _write_split(tmp_path, test, 4)
+  assert [r.caption for r in _load(tmp_path)] == mine
+  assert "1 of 2 files, those of data.split=train (not test)" in caplog.text
+  assert [r.caption for r in _load(tmp_path, split="test")] == other
 
 
 @pytest.mark.parametrize(
@@ -342,7 +360,12 @@ def test_files_without_splits_are_all_taken(tmp_path, caplog):
   [
     ("train-00000-of-00010.parquet", "train"),
     ("train_prefs-00000-of-00010-0a1b.parquet", "train_prefs"),
-    ("set-test.parquet-00000-of-00001", ""),
+    ("set-test.parquet-00000-of-00001", "test"),
+    ("my-train.parquet", "train"),
+    ("pickapic_test.parquet", "test"),
+    ("split=validation/0.parquet", "validation"),
+    ("partial-train/0000.parquet", "train"),
+    ("steam-train/0000.parquet", ""),
     ("set-test-00000-of-00001.parquet", "test"),
     ("train.parquet", "train"),
     ("train_0.parquet", "train"),

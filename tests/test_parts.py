@@ -16,6 +16,7 @@ from jaxpref import generate, sharding
 from jaxpref.data import encode
 from jaxpref.errors import UserError
 from jaxpref.models import hub, pipeline, weights
+from jaxpref.training import load_run
 
 UNET = "diffusion_pytorch_model.safetensors"
 
@@ -213,6 +214,13 @@ def test_directories_of_the_hubs_cache(tiny_pipeline, loaded, tmp_path):
 
 def test_directories_of_other_kinds(copy, tmp_path):
   refused(copy / "unet", rf"is one part of a pipeline: name {copy}$")
+  with pytest.raises(UserError, match=rf"is one part of a pipeline: name {copy}$"):
+    load_run.load(str(copy / "unet"))
+  run = copy / "run"
+  (run / "checkpoints" / "4").mkdir(parents=True)
+  (run / "config.json").write_text("{}")
+  for inside in (run / "checkpoints", run / "checkpoints" / "4"):
+    refused(inside, rf"is inside the workdir of a run: name {run}$")
   state = tmp_path / "checkpoint-500"
   shutil.copytree(copy / "unet", state / "unet")
   refused(state, "holds unet alone.*name its base as model.path, and this as model.unet")

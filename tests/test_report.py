@@ -134,6 +134,13 @@ def test_everything_from_outside_is_escaped(tmp_path):
   assert "<h1>run &lt;1&gt;</h1>" in text
 
 
+def test_characters_that_reorder_a_page_are_replaced(tmp_path):
+  odd = "a\x00b\x1bc\u202ed\u200de \u05d0"  # a joiner and Hebrew letters stay
+  text = write(tmp_path / "report.html", facts={"prompt": odd})
+  assert not set("\x00\x1b\u202e") & set(text)
+  assert "a\ufffdb\ufffdc\ufffdd\u200de \u05d0" in text
+
+
 def test_tables_have_headers_and_pictures_scores(tmp_path):
   page = Page(write(tmp_path / "report.html"))
   assert len(page.all("table")) == 3

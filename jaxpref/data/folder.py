@@ -57,10 +57,12 @@ def load_folder(
   if caption is None:
     found = folder_scan.scan(root, split, follow_links)
     entries, skipped = found.entries, [*found.skipped, *found.unmatched]
+    lost = found.lost
     tally.read += found.notes
   else:
     files, skipped = folder_scan.walk(root, follow_links)
     entries = [folder_scan.Entry(p, caption) for p in folder_scan.images_of(files)]
+    lost = len(skipped)
   for name, reason in skipped:
     tally.leave_out(name, reason)
 
@@ -76,7 +78,7 @@ def load_folder(
   if limit and len(entries) > limit and len(examples) == limit:
     which = "a random sample, by the seed" if seed is not None else "the first"
     tally.read.append(f"{limit} of {len(entries)} images are used, {which}")
-  tally.check(tally.left_out.total(), len(entries) + len(skipped))
+  tally.check(tally.left_out.total() - len(skipped) + lost, len(entries) + lost)
   if warns:
     tally.warn(str(root), "file")
   if not examples:

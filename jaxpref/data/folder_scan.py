@@ -2,8 +2,9 @@
 
 At any depth, the caption of `name.jpg` is in `name.txt` or `name.caption` beside it, in
 `caption.txt` if it is the only image of its folder, or in a row of `metadata.jsonl`, `.csv` or
-`.parquet` that has the image's `file_name`, relative to that file. A pair is `name_w.png` and
-`name_l.png`, or two equal names in folders `w` and `l`, with one caption.
+`.parquet` that has the image's `file_name`, relative to that file. A row comes before a file
+beside the image, and several rows of an image give it several captions. A pair is `name_w.png`
+and `name_l.png`, or two equal names in folders `w` and `l`, with one caption.
 """
 
 import csv
@@ -11,6 +12,7 @@ import itertools
 import json
 import os
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,8 +25,18 @@ from jaxpref.errors import UserError, count, first_line
 _CAPTIONS = (".txt", ".caption")  # the first takes precedence
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _COLUMNS = ("text", "caption", "prompt")  # of captions; the first that a row has
-_WINNERS, _LOSERS = ("w", "win", "winner", "chosen"), ("l", "lose", "loser", "rejected")
+_WINNERS = (
+  *("w", "win", "winner", "winners", "chosen", "preferred", "better", "good", "positive"),
+)
+_LOSERS = (
+  *("l", "lose", "loser", "losers", "rejected", "dispreferred", "worse", "bad", "negative"),
+)
+# Images and listings that people have and that are not read.
+_OTHER_IMAGES = (".heic", ".heif", ".jxl", ".cr2", ".nef", ".arw", ".dng", ".svg", ".raw")
+_OTHER_FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".tar", ".zip")
 _SIDE = re.compile(rf"(?:(.+)_)?({'|'.join((*_WINNERS, *_LOSERS))})", re.IGNORECASE)
+_NO_CAPTION = "no caption"
+csv.field_size_limit(1 << 28)  # longer captions than allowed are bad rows, not bad files
 _LINK = BadRow("a link out of the folder", "copy it there, or set data.follow_links")
 
 
@@ -51,6 +63,8 @@ class Found(NamedTuple):
     pairs: pairs of images.
     skipped: files that can be neither an entry nor part of a pair: name and reason.
     unmatched: images without a caption and captions without an image: name and reason.
+    lost: number of images that have no entry for these reasons. A caption that is bad or has
+      another name may stand in both lists, under its own name and under its image's.
     incomplete: images of pairs without a partner or a caption: name and reason.
     notes: sources of captions and pairs other than `.txt` files, as sentences for the user.
   """
@@ -59,6 +73,7 @@ class Found(NamedTuple):
   pairs: list[Pair]
   skipped: list[tuple[str, BadRow]]
   unmatched: list[tuple[str, BadRow]]
+  lost: int
   incomplete: list[tuple[str, BadRow]]
   notes: list[str]
 
@@ -108,7 +123,10 @@ def walk(
     folders[:] = inner
     for name in sorted(f for f in files if not _is_hidden(f)):
       path = directory / name
-      if path.suffix.lower() not in used and name not in _METADATA:
+      suffix = path.suffix.lower()
+      if suffix in _OTHER_IMAGES and suffix not in used:
+        skipped.append((relative(path), BadRow(f"{suffix} files are not read")))
+      if suffix not in used and name not in _METADATA:
         continue
       if path.is_symlink() and not follow_links and leads_out(path):
         skipped.append((relative(path), _LINK))
@@ -142,6 +160,7 @@ def scan(root: Path, split: str, follow_links: bool) -> Found:
   """
   files, skipped = walk(root, follow_links)
   notes = []
+  links = len(skipped)
   listed, counts = _read_metadata(root, files, skipped)
   # Only folders name a split: a file may be called `train.jpg` because it shows a train.
   places = {directory: f"{directory.relative_to(root).as_posix()}/" for directory in files}
@@ -149,31 +168,61 @@ def scan(root: Path, split: str, follow_links: bool) -> Found:
   if said:
     notes.append(said)
     files = {d: of for d, of in files.items() if places[d] in set(chosen)}
+  everything = images_of(files)
+  names = set(everything)
   captions = {
-    p.with_suffix(""): p
+    _without_suffixes(p, names): p
     for suffix in reversed(_CAPTIONS)
     for of in files.values()
     for p in of
     if p.suffix.lower() == suffix
   }
-  everything = images_of(files)
-  pairs, incomplete, used = _find_pairs(root, everything, captions, listed)
+  first = {image: of[0] for image, of in listed.items()}
+  pairs, incomplete, used = _find_pairs(root, everything, captions, first)
   in_pairs = {p for pair in pairs for p in (pair.winner, pair.loser)}
   entries = [Entry(pair.winner, pair.caption) for pair in pairs]
-  rest = [p for p in everything if p not in in_pairs]
-  entries += [Entry(p, listed[p]) for p in rest if p in listed]
+  losers = _losers_by_folder(everything, root)
+  rest = [p for p in everything if p not in in_pairs and p not in losers]
+  entries += [Entry(p, caption) for p in rest for caption in listed.get(p, ())]
   rest = [p for p in rest if p not in listed]
   listed_stems = {p.with_suffix("") for p in listed}
   free = {stem: p for stem, p in captions.items() if stem not in used | listed_stems}
+  free = {
+    stem: p for stem, p in free.items() if stem not in {p.with_suffix("") for p in losers}
+  }
   beside, unmatched = _match_captions(root, rest, free)
   entries += beside
+  without = sum(reason.reason == _NO_CAPTION for _, reason in unmatched)
+  lost = links + max(without, len(unmatched) - without + len(skipped) - links)
   by_caption = sum(isinstance(e.caption, Path) and e.caption.suffix != ".txt" for e in beside)
   notes += [f"{count(n, 'caption')} from {name}" for name, n in sorted(counts.items())]
   if by_caption:
     notes.append(f"{count(by_caption, 'caption')} from .caption files")
   if pairs:
     notes.append(f"{count(len(pairs), 'pair')}; only their winners can be experts")
-  return Found(sorted(entries), sorted(pairs), skipped, unmatched, incomplete, notes)
+  if other := _other_files(root):
+    notes.append(f"not read: {', '.join(other[:5])}{' and more' if len(other) > 5 else ''}")  # noqa: PLR2004
+  return Found(sorted(entries), sorted(pairs), skipped, unmatched, lost, incomplete, notes)
+
+
+def _without_suffixes(caption: Path, names: set[Path]) -> Path:
+  """Returns the path of a caption's image without suffix, for name.txt and name.jpg.txt."""
+  stem = caption.with_suffix("")
+  return stem.with_suffix("") if stem in names else stem
+
+
+def _losers_by_folder(found: Sequence[Path], root: Path) -> set[Path]:
+  """Returns the images in folders for losers that lie beside folders for winners."""
+  sides = {p.parent for p in found if p.parent != root}
+  winners = {d.parent for d in sides if d.name.lower() in _WINNERS}
+  losers = {d for d in sides if d.name.lower() in _LOSERS and d.parent in winners}
+  return {p for p in found if p.parent in losers}
+
+
+def _other_files(root: Path) -> list[str]:
+  """Returns the names of listings and archives at the top of the folder that are not read."""
+  names = sorted(p.name for p in root.iterdir() if p.suffix.lower() in _OTHER_FILES)
+  return [name for name in names if name not in _METADATA and not _is_hidden(name)]
 
 
 def _match_captions(
@@ -192,11 +241,12 @@ def _match_captions(
   entries: list[Entry] = []
   skipped: list[tuple[str, BadRow]] = []
   by_folder: dict[Path, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
+  # macOS writes accents as characters of their own: equal names may have different bytes.
   for p in found:
-    by_folder[p.parent][p.stem].append(p)
+    by_folder[p.parent][unicodedata.normalize("NFC", p.stem)].append(p)
   texts: dict[Path, dict[str, Path]] = defaultdict(dict)
   for path, p in captions.items():
-    texts[p.parent][path.name] = p
+    texts[p.parent][unicodedata.normalize("NFC", path.name)] = p
   for directory in sorted({*by_folder, *texts}):
     of, beside = by_folder[directory], texts[directory]
     shared = None if of.get("caption") else beside.pop("caption", None)
@@ -208,10 +258,11 @@ def _match_captions(
       if stem in beside and len(there) == 1:
         entries.append(Entry(there[0], beside[stem]))
       elif stem in beside:
-        number = f"{len(there) or 'no'} image{'' if len(there) == 1 else 's'} beside it"
-        skipped.append((beside[stem].relative_to(root).as_posix(), BadRow(number)))
+        reason = "a caption for several images" if there else "a caption without an image"
+        detail = ", ".join(p.name for p in there[:3])
+        skipped.append((beside[stem].relative_to(root).as_posix(), BadRow(reason, detail)))
       else:
-        skipped += [(p.relative_to(root).as_posix(), BadRow("no caption")) for p in there]
+        skipped += [(p.relative_to(root).as_posix(), BadRow(_NO_CAPTION)) for p in there]
   return entries, skipped
 
 
@@ -243,17 +294,19 @@ def _find_pairs(
   for stem, (winners, losers) in sorted(sides.items()):
     name = (winners or losers)[0].relative_to(root).as_posix()
     if len(winners) != 1 or len(losers) != 1:
-      sizes = count(len(winners), "winner"), count(len(losers), "loser")
-      incomplete.append((name, BadRow(f"{sizes[0]} and {sizes[1]} with one name")))
+      sizes = f"{count(len(winners), 'winner')}, {count(len(losers), 'loser')}"
+      incomplete.append((name, BadRow("a name without one winner and one loser", sizes)))
       continue
     own = [listed.get(p) or captions.get(p.with_suffix("")) for p in (winners[0], losers[0])]
     if all(own) and own[0] != own[1] and _text_or_none(own[0]) != _text_or_none(own[1]):
-      continue  # two captions: the images only happen to have such names
+      if winners[0].parent != losers[0].parent:
+        incomplete.append((name, BadRow("a pair with two captions")))
+      continue  # in one folder, the images only happen to have such names
     shared = [stem.parent / "caption", winners[0].parent / "caption"]
     known = [*own, captions.get(stem), *(captions.get(s) for s in shared)]
     caption = next((c for c in known if c), None)
     if caption is None:
-      incomplete.append((name, BadRow("no caption")))
+      incomplete.append((name, BadRow(_NO_CAPTION)))
       continue
     pairs.append(Pair(winners[0], losers[0], caption))
     used |= {stem, winners[0].with_suffix(""), losers[0].with_suffix("")}
@@ -276,7 +329,7 @@ def _read_metadata(
   root: Path,
   files: Mapping[Path, Sequence[Path]],
   skipped: list[tuple[str, BadRow]],
-) -> tuple[dict[Path, str], Counter[str]]:
+) -> tuple[dict[Path, list[str]], Counter[str]]:
   """Reads captions from metadata files.
 
   Args:
@@ -287,7 +340,7 @@ def _read_metadata(
   Returns:
     Captions by image, and the number of captions by metadata file.
   """
-  listed: dict[Path, str] = {}
+  listed: dict[Path, list[str]] = {}
   counts: Counter[str] = Counter()
   there = set(images_of(files))
   for directory, names in sorted(files.items()):
@@ -299,22 +352,31 @@ def _read_metadata(
             raise row
           name, caption = _name_and_caption(row)
           image = Path(os.path.normpath(directory / name))
+          if image not in there and "\\" in name:  # a path as Windows writes it
+            image = Path(os.path.normpath(directory / name.replace("\\", "/")))
           if not image.is_relative_to(root):
             raise BadRow("file_name leads out of the folder")
           if image not in there:
             raise BadRow("no such image", name[:200])
-          listed[image] = caption
-          counts[where] += 1
+          if caption not in (of := listed.setdefault(image, [])):
+            of.append(caption)
+            counts[where] += 1
         except BadRow as error:
           skipped.append((f"{where} row {number}", error))
   return listed, counts
 
 
 def _name_and_caption(row: Mapping[str, Any]) -> tuple[str, str]:
-  name = bad_rows.caption_of(row.get("file_name"), "file_name")
-  column = next((c for c in _COLUMNS if c in row), None)
-  if column is None:
-    raise BadRow(f"none of the columns {', '.join(_COLUMNS)}")
+  columns = ", ".join(str(c) for c in row)
+  if None in row:  # as the package csv reads it
+    raise BadRow("more fields than the header has")
+  if "file_name" not in row:
+    raise BadRow("no column file_name", f"columns: {columns}")
+  name = bad_rows.caption_of(row["file_name"], "file_name")
+  there = [c for c in _COLUMNS if c in row]
+  if not there:
+    raise BadRow(f"none of the columns {', '.join(_COLUMNS)}", f"columns: {columns}")
+  column = next((c for c in there if row[c] is not None), there[0])
   return name, _one_line(bad_rows.caption_of(row[column], column))
 
 
@@ -337,7 +399,8 @@ def _rows_of(file: Path) -> Iterator[tuple[int, Mapping[str, Any] | BadRow]]:
   elif file.suffix == ".csv":
     with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
       try:
-        yield from enumerate(csv.DictReader(stream), 1)
+        # Strict: an open quote would make all the rest one caption.
+        yield from enumerate(csv.DictReader(stream, strict=True), 1)
       except csv.Error as error:
         raise UserError(f"{file} cannot be read as CSV: {first_line(error)}") from error
   else:

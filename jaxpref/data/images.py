@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from jaxpref.data.bad_rows import BadRow
 from jaxpref.errors import first_line
@@ -16,11 +16,13 @@ from jaxpref.errors import first_line
 _NOT_READ = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 MAX_PIXELS = 1 << 26  # 8,192 x 8,192 decoded pixels; JPEG is shrunk while it is decoded
 _MAX_BYTES = 1 << 30  # of a file
+# Of a PNG's texts, which hold whole workflows; Pillow allows a megabyte.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 26
 
 
 def suffixes() -> set[str]:
   """Returns the suffixes of the image formats that can be read, in lower case."""
-  kinds = Image.registered_extensions()
+  kinds = Image.registered_extensions() | {".mpo": "MPO"}  # which Pillow only knows by content
   return {s for s, kind in kinds.items() if kind in set(Image.OPEN) - _NOT_READ}
 
 
@@ -129,8 +131,18 @@ def _white_of(image: Image.Image) -> float | None:
 
 
 def _to_rgb(image: Image.Image, white: float | None) -> Image.Image:
+  clear = image.info.get("transparency")
   if image.mode.startswith("I") or image.mode == "F":
-    return Image.fromarray(_to_8_bits(np.asarray(image, np.float64), white)).convert("RGB")
+    grey = np.asarray(image, np.float64)
+    shades = _to_8_bits(grey, white)
+    if isinstance(clear, int):
+      shades = np.where(grey == clear, np.uint8(255), shades)
+    return Image.fromarray(shades).convert("RGB")
+  if image.mode == "RGB" and isinstance(clear, tuple) and max(clear) > 255:  # noqa: PLR2004
+    # Of 16 bits a colour, of which Pillow keeps the upper 8, also for the colour that is clear.
+    pixels = np.asarray(image)
+    is_clear = (pixels == np.array(clear) >> 8).all(axis=-1, keepdims=True)
+    return Image.fromarray(np.where(is_clear, np.uint8(255), pixels))
   if image.has_transparency_data:
     layer = image.convert("RGBA")
     paper = Image.new("RGBA", layer.size, "white")

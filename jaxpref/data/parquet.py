@@ -94,7 +94,10 @@ def _is_text(found: pa.DataType) -> bool:
 
 
 def _is_bytes(found: pa.DataType) -> bool:
-  tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+  tests = (
+    *(pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view),
+    pa.types.is_fixed_size_binary,
+  )
   return any(test(found) for test in tests)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from jaxpref.errors import UserError
 from jaxpref.shapes import prompts as shapes_prompts
 
+_LISTS = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet")  # no prompt ends like this
 _MAX_BYTES = 256 << 20  # half a million prompts of 500 bytes
 
 
@@ -32,6 +33,8 @@ def choose_prompts(
       return shapes_prompts.held_out(num_prompts, seed=seed)
     except ValueError as error:
       raise UserError(f"evaluate.num_prompts: {error}") from error
+  if not source:
+    raise UserError("evaluate.prompts is empty")
   if source == "captions":
     found = list(dict.fromkeys(captions))
   else:
@@ -41,6 +44,17 @@ def choose_prompts(
       raise UserError(f"evaluate.prompts: {error}") from error
   order = np.random.default_rng(seed).permutation(len(found))
   return [found[i] for i in order[:num_prompts]]
+
+
+def path_in(text: str) -> Path | None:
+  """Returns the path that a text names, which may be missing, or None if it is a prompt."""
+  try:
+    path = Path(text).expanduser()
+    # A single word may well be a prompt, also where a folder of that name is.
+    is_path = path.is_file() or (len(path.parts) > 1 and path.exists())
+  except (OSError, RuntimeError, ValueError):  # not a possible file name, or an unknown home
+    return None
+  return path if is_path or path.suffix.lower() in _LISTS else None
 
 
 def read_file(path: Path, *, shown: str) -> list[str]:

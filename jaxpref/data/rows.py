@@ -84,7 +84,8 @@ def load_rows(
     field = "num_experts" if kind in ("experts", "captions") else "num_rows"
     asked = f"data.{field} = {wanted} asks for more" if wanted else "at least one is needed"
     which = f" of data.min_change = {data.min_change:g} or more" if data.min_change else ""
-    raise UserError(f"the data has {len(rows)} {kind}{which}: {asked}")
+    ties = f", and {tally.ties} ties" if tally.ties and not rows else ""
+    raise UserError(f"the data has {len(rows)} {kind}{which}{ties}: {asked}")
   return rows
 
 
@@ -303,8 +304,9 @@ def to_singles(
   )
   if rows and len({row.desirable for row in rows}) == 1:
     which, other = ("liked", "disliked") if rows[0].desirable else ("disliked", "liked")
+    ties = f" (no pair has a winner: {tally.ties} ties)" if which == "disliked" else ""
     raise UserError(
-      f"the {len(rows)} images of the data are all {which}: the loss needs {other} ones, too"
+      f"all images of the data are {which}{ties}: the loss needs {other} ones, too"
     )
   return rows
 

@@ -32,6 +32,8 @@ _TINY = 128  # images up to this size are enlarged by nearest neighbour
 CAPTION = 160  # characters of a prompt that are always shown
 _UNFOLDED = 2000  # characters of a prompt that are shown when it is unfolded
 _VALUE = 500  # characters of a value of the configuration or the facts
+# Control characters, and those that reorder the text after them.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 Curve = Sequence[tuple[float, float]]
 
@@ -81,6 +83,7 @@ def write_report(
   template = importlib.resources.files(__package__).joinpath("report.html.j2")
   environment = jinja2.Environment(
     autoescape=True,
+    finalize=_without_controls,
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
@@ -116,6 +119,11 @@ def write_report(
     ],
   )
   write_bytes(path, html.encode())
+
+
+def _without_controls(value: Any) -> Any:
+  """Replaces characters of a text that change a page's order or that HTML forbids."""
+  return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", value) if type(value) is str else value
 
 
 def verdict(

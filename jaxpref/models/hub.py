@@ -172,6 +172,8 @@ def _refuse_directory(path: Path) -> None:
   for file in sorted(path.glob("*")):
     if file.suffix in weights.PICKLES:
       raise weights.file_error(file)
+  if run := next((p for p in list(path.resolve().parents)[:3] if _is_run(p)), None):
+    raise UserError(f"{path} is inside the workdir of a run: name {run}")
   raise UserError(f"{path / INDEX} is missing: not a complete pipeline in diffusers' layout")
 
 

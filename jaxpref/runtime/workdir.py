@@ -66,6 +66,24 @@ class Workdir:
   lock: int
 
 
+def path_of(given: str | None, config: Any) -> str:
+  """Returns the path of a run's directory as the user gave it, or the default one.
+
+  Raises:
+    UserError: it is empty, or no checkpoint can be written there in this locale.
+  """
+  if given == "":
+    raise UserError("--workdir is empty")
+  path = str(given or default_workdir(config))
+  try:
+    path.encode()
+  except UnicodeEncodeError as error:
+    raise UserError(
+      f"--workdir {path} has characters that this locale does not know: set LC_ALL=C.UTF-8"
+    ) from error
+  return path
+
+
 def default_workdir(config: ConfigDict) -> Path:
   """Returns the directory of a run without `--workdir`: `runs/<name>-<preset>`."""
   return Path("runs") / f"{config.name}-{config.preset}"

@@ -134,7 +134,10 @@ def setting(name: str, section: str, field: str, default: float) -> float:
 
 
 def _is_workdir(name: str) -> bool:
-  path = trained_in(user_path(name))
+  return _has_run(trained_in(user_path(name)))
+
+
+def _has_run(path: Path) -> bool:
   if not (path / CONFIG).is_file():
     return False
   # Parts of pipelines also have a `config.json`.
@@ -147,7 +150,7 @@ def trained_in(path: Path) -> Path:
   Raises:
     UserError: the run has iterations, and the first is not finished yet.
   """
-  if not (path / CONFIG).is_file() or "iterate" not in _read_config(path):
+  if not _has_run(path) or "iterate" not in _read_config(path):
     return path
   finished = [p.parent for p in (path / ITERATIONS).glob("*/report.html")]
   numbers = [n for p in finished if (n := number_of(p.name)) is not None]
