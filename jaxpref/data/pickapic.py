@@ -24,6 +24,9 @@ _KINDS = {
   **dict.fromkeys(("image_0_uid", "image_1_uid"), "name"),
 }
 _IMAGES, _LABELS = ("caption", "jpg_0", "jpg_1"), ("label_0", "label_1")
+_NO_PAIRS = (
+  "; single images with captions are read from a folder of image files (data.source=folder)"
+)
 _SCORES = ("score_0", "score_1", "image_0_uid", "image_1_uid")
 # Required and optional columns of each kind of rows.
 _COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -56,7 +59,8 @@ class PickAPic(Sequence[Mapping[str, Any]]):
       opened = parquet.open_file(file, kinds)
       there = opened.schema_arrow.names
       if lacking := [c for c in needed if c not in there]:
-        raise UserError(f"{file} lacks the Pick-a-Pic columns {', '.join(lacking)}")
+        hint = "" if "jpg_0" in there else _NO_PAIRS
+        raise UserError(f"{file} lacks the Pick-a-Pic columns {', '.join(lacking)}{hint}")
       columns = [c for c in kinds if c in there]
       if file == files[0]:
         self._columns = columns
