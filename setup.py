@@ -44,6 +44,7 @@ setup(
     "ftfy>=6",
     "grain>=0.2.14",
     "huggingface_hub>=0.34",
+    "ijson>=3.3",
     "jax>=0.7.1",
     "jinja2>=3.1",
     "ml_collections>=1.0",

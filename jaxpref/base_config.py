@@ -77,7 +77,7 @@ def _add_model(c: ConfigDict) -> None:
 
 def _add_data(c: ConfigDict) -> None:
   c.data = ConfigDict()
-  c.data.source = "shapes"  # or 'pickapic' (parquet), 'folder', 'online' (generated pairs)
+  c.data.source = "shapes"  # or pickapic, folder, hpd, mjhq, kto, webdataset, prompts, online
   c.data.path = ""  # path of the folder, the files or the generated pairs
   c.data.split = "train"  # split to read, if files or folders are named by split; 'all': all
   c.data.follow_links = False  # follow links that lead out of a folder

@@ -325,7 +325,7 @@ def _list_images(
   # (stem of the file's name, prompt, image to improve, additional settings)
   subjects: list[tuple[str, str, Any, dict[str, Any]]]
   if flags.images:
-    from jaxpref.data import folder  # noqa: PLC0415
+    from jaxpref.data.sources import folder  # noqa: PLC0415
 
     shared["image_guidance"] = flags.image_guidance
     found = folder.load_folder(
@@ -367,7 +367,7 @@ def _describe_left_out(flags: argparse.Namespace, used: int) -> str:
   """Returns the end of the last line, which says how many images could not be improved."""
   if not flags.images:
     return ""
-  from jaxpref.data import folder  # noqa: PLC0415
+  from jaxpref.data.sources import folder  # noqa: PLC0415
 
   total = folder.count_images(flags.images)
   if not (rest := total - used):

@@ -10,7 +10,8 @@ import pytest
 import skimage.data
 from PIL import Image, PngImagePlugin
 
-from jaxpref.data import folder, images
+from jaxpref.data import images
+from jaxpref.data.sources import folder
 from jaxpref.errors import UserError
 
 # Photographs inside the scikit-image wheel: nothing is downloaded.

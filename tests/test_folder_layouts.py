@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from jaxpref import base_config
-from jaxpref.data import bad_rows, folder
+from jaxpref.data import bad_rows
 from jaxpref.data import rows as rows_lib
+from jaxpref.data.sources import folder
 from jaxpref.errors import UserError
 
 

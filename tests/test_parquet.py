@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from jaxpref import base_config
-from jaxpref.data import bad_rows, folder, images, pickapic, splits
+from jaxpref.data import bad_rows, images, splits
 from jaxpref.data import rows as rows_lib
+from jaxpref.data.sources import folder, pickapic
 from jaxpref.errors import UserError
 
 

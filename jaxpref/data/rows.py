@@ -4,28 +4,18 @@ The loss determines the kind of rows (`losses.Needs.rows`), and the configuratio
 section determines their source.
 """
 
-import difflib
 import hashlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxpref.data import bad_rows, folder, images, pickapic, top_k
+from jaxpref.data import bad_rows, images, sources, top_k
 from jaxpref.data.bad_rows import Tally
 from jaxpref.errors import UserError
 
-_KINDS_OF = {
-  "shapes": ("experts", "captions", "pairs", "singles", "lists"),
-  "pickapic": ("experts", "captions", "pairs", "singles"),
-  "folder": ("experts", "captions", "pairs", "singles"),
-  "online": ("pairs",),
-}
-SOURCES = tuple(_KINDS_OF)
-# The rows of the user's files may be sorted, so a subset of them must be sampled at random. The
-# rows of the other sources are independent, so their first rows are already a random sample.
-_FILES = ("pickapic", "folder")
 _log = logging.getLogger(__name__)
 
 
@@ -69,17 +59,24 @@ def load_rows(
     UserError: the source is unknown, has no rows of this kind, has fewer than the configured
       number, or has too many rows that cannot be used.
   """
-  _check_source(kind, data)
+  source = sources.find_source(data.source)
+  table = _check_source(source, kind, data)
   tally = tally or make_tally(data)
+  sorted_ = getattr(source, "SORTED", False)
   try:
-    rows = _load(kind, data, image_size, seed if data.source in _FILES else None, tally)
+    # Winners are chosen by the labels of pairs, not by scores.
+    wants = "pairs" if kind == "experts" and data.experts == "winners" else kind
+    opened = sources.open_table(data.source, table, data, tally, wants)
+    options = {"image_size": image_size, "tally": tally, "seed": seed if sorted_ else None}
+    rows = _derive(kind, table, opened, data, options)
   finally:
     files = data.source == "folder"
     tally.warn(str(data.path) if data.path else data.source, "file" if files else "row")
   for note in tally.read:
     _log.warning("%s: %s", data.path, note)
   wanted = data.num_experts if kind in ("experts", "captions") else data.num_rows
-  wanted = 0 if kind == "experts" and data.source == "folder" else wanted
+  # All images of a folder of fewer are used; the best of pairs have to be there.
+  wanted = 0 if kind == "experts" and table == "images" else wanted
   if len(rows) < max(wanted, 1):
     field = "num_experts" if kind in ("experts", "captions") else "num_rows"
     asked = f"data.{field} = {wanted} asks for more" if wanted else "at least one is needed"
@@ -94,101 +91,109 @@ def make_tally(data: Any) -> Tally:
   return Tally(data.max_bad_share)
 
 
-def _check_source(kind: str, data: Any) -> None:
-  if data.source not in SOURCES:
-    near = difflib.get_close_matches(data.source, SOURCES, n=1, cutoff=0)[0]
-    raise UserError(f"data.source {data.source!r} is unknown; did you mean {near!r}?")
-  if data.source == "shapes" and data.path:
+def _check_source(source: ModuleType, kind: str, data: Any) -> str:
+  """Returns the table from which the rows are derived; refuses what the source cannot do."""
+  if not getattr(source, "SORTED", False) and data.split != "train":
     raise UserError(
-      f"data.source=shapes does not take data.path = {data.path!r}; did you mean "
-      "data.source=folder?"
-    )
-  if data.source not in _FILES and data.split != "train":
-    raise UserError(
-      f"data.split = {data.split!r} needs data.source=pickapic or folder: "
+      f"data.split = {data.split!r} needs a source of files, such as pickapic or folder: "
       f"data.source={data.source} has no splits to choose from"
     )
-  if kind not in _KINDS_OF[data.source]:
-    able = ", ".join(s for s in SOURCES if kind in _KINDS_OF[s])
+  if (table := sources.table_for(source, kind)) is None:
+    able = (s for s in sources.OWN if sources.table_for(sources.find_source(s), kind))
     raise UserError(
-      f"data.source={data.source} has no {kind}, which this loss learns from; use {able}"
+      f"data.source={data.source} has no {kind}, which this loss learns from; use "
+      f"{', '.join(able)}"
     )
+  return table
 
 
-def _load(kind: str, data: Any, image_size: int, seed: int | None, tally: Tally) -> list[Row]:
-  options: dict[str, Any] = {"image_size": image_size, "tally": tally}
-  match kind:
-    case "captions":
-      return [Row((), caption) for caption in _captions(data, seed, tally)]
-    case "experts":
-      return _experts(data, seed, options)
-    case "lists":
-      from jaxpref.shapes import rankings  # noqa: PLC0415  # TFDS takes a second
-
-      lists = rankings.load_rankings("train", data.list_size)
-      return from_rankings(lists, data.num_rows, **options)
-  source = _source_of(data, "pairs", tally)
+def _derive(
+  kind: str, table: str, source: sources.Table, data: Any, options: dict[str, Any]
+) -> list[Row]:
+  """Derives rows of a kind from an opened table."""
+  limit = data.num_experts if kind in ("experts", "captions") else data.num_rows
+  if kind == "captions":
+    column = "prompt" if table == "lists" else "caption"
+    return [Row((), c) for c in _captions(source, column, limit, options)]
+  if kind == "experts":
+    return _experts(table, source, limit, data.experts, options)
+  if kind == "lists":
+    return from_rankings(source, limit, size=data.list_size, **options)
   if kind == "pairs":
-    least = data.min_change
-    return from_pairs(source, data.num_rows, seed=seed, min_change=least, **options)
+    return from_pairs(source, limit, min_change=data.min_change, **options)
+  read = from_singles if table == "singles" else to_singles
   return [
     row._replace(prefix=data.good_prefix if row.desirable else data.bad_prefix)
-    for row in to_singles(source, data.num_rows, seed=seed, **options)
+    for row in read(source, limit, **options)
   ]
 
 
-def _experts(data: Any, seed: int | None, options: Mapping[str, Any]) -> list[Row]:
-  if data.source == "folder":
-    found = folder.load_folder(
-      data.path,
-      limit=data.num_experts,
-      seed=seed,
-      split=data.split,
-      follow_links=data.follow_links,
-      **options,
-    )
-  elif data.experts == "top":
-    source = _source_of(data, "experts", options["tally"])
-    found = top_k.top_k(source, data.num_experts, **options)
+def _experts(
+  table: str, source: sources.Table, limit: int, choice: str, options: dict[str, Any]
+) -> list[Row]:
+  if table == "singles":
+    return from_singles(source, limit, liked=True, **options)
+  if table == "pairs" and choice == "winners":
+    return from_pairs(source, limit, arms=1, **options)
+  if table == "pairs":
+    best = {name: options[name] for name in ("image_size", "tally")}
+    examples = top_k.top_k(source, limit, **best)
   else:
-    source = _source_of(data, "pairs", options["tally"])
-    return from_pairs(source, data.num_experts, seed=seed, arms=1, **options)
-  return [Row((e.image,), e.caption) for e in found]
+    examples = top_k.take_examples(source, limit, **options)
+  return [Row((e.image,), e.caption) for e in examples]
 
 
-def _captions(data: Any, seed: int | None, tally: Tally) -> list[str]:
-  if data.source == "folder":
-    found = folder.load_captions(
-      data.path, split=data.split, follow_links=data.follow_links, tally=tally
-    )
-  else:
-    source = _source_of(data, "captions", tally)
-    found = bad_rows.take(
-      range(len(source)),
-      lambda i: bad_rows.caption_of(source[i]["caption"]),
-      tally,
-      where=bad_rows.named_by(source),
-    )
+def _captions(
+  source: sources.Table, column: str, limit: int, options: dict[str, Any]
+) -> list[str]:
+  found = bad_rows.take(
+    range(len(source)),
+    lambda i: bad_rows.caption_of(source[i][column], column),
+    options["tally"],
+    where=bad_rows.named_by(source),
+  )
   unique = list(dict.fromkeys(found))
-  order = bad_rows.sample(len(unique), data.num_experts, seed)
-  return [unique[i] for i in sorted(order[: data.num_experts or None])]
+  order = bad_rows.sample(len(unique), limit, options["seed"])
+  return [unique[i] for i in sorted(order[: limit or None])]
 
 
-def _source_of(data: Any, kind: str, tally: Tally) -> Sequence[Mapping[str, Any]]:
-  """Opens the configured source as rows with Pick-a-Pic's columns."""
-  if data.source == "pickapic":
-    return pickapic.open_pickapic(data.path, kind, split=data.split, tally=tally)
-  if data.source == "folder":
-    return folder.open_pairs(
-      data.path, split=data.split, follow_links=data.follow_links, tally=tally
-    )
-  if data.source == "online":
-    from jaxpref.data import generated_pairs  # noqa: PLC0415  # TFDS takes a second
+def from_singles(
+  source: Sequence[Mapping[str, Any]],
+  limit: int = 0,
+  *,
+  liked: bool | None = None,
+  image_size: int = 0,
+  seed: int | None = None,
+  tally: Tally | None = None,
+) -> list[Row]:
+  """Reads labelled images.
 
-    return generated_pairs.open_pairs(data.path)
-  from jaxpref.shapes import builder  # noqa: PLC0415  # TFDS takes a second
+  Args:
+    source: rows with `caption`, `jpg` and `liked`.
+    limit: number of images to read; 0 reads all.
+    liked: reads only images with this label; None reads all.
+    image_size: height and width in pixels to crop and resize to; 0 keeps the sizes.
+    seed: selects images at random if there are more than `limit`; None takes the first ones.
+    tally: counts the rows that cannot be used.
 
-  return builder.load_preferences("train")
+  Raises:
+    UserError: too many rows cannot be used, or, of all labels, only one is there.
+  """
+  tally = tally or Tally()
+
+  def read(i: int) -> Row | None:
+    values = source[i]
+    if liked is not None and values["liked"] != liked:
+      return None
+    caption = bad_rows.caption_of(values["caption"])
+    return Row((_decode(values, "jpg", image_size),), caption, bool(values["liked"]))
+
+  order = bad_rows.sample(len(source), limit, seed)
+  where = bad_rows.named_by(source)
+  rows = bad_rows.take(order, read, tally, where=where, limit=limit)
+  if liked is None:
+    _check_labels(rows, tally)
+  return rows
 
 
 def from_pairs(
@@ -302,40 +307,58 @@ def to_singles(
     where=lambda j: f"{where(place[unique[j]][0])}, {place[unique[j]][1]}",
     limit=limit,
   )
+  _check_labels(rows, tally)
+  return rows
+
+
+def _check_labels(rows: Sequence[Row], tally: Tally) -> None:
   if rows and len({row.desirable for row in rows}) == 1:
     which, other = ("liked", "disliked") if rows[0].desirable else ("disliked", "liked")
-    ties = f" (no pair has a winner: {tally.ties} ties)" if which == "disliked" else ""
+    none = tally.ties and not rows[0].desirable
+    ties = f" (no pair has a winner: {tally.ties} ties)" if none else ""
     raise UserError(
       f"all images of the data are {which}{ties}: the loss needs {other} ones, too"
     )
-  return rows
 
 
 def from_rankings(
   source: Sequence[Mapping[str, Any]],
   limit: int = 0,
   *,
+  size: int = 0,
   image_size: int = 0,
+  seed: int | None = None,
   tally: Tally | None = None,
 ) -> list[Row]:
   """Reads ranked lists of images, sorted from best to worst.
 
+  Of a list with more than `size` ranks, that many are taken at equal distances, with the best
+  and the worst. Of images with equal ranks only the first is taken.
+
   Args:
     source: rows with `prompt`, `jpg_k` and `rank_k`.
     limit: number of lists to read; 0 reads all.
+    size: images of a list; 0 takes all.
     image_size: height and width in pixels to crop and resize to; 0 keeps the sizes.
+    seed: selects lists at random if there are more than `limit`; None takes the first ones.
     tally: counts the rows that cannot be used.
   """
 
   def read(i: int) -> Row:
     values = source[i]
     caption = bad_rows.caption_of(values["prompt"], "prompt")
-    ranks = {int(v): name[5:] for name, v in values.items() if name.startswith("rank_")}
-    columns = [f"jpg_{ranks[rank]}" for rank in sorted(ranks)]
-    return Row(tuple(_decode(values, c, image_size) for c in columns), caption)
+    ranks: dict[float, str] = {}
+    for name in (n for n in values if n.startswith("rank_")):
+      ranks.setdefault(float(values[name]), f"jpg_{name[5:]}")
+    order = sorted(ranks)
+    if len(order) < size:
+      raise bad_rows.BadRow(f"fewer than {size} different ranks", str(len(order)))
+    if size:
+      order = [order[round(j)] for j in np.linspace(0, len(order) - 1, size)]
+    return Row(tuple(_decode(values, ranks[rank], image_size) for rank in order), caption)
 
-  where = bad_rows.named_by(source)
-  return bad_rows.take(range(len(source)), read, tally or Tally(), where=where, limit=limit)
+  where, order = bad_rows.named_by(source), bad_rows.sample(len(source), limit, seed)
+  return bad_rows.take(order, read, tally or Tally(), where=where, limit=limit)
 
 
 def fingerprint(rows: Iterable[Row]) -> str:

@@ -81,6 +81,47 @@ def top_k(
   return [example for _, example in sorted(best, key=lambda found: found[0])]
 
 
+def take_examples(
+  source: Sequence[Mapping[str, Any]],
+  limit: int = 0,
+  *,
+  image_size: int = 0,
+  seed: int | None = None,
+  tally: Tally | None = None,
+) -> list[Example]:
+  """Reads images with captions.
+
+  Args:
+    source: rows with `caption` and `jpg`.
+    limit: number of images to read; 0 reads all.
+    image_size: height and width in pixels to crop and resize to; 0 keeps the sizes.
+    seed: selects images at random if there are more than `limit`; None reads the first ones.
+    tally: counts the rows that cannot be used.
+
+  Returns:
+    Examples in the order of the source, each with its name there as `source`.
+
+  Raises:
+    UserError: too many rows cannot be used.
+  """
+  tally = tally or Tally()
+  where, counted = bad_rows.named_by(source), tally.left_out.total()
+
+  def read(i: int) -> Example:
+    row = source[i]
+    caption = bad_rows.caption_of(row["caption"])
+    return Example(images.decode(row["jpg"], image_size), caption, where(i))
+
+  order = bad_rows.sample(len(source), limit, seed)
+  examples = bad_rows.take(order, read, tally, where=where, limit=limit)
+  if limit and len(source) > limit and len(examples) == limit:
+    which = "a random sample, by the seed" if seed is not None else "the first"
+    tally.read.append(f"{limit} of {len(source)} images are used, {which}")
+  lost = getattr(source, "lost", 0)  # which the table does not have
+  tally.check(tally.left_out.total() - counted + lost, len(source) + lost)
+  return examples
+
+
 @dataclasses.dataclass(frozen=True)
 class _Image:
   """The score of one image of a pair; `row` and `column` locate its pixels."""

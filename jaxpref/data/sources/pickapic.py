@@ -127,6 +127,15 @@ def _content(value: tuple[bytes | None, bytes | None], beside: Path, column: str
   raise BadRow(f"{column} is a path that leads out of the folder")
 
 
+SORTED = True
+
+
+def open_pairs(data: Any, tally: Tally, kind: str = "pairs") -> "PickAPic":
+  """Opens the parquet files in `data.path`; see `open_pickapic`."""
+  columns = {"singles": "pairs"}.get(kind, kind)
+  return open_pickapic(data.path, columns, split=data.split, tally=tally)
+
+
 def open_pickapic(
   path: str, kind: str = "all", *, split: str = "train", tally: Tally | None = None
 ) -> PickAPic:

@@ -10,11 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxpref.data import bad_rows, folder_scan, images, splits
+from jaxpref.data import folder_scan, splits, top_k
 from jaxpref.data.bad_rows import Tally
 from jaxpref.data.top_k import Example
 from jaxpref.errors import UserError
 from jaxpref.runtime.paths import user_path
+
+SORTED = True
 
 
 def load_folder(
@@ -55,30 +57,14 @@ def load_folder(
   root = _root(path, option)
   warns, tally = tally is None, tally or Tally()
   if caption is None:
-    found = folder_scan.scan(root, split, follow_links)
-    entries, skipped = found.entries, [*found.skipped, *found.unmatched]
-    lost = found.lost
-    tally.read += found.notes
+    table = _captioned(root, split, follow_links, tally)
   else:
     files, skipped = folder_scan.walk(root, follow_links)
     entries = [folder_scan.Entry(p, caption) for p in folder_scan.images_of(files)]
-    lost = len(skipped)
-  for name, reason in skipped:
-    tally.leave_out(name, reason)
-
-  def name_of(i: int) -> str:
-    return entries[i].image.relative_to(root).as_posix()
-
-  def read(i: int) -> Example:
-    text = folder_scan.read_caption(entries[i].caption)
-    return Example(images.decode(entries[i].image, image_size), text, name_of(i))
-
-  order = bad_rows.sample(len(entries), limit, seed)
-  examples = bad_rows.take(order, read, tally, where=name_of, limit=limit)
-  if limit and len(entries) > limit and len(examples) == limit:
-    which = "a random sample, by the seed" if seed is not None else "the first"
-    tally.read.append(f"{limit} of {len(entries)} images are used, {which}")
-  tally.check(tally.left_out.total() - len(skipped) + lost, len(entries) + lost)
+    table = FolderImages(root, entries, len(skipped))
+    for name, reason in skipped:
+      tally.leave_out(name, reason)
+  examples = top_k.take_examples(table, limit, image_size=image_size, seed=seed, tally=tally)
   if warns:
     tally.warn(str(root), "file")
   if not examples:
@@ -92,43 +78,46 @@ def load_folder(
   return examples
 
 
+def _captioned(root: Path, split: str, follow_links: bool, tally: Tally) -> "FolderImages":
+  """Finds the images with captions of a folder, and counts what is skipped."""
+  found = folder_scan.scan(root, split, follow_links)
+  tally.read += found.notes
+  for name, reason in (*found.skipped, *found.unmatched):
+    tally.leave_out(name, reason)
+  return FolderImages(root, found.entries, found.lost)
+
+
 def count_images(path: str | os.PathLike) -> int:
   """Counts the images in a folder, including those that cannot be read."""
   return len(folder_scan.images_of(folder_scan.walk(user_path(path), follow_links=False)[0]))
 
 
-def load_captions(
-  path: str | os.PathLike,
-  *,
-  split: str = splits.ALL,
-  follow_links: bool = False,
-  tally: Tally | None = None,
-) -> list[str]:
-  """Reads the captions of a folder's images, sorted by the images' paths, without the images.
+class FolderImages(Sequence[Mapping[str, Any]]):
+  """The images of a folder that have captions; images are paths.
 
-  Args:
-    path: the folder.
-    split: see `load_folder`.
-    follow_links: see `load_folder`.
-    tally: counts the files that cannot be used.
-
-  Raises:
-    UserError: the folder does not exist, or has no or too few captions that can be used.
+  Attributes:
+    lost: number of the folder's images that are not in the table.
   """
-  root, tally = _root(path, "data.path"), tally or Tally()
-  found = folder_scan.scan(root, split, follow_links)
-  tally.read += found.notes
-  for name, reason in (*found.skipped, *found.unmatched):
-    tally.leave_out(name, reason)
-  captions = bad_rows.take(
-    range(len(found.entries)),
-    lambda i: folder_scan.read_caption(found.entries[i].caption),
-    tally,
-    where=lambda i: found.entries[i].image.relative_to(root).as_posix(),
-  )
-  if not captions:
-    raise UserError(f"no image with a caption in {root}")
-  return captions
+
+  def __init__(self, root: Path, entries: Sequence[folder_scan.Entry], lost: int):
+    self._root, self._entries, self.lost = root, entries, lost
+
+  def __len__(self) -> int:
+    """Returns the number of images."""
+    return len(self._entries)
+
+  def __getitem__(self, index):
+    """Returns image `index`; reads its caption.
+
+    Raises:
+      BadRow: the caption cannot be used.
+    """
+    entry = self._entries[index]
+    return {"caption": folder_scan.read_caption(entry.caption), "jpg": entry.image}
+
+  def where(self, index: int) -> str:
+    """Returns the image's path, relative to the folder."""
+    return self._entries[index].image.relative_to(self._root).as_posix()
 
 
 class FolderPairs(Sequence[Mapping[str, Any]]):
@@ -161,22 +150,31 @@ class FolderPairs(Sequence[Mapping[str, Any]]):
     return self._pairs[index].winner.relative_to(self._root).as_posix()
 
 
-def open_pairs(
-  path: str | os.PathLike, *, split: str, follow_links: bool, tally: Tally
-) -> FolderPairs:
-  """Finds the pairs of a folder.
+def open_images(data: Any, tally: Tally, kind: str = "experts") -> FolderImages:
+  """Opens the images of the folder `data.path` that have captions, sorted by path.
 
-  Args:
-    path: the folder.
-    split: see `load_folder`.
-    follow_links: see `load_folder`.
-    tally: counts the files that cannot be used.
+  Raises:
+    UserError: the folder does not exist, or no image has a caption.
+  """
+  del kind
+  root = _root(data.path, "data.path")
+  return _captioned(root, data.split, data.follow_links, tally)
+
+
+def open_captions(data: Any, tally: Tally, kind: str = "captions") -> FolderImages:
+  """Opens the captions of the folder's images, which are not read."""
+  return open_images(data, tally, kind)
+
+
+def open_pairs(data: Any, tally: Tally, kind: str = "pairs") -> FolderPairs:
+  """Opens the pairs of the folder `data.path`.
 
   Raises:
     UserError: the folder does not exist, or has no or too few pairs that can be used.
   """
-  root = _root(path, "data.path")
-  found = folder_scan.scan(root, split, follow_links)
+  del kind
+  root = _root(data.path, "data.path")
+  found = folder_scan.scan(root, data.split, data.follow_links)
   tally.read += found.notes
   left_out = (*found.skipped, *found.incomplete)
   for name, reason in left_out:

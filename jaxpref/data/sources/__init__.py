@@ -1,0 +1,105 @@
+"""Data sources: where rows come from, one module each.
+
+A source is a module with one or more of the functions
+
+  open_pairs, open_images, open_singles, open_lists, open_captions
+
+each called as `open_...(data, tally, kind)`. `data` is the configuration's section `data`,
+`tally` counts what cannot be used, and `kind` is the kind of rows that the caller derives, see
+`TABLES`. They return a table: a sequence (`len` and `[i]`) of mappings with these columns:
+
+  pairs: caption, jpg_0, jpg_1, label_0, label_1; the preferred image has the larger label.
+    Optional: score_0, score_1, by which experts are chosen, image_0_uid, image_1_uid.
+  images: caption, jpg
+  singles: caption, jpg, liked
+  lists: prompt, jpg_0, jpg_1, ..., rank_0, rank_1, ...; the best image has the lowest rank.
+  captions: caption
+
+Images are encoded files: bytes, or a `Path`. A row that cannot be read raises `BadRow`. A table
+may have a function `where(i)`, which names row i in messages, and `lost`, the number of rows
+that it leaves out.
+
+A source with `SORTED = True` may have rows in an order with a meaning. A subset of them is then
+sampled at random; otherwise it is the first ones. Only such sources take `data.split`.
+
+`data.source` is a name in `OWN`, the name of an entry point in the group
+`jaxpref.data.sources` (how another package registers its sources), or an importable module.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+from jaxpref import plugins
+from jaxpref.errors import UserError
+
+GROUP = "jaxpref.data.sources"
+Table = Sequence[Mapping[str, Any]]
+# The modules of this package by the names that users give.
+OWN = {
+  "shapes": "shapes_world",
+  "pickapic": "pickapic",
+  "folder": "folder",
+  "hpd": "hpd",
+  "mjhq": "mjhq",
+  "kto": "kto_csv",
+  "webdataset": "webdataset",
+  "prompts": "prompt_list",
+  "online": "online",
+}
+# The kinds of rows that are derived from each table.
+TABLES = {
+  "pairs": ("pairs", "singles", "experts", "captions"),
+  "images": ("experts", "captions"),
+  "singles": ("singles", "experts", "captions"),
+  "lists": ("lists", "captions"),
+  "captions": ("captions",),
+}
+
+
+def find_source(name: str) -> ModuleType:
+  """Imports a source's module.
+
+  Raises:
+    UserError: no source has this name, or its module opens no table.
+  """
+  found = plugins.find_module(GROUP, OWN.get(name, name))
+  if found is None:
+    known = sorted({*OWN, *plugins.registered_names(GROUP)})
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+    raise UserError(
+      f"data.source {name!r} is unknown; did you mean {near!r}? (sources: {', '.join(known)})"
+    )
+  if not tables_of(found):
+    functions = ", ".join(f"open_{table}" for table in TABLES)
+    raise UserError(f"data.source {name!r} is not a source: it has none of {functions}")
+  return found
+
+
+def tables_of(source: ModuleType) -> tuple[str, ...]:
+  """Returns the tables that a source can open."""
+  return tuple(table for table in TABLES if hasattr(source, f"open_{table}"))
+
+
+def table_for(source: ModuleType, kind: str) -> str | None:
+  """Returns the table from which a source's rows of a kind are derived, or None."""
+  own = f"open_{kind}"
+  if hasattr(source, own):
+    return kind
+  # Images with captions are experts as they are; those of pairs have to be chosen.
+  order = sorted(tables_of(source), key=lambda table: table != "images")
+  return next((table for table in order if kind in TABLES[table]), None)
+
+
+def open_table(name: str, table: str, data: Any, tally: Any, kind: str) -> Table:
+  """Opens a table of a source.
+
+  Args:
+    name: of the source.
+    table: one of `TABLES`, which the source must have.
+    data: the configuration's section `data`.
+    tally: counts what cannot be used.
+    kind: the kind of rows that the caller derives.
+  """
+  return getattr(find_source(name), f"open_{table}")(data, tally, kind)

@@ -1,0 +1,33 @@
+"""The embedded shapes world, generated on first use."""
+
+from typing import Any
+
+from jaxpref.data.bad_rows import Tally
+from jaxpref.data.sources import Table
+from jaxpref.errors import UserError
+
+
+def open_pairs(data: Any, tally: Tally, kind: str) -> Table:
+  """Opens the pairs of train prompts."""
+  del tally, kind
+  from jaxpref.shapes import builder  # noqa: PLC0415  # TFDS takes a second
+
+  _check_path(data)
+  return builder.load_preferences("train")
+
+
+def open_lists(data: Any, tally: Tally, kind: str) -> Table:
+  """Opens the ranked lists of `data.list_size` images of train prompts."""
+  del tally, kind
+  from jaxpref.shapes import rankings  # noqa: PLC0415
+
+  _check_path(data)
+  return rankings.load_rankings("train", data.list_size)
+
+
+def _check_path(data: Any) -> None:
+  if data.path:
+    raise UserError(
+      f"data.source=shapes does not take data.path = {data.path!r}; did you mean "
+      "data.source=folder?"
+    )
