@@ -141,7 +141,9 @@ def _has_run(path: Path) -> bool:
   if not (path / CONFIG).is_file():
     return False
   # Parts of pipelines also have a `config.json`.
-  return (path / "checkpoints").is_dir() or (path / STARTS).is_file()
+  return (path / STARTS).is_file() or any(
+    (path / folder).is_dir() for folder in ("checkpoints", ITERATIONS)
+  )
 
 
 def trained_in(path: Path) -> Path:
