@@ -40,6 +40,11 @@ def _shades(row):
 
 @pytest.fixture
 def hpd(tmp_path):
+  write_hpd(tmp_path)
+  return tmp_path
+
+
+def write_hpd(tmp_path):
   """A sample with the layout of the archives: pairs to train on, ranked lists to test."""
   train, test = [], []
   for i in range(6):
@@ -58,7 +63,6 @@ def hpd(tmp_path):
     test.append(row)
   (tmp_path / "train.json").write_text(json.dumps(train))
   (tmp_path / "test.json").write_text(json.dumps(test))
-  return tmp_path
 
 
 def test_pairs_of_hpd(hpd):
@@ -195,16 +199,18 @@ def _members(i, label=(1.0, 0.0)):
   }
 
 
+def write_tar(path, labels, first=0, without=()):
+  with tarfile.open(path, "w") as tar:
+    for i, label in enumerate(labels, first):
+      for name, content in _members(i, label).items():
+        if name not in without:
+          _add(tar, name, content)
+
+
 def test_pairs_of_webdataset(tmp_path):
   labels = [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (1, 0), ("x", 0)]
   for t in range(2):
-    with tarfile.open(tmp_path / f"{t:05d}.tar", "w") as tar:
-      for i, label in enumerate(labels):
-        members = _members(5 * t + i, label)
-        if t == 1 and i == 3:
-          del members["00008.jpg_1.jpg"]
-        for name, content in members.items():
-          _add(tar, name, content)
+    write_tar(tmp_path / f"{t:05d}.tar", labels, 5 * t, without=["00008.jpg_1.jpg"])
   tally = bad_rows.Tally()
   found = _load("pairs", "webdataset", tmp_path, tally)
   assert [(r.caption, *_shades(r)) for r in found] == [

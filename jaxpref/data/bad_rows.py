@@ -4,7 +4,7 @@ import decimal
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -53,6 +53,11 @@ class Tally:
     self.left_out[error.reason] += 1
     if len(self._named) < _NAMED:
       self._named.append(f"{where} ({error})")
+
+  def add(self, left_out: Mapping[str, int], named: Sequence[str]) -> None:
+    """Adds counts by reason, and texts that name bad rows."""
+    self.left_out.update(left_out)
+    self._named += named[: _NAMED - len(self._named)]
 
   def check(self, bad: int, looked_at: int) -> None:
     """Refuses data with too many bad rows.

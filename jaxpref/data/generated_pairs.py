@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordWriter
 
-from jaxpref.errors import UserError, storage_error
+from jaxpref.data import shards
+from jaxpref.errors import UserError
 from jaxpref.runtime import records, workdir
 from jaxpref.runtime.paths import user_path
 
-_NAME, _SPLIT = "online_pairs", "train"
 _ADVICE = "delete the directory; the run that generated these pairs then generates them again"
 _COMPLETE = "complete.json"  # holds the sizes of all files and the pairs' changes
 
@@ -47,55 +46,29 @@ def _features() -> tfds.features.FeaturesDict:
   return tfds.features.FeaturesDict(columns)
 
 
+def _layout(directory: Path) -> shards.Layout:
+  return shards.Layout(directory, "online_pairs", _features())
+
+
 def shards_of(rows: int, size: int) -> list[range]:
   """Returns the row numbers of each shard; `size` is the number of rows per shard."""
-  return [range(start, min(start + size, rows)) for start in range(0, rows, size)]
+  return shards.ranges(rows, size)
 
 
-def missing(directory: Path, shards: int) -> list[int]:
-  """Returns the numbers of the shards that are not written yet.
-
-  Creates the directory and removes the temporary files of killed processes.
-  """
-  directory.mkdir(parents=True, exist_ok=True)
-  for rest in directory.glob(f".{_NAME}-*.tmp"):
-    rest.unlink()
-  return [i for i in range(shards) if not _path(directory, i, shards).exists()]
+def missing(directory: Path, count: int) -> list[int]:
+  """Returns the numbers of the shards, of `count`, that are not written yet."""
+  return shards.missing(_layout(directory), count)
 
 
 def write_shard(
-  directory: Path, shard: int, shards: int, rows: Iterable[Mapping[str, Any]]
+  directory: Path, shard: int, count: int, rows: Iterable[Mapping[str, Any]]
 ) -> None:
-  """Writes a shard atomically.
-
-  Args:
-    directory: directory of the data set.
-    shard: number of the shard.
-    shards: total number of shards.
-    rows: rows with all columns.
+  """Writes shard number `shard` of `count` atomically.
 
   Raises:
-    UserError: the shard cannot be written.
+    UserError: it cannot be written.
   """
-  features = _features()
-  serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
-  path = _path(directory, shard, shards)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  try:
-    directory.mkdir(parents=True, exist_ok=True)
-    writer = ArrayRecordWriter(str(temporary), "group_size:1")
-    for row in rows:
-      writer.write(serializer.serialize_example(features.encode_example(dict(row))))
-    writer.close()
-    with temporary.open("rb") as file:
-      os.fsync(file.fileno())
-    temporary.replace(path)
-  except OSError as error:
-    temporary.unlink(missing_ok=True)
-    raise storage_error(f"cannot write {path}: {error}", error) from error
-  except RuntimeError as error:  # raised by ArrayRecord
-    temporary.unlink(missing_ok=True)
-    raise UserError(f"cannot write {path}: {error}") from error
+  shards.write_shard(_layout(directory), shard, count, rows)
 
 
 def finish(directory: Path, lengths: Sequence[int], *, description: str) -> None:
@@ -106,27 +79,13 @@ def finish(directory: Path, lengths: Sequence[int], *, description: str) -> None
     lengths: number of rows of each shard.
     description: description of the data set, for tensorflow_datasets.
   """
-  template = tfds.core.ShardedFileTemplate(
-    data_dir=directory, dataset_name=_NAME, split=_SPLIT, filetype_suffix="array_record"
-  )
-  split = tfds.core.SplitInfo(
-    name=_SPLIT,
-    shard_lengths=list(lengths),
-    num_bytes=sum(p.stat().st_size for p in directory.glob(f"{_NAME}-*")),
-    filename_template=template,
-  )
-  tfds.folder_dataset.write_metadata(
-    data_dir=directory,
-    features=_features(),
-    split_infos=[split],
-    filename_template=template,
-    description=description,
-    check_data=False,  # the check needs TensorFlow
-  )
-  source = records.Records(directory, _SPLIT, advice=_ADVICE)
+  layout = _layout(directory)
+  shards.write_info(layout, lengths, description=description)
+  source = records.Records(directory, layout.split, advice=_ADVICE)
   # Reads one row at a time, since all images may not fit in memory.
   changes = [float(source[i]["change"]) for i in range(len(source))]
-  workdir.write_json(directory / _COMPLETE, {"changes": changes, "sizes": _sizes(directory)})
+  contents = {"changes": changes, "sizes": shards.sizes(layout)}
+  workdir.write_json(directory / _COMPLETE, contents)
 
 
 def is_finished(directory: Path) -> bool:
@@ -158,7 +117,7 @@ def changes(directory: Path) -> np.ndarray:
     )
   found = workdir.read_json(directory / _COMPLETE, _is_record)
   changed, expected = np.array(found["changes"], float), found["sizes"]
-  there = _sizes(directory)
+  there = shards.sizes(_layout(directory))
   if damaged := [name for name, size in expected.items() if there.get(name) != size]:
     raise UserError(f"the pairs in {directory} are damaged: {', '.join(damaged)}; {_ADVICE}")
   return changed
@@ -178,14 +137,4 @@ def open_pairs(directory: str | os.PathLike) -> Sequence[Mapping[str, Any]]:
   """
   path = user_path(directory)
   changes(path)
-  return records.Records(path, _SPLIT, advice=_ADVICE)
-
-
-def _sizes(directory: Path) -> dict[str, int]:
-  files = (*directory.glob(f"{_NAME}-*"), *directory.glob("*_info.json"))
-  files = (*files, directory / "features.json")
-  return {p.name: p.stat().st_size for p in sorted(files) if p.exists()}
-
-
-def _path(directory: Path, shard: int, shards: int) -> Path:
-  return directory / f"{_NAME}-{_SPLIT}.array_record-{shard:05d}-of-{shards:05d}"
+  return records.Records(path, _layout(path).split, advice=_ADVICE)

@@ -57,6 +57,40 @@ def decode(file: bytes | Path, image_size: int = 0) -> np.ndarray:
       raise BadRow("damaged image", first_line(error)) from error
 
 
+def normalize(content: bytes) -> tuple[bytes, tuple[int, int], str]:
+  """Checks an image file by decoding it whole, and converts what few readers agree on.
+
+  Args:
+    content: of the file.
+
+  Returns:
+    The file as it is, or as PNG if it has to be rotated or flattened; its height and width;
+    and why it was converted, or ''.
+
+  Raises:
+    BadRow: the file is not an image, damaged, truncated or too large.
+  """
+  pixels = decode(content)
+  with io.BytesIO(content) as stream, _open(stream) as image:
+    kind, mode = image.format, image.mode
+    turned = image.getexif().get(0x0112, 1) != 1
+    many = getattr(image, "n_frames", 1) > 1
+  why = (
+    "rotated by EXIF"
+    if turned
+    else f"{mode} to RGB"
+    if mode not in ("RGB", "L")
+    else f"{kind} to PNG"
+    if kind not in ("JPEG", "PNG", "WEBP") or many
+    else ""
+  )
+  if why:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    content = buffer.getvalue()
+  return content, (pixels.shape[0], pixels.shape[1]), why
+
+
 def open_regular(path: Path, max_bytes: int = _MAX_BYTES) -> BinaryIO:
   """Opens a regular file for reading.
 

@@ -7,7 +7,6 @@ section determines their source.
 import hashlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,14 +58,15 @@ def load_rows(
     UserError: the source is unknown, has no rows of this kind, has fewer than the configured
       number, or has too many rows that cannot be used.
   """
-  source = sources.find_source(data.source)
-  table = _check_source(source, kind, data)
+  name = sources.name_of(data)
+  source = sources.find_source(name)
+  table = _check_source(name, kind, data)
   tally = tally or make_tally(data)
   sorted_ = getattr(source, "SORTED", False)
   try:
     # Winners are chosen by the labels of pairs, not by scores.
     wants = "pairs" if kind == "experts" and data.experts == "winners" else kind
-    opened = sources.open_table(data.source, table, data, tally, wants)
+    opened = sources.open_table(name, table, data, tally, wants)
     options = {"image_size": image_size, "tally": tally, "seed": seed if sorted_ else None}
     rows = _derive(kind, table, opened, data, options)
   finally:
@@ -91,18 +91,18 @@ def make_tally(data: Any) -> Tally:
   return Tally(data.max_bad_share)
 
 
-def _check_source(source: ModuleType, kind: str, data: Any) -> str:
+def _check_source(name: str, kind: str, data: Any) -> str:
   """Returns the table from which the rows are derived; refuses what the source cannot do."""
+  source = sources.find_source(name)
   if not getattr(source, "SORTED", False) and data.split != "train":
     raise UserError(
       f"data.split = {data.split!r} needs a source of files, such as pickapic or folder: "
-      f"data.source={data.source} has no splits to choose from"
+      f"data.source={name} has no splits to choose from"
     )
-  if (table := sources.table_for(source, kind)) is None:
+  if (table := sources.table_for(source, kind, data)) is None:
     able = (s for s in sources.OWN if sources.table_for(sources.find_source(s), kind))
     raise UserError(
-      f"data.source={data.source} has no {kind}, which this loss learns from; use "
-      f"{', '.join(able)}"
+      f"data.source={name} has no {kind}, which this loss learns from; use {', '.join(able)}"
     )
   return table
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxpref import losses, rng, sharding
-from jaxpref.data import prompt_files
+from jaxpref.data import prompt_files, sources
 from jaxpref.data import rows as rows_lib
 from jaxpref.data.bad_rows import Tally
 from jaxpref.diffusion import timesteps as timesteps_lib
@@ -199,7 +199,7 @@ def prompts_source(config: Any) -> str:
   """Returns the source of an evaluation's prompts, for `prompt_files.choose_prompts`."""
   if config.evaluate.prompts != "auto":
     return config.evaluate.prompts
-  return "shapes" if config.data.source == "shapes" else "captions"
+  return "shapes" if sources.name_of(config.data) == "shapes" else "captions"
 
 
 def abstract_trained(config: Any, pipeline: pipeline_lib.Pipeline) -> Any:

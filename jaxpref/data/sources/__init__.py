@@ -19,8 +19,9 @@ Images are encoded files: bytes, or a `Path`. A row that cannot be read raises `
 may have a function `where(i)`, which names row i in messages, and `lost`, the number of rows
 that it leaves out.
 
-A source with `SORTED = True` may have rows in an order with a meaning. A subset of them is then
-sampled at random; otherwise it is the first ones. Only such sources take `data.split`.
+A source whose tables depend on its files has a function `tables_in(data)`, which returns their
+names. A source with `SORTED = True` may have rows in an order with a meaning. A subset of them
+is then sampled at random; otherwise it is the first ones. Only such sources take `data.split`.
 
 `data.source` is a name in `OWN`, the name of an entry point in the group
 `jaxpref.data.sources` (how another package registers its sources), or an importable module.
@@ -33,6 +34,7 @@ from typing import Any
 
 from jaxpref import plugins
 from jaxpref.errors import UserError
+from jaxpref.runtime.paths import user_path
 
 GROUP = "jaxpref.data.sources"
 Table = Sequence[Mapping[str, Any]]
@@ -47,7 +49,9 @@ OWN = {
   "webdataset": "webdataset",
   "prompts": "prompt_list",
   "online": "online",
+  "built": "built",
 }
+COMPLETE = "complete.json"  # written last into a built data set
 # The kinds of rows that are derived from each table.
 TABLES = {
   "pairs": ("pairs", "singles", "experts", "captions"),
@@ -56,6 +60,19 @@ TABLES = {
   "lists": ("lists", "captions"),
   "captions": ("captions",),
 }
+
+
+def is_built(path: str) -> bool:
+  """Tells whether a path is a finished data set of `python -m jaxpref.data build`."""
+  try:
+    return bool(path) and (user_path(path) / COMPLETE).is_file()
+  except (OSError, UserError):
+    return False
+
+
+def name_of(data: Any) -> str:
+  """Returns `data.source`, or 'built' if only `data.path` names a built data set."""
+  return "built" if data.source == "shapes" and is_built(data.path) else data.source
 
 
 def find_source(name: str) -> ModuleType:
@@ -77,18 +94,20 @@ def find_source(name: str) -> ModuleType:
   return found
 
 
-def tables_of(source: ModuleType) -> tuple[str, ...]:
-  """Returns the tables that a source can open."""
+def tables_of(source: ModuleType, data: Any = None) -> tuple[str, ...]:
+  """Returns the tables that a source can open, with `data` those that its files have."""
+  if data is not None and hasattr(source, "tables_in"):
+    return source.tables_in(data)
   return tuple(table for table in TABLES if hasattr(source, f"open_{table}"))
 
 
-def table_for(source: ModuleType, kind: str) -> str | None:
+def table_for(source: ModuleType, kind: str, data: Any = None) -> str | None:
   """Returns the table from which a source's rows of a kind are derived, or None."""
-  own = f"open_{kind}"
-  if hasattr(source, own):
+  tables = tables_of(source, data)
+  if kind in tables:
     return kind
   # Images with captions are experts as they are; those of pairs have to be chosen.
-  order = sorted(tables_of(source), key=lambda table: table != "images")
+  order = sorted(tables, key=lambda table: table != "images")
   return next((table for table in order if kind in TABLES[table]), None)
 
 
