@@ -73,6 +73,7 @@ def apart(line):
   return abs(line["err/policy_w"] - line["err/reference_w"])
 
 
+@pytest.mark.long  # test_spin has the same loop, with winners from the data
 def test_what_an_iterative_run_leaves(finished):
   assert sorted(p.name for p in finished.iterdir() if p.name[0] != ".") == [
     *("config.json", "inputs.json", "iterations", "metrics.jsonl", "pairs", "report.html"),

@@ -26,8 +26,9 @@ OPTIONS = {
 }
 
 
-# Like a method that trains without the mark, in what the train step provides.
-_ALIKE = ("csft", "mapo", "sdpo", "simpo")
+# What the train step provides to these, a method without the mark gets too, or a test of its
+# own has it: test_improver and test_steps.
+_ALIKE = ("csft", "dspo", "improver", "listwise", "mapo", "sdpo", "simpo")
 
 
 @pytest.mark.parametrize(
