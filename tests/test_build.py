@@ -1,10 +1,13 @@
 """Built data sets: what is stored, what is left out, and interrupted builds."""
 
+import contextlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pandas as pd
@@ -182,12 +185,14 @@ def test_killed_worker_processes_and_their_number_change_nothing(pickapic, tmp_p
     *(f"--out={tmp_path / 'out'}", "--processes=2"),
   ]
   first = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
-  with pytest.raises(subprocess.TimeoutExpired):
-    first.wait(6)
-  os.killpg(first.pid, 9)
+  while first.poll() is None and not list((tmp_path / "out").glob(f"{build.NAME}-*")):
+    time.sleep(0.001)
+  # Somewhere after the first shard; where exactly, no outcome depends on.
+  with contextlib.suppress(ProcessLookupError):
+    os.killpg(first.pid, signal.SIGKILL)
   first.wait()
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-  assert "14 of 23 pairs stored, 9 left out" in done.stdout
+  assert "14 of 23 pairs stored, 9 left out" in done.stdout  # also if it was built already
   _same(tmp_path / "whole", tmp_path / "out")
 
 
