@@ -33,7 +33,7 @@ _NAMED = 20  # bad rows that the report names
 
 
 class Plan(NamedTuple):
-  """What to build. Builds of one plan store the same bytes.
+  """The settings that determine a data set's files.
 
   Attributes:
     source: name of the source, see `jaxpref.data.sources`.

@@ -185,11 +185,8 @@ def scan(root: Path, split: str, follow_links: bool) -> Found:
   rest = [p for p in everything if p not in in_pairs and p not in losers]
   entries += [Entry(p, caption) for p in rest for caption in listed.get(p, ())]
   rest = [p for p in rest if p not in listed]
-  listed_stems = {p.with_suffix("") for p in listed}
-  free = {stem: p for stem, p in captions.items() if stem not in used | listed_stems}
-  free = {
-    stem: p for stem, p in free.items() if stem not in {p.with_suffix("") for p in losers}
-  }
+  taken = used | {p.with_suffix("") for p in (*listed, *losers)}
+  free = {stem: p for stem, p in captions.items() if stem not in taken}
   beside, unmatched = _match_captions(root, rest, free)
   entries += beside
   without = sum(reason.reason == _NO_CAPTION for _, reason in unmatched)

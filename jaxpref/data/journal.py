@@ -17,7 +17,7 @@ create table if not exists contents (digest blob primary key) without rowid;
 
 
 class Chunk(NamedTuple):
-  """What a worker says of its chunk.
+  """The result of one chunk of rows.
 
   Attributes:
     rows: number of rows stored.

@@ -107,13 +107,13 @@ def _index(file: Path) -> np.ndarray:
   try:
     with tarfile.open(file, "r:") as tar:
       for member in tar:
+        tar.members = []  # type: ignore[attr-defined]  # it would keep them all
         key, _, rest = Path(member.name).name.partition(".")
         if not member.isreg() or rest not in _MEMBERS:
           continue
         key = f"{Path(member.name).parent}/{key}"
         places = rows.setdefault(key, [(-1, 0)] * len(_COLUMNS))
         places[_COLUMNS.index(_MEMBERS[rest])] = (member.offset_data, member.size)
-        tar.members = []  # type: ignore[attr-defined]  # it would keep them all
   except (tarfile.TarError, OSError, ValueError) as error:
     raise UserError(
       f"{file} cannot be read as an uncompressed tar file: {first_line(error)}"
