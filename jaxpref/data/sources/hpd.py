@@ -5,6 +5,7 @@ them. `data.path` is the folder, of which `data.split` selects the file, or one 
 """
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,7 @@ def open_pairs(data: Any, tally: Tally, kind: str) -> Table:
     UserError: the file does not exist, is damaged, or has no pairs.
   """
   del tally, kind
-  file, entries = _read(data)
-  if not any("human_preference" in entry for entry in entries[:1]):
-    raise UserError(f"{file} has no pairs: they are in train.json")
-  return Listing(entries, functools.partial(_pair, file), file.name)
+  return _open(data, "human_preference", _pair, "pairs: they are in train.json")
 
 
 def open_lists(data: Any, tally: Tally, kind: str) -> Table:
@@ -39,10 +37,8 @@ def open_lists(data: Any, tally: Tally, kind: str) -> Table:
     UserError: the file does not exist, is damaged, or has no ranked lists.
   """
   del tally, kind
-  file, entries = _read(data)
-  if not any("rank" in entry for entry in entries[:1]):
-    raise UserError(f"{file} has no ranked lists: they are in test.json (data.split=test)")
-  return Listing(entries, functools.partial(_list, file), file.name)
+  where = "ranked lists: they are in test.json (data.split=test)"
+  return _open(data, "rank", _list, where)
 
 
 def open_captions(data: Any, tally: Tally, kind: str) -> Table:
@@ -50,6 +46,14 @@ def open_captions(data: Any, tally: Tally, kind: str) -> Table:
   del tally, kind
   file, entries = _read(data)
   return Listing(entries, lambda entry: {"caption": entry.get("prompt")}, file.name)
+
+
+def _open(data: Any, field: str, row_of: Callable[..., Any], lacking: str) -> Listing:
+  """Opens a file whose entries have a field; `row_of(file, entry)` makes a row of one."""
+  file, entries = _read(data)
+  if field not in entries[0]:
+    raise UserError(f"{file} has no {lacking}")
+  return Listing(entries, functools.partial(row_of, file), file.name)
 
 
 def _read(data: Any) -> tuple[Path, list[dict[str, Any]]]:

@@ -17,6 +17,7 @@ from jaxpref.data.bad_rows import BadRow, Tally
 from jaxpref.errors import UserError
 from jaxpref.runtime.paths import user_path
 
+SORTED = True
 _KINDS = {
   "caption": "text",
   **dict.fromkeys(("jpg_0", "jpg_1"), "image"),
@@ -125,9 +126,6 @@ def _content(value: tuple[bytes | None, bytes | None], beside: Path, column: str
   except (OSError, ValueError, RuntimeError):
     pass
   raise BadRow(f"{column} is a path that leads out of the folder")
-
-
-SORTED = True
 
 
 def open_pairs(data: Any, tally: Tally, kind: str = "pairs") -> "PickAPic":
