@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,8 @@ from tokenizers import Tokenizer
 from transformers import CLIPTokenizerFast
 
 from jaxpref import config as config_lib
-from jaxpref import generate
-from jaxpref.data import generated_pairs
-from jaxpref.evaluation import best_checkpoint, statistics
+from jaxpref.data import build, generated_pairs
+from jaxpref.evaluation import best_checkpoint, image_files, score_rows, statistics
 from jaxpref.models import pipeline, text
 from jaxpref.runtime import checkpoint, metrics
 from jaxpref.runtime import workdir as workdir_lib
@@ -158,6 +158,14 @@ def make_pickapic(directory: Path, tiny: Path) -> None:
   (directory / "rows.parquet").write_bytes(to_parquet(pa.table(columns)))
 
 
+def make_built(directory: Path, tiny: Path) -> None:
+  """Makes a built data set of the rows of `make_pickapic`."""
+  with tempfile.TemporaryDirectory() as folder:
+    make_pickapic(Path(folder), tiny)
+    plan = build.Plan("pickapic", folder, table="pairs", rows_per_shard=3)
+    build.build(plan, directory, processes=1)
+
+
 def make_online(directory: Path, tiny: Path) -> None:
   """Makes the generated pairs of an iteration."""
   del tiny
@@ -184,6 +192,31 @@ def tiny_config(tiny: Path) -> Any:
   return config
 
 
+def scores_of_images(rng: np.random.Generator) -> pd.DataFrame:
+  """Returns random scores of four images of two models."""
+  frame = pd.DataFrame(
+    [
+      {"model": m, "prompt_id": i, "seed": i, "category": "c", "scorer": "s", "version": "1"}
+      | {"score": float(rng.random()), "prompt": f"prompt {i}"}
+      for m in ("base", "tuned")
+      for i in range(4)
+    ]
+  )
+  return frame.reindex(columns=[*score_rows.COLUMNS])
+
+
+def make_scores(ending: str, directory: Path, tiny: Path) -> None:
+  """Writes scores of another judge as parquet, csv or jsonl."""
+  frame = scores_of_images(np.random.default_rng(0)).assign(scorer="judge")
+  file = directory / f"scores.{ending}"
+  if ending == "parquet":
+    frame.to_parquet(file)
+  elif ending == "csv":
+    frame.to_csv(file, index=False)
+  else:
+    frame.to_json(file, orient="records", lines=True)
+
+
 def make_workdir(directory: Path, tiny: Path) -> None:
   """Writes the files of a run's workdir that readers need."""
   config = tiny_config(tiny)
@@ -194,16 +227,8 @@ def make_workdir(directory: Path, tiny: Path) -> None:
       writer.write(step, {"loss": 1 / step, "rewards/margin": 0.5})
   made = directory / "evaluation" / "2"
   rng = np.random.default_rng(0)
-  frame = pd.DataFrame(
-    [
-      {"model": m, "prompt_id": i, "seed": i, "category": "c", "scorer": "s", "version": "1"}
-      | {"score": float(rng.random()), "prompt": f"prompt {i}"}
-      for m in ("base", "tuned")
-      for i in range(4)
-    ]
-  )
-  frame = frame.reindex(columns=[*statistics.COLUMNS])
-  statistics.write_rows(made / "scores.parquet", frame)
+  frame = scores_of_images(rng)
+  score_rows.write_rows(made / "scores.parquet", frame)
   statistics.write_results(made / "results.json", statistics.compare(frame))
   scores = {"s-1": {"base": 0.1, "tuned": 0.2}}
   example = {"prompt": "prompt 0", "category": "c", "seed": 0, "scores": scores}
@@ -244,7 +269,7 @@ def make_generated(directory: Path, tiny: Path) -> None:
   """Makes a generated image with its settings."""
   del tiny
   pixels = np.zeros((SIZE, SIZE, 3), np.uint8)
-  (directory / "image.png").write_bytes(generate.to_png(pixels, SETTINGS))
+  (directory / "image.png").write_bytes(image_files.to_png(pixels, SETTINGS))
 
 
 def make_arguments(arguments: list[str], directory: Path, tiny: Path) -> None:

@@ -31,6 +31,7 @@ from fuzz_inputs import (
   Files,
   copy,
   make_arguments,
+  make_built,
   make_checkpoint,
   make_fast_tokenizer,
   make_folder,
@@ -40,6 +41,7 @@ from fuzz_inputs import (
   make_online,
   make_pickapic,
   make_prompts,
+  make_scores,
   make_shards,
   make_tokenizer,
   make_weights,
@@ -48,12 +50,12 @@ from fuzz_inputs import (
 
 from jaxpref import config as config_lib
 from jaxpref import export, generate, main
-from jaxpref.data import images, prompt_files
+from jaxpref.data import images, prompt_files, row_set
 from jaxpref.data import rows as rows_lib
 from jaxpref.data.bad_rows import BadRow
 from jaxpref.errors import UserError, one_line
-from jaxpref.evaluation import best_checkpoint, evaluate
-from jaxpref.models import convert, hub, pipeline, text, weights
+from jaxpref.evaluation import best_checkpoint, evaluate, image_files, score_files
+from jaxpref.models import hub, pipeline, text, torch_layout, weights
 from jaxpref.plan import estimate
 from jaxpref.pretrain import run as pretrain
 from jaxpref.runtime import cli, metrics
@@ -114,7 +116,9 @@ def _digest(*values: Any) -> str:
 def _read_weights(directory: Path) -> str:
   part = directory / "vae"
   shapes = _vae_shapes((part / "config.json").read_text(encoding="utf-8"))
-  return convert.import_tensors(weights.open_part(part), shapes, where=str(part))[1]
+  return torch_layout.import_tensors(
+    weights.open_part(part, "diffusion_pytorch_model"), shapes, where=str(part)
+  )[1]
 
 
 @functools.cache
@@ -159,7 +163,7 @@ def _rows(directory: Path, source: str, *kinds: str) -> str:
       data.num_experts = 2 if kind == "experts" and source == "pickapic" else 0
     try:
       rows = rows_lib.load_rows(kind, data, image_size=SIZE, seed=0)
-      found.append(rows_lib.fingerprint(rows))
+      found.append(row_set.fingerprint(rows))
     except UserError as error:
       check_line(str(error))
       refusals.append(error)
@@ -170,6 +174,12 @@ def _rows(directory: Path, source: str, *kinds: str) -> str:
 
 def _read_rows(source: str, *kinds: str) -> Callable[[Path], str]:
   return lambda directory: _rows(directory, source, *kinds)
+
+
+def _read_built(directory: Path) -> str:
+  # Captions are read from the index alone: any kind that is refused refuses the whole.
+  kinds = ("pairs", "singles", "experts", "captions")
+  return _digest(*(_rows(directory, "built", kind) for kind in kinds))
 
 
 def _open_workdir(directory: Path) -> str:
@@ -213,6 +223,12 @@ def _read_evaluation(directory: Path) -> str:
   return _digest(file.read_bytes())
 
 
+def _read_scores(directory: Path) -> str:
+  images = inputs.scores_of_images(np.random.default_rng(0))
+  [file] = directory.glob("scores.*")
+  return _digest(score_files.read_scores(file, images).to_csv())
+
+
 def _restore(directory: Path) -> str:
   return load_run.load(str(directory)).digest
 
@@ -223,7 +239,7 @@ def _read_prompts(directory: Path) -> str:
 
 
 def _read_generated(directory: Path) -> str:
-  return _digest(generate.is_generated(directory / "image.png", inputs.SETTINGS))
+  return _digest(image_files.is_generated(directory / "image.png", inputs.SETTINGS))
 
 
 def _call(entry: Callable[[list[str]], int], directory: Path) -> str:
@@ -341,6 +357,10 @@ def targets() -> list[Target]:
         ("parquet, pages with checksums", (flip_in_page,), True),
       )
     ),
+    Target(
+      "built data set", make_built, _read_built, BYTES, ("*array_record*", "*.arrow"), True
+    ),
+    Target("built data set, JSON", make_built, _read_built, JSON, ("complete.json",)),
     Target("generated pairs, records", make_online, pairs, BYTES, online_files, exact=True),
     Target("generated pairs, JSON", make_online, pairs, JSON, ("*.json",)),
     Target("checkpoint", make_checkpoint, _restore, BYTES, ("checkpoints/*",), True, 3),
@@ -354,6 +374,16 @@ def targets() -> list[Target]:
       *("evaluation for the report", make_workdir, _read_evaluation, (*JSON, *BYTES)),
       ("evaluation/*",),
       weight=6,
+    ),
+    *(
+      Target(
+        f"scores of other judges, {ending}",
+        functools.partial(make_scores, ending),
+        _read_scores,
+        (edit_column, *BYTES) if ending == "parquet" else LINES,
+        weight=6,
+      )
+      for ending in ("parquet", "csv", "jsonl")
     ),
     Target("prompts file", make_prompts, _read_prompts, (*LINES, *BYTES), weight=6),
     Target("image with its settings", make_generated, _read_generated, BYTES, weight=6),

@@ -85,6 +85,7 @@ def alter(path):
   path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
 
+@pytest.mark.long
 def test_damaged_ones_are_set_aside(emulator, caplog):
   directory = f"{emulator}/damaged"
   ckptr = saved(directory, (1, 2, 3, 4), keep=4)

@@ -1,6 +1,7 @@
 """Built data sets: what is stored, what is left out, and interrupted builds."""
 
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -17,7 +18,7 @@ from conftest import ROOT
 from PIL import Image
 
 from jaxpref import base_config
-from jaxpref.data import build, commands, journal, shards
+from jaxpref.data import build, commands, journal, row_index, row_set, shards
 from jaxpref.data import rows as rows_lib
 from jaxpref.errors import UserError
 
@@ -139,8 +140,8 @@ def test_a_built_set_has_the_rows_of_its_source(pickapic, tmp_path):
     data.num_experts = 0
     theirs = rows_lib.load_rows(kind, other, image_size=8, seed=0)
     unique = list({(r.caption, *(i.tobytes() for i in r.images)): r for r in theirs}.values())
-    assert rows_lib.fingerprint(ours) == rows_lib.fingerprint(unique), kind
-  with pytest.raises(UserError, match="data.source=built has no lists"):
+    assert row_set.fingerprint(ours) == row_set.fingerprint(unique), kind
+  with pytest.raises(UserError, match="is a data set of pairs, and this loss"):
     rows_lib.load_rows("lists", data, image_size=8, seed=0)
 
 
@@ -167,6 +168,35 @@ def test_interrupted_anywhere_it_ends_with_the_same_files(
       _build("pickapic", pickapic, tmp_path / "part")
   _build("pickapic", pickapic, tmp_path / "part")
   _same(tmp_path / "whole", tmp_path / "part")
+
+
+@pytest.mark.long
+@pytest.mark.skipif(
+  importlib.util.find_spec("apache_beam") is None and not os.environ.get("CI"),
+  reason="Apache Beam is not installed",
+)
+def test_beam_builds_the_same_rows(pickapic, tmp_path, capsys):
+  local, on_beam = tmp_path / "local", tmp_path / "beam"
+  given = ["build", "--source=pickapic", f"--path={pickapic}", "--rows-per-shard=4"]
+  given += ["--least-side=8", "--max-bad-share=0.5", "--processes=1"]
+  assert commands.main([*given, f"--out={local}"]) == 0
+  assert commands.main([*given, f"--out={on_beam}", "--beam=DirectRunner"]) == 0
+  ours, theirs = _stored(local), _stored(on_beam)
+  assert len(ours) == len(theirs) == 14
+  for one, other in zip(ours, theirs, strict=True):
+    assert one.keys() == other.keys()
+    for name in one:
+      np.testing.assert_array_equal(one[name], other[name])
+  for name in row_index.FILES:
+    assert (local / name).read_bytes() == (on_beam / name).read_bytes()
+  facts, others = (json.loads((d / "complete.json").read_text()) for d in (local, on_beam))
+  assert facts["report"] == others["report"] and facts["digest"] == others["digest"]
+  capsys.readouterr()
+  more = [*given, f"--out={tmp_path / 'bad'}", "--beam=DirectRunner", "--max-bad-share=0.1"]
+  assert commands.main(more) == 2
+  assert "more than --max-bad-share = 0.1 allows" in capsys.readouterr().err
+  assert commands.main([*given, f"--out={tmp_path / 'x'}", "--beam=NoRunner"]) == 2
+  assert "the build on NoRunner failed" in capsys.readouterr().err
 
 
 def _same(one, other):
@@ -221,11 +251,12 @@ def test_too_many_bad_rows_stop_the_build(pickapic, tmp_path, capsys):
 @pytest.mark.parametrize(
   ("argv", "message"),
   [
-    ([], "name a command: build or inspect"),
+    ([], "name a command: build, cache or inspect"),
     (["biuld"], "got 'biuld'"),
     (["build", "--source=folder"], "required: --out"),
     (["build", "--source=foldr", "--out=x"], "did you mean 'folder'"),
     (["build", "--source=folder", "--path=nowhere", "--out=x"], "'nowhere' is not a folder"),
+    (["build", "--source=pickapic", "--path=nowhere", "--out=x"], "--path 'nowhere' is not"),
     (["build", "--source=mjhq", "--table=pairs", "--out=x"], "has images, not pairs"),
     (["build", "--source=folder", "--out=x", "--processes=0"], "must be at least 1"),
     (["build", "--source=folder", "--out=x", "--max-bad-share=2"], "between 0 and 1"),
@@ -238,6 +269,41 @@ def test_commands_that_cannot_be(argv, message, capsys, tmp_path, monkeypatch):
   err = capsys.readouterr().err
   assert message in err and err.count("\n") == 1
   assert list(tmp_path.iterdir()) == []
+
+
+def test_a_built_set_is_not_taken_for_another(pickapic, tmp_path, capsys):
+  given = ["build", "--source=pickapic", f"--path={pickapic}", "--processes=1"]
+  given += ["--max-bad-share=0.5", f"--out={tmp_path / 'out'}"]
+  for _ in range(2):
+    assert commands.main(given) == 0
+  assert "is built already" in capsys.readouterr().out
+  for flags, said in (
+    (["--least-side=4"], "was built with --least-side=0, not 4: choose another --out"),
+    (["--source=folder"], "was built with --source=pickapic, not folder"),
+    (["--model=shapes"], "--model is for --cache=latents,text, which is missing"),
+    (["--cache=text", "--model=nowhere", f"--out={tmp_path / 'b'}"], "nowhere"),
+    ([f"--out={pickapic / 'a.parquet'}"], "a.parquet is a file"),
+    ([f"--out={pickapic}"], "is not empty (a.parquet, b.parquet)"),
+    (["--path="], "--path is missing: the files of --source=pickapic"),
+  ):
+    assert commands.main([*given, *flags]) == 2
+    assert said in capsys.readouterr().err
+  assert not (tmp_path / "b").exists()
+  data = base_config.base("x", "tiny").data
+  load = lambda kind, **of: rows_lib.load_rows(kind, _with(data, **of), image_size=8, seed=0)  # noqa: E731
+  out = str(tmp_path / "out")
+  with pytest.raises(UserError, match="a data set of pairs, and this loss learns from lists"):
+    load("lists", path=out)
+  with pytest.raises(UserError, match=r"is a built data set: leave out data.source = 'online'"):
+    load("pairs", path=out, source="online")
+  with pytest.raises(UserError, match="is not a built data set; name what its files are with"):
+    load("pairs", path=str(pickapic))
+
+
+def _with(data, **fields):
+  data = data.copy_and_resolve_references()
+  data.update(fields)
+  return data
 
 
 def test_every_table_is_built(tmp_path):

@@ -353,8 +353,8 @@ def test_many_bad_files_are_counted(tmp_path, caplog):
   folder.load_folder(tmp_path, image_size=16)
   (record,) = caplog.records
   message = record.getMessage()
-  assert "57 files cannot be used: x00.jpg (not an image), x01.jpg" in message
-  assert message.endswith("x49.jpg (not an image) and 7 more")
+  assert "57 files cannot be used: x00.jpg (not an image: empty), x01.jpg" in message
+  assert message.endswith("x49.jpg (not an image: empty) and 7 more")
 
 
 def test_nothing_there(tmp_path):

@@ -254,7 +254,7 @@ def test_pairs_of_no_use_are_named(tmp_path, caplog):
   tally = bad_rows.Tally(0.5)
   assert [c for c, *_ in _read(tmp_path, "pairs", tally=tally)] == ["0", "1", "2", "3"]
   assert tally.left_out == {"a name without one winner and one loser": 1, "not an image": 1}
-  assert "2 files cannot be used" in caplog.text and "w/4.png (not an image)" in caplog.text
+  assert "2 files cannot be used" in caplog.text and "w/4.png (not an image: " in caplog.text
 
 
 # ---------------------------------------------------------------------------- links

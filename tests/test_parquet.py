@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from jaxpref import base_config
-from jaxpref.data import bad_rows, images, splits
+from jaxpref.data import bad_rows, images, row_set, splits
 from jaxpref.data import rows as rows_lib
 from jaxpref.data.sources import folder, pickapic
 from jaxpref.errors import UserError
@@ -136,7 +136,7 @@ def test_columns_of_other_types_with_the_same_meaning(tmp_path, column, kind):
   table = table.set_column(table.schema.get_field_index(column), column, array)
   (tmp_path / "other").mkdir()
   pq.write_table(table, tmp_path / "other" / "a.parquet")
-  one, other = (rows_lib.fingerprint(_load(tmp_path / d)) for d in ("plain", "other"))
+  one, other = (row_set.fingerprint(_load(tmp_path / d)) for d in ("plain", "other"))
   assert one == other
 
 
@@ -275,7 +275,7 @@ def _even(i):
 def test_flipped_bytes_are_one_line_or_change_nothing(tmp_path):
   path = tmp_path / "a.parquet"
   _write(path, _rows(6), write_page_checksum=True, compression="none")
-  whole, before = path.read_bytes(), rows_lib.fingerprint(_load(path))
+  whole, before = path.read_bytes(), row_set.fingerprint(_load(path))
   rng = np.random.default_rng(0)
   refused = 0
   for place in rng.integers(0, len(whole), 150):
@@ -283,7 +283,7 @@ def test_flipped_bytes_are_one_line_or_change_nothing(tmp_path):
     damaged[place] ^= 1 << int(rng.integers(8))
     path.write_bytes(damaged)
     try:
-      assert rows_lib.fingerprint(_load(path)) == before
+      assert row_set.fingerprint(_load(path)) == before
     except UserError as error:
       assert "a.parquet" in str(error) and "\n" not in str(error) and len(str(error)) < 400
       refused += 1

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from jaxpref import base_config
+from jaxpref.data import row_set
 from jaxpref.data import rows as rows_lib
 from jaxpref.errors import UserError
 from jaxpref.shapes import annotator, builder, rankings
@@ -74,7 +75,7 @@ def test_singles_are_images_liked_if_they_ever_won():
     ("b", 10, False),
     ("b", 40, True),
   ]
-  assert rows_lib.fingerprint(found[:2]) == rows_lib.fingerprint(rows_lib.to_singles(pairs, 2))
+  assert row_set.fingerprint(found[:2]) == row_set.fingerprint(rows_lib.to_singles(pairs, 2))
   with pytest.raises(UserError, match="all images of the data are liked: the loss needs dis"):
     rows_lib.to_singles(pairs, 1)
 
@@ -203,5 +204,7 @@ def test_pick_a_pic_refuses(tmp_path):
   with pytest.raises(UserError, match="lacks the Pick-a-Pic columns jpg_1, label_0, label_1"):
     rows_lib.load_rows("pairs", data, image_size=16, seed=0)
   _write(tmp_path / "a.parquet", [PAIRS[0] | {"jpg_0": b"nothing"}])
-  with pytest.raises(UserError, match=r"1 of 1 rows .* a.parquet row 0 \(not an image\)"):
+  with pytest.raises(
+    UserError, match=r"1 of 1 rows .* a.parquet row 0 \(not an image: begins with b'nothing'\)"
+  ):
     rows_lib.load_rows("pairs", data, image_size=16, seed=0)

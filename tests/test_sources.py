@@ -266,3 +266,12 @@ def test_a_source_of_another_package(register_plugin):
 def test_a_module_that_is_no_source_is_refused():
   with pytest.raises(UserError, match="'jaxpref.errors' is not a source: it has none of open_"):
     sources.find_source("jaxpref.errors")
+
+
+def test_a_source_that_returns_no_sequence_is_named(register_plugin):
+  register_plugin(
+    *("jaxpref.data.sources", "none", "none_source"),
+    "def open_images(data, tally, kind):\n  return None\n",
+  )
+  with pytest.raises(UserError, match="'none': open_images must return a sequence.*NoneType"):
+    _load("experts", "none", "x")

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from jaxpref.data import bad_rows, shards, sources, stored_rows
+from jaxpref.data import bad_rows, row_index, shards, sources, stored_rows
 from jaxpref.data.bad_rows import BadRow, Tally
 from jaxpref.data.journal import Chunk, Journal
 from jaxpref.errors import UserError
@@ -28,8 +28,8 @@ from jaxpref.runtime import progress, workdir
 NAME = "jaxpref_data"
 _JOURNAL = ".build.sqlite"
 _COUNTERS = ("left_out", "labels", "sizes", "words", "converted")
-_REPEATED = "a repeated row"
-_NAMED = 20  # bad rows that the report names
+REPEATED = "a repeated row"
+NAMED = 20  # bad rows that the report names
 
 
 class Plan(NamedTuple):
@@ -38,6 +38,7 @@ class Plan(NamedTuple):
   Attributes:
     source: name of the source, see `jaxpref.data.sources`.
     path: of the source's files.
+    origin: the URL that they were copied from, or ''.
     split: to read.
     table: 'pairs', 'images', 'singles', 'lists' or 'captions', which the source must have.
     follow_links: whether to follow links that lead out of a folder.
@@ -49,11 +50,16 @@ class Plan(NamedTuple):
   source: str
   path: str
   table: str
+  origin: str = ""
   split: str = "train"
   follow_links: bool = False
   rows_per_shard: int = 500
   least_side: int = 0
   list_size: int = 4
+
+  def description(self) -> str:
+    """Returns a sentence on where the rows are from."""
+    return f"Built from {self.source}: {self.origin or self.path}"
 
 
 def build(plan: Plan, out: Path, *, processes: int, max_bad_share: float = 0.25) -> None:
@@ -71,6 +77,7 @@ def build(plan: Plan, out: Path, *, processes: int, max_bad_share: float = 0.25)
   """
   tally = Tally(max_bad_share, "--max-bad-share")
   table, columns = open_table(plan, tally)
+  files = Counter(tally.left_out)
   chunks = shards.ranges(len(table), plan.rows_per_shard)
   layout = shards.Layout(out, NAME, stored_rows.features_of(columns))
   out.mkdir(parents=True, exist_ok=True)
@@ -79,7 +86,7 @@ def build(plan: Plan, out: Path, *, processes: int, max_bad_share: float = 0.25)
     shards.remove_temporary(layout)
     done = journal.finished()
     counts, named = journal.totals()
-    tally.add(_bad(counts), named)
+    tally.add(bad_rows_of(counts), named)
     todo = [i for i in range(len(chunks)) if i not in done]
     work = functools.partial(_work, plan, out, len(chunks))
     with progress.progress_bar(total=len(table), unit="row", desc=out.name) as bar:
@@ -90,32 +97,63 @@ def build(plan: Plan, out: Path, *, processes: int, max_bad_share: float = 0.25)
           # Rare: the shard is written again, without these rows.
           chunk = work(i, repeated)
         journal.add(i, chunk)
-        tally.add(_bad(chunk.counts), chunk.named)
+        tally.add(bad_rows_of(chunk.counts), chunk.named)
         # As soon as the rest of the rows cannot make up for it.
         tally.check(tally.left_out.total(), len(table))
         bar.update(len(chunks[i]))
     counts, named = journal.totals()
     tally.check(tally.left_out.total(), len(table))
-    lengths = journal.lengths()
-    shards.write_info(layout, lengths, description=f"Built from {plan.source}: {plan.path}")
+    shards.write_info(layout, journal.lengths(), description=plan.description())
   finally:
     journal.close()
-  report = {
-    "rows": len(table),
-    "stored": sum(lengths),
-    **{name: dict(counts.get(name, Counter()).most_common()) for name in _COUNTERS},
-    "named": named[:_NAMED],
-    "read": tally.read,
-  }
-  contents = {"plan": plan._asdict(), "report": report, "sizes": shards.sizes(layout)}
-  workdir.write_json(out / sources.COMPLETE, contents)
+  facts = {"rows": len(table), "files": files, "read": tally.read}
+  finish(plan, out, columns, facts, counts=counts, named=named)
   (out / _JOURNAL).unlink()
 
 
-def _bad(counts: Mapping[str, Counter[str]]) -> Counter[str]:
-  """Returns the counts of bad rows; a repeated row is not one."""
+def finish(
+  plan: Plan,
+  out: Path,
+  columns: tuple[str, ...],
+  facts: Mapping[str, Any],
+  *,
+  counts: Mapping[str, Counter[str]],
+  named: Sequence[str],
+) -> None:
+  """Writes the index and the report of a data set whose rows are written.
+
+  Args:
+    plan: what was built.
+    out: directory of the data set.
+    columns: of its rows.
+    facts: of the source: 'rows', their number; 'files', counts by reason of files that were
+      left out before they were rows; 'read', notes on what was read.
+    counts: counters of the report.
+    named: the first bad rows, as texts.
+  """
+  digest = row_index.write(out, columns, advice="delete it, and build again")
   left_out = counts.get("left_out", Counter())
-  return Counter({reason: n for reason, n in left_out.items() if reason != _REPEATED})
+  report = {
+    "rows": facts["rows"],
+    "stored": facts["rows"] - left_out.total(),
+    **{name: dict(counts.get(name, Counter()).most_common()) for name in _COUNTERS},
+    "files": dict(facts["files"]),
+    "named": list(named[:NAMED]),
+    "read": list(facts["read"]),
+  }
+  layout = shards.Layout(out, NAME, stored_rows.features_of(columns))
+  sizes = shards.sizes(layout) | {n: (out / n).stat().st_size for n in row_index.FILES}
+  contents = {
+    **{"plan": plan._asdict(), "report": report, "sizes": sizes, "digest": digest},
+    "index": row_index.checksums(out),
+  }
+  workdir.write_json(out / sources.COMPLETE, contents)
+
+
+def bad_rows_of(counts: Mapping[str, Counter[str]]) -> Counter[str]:
+  """Returns the counts of bad rows by reason; a repeated row is not one."""
+  left_out = counts.get("left_out", Counter())
+  return Counter({reason: n for reason, n in left_out.items() if reason != REPEATED})
 
 
 def choose_table(plan: Plan, tables: Sequence[str]) -> Plan:
@@ -155,8 +193,13 @@ def open_table(plan: Plan, tally: Tally) -> tuple[sources.Table, tuple[str, ...]
   raise UserError(f"{plan.path or plan.source} has no {plan.table} that can be read")
 
 
+def empty_counts() -> dict[str, Counter[str]]:
+  """Returns the counters of the report, all empty."""
+  return {name: Counter() for name in _COUNTERS}
+
+
 @functools.lru_cache(maxsize=1)
-def _opened(plan: Plan) -> tuple[sources.Table, tuple[str, ...]]:
+def opened(plan: Plan) -> tuple[sources.Table, tuple[str, ...]]:
   """Opens the table once in each worker process."""
   return open_table(plan, Tally())
 
@@ -172,16 +215,16 @@ def _work(plan: Plan, out: Path, total: int, number: int, skip: Collection[int] 
     skip: places of good rows, from 0, that are left out because an earlier row has their
       content.
   """
-  table, columns = _opened(plan)
+  table, columns = opened(plan)
   where = bad_rows.named_by(table)
-  counts: dict[str, Counter[str]] = {name: Counter() for name in _COUNTERS}
+  counts = empty_counts()
   named: list[str] = []
   digests: list[bytes] = []
 
   def rows() -> Iterator[dict[str, Any]]:
     good = 0
     for i in shards.ranges(len(table), plan.rows_per_shard)[number]:
-      of_row: dict[str, Counter[str]] = {name: Counter() for name in _COUNTERS}
+      of_row = empty_counts()
       try:
         row, digest = stored_rows.check(table[i], columns, of_row, least_side=plan.least_side)
       except BadRow as error:
@@ -190,7 +233,7 @@ def _work(plan: Plan, out: Path, total: int, number: int, skip: Collection[int] 
         continue
       good += 1
       if good - 1 in skip:
-        counts["left_out"][_REPEATED] += 1
+        counts["left_out"][REPEATED] += 1
         continue
       for name, of in of_row.items():
         counts[name].update(of)
@@ -199,7 +242,7 @@ def _work(plan: Plan, out: Path, total: int, number: int, skip: Collection[int] 
 
   layout = shards.Layout(out, NAME, stored_rows.features_of(columns))
   shards.write_shard(layout, number, total, rows())
-  return Chunk(len(digests), counts, named[:_NAMED], digests)
+  return Chunk(len(digests), counts, named[:NAMED], digests)
 
 
 def _in_order(

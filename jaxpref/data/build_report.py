@@ -11,7 +11,12 @@ def report_lines(plan: Mapping[str, Any], report: Mapping[str, Any]) -> list[str
     f"{report['stored']:,} of {report['rows']:,} {plan['table']} stored, {left_out:,} left out",
     *(f"  {number:>9,}  {reason}" for reason, number in report["left_out"].items()),
   ]
-  for title, name in (("labels", "labels"), ("converted images", "converted")):
+  titles = {
+    "files": "files that are left out before they are rows",
+    "labels": "labels",
+    "converted": "converted images",
+  }
+  for name, title in titles.items():
     if report[name]:
       lines += [f"{title}:", *(f"  {n:>9,}  {what}" for what, n in report[name].items())]
   if report["sizes"]:
@@ -19,10 +24,10 @@ def report_lines(plan: Mapping[str, Any], report: Mapping[str, Any]) -> list[str
     lines.append("sizes of images (width x height):")
     lines += [f"  {number:>9,}  {size}" for size, number in most[:8]]
     if len(most) > 8:  # noqa: PLR2004
-      lines.append(f"  {sum(n for _, n in most[8:]):>9,}  of {len(most) - 8:,} other sizes")
+      lines.append(f"  {sum(n for _, n in most[8:]):>9,}  in {len(most) - 8:,} other sizes")
   if report["words"]:
     lines.append(_words(report["words"]))
-  lines += [f"  {name}" for name in report["read"]]
+  lines += [f"read: {name}" for name in report["read"]]
   if report["named"]:
     lines += ["first rows left out:", *(f"  {name}" for name in report["named"][:5])]
   return lines

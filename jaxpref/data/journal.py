@@ -16,6 +16,9 @@ create table if not exists contents (digest blob primary key) without rowid;
 """
 
 
+_NAMED = 50  # bad rows whose texts are kept
+
+
 class Chunk(NamedTuple):
   """The result of one chunk of rows.
 
@@ -104,5 +107,5 @@ class Journal:
       facts = json.loads(text)
       for counter, of in facts["counts"].items():
         counts.setdefault(counter, Counter()).update(of)
-      named += facts["named"]
+      named += facts["named"][: _NAMED - len(named)]
     return counts, named

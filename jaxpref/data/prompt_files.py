@@ -21,7 +21,7 @@ def choose_prompts(
     source: 'shapes' for held-out prompts of the shapes world, 'captions' for the captions of
       the training images, or the path of a text file with one prompt per line.
     num_prompts: the largest number of prompts.
-    captions: of the training images.
+    captions: of the training images, each once.
     seed: selects prompts if the source has more than `num_prompts`.
 
   Raises:
@@ -35,8 +35,9 @@ def choose_prompts(
       raise UserError(f"evaluate.num_prompts: {error}") from error
   if not source:
     raise UserError("evaluate.prompts is empty")
+  found: Sequence[str]
   if source == "captions":
-    found = list(dict.fromkeys(captions))
+    found = captions
   else:
     try:
       found = list(dict.fromkeys(read_file(Path(source), shown=source)))
@@ -65,7 +66,23 @@ def read_file(path: Path, *, shown: str) -> list[str]:
     shown: the file's name in error messages.
 
   Raises:
-    UserError: the file is missing, not a regular file, too large, unreadable or empty.
+    UserError: see `read_utf8`, or the file is empty.
+  """
+  lines = [line.strip() for line in read_utf8(path, shown=shown).split("\n")]
+  if not (prompts := [line for line in lines if line]):
+    raise UserError(f"{shown} holds no prompt")
+  return prompts
+
+
+def read_utf8(path: Path, *, shown: str) -> str:
+  """Reads a UTF-8 text file.
+
+  Args:
+    path: the file.
+    shown: the file's name in error messages.
+
+  Raises:
+    UserError: the file is missing, not a regular file, too large or unreadable.
   """
   try:
     if path.exists() and not path.is_file():
@@ -73,9 +90,6 @@ def read_file(path: Path, *, shown: str) -> list[str]:
     if path.is_file() and (size := path.stat().st_size) > _MAX_BYTES:
       most = f"at most {_MAX_BYTES >> 20} MB are read"
       raise UserError(f"cannot read {shown}: it has {size >> 20} MB, {most}")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
+    return path.read_text(encoding="utf-8-sig")
   except (OSError, ValueError) as error:  # a ValueError: not UTF-8, or a name with a null
     raise UserError(f"cannot read {shown}: {error}") from error
-  if not (prompts := [line for line in lines if line]):
-    raise UserError(f"{shown} holds no prompt")
-  return prompts

@@ -4,46 +4,36 @@ The loss determines the kind of rows (`losses.Needs.rows`), and the configuratio
 section determines their source.
 """
 
-import hashlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from jaxpref.data import bad_rows, images, sources, top_k
+from jaxpref.data import bad_rows, built_rows, images, remote, sources, top_k
 from jaxpref.data.bad_rows import Tally
+from jaxpref.data.row_set import Row, RowSet, collect
 from jaxpref.errors import UserError
 
 _log = logging.getLogger(__name__)
 
 
-class Row(NamedTuple):
-  """One row of a data set.
-
-  Attributes:
-    images: one image per arm, uint8 [H, W, 3], all of one size.
-    caption: the caption of all images.
-    desirable: whether the first image is a good one.
-    prefix: text that is put before the caption when it is encoded.
-  """
-
-  images: tuple[np.ndarray, ...]
-  caption: str
-  desirable: bool = True
-  prefix: str = ""
-
-
 def arms_of(kind: str, list_size: int) -> tuple[str, ...]:
-  """Returns the arms of a row, which name its images in order."""
-  if kind == "lists":
-    return tuple(str(rank) for rank in range(1, list_size + 1))
-  return {"experts": ("e",), "pairs": ("w", "l"), "singles": ("x",)}[kind]
+  """Returns the arms of a row, which name its images in order.
+
+  Args:
+    kind: of the row, see `losses.Needs`.
+    list_size: number of images of a ranked list or of a group.
+  """
+  if kind in ("lists", "groups"):
+    return tuple(str(number) for number in range(1, list_size + 1))
+  single = {"experts": "e", "singles": "x", "scored": "x"}
+  return ("w", "l") if kind == "pairs" else (single[kind],)
 
 
 def load_rows(
   kind: str, data: Any, *, image_size: int, seed: int, tally: Tally | None = None
-) -> list[Row]:
+) -> RowSet:
   """Loads the rows that a loss learns from.
 
   Args:
@@ -58,7 +48,20 @@ def load_rows(
     UserError: the source is unknown, has no rows of this kind, has fewer than the configured
       number, or has too many rows that cannot be used.
   """
+  if remote.is_remote(data.path):
+    raise UserError(
+      f"data.path = {data.path!r}: a run reads local files; copy a built data set to a local "
+      "disk, and build others with: python -m jaxpref.data build --path=URL"
+    )
   name = sources.name_of(data)
+  if name not in ("built", "shapes") and sources.is_built(data.path):
+    raise UserError(f"{data.path} is a built data set: leave out data.source = {name!r}")
+  if data.score and (kind != "experts" or data.experts != "top" or name != "built"):
+    raise UserError(
+      f"data.score = {data.score!r} chooses experts: it needs a loss that learns from experts, "
+      "data.experts=top, and a data.path that is built and scored (python -m jaxpref.data "
+      "build, python -m jaxpref.score)"
+    )
   source = sources.find_source(name)
   table = _check_source(name, kind, data)
   tally = tally or make_tally(data)
@@ -68,12 +71,18 @@ def load_rows(
     wants = "pairs" if kind == "experts" and data.experts == "winners" else kind
     opened = sources.open_table(name, table, data, tally, wants)
     options = {"image_size": image_size, "tally": tally, "seed": seed if sorted_ else None}
-    rows = _derive(kind, table, opened, data, options)
+    if isinstance(opened, built_rows.BuiltTable):
+      rows = built_rows.derive(
+        *(kind, table, opened, data), image_size=image_size, seed=seed, tally=tally
+      )
+    else:
+      rows = collect(_derive(kind, table, opened, data, options))
   finally:
     files = data.source == "folder"
-    tally.warn(str(data.path) if data.path else data.source, "file" if files else "row")
+    where = str(data.path or data.source)
+    tally.warn(where, "file" if files else "row")
   for note in tally.read:
-    _log.warning("%s: %s", data.path, note)
+    _log.warning("%s: %s", where, note)
   wanted = data.num_experts if kind in ("experts", "captions") else data.num_rows
   # All images of a folder of fewer are used; the best of pairs have to be there.
   wanted = 0 if kind == "experts" and table == "images" else wanted
@@ -82,7 +91,10 @@ def load_rows(
     asked = f"data.{field} = {wanted} asks for more" if wanted else "at least one is needed"
     which = f" of data.min_change = {data.min_change:g} or more" if data.min_change else ""
     ties = f", and {tally.ties} ties" if tally.ties and not rows else ""
-    raise UserError(f"the data has {len(rows)} {kind}{which}{ties}: {asked}")
+    raise UserError(
+      f"the data has {len(rows)} {kind}{which}{ties}: {asked} (data.source={data.source}, "
+      f"data.path={data.path!r})"
+    )
   return rows
 
 
@@ -99,7 +111,14 @@ def _check_source(name: str, kind: str, data: Any) -> str:
       f"data.split = {data.split!r} needs a source of files, such as pickapic or folder: "
       f"data.source={name} has no splits to choose from"
     )
-  if (table := sources.table_for(source, kind, data)) is None:
+  table = sources.table_for(source, kind, data)
+  if table is None and name == "built":
+    (there,) = sources.tables_of(source, data)
+    raise UserError(
+      f"{data.path} is a data set of {there}, and this loss learns from {kind}: {there} have "
+      f"{', '.join(sources.TABLES[there])}"
+    )
+  if table is None:
     able = (s for s in sources.OWN if sources.table_for(sources.find_source(s), kind))
     raise UserError(
       f"data.source={name} has no {kind}, which this loss learns from; use {', '.join(able)}"
@@ -192,7 +211,7 @@ def from_singles(
   where = bad_rows.named_by(source)
   rows = bad_rows.take(order, read, tally, where=where, limit=limit)
   if liked is None:
-    _check_labels(rows, tally)
+    built_rows.check_labels(np.array([row.desirable for row in rows]), tally.ties)
   return rows
 
 
@@ -307,18 +326,8 @@ def to_singles(
     where=lambda j: f"{where(place[unique[j]][0])}, {place[unique[j]][1]}",
     limit=limit,
   )
-  _check_labels(rows, tally)
+  built_rows.check_labels(np.array([row.desirable for row in rows]), tally.ties)
   return rows
-
-
-def _check_labels(rows: Sequence[Row], tally: Tally) -> None:
-  if rows and len({row.desirable for row in rows}) == 1:
-    which, other = ("liked", "disliked") if rows[0].desirable else ("disliked", "liked")
-    none = tally.ties and not rows[0].desirable
-    ties = f" (no pair has a winner: {tally.ties} ties)" if none else ""
-    raise UserError(
-      f"all images of the data are {which}{ties}: the loss needs {other} ones, too"
-    )
 
 
 def from_rankings(
@@ -347,26 +356,9 @@ def from_rankings(
   def read(i: int) -> Row:
     values = source[i]
     caption = bad_rows.caption_of(values["prompt"], "prompt")
-    ranks: dict[float, str] = {}
-    for name in (n for n in values if n.startswith("rank_")):
-      ranks.setdefault(float(values[name]), f"jpg_{name[5:]}")
-    order = sorted(ranks)
-    if len(order) < size:
-      raise bad_rows.BadRow(f"fewer than {size} different ranks", str(len(order)))
-    if size:
-      order = [order[round(j)] for j in np.linspace(0, len(order) - 1, size)]
-    return Row(tuple(_decode(values, ranks[rank], image_size) for rank in order), caption)
+    names = [name for name in values if name.startswith("rank_")]
+    best = [names[i] for i in built_rows.ranked([values[name] for name in names], size)]
+    return Row(tuple(_decode(values, f"jpg_{n[5:]}", image_size) for n in best), caption)
 
   where, order = bad_rows.named_by(source), bad_rows.sample(len(source), limit, seed)
   return bad_rows.take(order, read, tally or Tally(), where=where, limit=limit)
-
-
-def fingerprint(rows: Iterable[Row]) -> str:
-  """Returns a digest of all images, captions and labels."""
-  digest = hashlib.sha256()
-  for row in rows:
-    text = (row.prefix + row.caption).encode()
-    digest.update(text + b"\0" + b"".join(i.tobytes() for i in row.images))
-    if not row.desirable:
-      digest.update(b"\1")
-  return digest.hexdigest()[:16]

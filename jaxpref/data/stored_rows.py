@@ -86,7 +86,7 @@ def check(
       found.append(("words", str(len(stored[name].split()))))
       digest.update(b"t" + stored[name].encode() + b"\0")
     elif name.startswith("jpg"):
-      content, size, was = images.normalize(_bytes_of(value, name))
+      content, size, was = images.normalize(bytes_of(value, name))
       if min(size) < least_side:
         raise BadRow(f"an image with a side below {least_side} pixels", "{} x {}".format(*size))
       stored[name] = content
@@ -116,14 +116,23 @@ def check(
   return stored, digest.digest()[:16]
 
 
-def _bytes_of(value: Any, name: str) -> bytes:
+def bytes_of(value: Any, name: str) -> bytes:
+  """Returns the content of an image file that is given as bytes or as a path.
+
+  Args:
+    value: of a row.
+    name: of the column.
+
+  Raises:
+    BadRow: the value is null or of another type, or the file cannot be read.
+  """
   if value is None:
     raise BadRow(f"{name} is null")
   if isinstance(value, Path):
     with images.open_regular(value) as stream:
       return stream.read()
   if not isinstance(value, bytes):
-    raise BadRow("an image that is neither bytes nor a path", f"a {type(value).__name__}")
+    raise BadRow("with an image that is neither bytes nor a path", f"a {type(value).__name__}")
   return value
 
 

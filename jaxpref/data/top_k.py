@@ -115,7 +115,7 @@ def take_examples(
   order = bad_rows.sample(len(source), limit, seed)
   examples = bad_rows.take(order, read, tally, where=where, limit=limit)
   if limit and len(source) > limit and len(examples) == limit:
-    which = "a random sample, by the seed" if seed is not None else "the first"
+    which = "a random sample, by the seed" if seed is not None else f"the first {limit}"
     tally.read.append(f"{limit} of {len(source)} images are used, {which}")
   lost = getattr(source, "lost", 0)  # which the table does not have
   tally.check(tally.left_out.total() - counted + lost, len(source) + lost)

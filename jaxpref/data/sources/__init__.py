@@ -28,6 +28,7 @@ is then sampled at random; otherwise it is the first ones. Only such sources tak
 """
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -62,10 +63,12 @@ TABLES = {
 }
 
 
-def is_built(path: str) -> bool:
+def is_built(path: str | os.PathLike) -> bool:
   """Tells whether a path is a finished data set of `python -m jaxpref.data build`."""
   try:
-    return bool(path) and (user_path(path) / COMPLETE).is_file()
+    # Generated pairs have a file of the same name, but no index.
+    names = (COMPLETE, "rows.arrow")
+    return bool(path) and all((user_path(path) / name).is_file() for name in names)
   except (OSError, UserError):
     return False
 
@@ -84,9 +87,11 @@ def find_source(name: str) -> ModuleType:
   found = plugins.find_module(GROUP, OWN.get(name, name))
   if found is None:
     known = sorted({*OWN, *plugins.registered_names(GROUP)})
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
     raise UserError(
-      f"data.source {name!r} is unknown; did you mean {near!r}? (sources: {', '.join(known)})"
+      f"data.source {name!r} is unknown{hint} (sources: {', '.join(known)}, or the name of an "
+      "importable module)"
     )
   if not tables_of(found):
     functions = ", ".join(f"open_{table}" for table in TABLES)
@@ -120,5 +125,14 @@ def open_table(name: str, table: str, data: Any, tally: Any, kind: str) -> Table
     data: the configuration's section `data`.
     tally: counts what cannot be used.
     kind: the kind of rows that the caller derives.
+
+  Raises:
+    UserError: what the source returns is not a sequence.
   """
-  return getattr(find_source(name), f"open_{table}")(data, tally, kind)
+  opened = getattr(find_source(name), f"open_{table}")(data, tally, kind)
+  if not (hasattr(opened, "__len__") and hasattr(opened, "__getitem__")):
+    raise UserError(
+      f"data.source {name!r}: open_{table} must return a sequence of rows, with len() and [i] "
+      f"(got {type(opened).__name__})"
+    )
+  return opened

@@ -1,13 +1,16 @@
 """A data set that `python -m jaxpref.data build` has made, at `data.path`."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxpref.data.bad_rows import Tally
 from jaxpref.data.sources import COMPLETE, Table, is_built
 from jaxpref.errors import UserError
 from jaxpref.runtime import workdir
 from jaxpref.runtime.paths import user_path
+
+if TYPE_CHECKING:
+  from jaxpref.data.built_rows import BuiltTable
 
 SORTED = True
 _ADVICE = "build the data set again"
@@ -21,13 +24,38 @@ def tables_in(data: Any) -> tuple[str, ...]:
 def open_pairs(data: Any, tally: Tally, kind: str) -> Table:
   """Opens the rows of a data set of pairs."""
   del tally, kind
-  from jaxpref.runtime import records  # noqa: PLC0415  # TFDS takes a second
+  return open_set(data.path)
 
-  directory, sizes = user_path(data.path), read_facts(data.path)["sizes"]
+
+def open_set(path: str) -> "BuiltTable":
+  """Opens a built data set at once, whatever its size.
+
+  Raises:
+    UserError: it is not there, or files are missing or truncated.
+  """
+  from jaxpref.data import built_rows, row_index  # noqa: PLC0415  # TFDS takes a second
+
+  directory, facts = user_path(path), read_facts(path)
+  sizes = facts["sizes"]
   there = {p.name: p.stat().st_size for p in directory.iterdir() if p.name in sizes}
   if damaged := [name for name, size in sizes.items() if there.get(name) != size]:
     raise UserError(f"{directory} is damaged: {', '.join(damaged[:3])}; {_ADVICE}")
-  return records.Records(directory, "train", advice=_ADVICE)
+  index = row_index.read(directory, facts["index"], advice=_ADVICE)
+  return built_rows.BuiltTable(
+    directory, advice=_ADVICE, index=index, digest=facts["digest"], about=_about(path, facts)
+  )
+
+
+def _about(path: str, facts: dict[str, Any]) -> dict[str, str]:
+  """Returns labels and texts about the data set, for the report of a run."""
+  plan, report = facts["plan"], facts["report"]
+  origin = plan.get("origin") or plan.get("path")
+  source = f"{plan.get('source')}{': ' if origin else ''}{origin}"
+  left_out = ", ".join(f"{n} {reason}" for reason, n in report.get("left_out", {}).items())
+  return {
+    "data set": f"{path}, {report.get('stored')} {plan['table']} built from {source}",
+    "left out by its build": left_out or "nothing",
+  }
 
 
 # One reader serves every table; `tables_in` says which one is there.
@@ -50,8 +78,9 @@ def read_facts(path: str) -> dict[str, Any]:
 def _is_facts(value: Any) -> bool:
   return (
     isinstance(value, dict)
-    and value.keys() == {"plan", "report", "sizes"}
-    and all(isinstance(of, dict) for of in value.values())
+    and value.keys() == {"plan", "report", "sizes", "digest", "index"}
+    and all(isinstance(value[name], dict) for name in ("plan", "report", "sizes", "index"))
+    and isinstance(value["digest"], str)
     and isinstance(value["plan"].get("table"), str)
     and all(isinstance(name, str) and Path(name).name == name for name in value["sizes"])
   )

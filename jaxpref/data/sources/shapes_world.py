@@ -28,6 +28,6 @@ def open_lists(data: Any, tally: Tally, kind: str) -> Table:
 def _check_path(data: Any) -> None:
   if data.path:
     raise UserError(
-      f"data.source=shapes does not take data.path = {data.path!r}; did you mean "
-      "data.source=folder?"
+      f"data.path = {data.path!r} is not a built data set; name what its files are with "
+      "data.source (folder, pickapic, ...), or build it: python -m jaxpref.data build"
     )
