@@ -5,7 +5,7 @@ import functools
 import io
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,14 @@ from jaxpref.data.bad_rows import BadRow
 from jaxpref.data.encode import encode_images, encode_prompts
 from jaxpref.data.images import decode
 from jaxpref.errors import DamagedError, UserError, first_line
-from jaxpref.evaluation import image_grid, report, sampling, statistics
+from jaxpref.evaluation import (
+  image_grid,
+  report,
+  sampling,
+  score_rows,
+  score_text,
+  statistics,
+)
 from jaxpref.models import text
 from jaxpref.models.pipeline import Pipeline
 from jaxpref.runtime import distributed, metrics, progress, watchdog
@@ -81,12 +88,13 @@ def evaluate(
   prefix: str = "",
   improve: Any = None,
   known: Mapping[str, np.ndarray] | None = None,
+  selected_by: Collection[str] = (),
 ) -> dict[str, np.ndarray]:
   """Generates images of both models, scores them and compares the scores.
 
   Args:
     pipeline: everything that both models share.
-    models: UNet parameters of 'base' and 'tuned'.
+    models: denoiser parameters of 'base' and 'tuned'.
     prompts: distinct prompts.
     settings: the configuration's `evaluate` section.
     scorer_names: names of the scorers; may be empty.
@@ -97,6 +105,7 @@ def evaluate(
     improve: the configuration's `improve` section if the tuned model is an improver; its input
       images are then the base's images.
     known: images by model of an earlier evaluation with equal settings, which are reused.
+    selected_by: scorers that selected the training data, see `statistics.compare`.
 
   Returns:
     The images by model, uint8 [N, H, W, 3]; images of a prompt follow each other.
@@ -109,7 +118,9 @@ def evaluate(
     *(pipeline, missing, prompts, seeds, settings, mesh, prefix, improve), images.get("base")
   )
   watchdog.rest()  # scorers take an unknown time
-  distributed.first(lambda: _judge(images, prompts, seeds, settings, scorer_names, directory))
+  distributed.first(
+    lambda: _judge(images, prompts, seeds, settings, scorer_names, directory, selected_by)
+  )
   return images
 
 
@@ -192,6 +203,7 @@ def _judge(
   settings: Any,
   scorer_names: Sequence[str],
   directory: Path,
+  selected_by: Collection[str],
 ) -> None:
   """Scores images and writes all files of an evaluation."""
   directory.mkdir(parents=True, exist_ok=True)
@@ -224,8 +236,8 @@ def _judge(
       )
       for (name, version, model), values in scores.items()
     )
-    results = statistics.compare(rows)
-    statistics.write_rows(directory / _SCORES, rows)
+    results = statistics.compare(rows, selected_by=selected_by)
+    score_rows.write_rows(directory / _SCORES, rows)
   order = np.random.default_rng(settings.seed).permutation(len(texts))
   examples = [
     {
@@ -336,7 +348,7 @@ def write_report(
     **more,
   )
   if results:
-    print(statistics.to_text(results, table))
+    print(score_text.to_text(results, table))
     print(report.verdict(results, held_out=held_out))
   print(f"report: {path}\nimages and scores: {directory}")
   return path

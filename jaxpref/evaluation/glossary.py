@@ -47,6 +47,37 @@ METRICS: dict[str, Metric] = {
   "err/reference_l": Metric(f"{_ERROR} the fixed reference on the same images not preferred."),
   "err/reference_x": Metric(f"{_ERROR} the fixed reference on the same images."),
   "err/reference_[0-9]*": Metric(f"{_ERROR} the reference on the images of that rank."),
+  "err/old_*": Metric(f"{_ERROR} the model's lagging average on the same images."),
+  "distance/reference": Metric(
+    "Mean square of the difference between the model's predictions and the reference's, which "
+    "stands for their divergence. If it keeps growing, look for reward hacking."
+  ),
+  "distance/old": Metric(
+    "Mean square of the difference between the predictions of the model and of its lagging "
+    "average."
+  ),
+  "reward/mean": Metric("Mean reward of the round's images. Should rise."),
+  "reward/std": Metric("Standard deviation of the rewards of the round's images."),
+  "reward/spread": Metric(
+    "Difference of the highest and the lowest reward of a prompt, averaged over the prompts."
+  ),
+  "reward/equal_groups": Metric(
+    "Share of prompts whose images all have the same reward: nothing is learned from them.",
+    "share",
+  ),
+  "reward/advantage": Metric("Mean absolute advantage of the round's images."),
+  "reward/*.*": Metric("Mean score of the round's images by this scorer."),
+  "nft/optimality": Metric("Mean optimality of the images, from 0 to 1; near 0.5.", "share"),
+  "dgpo/preference": Metric(
+    "How far the groups' order is from being learned, times beta. Starts at 0 and should fall."
+  ),
+  "dgpo/stopped": Metric(
+    "Share of images without a gradient, because the model has moved far enough.", "share"
+  ),
+  "rwr/square_weight": Metric(
+    "Mean square of the weights, whose mean is 1. The number of images divided by it is the "
+    "number that effectively count."
+  ),
   "err/winning": Metric(
     f"{_ERROR} the improver when it turns the loser into the winner, its actual task."
   ),

@@ -6,7 +6,6 @@ follow the reader's light or dark scheme. A content security policy forbids all 
 """
 
 import base64
-import importlib.resources
 import io
 import itertools
 import json
@@ -14,6 +13,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence, Set
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -21,7 +21,9 @@ import numpy as np
 from PIL import Image
 
 from jaxpref.evaluation import glossary
-from jaxpref.evaluation.statistics import TOLERANCE, number, outcome, p_text, percent
+from jaxpref.evaluation.paired_tests import TOLERANCE
+from jaxpref.evaluation.score_text import number, p_is, p_text, percent
+from jaxpref.evaluation.statistics import outcome
 from jaxpref.runtime.workdir import write_bytes
 
 PANEL_WIDTH, PANEL_HEIGHT = 340, 150
@@ -80,19 +82,11 @@ def write_report(
     ValueError: the headline is unknown, or an image cannot be read.
     OSError: the file cannot be written.
   """
-  template = importlib.resources.files(__package__).joinpath("report.html.j2")
-  environment = jinja2.Environment(
-    autoescape=True,
-    finalize=_without_controls,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-  )
-  environment.filters.update(number=number, p_text=p_text, p_is=_p, tie=_tie)
-  environment.filters["percent"] = lambda share: _tie(percent(share))
+  environment = make_environment()
+  environment.filters["p_is"] = _p
   judge = _judge(results, headline) if results else None
   order = sorted(results, key=lambda k: (k != judge, _weight(results, k)))
-  html = environment.from_string(template.read_text("utf-8")).render(
+  html = environment.get_template("report.html.j2").render(
     title=title,
     verdict=verdict(results, headline=headline, held_out=held_out),
     held_out=held_out,
@@ -112,13 +106,28 @@ def write_report(
     pairs=[
       {
         **p,
-        **_caption(p["prompt"]),
-        "sides": [(side, _image(p[f"{side}_png"])) for side in ("loser", "winner")],
+        **caption(p["prompt"]),
+        "sides": [(side, image_of(p[f"{side}_png"])) for side in ("loser", "winner")],
       }
       for p in pairs
     ],
   )
   write_bytes(path, html.encode())
+
+
+def make_environment() -> jinja2.Environment:
+  """Makes the environment of the pages of this package, with filters for numbers."""
+  environment = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    finalize=_without_controls,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+  )
+  environment.filters.update(number=number, p_text=p_text, tie=_tie)
+  environment.filters["percent"] = lambda share: _tie(percent(share))
+  return environment
 
 
 def _without_controls(value: Any) -> Any:
@@ -136,8 +145,8 @@ def verdict(
 
   Args:
     results: from `statistics.compare`.
-    headline: key of the scorer to quote; by default the first by name, preferably one that is
-      not binary and did not select the training data.
+    headline: key of the scorer to quote. By default it is the first by name of those that are
+      not binary and did not select the training data, or else the first by name of all.
     held_out: whether the model was trained on none of the prompts.
 
   Raises:
@@ -254,10 +263,7 @@ def _state(results: Mapping[str, dict[str, Any]], judge: str | None) -> str:
 
 
 def _p(entry: dict[str, Any]) -> str:
-  if entry["p_value"] is None:
-    return "no p-value"
-  text = p_text(entry["p_value"])
-  return f"p {text}" if text.startswith("<") else f"p = {text}"
+  return p_is(entry["p_value"])
 
 
 def _tie(text: str) -> str:
@@ -344,7 +350,7 @@ def _panel(title: str, lines: Mapping[str, Curve]) -> dict[str, Any] | None:
   return {
     "title": title,
     "series": series,
-    "grid": list(zip(map(y, steps), _labels(steps, percents=scales == {"share"}), strict=True)),
+    "grid": list(zip(map(y, steps), labels(steps, percents=scales == {"share"}), strict=True)),
     "meanings": [
       (name, found.meaning) for name in lines if (found := glossary.find_metric(name))
     ],
@@ -363,7 +369,7 @@ def _range(low: float, high: float, scales: Set[str]) -> tuple[float, float]:
   return (low, high) if high > low else (0.0, 1.0)
 
 
-def _labels(steps: Sequence[float], *, percents: bool) -> list[str]:
+def labels(steps: Sequence[float], *, percents: bool) -> list[str]:
   """Formats ticks with enough digits to distinguish neighbours."""
   if percents:
     return [percent(t) for t in steps]
@@ -394,12 +400,12 @@ def _example(
       yes_no = isinstance(pair[side], bool) or results.get(key, {}).get("binary")
       text = ("yes" if pair[side] else "no") if yes_no else f"{pair[side]:.3g}"
       badges.append((key, text))
-    sides.append({"name": side, "badges": badges, **_image(example[f"{side}_png"])})
-  caption = _caption(example["prompt"])
-  return {**example, **caption, "sides": sides, "winner": winner}
+    sides.append({"name": side, "badges": badges, **image_of(example[f"{side}_png"])})
+  shown = caption(example["prompt"])
+  return {**example, **shown, "sides": sides, "winner": winner}
 
 
-def _caption(prompt: str) -> dict[str, str]:
+def caption(prompt: str) -> dict[str, str]:
   """Returns a prompt as shown at first and, if that is cut, as shown when unfolded."""
   whole, unfold = "", "whole prompt"
   if len(prompt) > CAPTION:
@@ -409,7 +415,12 @@ def _caption(prompt: str) -> dict[str, str]:
   return {"prompt": shorten(prompt, CAPTION), "whole": whole, "unfold": unfold}
 
 
-def _image(data: bytes) -> dict[str, Any]:
+def image_of(data: bytes) -> dict[str, Any]:
+  """Returns a PNG or JPEG file as a data URI, with the width and height to show it at.
+
+  Raises:
+    ValueError: the file is not such an image.
+  """
   try:
     with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
       (width, height), mime = image.size, image.get_format_mimetype()

@@ -15,7 +15,6 @@ from jaxpref.diffusion import guidance as guidance_lib
 from jaxpref.diffusion import sampler as sampler_lib
 from jaxpref.diffusion import timesteps as timesteps_lib
 from jaxpref.errors import DivergedError, UserError
-from jaxpref.models import unet as unet_lib
 from jaxpref.models import vae as vae_lib
 from jaxpref.models.pipeline import Pipeline
 
@@ -56,7 +55,7 @@ def make_generator(
   """Builds a function that generates images, or improves images, for prompts and seeds.
 
   Args:
-    pipeline: all models and parameters except the UNet's parameters.
+    pipeline: all models and parameters except the denoiser's parameters.
     mesh: devices that share a batch.
     num_steps: solver steps.
     guidance: classifier-free guidance scale towards the prompt; at most 1 means no guidance.
@@ -64,7 +63,7 @@ def make_generator(
     solver: 'dpm_solver' (++, multistep), 'ddim' or 'ddpm', on the timesteps of the pipeline's
       scheduler configuration or, if it sets none, the solver's usual timesteps.
     order: order of the DPM-Solver.
-    size: height and width in pixels; None means the size that the UNet was trained for.
+    size: height and width in pixels; None means the size that the model was trained for.
     negative: a prompt that guidance moves away from.
     decode: 'whole' decodes a batch in one VAE call, 'sliced' one image per call, 'tiled' one
       image in overlapping tiles.
@@ -72,35 +71,32 @@ def make_generator(
       `guidance.by_text_and_image`; None means no input images.
 
   Returns:
-    `generate(unet_params, cond, seeds, on_batch=None, *, names=None) -> uint8 [N, H, W, 3]`.
-    `cond` is the prompts' conditioning, [N, ...]; for an improver its 'image' has the latents
-    of the input images. After each batch it calls `on_batch(n)` with the number of finished
-    images. If pixels are non-finite, it raises a `NonFiniteError` with the image's name, by
-    default its seed.
+    `generate(params, cond, seeds, on_batch=None, *, names=None) -> uint8 [N, H, W, 3]`.
+    `params` are the denoiser's. `cond` is the prompts' conditioning, [N, ...]; for an improver
+    its 'image' has the latents of the input images. After each batch it calls `on_batch(n)`
+    with the number of finished images. If pixels are non-finite, it raises a `NonFiniteError`
+    with the image's name, by default its seed.
 
   Raises:
     UserError: the number of steps, the size or `decode` is invalid.
   """
   if decode not in DECODES:
     raise UserError(f"decode must be one of {', '.join(DECODES)} (got {decode!r})")
-  denoise = unet_lib.make_denoise(pipeline.modules["unet"], mesh=mesh)
+  denoise = pipeline.make_denoise(mesh=mesh)
   vae, schedule = pipeline.modules["vae"], pipeline.schedule
   latent_shape = latent_shape_of(pipeline, size)
   rows = sharding.round_up(batch_size, mesh)
-  spacing = pipeline.spacing(solver)
-  timesteps_lib.uniform_grid(schedule, num_steps, 1, **spacing)  # raises before anything runs
+  sampler_lib.check_solver(schedule, solver)
+  _grid(pipeline, latent_shape, num_steps, solver, 1)  # raises before anything runs
 
   @jax.jit
   def program(params, vae_params, cond, uncond, seeds):
-    grid = timesteps_lib.uniform_grid(schedule, num_steps, rows, **spacing)
-    keys = jax.vmap(lambda s: rng.key_of(0, "generate", s))(seeds)
     if pipeline.is_improver and image_guidance is None:
       blank = {"image": jnp.zeros((rows, *latent_shape))}
       cond, uncond = {**cond, **blank}, {**uncond, **blank}
     guided = _guide(functools.partial(denoise, params), cond, uncond, guidance, image_guidance)
-    noise = sampler_lib.initial_noise(keys, latent_shape)
-    latents = sampler_lib.sample(
-      guided, noise, grid, schedule, solver=solver, order=order, key=keys
+    latents = sample_seeds(
+      *(guided, seeds, pipeline, latent_shape), num_steps=num_steps, solver=solver, order=order
     )
     if decode == "tiled":
       return latents
@@ -133,6 +129,49 @@ def make_generator(
   return generate
 
 
+def sample_seeds(
+  denoise: Callable[[jax.Array, jax.Array], jax.Array],
+  seeds: jax.Array,
+  pipeline: Pipeline,
+  latent_shape: tuple[int, int, int],
+  *,
+  num_steps: int,
+  solver: str,
+  order: int,
+) -> jax.Array:
+  """Samples the latents of seeds, float32 [B, C, h, w]; to be called inside `jax.jit`.
+
+  Args:
+    denoise: (x_t, t) -> prediction, with guidance.
+    seeds: uint32 [B].
+    pipeline: the schedule, and the solver's usual timesteps.
+    latent_shape: of one image.
+    num_steps: solver steps.
+    solver: 'dpm_solver', 'ddim' or 'ddpm'.
+    order: order of the DPM-Solver.
+  """
+  keys = jax.vmap(lambda s: rng.key_of(0, "generate", s))(seeds)
+  return sampler_lib.sample(
+    denoise,
+    sampler_lib.initial_noise(keys, latent_shape),
+    _grid(pipeline, latent_shape, num_steps, solver, len(seeds)),
+    pipeline.schedule,
+    solver=solver,
+    order=order,
+    key=keys,
+  )
+
+
+def _grid(
+  pipeline: Pipeline, latent_shape: tuple[int, int, int], num_steps: int, solver: str, rows: int
+) -> timesteps_lib.Grid:
+  return timesteps_lib.uniform_grid(
+    *(pipeline.schedule, num_steps, rows),
+    **pipeline.spacing(solver),
+    tokens=timesteps_lib.image_tokens(latent_shape),
+  )
+
+
 def _guide(
   denoise: Callable, cond: Any, uncond: Any, guidance: float, image_guidance: float | None
 ) -> Callable:
@@ -152,7 +191,7 @@ def _encode_negative(
 ) -> Any:
   """Returns the conditioning that guidance moves away from."""
   if negative:
-    return encode.encode_prompts(pipeline, mesh, [negative], size=size, clip_skip=0)
+    return encode.encode_prompts(pipeline, mesh, [negative], size=size, negative=True)
   return encode.encode_no_prompt(pipeline, mesh, size=size)
 
 
@@ -166,15 +205,15 @@ def latent_shape_of(pipeline: Pipeline, size: tuple[int, int] | None) -> tuple[i
   """Returns channels, height and width of the latents of images of `size`.
 
   Args:
-    pipeline: the VAE's factor and the UNet's depth limit the sizes.
-    size: height and width in pixels; None means the size that the UNet was trained for.
+    pipeline: the VAE's factor and the denoiser's depth limit the sizes.
+    size: height and width in pixels; None means the size that the model was trained for.
 
   Raises:
     UserError: the pipeline cannot generate images of that size.
   """
   if size is None:
     return pipeline.latent_shape
-  unit = pipeline.vae_factor * 2 ** (len(pipeline.modules["unet"].block_out_channels) - 1)
+  unit = pipeline.size_unit
   if any(n < unit or n % unit for n in size):
     raise UserError(
       f"width and height must be multiples of {unit} (got {size[1]} x {size[0]} pixels)"

@@ -1,341 +1,221 @@
-"""Statistics of paired scores of the base and the tuned model.
+"""Comparisons of models by the scores of their images.
 
-A row is one score of one image, `(model, prompt_id, seed, scorer, version, score)`, with the
-image's `prompt` and `category`; higher scores are better. A pair is the two models' images of
-one prompt and seed. Images of one prompt are not independent, so the unit of all intervals and
-tests is the prompt, not the image.
+`score_rows` describes the rows. A pair is two models' images of one prompt and seed. Images of
+one prompt are not independent, so all intervals and tests are over prompts.
 """
 
 import json
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import scipy.stats
 
+from jaxpref.evaluation import paired_tests, score_rows
+from jaxpref.evaluation.paired_tests import TOLERANCE
 from jaxpref.runtime.workdir import write_bytes
 
-_KEYS = ("model", "prompt_id", "seed", "prompt", "category", "scorer", "version")
-COLUMNS = (*_KEYS, "score")
 _GENEVAL = ("single_object", "two_object", "counting", "colors", "position")
 CATEGORIES = (*_GENEVAL, "color_attribution")
-TOLERANCE = 1e-9
-_MODELS = ("base", "tuned")
-_CHUNK = 4_000_000  # indices sampled at once; limits the bootstrap's memory to about 100 MB
+_SIDES = ["base", "tuned"]
 
 
 def compare(
   rows: pd.DataFrame,
   *,
+  baseline: str = "base",
+  model: str = "tuned",
+  unit: str = "image",
   seed: int = 0,
   resamples: int = 10_000,
   selected_by: Collection[str] = (),
+  imported: Collection[str] = (),
 ) -> dict[str, dict[str, Any]]:
-  """Compares the tuned model with the base model, scorer by scorer.
+  """Compares a model with a baseline, scorer by scorer.
 
   Args:
-    rows: one score per row, with the columns `COLUMNS`.
-    seed: seed of the bootstrap, the same for each scorer, so that a scorer's numbers do not
-      depend on the other scorers.
-    resamples: number of bootstrap resamples.
+    rows: one score per row, with the columns `score_rows.COLUMNS`. Rows of other models are
+      ignored.
+    baseline: name of the model whose side is called "base" in the results.
+    model: name of the model whose side is called "tuned".
+    unit: values that win, tie or lose, see `score_rows.unit_values`: "image" compares pairs of
+      images, all others compare one value per prompt.
+    seed: seed of the bootstrap and of the permutation test, the same for each scorer, so that
+      a scorer's numbers do not depend on the other scorers.
+    resamples: number of bootstrap resamples and of random permutations.
     selected_by: keys ("<scorer>-<version>") or names of scorers that selected the training
       data; they are flagged and do not count for verdicts.
+    imported: keys or names of scorers whose scores may be missing or NaN. Such pairs are left
+      out and counted; for other scorers they are an error.
 
   Returns:
     "<scorer>-<version>" -> plain JSON values, sorted by key. A number that does not exist is
     None, never NaN:
-      base, tuned: mean, std (n - 1 in the denominator) and n over images.
+      unit: see above.
+      base, tuned: mean, std (n - 1 in the denominator) and n over the compared values.
       win, tie, loss: rates over pairs for the tuned model; a tie is a difference of at most
         `TOLERANCE`.
-      win_rate: win + tie / 2; interval: its 95 % interval.
+      win_rate: win + tie / 2; interval: its 95 % bootstrap interval over prompts.
+      wilson_interval: Wilson's interval of the win rate, as a check; only if each prompt has
+        one pair, because images of one prompt are not independent.
       win_rate_decided: win / (win + loss), None if all pairs tie. It is more informative for
         binary scores, where most pairs tie.
-      difference: mean of tuned - base; difference_interval: its 95 % interval.
-      p_value: two-sided paired t-test on per-prompt mean scores. If the difference is the same
-        for all prompts, the t-test has no variance, and a sign test replaces it.
-      prompts: number of prompts; binary: whether every score is 0 or 1.
+      difference: mean of tuned - base; difference_interval: its 95 % bootstrap interval.
+      p_value: paired t-test on the prompts' (mean) differences. Also wilcoxon, sign_test and
+        permutation: p-values of three other tests of them, see `paired_tests`.
+      holm: `p_value` adjusted for the number of scorers; None for scorers of `selected_by`.
+      effect_size: Cohen's d_z of the prompts' differences.
+      prompts: number of prompts with different texts; merged_prompts: number of prompts that
+        repeat another prompt's text; dropped: number of pairs left out, see `imported`.
+      binary: whether every score is 0 or 1.
       selected_training_data: see `selected_by`.
-    With one prompt, intervals are [None, None] and the p-value is None.
+    With one prompt, intervals are [None, None] and p-values are None. A scorer of `imported`
+    without any pair is left out.
 
   Raises:
-    ValueError: a column is missing, a model is neither "base" nor "tuned", a score is not
-      finite, a row occurs twice, or a pair has only one score; the message names the row.
+    ValueError: a model has no rows, a pair has only one score, the unit is unknown, or for the
+      reasons of `score_rows.check_rows`; the message names the row.
   """
-  rows = _checked(rows)
+  rows = score_rows.check_rows(rows, imported=imported)
+  return compare_checked(
+    *(rows, baseline, model),
+    unit=unit,
+    seed=seed,
+    resamples=resamples,
+    selected_by=selected_by,
+    imported=imported,
+  )
+
+
+def compare_checked(
+  rows: pd.DataFrame,
+  baseline: str,
+  model: str,
+  *,
+  unit: str,
+  seed: int,
+  resamples: int,
+  selected_by: Collection[str],
+  imported: Collection[str],
+) -> dict[str, dict[str, Any]]:
+  """Compares two models as `compare` does, with rows from `score_rows.check_rows`."""
+  rows = rows_of(rows, (baseline, model))
+  scorers = score_rows.scorers_of(rows)
+  selected = score_rows.named(selected_by, scorers)
+  may_miss = score_rows.named(imported, scorers)
+  judge = score_rows.check_unit(unit, scorers)
+  tables = {
+    str(key): _table(group, baseline, model) for key, group in rows.groupby("key", sort=True)
+  }
+  chosen: dict[str, pd.MultiIndex | None] = dict.fromkeys(_SIDES)
+  if judge is not None:
+    pairs = _complete(judge, tables[judge], (baseline, model), drop=judge in may_miss)
+    chosen = {side: score_rows.median_images(pairs[side]) for side in _SIDES}
   results = {}
-  for key, group in rows.groupby("key", sort=True):
-    pairs = _pairs(str(key), group)
-    selected = key in selected_by or group["scorer"].iloc[0] in selected_by
-    entry = _compare_one(pairs, seed=seed, resamples=resamples)
-    entry["selected_training_data"] = bool(selected)
-    results[str(key)] = dict(sorted(entry.items()))
-  return results
+  for key, table in tables.items():
+    pairs = table
+    if judge is None or key not in may_miss:
+      pairs = _complete(key, table, (baseline, model), drop=key in may_miss)
+    values = pd.DataFrame(
+      {side: score_rows.unit_values(pairs[side], unit, chosen[side]) for side in _SIDES}
+    )
+    known = values.dropna()
+    if known.empty:
+      continue
+    entry = _compare_values(known, seed=seed, resamples=resamples)
+    entry["binary"] = bool(np.isin(table.to_numpy()[table.notna()], [0.0, 1.0]).all())
+    entry["dropped"] = len(table) - len(pairs) + len(values) - len(known)
+    entry["merged_prompts"] = score_rows.count_merged(rows)
+    entry["selected_training_data"] = key in selected
+    entry["unit"] = unit
+    results[key] = entry
+  family = {key: e["p_value"] for key, e in results.items() if key not in selected}
+  adjusted = paired_tests.holm(family)
+  return {
+    key: dict(sorted((e | {"holm": adjusted.get(key)}).items())) for key, e in results.items()
+  }
 
 
-def by_category(rows: pd.DataFrame) -> list[dict[str, Any]]:
-  """Computes means per category and scorer.
-
-  Args:
-    rows: as for `compare`.
-
-  Returns:
-    One dict per category and scorer with `category, scorer, base, tuned, difference` (means
-    over images) and `n` (pairs). GenEval's categories come first, in GenEval's order, then
-    other categories by name; within a category, scorers are sorted by name.
+def rows_of(rows: pd.DataFrame, models: Sequence[str]) -> pd.DataFrame:
+  """Returns the rows of these models.
 
   Raises:
-    ValueError: for the same reasons as in `compare`.
+    ValueError: a model has no rows, or is named twice.
   """
-  rows = _checked(rows)
-  table = []
-  for key, group in rows.groupby("key", sort=True):
-    for category, pairs in _pairs(str(key), group).groupby("category"):
-      base, tuned = float(pairs["base"].mean()), float(pairs["tuned"].mean())
-      table.append(
-        {
-          "category": str(category),
-          "scorer": str(key),
-          "base": base,
-          "tuned": tuned,
-          "difference": tuned - base,
-          "n": len(pairs),
-        }
+  if len(set(models)) < len(models):
+    raise ValueError(f"a model cannot be compared with itself (got {', '.join(models)})")
+  present = set(rows["model"])
+  for model in models:
+    if len(rows) and model not in present:
+      raise ValueError(
+        f"no rows of model {model!r} (got {', '.join(sorted(map(str, present)))})"
       )
-
-  def place(row: dict[str, Any]) -> tuple[int, str, str]:
-    known = [*CATEGORIES, row["category"]].index(row["category"])
-    return known, row["category"], row["scorer"]
-
-  return sorted(table, key=place)
+  return rows[rows["model"].isin(models)]
 
 
-def outcome(entry: dict[str, Any]) -> str:
-  """Returns the outcome of one scorer's entry of `compare`: "won", "lost" or "undecided".
-
-  The tuned model won if the interval of the win rate is above 1/2, p < 0.05, and the difference
-  of the means is positive. It lost if the opposite holds.
-  """
-  low, high = entry["interval"]
-  p = entry["p_value"]
-  if low is None or p is None or p >= 0.05:
-    return "undecided"
-  if low > 0.5 and entry["difference"] > 0:
-    return "won"
-  if high < 0.5 and entry["difference"] < 0:
-    return "lost"
-  return "undecided"
+def _table(rows: pd.DataFrame, baseline: str, model: str) -> pd.DataFrame:
+  """Returns one scorer's scores by image, [image, side]; NaN where one is missing."""
+  wide = rows.pivot(index=score_rows.IMAGE, columns="model", values="score")
+  return wide.reindex(columns=[baseline, model]).set_axis(_SIDES, axis=1)
 
 
-def to_text(results: dict[str, Any], categories: list[dict[str, Any]]) -> str:
-  """Formats the results of `compare` and `by_category` as tables for the terminal."""
-  head = "scorer", "base", "tuned", "difference", "win", "tie", "loss", "win rate", "p"
-  lines: list[tuple[str, ...]] = [head]
-  for key, e in results.items():
-    low, high = e["interval"]
-    rate = percent(e["win_rate"])
-    if low is not None:
-      rate += f" ({percent(low)[:-2]} to {percent(high)})"
-    sides = (f"{number(e[s]['mean'])} ± {number(e[s]['std'])}" for s in _MODELS)
-    shares = (percent(e[s]) for s in ("win", "tie", "loss"))
-    flag = " *" if e["selected_training_data"] else ""
-    change = number(e["difference"], sign=True)
-    lines.append((key + flag, *sides, change, *shares, rate, p_text(e["p_value"])))
-  text = _table(lines, left=1)
-  if any(e["selected_training_data"] for e in results.values()):
-    text += "\n* selected the training data, so it is not evidence"
-  lines = [("category", "scorer", "base", "tuned", "difference", "n")]
-  for r in categories:
-    means = (number(r[s]) for s in _MODELS)
-    change = number(r["difference"], sign=True)
-    lines.append((r["category"], r["scorer"], *means, change, str(r["n"])))
-  return text + "\n\n" + _table(lines, left=2) + "\n"
-
-
-def percent(share: float) -> str:
-  """Formats a share as "71 %"; near 0 and 1 with a decimal, so that 99.6 % is not 100 %."""
-  near_end = 0 < share < 0.01 or 0.99 < share < 1
-  return f"{100 * share:.{int(near_end)}f} %"
-
-
-def number(value: float | None, *, sign: bool = False) -> str:
-  """Formats a score with about three significant digits, None as "-"."""
-  if value is None:
-    return "-"
-  size = abs(value)
-  if size >= 1e5 or 0 < size < 1e-3:
-    return f"{value:{'+' if sign else ''}.1e}"
-  return f"{value:{'+' if sign else ''}.{3 if size < 10 else 2 if size < 100 else 1}f}"
-
-
-def p_text(p: float | None) -> str:
-  """Formats a p-value as "0.023", "1e-12", "< 1e-15" (smaller is not meaningful) or "-"."""
-  if p is None:
-    return "-"
-  if p < 1e-15:
-    return "< 1e-15"
-  return f"{p:.0e}" if p < 1e-3 else f"{p:.2g}"
-
-
-def _table(lines: list[tuple[str, ...]], *, left: int) -> str:
-  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-  text = [
-    "  ".join(f"{c:{'<' if i < left else '>'}{widths[i]}}" for i, c in enumerate(line))
-    for line in lines
-  ]
-  return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
-
-
-def bootstrap_interval(
-  sums: np.ndarray, counts: np.ndarray, *, seed: int, resamples: int
-) -> list[list[float]] | list[list[None]]:
-  """Computes 95 % percentile bootstrap intervals of means, by resampling prompts.
+def _complete(
+  key: str, table: pd.DataFrame, models: Sequence[str], *, drop: bool
+) -> pd.DataFrame:
+  """Returns the images that both models have a score of.
 
   Args:
-    sums: sums of each quantity over the images of a prompt, [prompts, quantities].
-    counts: number of images of each prompt, [prompts].
-    seed: seed of the resampling.
-    resamples: number of resamples.
-
-  Returns:
-    `[low, high]` for each quantity; `[None, None]` with only one prompt, where resampling
-    would give an interval of width 0.
-  """
-  prompts, quantities = sums.shape
-  if prompts < 2:
-    return [[None, None] for _ in range(quantities)]
-  rng = np.random.default_rng(seed)
-  means = []
-  left = resamples
-  while left > 0:
-    size = min(left, max(1, _CHUNK // prompts))
-    chosen = rng.integers(prompts, size=(size, prompts))
-    total = np.stack([s[chosen].sum(1) for s in sums.T], axis=1)
-    means.append(total / counts[chosen].sum(1)[:, None])
-    left -= size
-  bounds = np.quantile(np.concatenate(means), [0.025, 0.975], axis=0)
-  return [[float(low), float(high)] for low, high in bounds.T]
-
-
-def write_rows(path: str | os.PathLike[str], rows: pd.DataFrame) -> None:
-  """Writes the rows atomically as parquet, with the columns `COLUMNS`.
+    key: of the scorer.
+    table: from `_table`.
+    models: names of the sides.
+    drop: whether other images are left out instead of refused.
 
   Raises:
-    ValueError: for the same reasons as in `compare`, except that pairs may be incomplete.
+    ValueError: an image has only one score, unless they are dropped.
   """
-  table = _checked(rows)[list(COLUMNS)]
-  write_bytes(path, table.to_parquet(index=False, engine="pyarrow"))
-
-
-def are_results(value: Any) -> bool:
-  """Checks whether a value has the structure of the results of `compare`."""
-  return isinstance(value, dict) and all(_is_entry(entry) for entry in value.values())
-
-
-def _is_entry(entry: Any) -> bool:
-  def are_numbers(of: Any, *names: Any) -> bool:
-    return all(isinstance(of[n], int | float) and math.isfinite(of[n]) for n in names)
-
-  try:
-    base, tuned = (entry[model] for model in _MODELS)
-    intervals = (entry["interval"], entry["difference_interval"])
-    # Numbers that do not exist are None: with one prompt, one image, or only ties.
-    one_prompt = entry["p_value"] is None and all(i == [None, None] for i in intervals)
-    return (
-      all(are_numbers(side, "mean", "n") for side in (base, tuned))
-      and all(side["std"] is None or are_numbers(side, "std") for side in (base, tuned))
-      and are_numbers(entry, "win", "tie", "loss", "win_rate", "difference", "prompts")
-      and (entry["win_rate_decided"] is None or are_numbers(entry, "win_rate_decided"))
-      and (one_prompt or all(len(i) == 2 and are_numbers(i, 0, 1) for i in intervals))
-      and (entry["p_value"] is None or are_numbers(entry, "p_value"))
-      and all(isinstance(entry[n], bool) for n in ("binary", "selected_training_data"))
-    )
-  except (KeyError, TypeError, IndexError):
-    return False
-
-
-def write_results(path: str | os.PathLike[str], results: dict[str, Any]) -> None:
-  """Writes results atomically as JSON with sorted keys.
-
-  Raises:
-    ValueError: a number is not finite.
-  """
-  text = json.dumps(results, indent=2, sort_keys=True, allow_nan=False)
-  write_bytes(path, (text + "\n").encode())
-
-
-def _checked(rows: pd.DataFrame) -> pd.DataFrame:
-  missing = [name for name in COLUMNS if name not in rows.columns]
-  if missing:
-    raise ValueError(f"rows lack the columns {', '.join(missing)}")
-  unknown = set(rows["model"]) - set(_MODELS)
-  if unknown:
-    raise ValueError(f"model must be base or tuned (got {sorted(map(str, unknown))})")
-  rows = rows.assign(
-    score=rows["score"].astype(np.float64),
-    version=rows["version"].astype(str),
-    key=rows["scorer"].astype(str) + "-" + rows["version"].astype(str),
-  )
-  bad = rows[~np.isfinite(rows["score"])]
-  if len(bad):
-    raise ValueError(f"{_name(bad.iloc[0])} must be finite (got {bad.iloc[0]['score']})")
-  twice = rows[rows.duplicated(["model", "prompt_id", "seed", "key"])]
-  if len(twice):
-    raise ValueError(f"{_name(twice.iloc[0])} occurs twice")
-  return rows
-
-
-def _name(row: pd.Series) -> str:
-  where = f"model {row['model']}, prompt {row['prompt_id']}, seed {row['seed']}"
-  return f"the score of {row['key']} for {where}"
-
-
-def _pairs(key: str, group: pd.DataFrame) -> pd.DataFrame:
-  columns = ["prompt_id", "seed", "category", "score"]
-  base, tuned = (group.loc[group["model"] == m, columns] for m in _MODELS)
-  pairs = base.merge(
-    tuned.drop(columns="category"),
-    on=["prompt_id", "seed"],
-    how="outer",
-    suffixes=("_base", "_tuned"),
-    indicator=True,
-  )
-  half = pairs[pairs["_merge"] != "both"]
-  if len(half):
-    first = half.iloc[0]
-    lacking = "tuned" if first["_merge"] == "left_only" else "base"
+  half = table[table.isna().any(axis=1)]
+  if len(half) and not drop:
+    _, prompt, seed = half.index[0]
+    lacking = models[int(half.iloc[0].isna().argmax())]
     more = f" (and {len(half) - 1} more)" if len(half) > 1 else ""
-    raise ValueError(
-      f"{key}: prompt {first['prompt_id']}, seed {first['seed']} has no {lacking} score{more}"
-    )
-  return pairs.rename(columns={"score_base": "base", "score_tuned": "tuned"})
+    raise ValueError(f"{key}: prompt {prompt}, seed {seed} has no {lacking} score{more}")
+  return table.dropna()
 
 
-def _compare_one(pairs: pd.DataFrame, *, seed: int, resamples: int) -> dict[str, Any]:
-  base, tuned = pairs["base"].to_numpy(), pairs["tuned"].to_numpy()
+def _compare_values(values: pd.DataFrame, *, seed: int, resamples: int) -> dict[str, Any]:
+  """Compares pairs of values, indexed by image or by unit."""
+  base, tuned = values["base"].to_numpy(), values["tuned"].to_numpy()
   difference = tuned - base
   win, loss = difference > TOLERANCE, difference < -TOLERANCE
   points = win + 0.5 * (~win & ~loss)  # ties count half
   decided = int(win.sum() + loss.sum())
-  _, prompt = np.unique(pairs["prompt_id"].to_numpy(), return_inverse=True)
+  _, prompt = np.unique(values.index.get_level_values("unit"), return_inverse=True)
   counts = np.bincount(prompt)
   sums = np.stack([np.bincount(prompt, points), np.bincount(prompt, difference)], 1)
-  interval, difference_interval = bootstrap_interval(
+  interval, difference_interval = paired_tests.bootstrap_interval(
     sums, counts, seed=seed, resamples=resamples
   )
+  by_prompt = np.bincount(prompt, difference) / counts
+  alone = len(counts) == len(values)
   return {
     "base": _summary(base),
-    "binary": bool(np.isin(np.concatenate([base, tuned]), [0.0, 1.0]).all()),
     "difference": float(difference.mean()),
     "difference_interval": difference_interval,
+    "effect_size": paired_tests.effect_size(by_prompt),
     "interval": interval,
     "loss": float(loss.mean()),
-    "p_value": _p_value(*(np.bincount(prompt, s) / counts for s in (tuned, base))),
+    "p_value": paired_tests.t_test(by_prompt),
+    "permutation": paired_tests.permutation(by_prompt, seed=seed, resamples=resamples),
     "prompts": len(counts),
+    "sign_test": paired_tests.sign_test(by_prompt),
     "tie": float((~win & ~loss).mean()),
     "tuned": _summary(tuned),
+    "wilcoxon": paired_tests.wilcoxon(by_prompt),
+    "wilson_interval": (
+      paired_tests.wilson_interval(points.sum(), len(counts)) if alone else [None, None]
+    ),
     "win": float(win.mean()),
     "win_rate": float(points.mean()),
     "win_rate_decided": float(win.sum() / decided) if decided else None,
@@ -348,11 +228,115 @@ def _summary(scores: np.ndarray) -> dict[str, Any]:
   return {"mean": float(scores.mean()), "n": n, "std": std}
 
 
-def _p_value(tuned: np.ndarray, base: np.ndarray) -> float | None:
-  if len(tuned) < 2:
-    return None
-  difference = tuned - base
-  # With equal differences for all prompts, the t statistic would be 0 / 0 or x / 0.
-  if np.ptp(difference) <= TOLERANCE:
-    return 1.0 if abs(difference.mean()) <= TOLERANCE else 2.0 ** (1 - len(difference))
-  return float(scipy.stats.ttest_rel(tuned, base).pvalue)
+def by_category(
+  rows: pd.DataFrame, *, baseline: str = "base", model: str = "tuned"
+) -> list[dict[str, Any]]:
+  """Computes means of two models per category and scorer.
+
+  Args:
+    rows: as for `compare`.
+    baseline: name of the model under "base" in the results.
+    model: name of the model under "tuned".
+
+  Returns:
+    One dict per category and scorer with `category, scorer, base, tuned, difference` (means
+    over images) and `n` (pairs). GenEval's categories come first, in GenEval's order, then
+    other categories by name; within a category, scorers are sorted by name.
+
+  Raises:
+    ValueError: for the same reasons as in `compare`.
+  """
+  rows = rows_of(score_rows.check_rows(rows), (baseline, model))
+  categories = rows.drop_duplicates("prompt_id").set_index("prompt_id")["category"]
+  table = []
+  for key, group in rows.groupby("key", sort=True):
+    scores = _table(group, baseline, model)
+    pairs = _complete(str(key), scores, (baseline, model), drop=False)
+    of = categories.reindex(pairs.index.get_level_values("prompt_id")).to_numpy()
+    for category, part in pairs.groupby(of):
+      base, tuned = float(part["base"].mean()), float(part["tuned"].mean())
+      table.append(
+        {
+          "category": str(category),
+          "scorer": str(key),
+          "base": base,
+          "tuned": tuned,
+          "difference": tuned - base,
+          "n": len(part),
+        }
+      )
+  return sorted(table, key=lambda row: (*category_order(row["category"]), row["scorer"]))
+
+
+def category_order(category: str) -> tuple[int, str]:
+  """Returns a sorting key: GenEval's categories in GenEval's order, then others by name."""
+  return [*CATEGORIES, category].index(category), category
+
+
+def outcome(entry: dict[str, Any], *, adjusted: bool = False) -> str:
+  """Returns the outcome of one scorer's entry of `compare`: "won", "lost" or "undecided".
+
+  The tuned model won if the interval of the win rate is above 1/2, p < 0.05, and the difference
+  of the means is positive. It lost if the opposite holds.
+
+  Args:
+    entry: of one scorer.
+    adjusted: whether p is adjusted for the number of scorers (`holm`), not `p_value`.
+  """
+  low, high = entry["interval"]
+  p = entry["holm" if adjusted else "p_value"]
+  if low is None or p is None or p >= 0.05:
+    return "undecided"
+  if low > 0.5 and entry["difference"] > 0:
+    return "won"
+  if high < 0.5 and entry["difference"] < 0:
+    return "lost"
+  return "undecided"
+
+
+def are_results(value: Any) -> bool:
+  """Checks whether a value has the structure of the results of `compare`.
+
+  Results of earlier versions have only the fields that `_is_entry` requires.
+  """
+  return isinstance(value, dict) and all(_is_entry(entry) for entry in value.values())
+
+
+_TESTS = ("wilcoxon", "sign_test", "permutation", "holm", "effect_size")
+
+
+def _is_entry(entry: Any) -> bool:
+  def are_numbers(of: Any, *names: Any) -> bool:
+    return all(isinstance(of[n], int | float) and math.isfinite(of[n]) for n in names)
+
+  try:
+    base, tuned = (entry[side] for side in _SIDES)
+    intervals = (entry["interval"], entry["difference_interval"])
+    # Numbers that do not exist are None: with one prompt, one image, or only ties.
+    one_prompt = entry["p_value"] is None and all(i == [None, None] for i in intervals)
+    wilson = entry.get("wilson_interval", [None, None])
+    return (
+      all(are_numbers(side, "mean", "n") for side in (base, tuned))
+      and all(side["std"] is None or are_numbers(side, "std") for side in (base, tuned))
+      and are_numbers(entry, "win", "tie", "loss", "win_rate", "difference", "prompts")
+      and (entry["win_rate_decided"] is None or are_numbers(entry, "win_rate_decided"))
+      and (one_prompt or all(len(i) == 2 and are_numbers(i, 0, 1) for i in intervals))
+      and (entry["p_value"] is None or are_numbers(entry, "p_value"))
+      and all(isinstance(entry[n], bool) for n in ("binary", "selected_training_data"))
+      and all(entry.get(name) is None or are_numbers(entry, name) for name in _TESTS)
+      and (wilson == [None, None] or (len(wilson) == 2 and are_numbers(wilson, 0, 1)))
+      and all(are_numbers(entry, n) for n in ("dropped", "merged_prompts") if n in entry)
+      and isinstance(entry.get("unit", "image"), str)
+    )
+  except (AttributeError, KeyError, TypeError, IndexError):
+    return False
+
+
+def write_results(path: str | os.PathLike[str], results: dict[str, Any]) -> None:
+  """Writes results atomically as JSON with sorted keys.
+
+  Raises:
+    ValueError: a number is not finite.
+  """
+  text = json.dumps(results, indent=2, sort_keys=True, allow_nan=False)
+  write_bytes(path, (text + "\n").encode())

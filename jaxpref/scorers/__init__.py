@@ -4,10 +4,11 @@ A family is a module with
 
     SCORERS: dict[str, tuple[str, Scorer]]  # name -> (version, function)
 
-A function takes images (uint8 [N, H, W, 3]) and their N prompts and returns float scores [N];
-higher is better. The version must change whenever the scores do, so that numbers of different
-versions are never compared. Importing a family must be cheap: a function loads its weights
-when it is first called.
+A function takes N images and their N prompts and returns float scores [N]; higher is better.
+The images are an array (uint8 [N, H, W, 3]) or, if their sizes differ, a sequence of arrays
+(uint8 [H, W, 3]). The version must change whenever the scores do, so that numbers of different
+versions are never compared; a neural scorer's version names the preprocessing of images.
+Importing a family must be cheap: a function loads its weights when it is first called.
 
 A family may also have
 
@@ -16,23 +17,52 @@ A family may also have
 which returns the prompt's category, by which the report groups scores. It raises a `UserError`
 for a prompt that the family cannot judge. Without it, a family judges any prompt.
 
+A family of differentiable scorers has
+
+    REWARDS: dict[str, Callable[[str], Reward]]  # name -> (dtype) -> Reward
+
+A family whose models see images may have
+
+    FEATURES: dict[str, Callable[[Images], np.ndarray]]  # name -> images -> float32 [N, D]
+
+by which diversity is measured.
+
 A scorer's name is "<family>.<name>", where the family is a file of this package, the name of
 an entry point in the group `jaxpref.scorers` (how another package registers its families), or
 an importable module.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxpref import plugins
 from jaxpref.errors import UserError
 
-Scorer = Callable[[np.ndarray, Sequence[str]], np.ndarray]
+Images = np.ndarray | Sequence[np.ndarray]
+Scorer = Callable[[Images, Sequence[str]], np.ndarray]
+Entry = tuple[str, Scorer]  # version and function
 UNCATEGORIZED = "prompts"
 
 
-def load_scorers(names: Iterable[str]) -> dict[str, tuple[str, Scorer]]:
+class Reward(NamedTuple):
+  """A scorer that can be part of a jitted program.
+
+  Attributes:
+    params: its parameters, as numpy arrays.
+    tokenize: (prompts) -> tokens, a tree of numpy arrays [N, ...].
+    score: (params, images, tokens) -> float32 [N], for images float [N, H, W, 3] in [0, 1];
+      differentiable in the images. They are resized in the program, with antialiasing and
+      without rounding, which differs a little from the resizing of an 8-bit image.
+  """
+
+  params: Any
+  tokenize: Callable[[Sequence[str]], Any]
+  score: Callable[[Any, Any, Any], Any]
+
+
+def load_scorers(names: Iterable[str]) -> dict[str, Entry]:
   """Loads scorers, as name -> (version, function), in the order of `names`.
 
   Args:
@@ -44,15 +74,51 @@ def load_scorers(names: Iterable[str]) -> dict[str, tuple[str, Scorer]]:
   return {name: _load(name) for name in names}
 
 
-def score(
-  name: str, function: Scorer, images: np.ndarray, prompts: Sequence[str]
-) -> np.ndarray:
+def load_reward(name: str, *, dtype: str = "float32") -> Reward:
+  """Loads a differentiable scorer.
+
+  Args:
+    name: "<family>.<name>", such as "pickscore.v1".
+    dtype: of the weights and the computation, 'float32' or 'bfloat16'.
+
+  Raises:
+    UserError: the name is unknown, or its weights are missing; says which, or where they are.
+  """
+  family, _, short = name.rpartition(".")
+  rewards = _entries(family, "REWARDS")
+  if short not in rewards:
+    known = [f"{f}.{n}" for f in plugins.own_names(__name__) for n in _entries(f, "REWARDS")]
+    raise UserError(
+      f"{name!r} is not a differentiable scorer; known are {', '.join(known)}, and MODULE.NAME "
+      "of an importable module with REWARDS"
+    )
+  return rewards[short](dtype)
+
+
+def load_features(name: str) -> Callable[[Images], np.ndarray]:
+  """Loads a function of images, uint8 [H, W, 3] each, to features, float32 [N, D].
+
+  Args:
+    name: "<family>.<name>", such as "clip.l14".
+
+  Raises:
+    UserError: no family has features of this name.
+  """
+  family, _, short = name.rpartition(".")
+  features = _entries(family, "FEATURES")
+  if short not in features:
+    known = [f"{f}.{n}" for f in plugins.own_names(__name__) for n in _entries(f, "FEATURES")]
+    raise UserError(f"{name!r} is not a name of features; known are {', '.join(known)}")
+  return features[short]
+
+
+def score(name: str, function: Scorer, images: Images, prompts: Sequence[str]) -> np.ndarray:
   """Scores images.
 
   Args:
     name: of the scorer, for error messages.
     function: from `load_scorers`.
-    images: uint8 [N, H, W, 3].
+    images: uint8 [N, H, W, 3], or N images of different sizes.
     prompts: of the images, N.
 
   Returns:
@@ -86,21 +152,30 @@ def categorize(names: Iterable[str], prompts: Sequence[str]) -> list[str]:
   return [category(prompt) if category else UNCATEGORIZED for prompt in prompts]
 
 
-def _load(name: str) -> tuple[str, Scorer]:
+def _load(name: str) -> Entry:
   family, _, short = name.rpartition(".")
-  scorers = _scorers_of(family)
+  scorers = _entries(family, "SCORERS")
   if short not in scorers:
-    own = [f"{f}.{n}" for f in plugins.own_names(__name__) for n in _scorers_of(f)]
+    own = [f"{f}.{n}" for f in plugins.own_names(__name__) for n in _entries(f, "SCORERS")]
     registered = [f"{f}.*" for f in plugins.registered_names(__name__)]
+    has = ""
+    if family and plugins.find_module(__name__, family):
+      has = f" ({family} has {', '.join(sorted(scorers)) or 'no SCORERS'})"
     raise UserError(
-      f"unknown scorer {name!r}; known are {', '.join((*own, *registered))}, and MODULE.NAME "
-      "of an importable module with SCORERS"
+      f"unknown scorer {name!r}{has}; known are {', '.join((*own, *registered))}, and "
+      "MODULE.NAME of an importable module with SCORERS"
     )
   match scorers[short]:
     case (str(), function) if callable(function):
       return scorers[short]
-  raise UserError(f"scorer {name!r}: its entry in SCORERS must be (version, function)")
+  raise UserError(
+    f"scorer {name!r}: its entry in SCORERS must be (version, function), the version a string "
+    f"(got {scorers[short]!r})"
+  )
 
 
-def _scorers_of(family: str) -> dict[str, tuple[str, Scorer]]:
-  return getattr(plugins.find_module(__name__, family), "SCORERS", {})
+def _entries(family: str, kind: str) -> dict[str, Any]:
+  found = getattr(plugins.find_module(__name__, family), kind, {})
+  if not isinstance(found, dict):
+    raise UserError(f"{kind} of {family} must be a dict (got {type(found).__name__})")
+  return found

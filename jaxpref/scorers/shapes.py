@@ -24,7 +24,7 @@ def correct(images: np.ndarray, texts: Sequence[str]) -> np.ndarray:
   """Returns 1.0 for each image that shows exactly what its prompt asks for, else 0.0.
 
   Args:
-    images: uint8 [N, H, W, 3].
+    images: uint8 [N, H, W, 3], or N images of different sizes.
     texts: N captions of the shapes world.
 
   Returns:
@@ -43,7 +43,7 @@ def quality(images: np.ndarray, texts: Sequence[str]) -> np.ndarray:
   """Rates how clean the images look, from 0 to 1; the prompts do not matter.
 
   Args:
-    images: uint8 [N, H, W, 3].
+    images: uint8 [N, H, W, 3], or N images of different sizes.
     texts: N prompts of any kind.
 
   Returns:

@@ -1,0 +1,1 @@
+"""`python -m jaxpref.evaluate`: compares any number of models on the same prompts and noise."""

@@ -1,0 +1,61 @@
+"""Warnings of reward hacking: the selecting scorer rises while others fall.
+
+A model that is tuned on what a scorer selected can please that scorer and become worse. The
+signs are a scorer with no part in the selection that falls, or a loss of diversity.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxpref.evaluation import statistics
+from jaxpref.evaluation.score_text import number, p_is
+
+
+def find_hacking(found: dict[str, Any], diversity: Sequence[dict[str, Any]] = ()) -> list[str]:
+  """Writes one sentence for each model whose scores contradict each other.
+
+  A selecting scorer rises if its outcome is "won" (`statistics.outcome`). Another scorer or a
+  Vendi score falls if its outcome is "lost" with p adjusted by Holm's method among the scorers
+  of the comparison, or among the measures of diversity by the same features.
+
+  Args:
+    found: from `comparisons.compare_all`. Without scorers of `selected_by`, nothing is said.
+    diversity: from `diversity.compare_diversity`, with the same baseline, one for each kind of
+      features.
+  """
+  said = []
+  for one in found["comparisons"]:
+    if one["baseline"] != found["baseline"]:
+      continue
+    rises, falls = [], []
+    for key, entry in one["scorers"].items():
+      if entry["selected_training_data"]:
+        if statistics.outcome(entry) == "won":
+          rises.append(_change(key, entry, entry["p_value"]))
+      elif statistics.outcome(entry, adjusted=True) == "lost":
+        falls.append(_change(key, entry, entry["holm"]))
+    falls += [
+      _change(key, entry, entry["holm"])
+      for of in diversity
+      for key, entry in _diversity_of(of, one["baseline"], one["model"]).items()
+      if key.startswith("vendi.") and statistics.outcome(entry, adjusted=True) == "lost"
+    ]
+    if rises and falls:
+      verb = "rises" if len(rises) == 1 else "rise"
+      said.append(
+        f"{one['model']} against {one['baseline']}: {' and '.join(rises)}, which selected the "
+        f"training data, {verb}, but {' and '.join(falls)} "
+        f"{'falls' if len(falls) == 1 else 'fall'}: the rise may not be an improvement."
+      )
+  return said
+
+
+def _diversity_of(of: dict[str, Any], baseline: str, model: str) -> dict[str, Any]:
+  for one in (of["by_prompt"] or {"comparisons": []})["comparisons"]:
+    if (one["baseline"], one["model"]) == (baseline, model):
+      return one["scorers"]
+  return {}
+
+
+def _change(key: str, entry: dict[str, Any], p: float) -> str:
+  return f"{key} ({number(entry['difference'], sign=True)}, {p_is(p)})"

@@ -1,0 +1,1 @@
+"""Scores of the images of a data set, from which experts are chosen."""
