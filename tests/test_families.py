@@ -52,7 +52,7 @@ def make_inputs(directory) -> dict[str, np.ndarray]:
     "text": draw(2, 77, width),
     "noise": noise_of(loaded.latent_shape),
   }
-  if loaded.is_xl:
+  if loaded.family.takes_sizes:
     inputs |= {
       "pooled": draw(2, families.WIDTHS[1]),
       "time_ids": rng.integers(0, 999, (2, 6)).astype("f"),

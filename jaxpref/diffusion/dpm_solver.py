@@ -1,5 +1,7 @@
 """The multistep DPM-Solver++ of order 1, 2 (2M, midpoint) and 3, with data prediction.
 
+For a flow, order 1 is Euler's method.
+
 Lu et al. 2022, arXiv 2211.01095. With `l = log(alpha / sigma)` the step from s to t is
 `x_t = sigma_t / sigma_s x_s + sigma_t int_{l_s}^{l_t} e^l x0(l) dl`. Order p replaces x0 under
 the integral by the polynomial through its last p predictions.
@@ -37,17 +39,19 @@ def coefficients(grid: Grid, *, order: int = 2, lower_order_final: bool = True) 
   if order not in (1, 2, 3):
     raise UserError(f"the order of DPM-Solver++ must be 1, 2 or 3 (got {order!r})")
   lam = 0.5 * grid.log_snr
-  alpha, sigma = scales(grid.log_snr[1:])
-  state = sigma / scales(grid.log_snr[:-1])[1]
+  alpha, sigma = scales(grid.log_snr[1:], is_flow=grid.is_flow)
+  state = sigma / scales(grid.log_snr[:-1], is_flow=grid.is_flow)[1]
   h = lam[1:] - lam[:-1]
   # A step that lands on a clean image is x = x0, whatever the order: h is infinite,
-  # and finite differences scaled to it have no meaning.
-  lands_clean = jnp.isinf(h)
+  # and finite differences scaled to it have no meaning. So is h of a step from pure noise.
+  unbounded = jnp.isinf(h)
   planned = _step_orders(grid.num_steps, order, lower_order_final)[:, None]
-  orders = jnp.where(lands_clean, 1, planned)
+  orders = jnp.where(unbounded, 1, planned)
+  if grid.is_flow:  # nor is the prediction at pure noise, infinitely far back, a history
+    orders = jnp.where(jnp.isinf(_step_back(lam, 0)), 1, orders)
   first = -alpha * jnp.expm1(-h)
 
-  h = jnp.where(lands_clean, 1.0, h)
+  h = jnp.where(unbounded, 1.0, h)
   # Steps back from k to k - 1 and from k - 1 to k - 2; 1 without history,
   # so that the unused branch stays finite.
   h_0 = jnp.where(orders >= 2, _step_back(lam, 0), 1.0)

@@ -4,14 +4,17 @@ A solver is a table of coefficients (`timesteps.Coefficients`), which this loop 
 inside `jax.jit`, with the denoiser's parameters as arguments of the jitted function.
 """
 
+from collections.abc import Sequence
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from jaxpref.base_config import SOLVERS
 from jaxpref.diffusion import ddim, ddpm, dpm_solver
+from jaxpref.diffusion.flow import FlowSchedule
 from jaxpref.diffusion.guidance import Denoise
-from jaxpref.diffusion.schedule import NoiseSchedule, per_sample, split_at
+from jaxpref.diffusion.schedule import Schedule, per_sample, split_at, timestep_input
 from jaxpref.diffusion.timesteps import Coefficients, Grid
 from jaxpref.errors import UserError
 
@@ -23,7 +26,7 @@ class Trajectory:
   Attributes:
     states: inputs x_t, float32 [N, B, ...].
     predictions: the denoiser's outputs, in its dtype, [N, B, ...].
-    timesteps: int32 [N, B].
+    timesteps: the grid's, [N, B].
   """
 
   states: jax.Array
@@ -35,23 +38,24 @@ def sample(
   denoise: Denoise,
   x_T: jax.Array,  # noqa: N803
   grid: Grid,
-  schedule: NoiseSchedule,
+  schedule: Schedule,
   *,
   solver: str = "dpm_solver",
   order: int = 2,
   lower_order_final: bool = True,
-  eta: float = 0.0,
+  eta: float | Sequence[float] = 0.0,
   key: jax.Array | None = None,
   trajectory: bool = False,
 ):
   """Samples by integrating from noise to clean latents.
 
   Args:
-    denoise: (x_t float32 [B, ...], t int32 [B]) -> prediction [B, ...].
+    denoise: (x_t float32 [B, ...], t [B]) -> prediction [B, ...], with t from
+      `schedule.timestep_input`.
     x_T: standard normal noise [B, ...].
     grid: the noise levels to visit, per sample.
     schedule: its `prediction_type` says how to read predictions; the levels are the grid's.
-    solver: 'dpm_solver', 'ddim' or 'ddpm'.
+    solver: 'dpm_solver', 'ddim' or 'ddpm'; a flow has only the first.
     order: order of DPM-Solver++, 1, 2 or 3.
     lower_order_final: for DPM-Solver++, see `dpm_solver.coefficients`.
     eta: for DDIM, see `ddim.coefficients`.
@@ -86,13 +90,13 @@ def sample_until(
   denoise: Denoise,
   x_T: jax.Array,  # noqa: N803
   grid: Grid,
-  schedule: NoiseSchedule,
+  schedule: Schedule,
   kept: jax.Array,
   *,
   solver: str = "dpm_solver",
   order: int = 2,
   lower_order_final: bool = True,
-  eta: float = 0.0,
+  eta: float | Sequence[float] = 0.0,
   key: jax.Array | None = None,
 ) -> Trajectory:
   """Samples up to the last step in `kept`, and returns the kept steps.
@@ -153,8 +157,21 @@ def _noise(key, purpose, shape):
   return jax.vmap(lambda one: jax.random.normal(one, shape))(folded)
 
 
+def check_solver(schedule: Schedule, solver: str) -> None:
+  """Refuses solvers that a schedule does not have.
+
+  Raises:
+    UserError: the schedule is a flow's, and the solver is for variance-preserving schedules.
+  """
+  if isinstance(schedule, FlowSchedule) and solver in ("ddim", "ddpm"):
+    raise UserError(
+      f"the solver {solver} is for variance-preserving models, and this model is trained with "
+      "flow matching: use dpm_solver, whose order 1 is Euler's method"
+    )
+
+
 def _coefficients(
-  grid: Grid, solver: str, order: int, lower_order_final: bool, eta: float
+  grid: Grid, solver: str, order: int, lower_order_final: bool, eta: float | Sequence[float]
 ) -> Coefficients:
   if solver not in SOLVERS:
     raise UserError(f"solver must be one of {', '.join(SOLVERS)} (got {solver!r})")
@@ -175,6 +192,7 @@ def _prepare(denoise, x_T, grid, schedule, solver, order, lower_order_final, eta
   batch = x_T.shape[0]
   if grid.timesteps.shape[1] != batch:
     raise ValueError(f"grid of {grid.timesteps.shape[1]} samples for a batch of {batch}")
+  check_solver(schedule, solver)
   table = _coefficients(grid, solver, order, lower_order_final, eta)
   if table.noise is not None and (key is None or key.shape != (batch,)):
     raise ValueError(f"{solver} with noise needs one key per sample, shape ({batch},)")
@@ -182,7 +200,7 @@ def _prepare(denoise, x_T, grid, schedule, solver, order, lower_order_final, eta
   def step(carry, row):
     x_t, history = carry
     k, t, log_snr, weights = row
-    prediction = denoise(x_t, t)
+    prediction = denoise(x_t, timestep_input(schedule, t))
     x0, _ = split_at(schedule.prediction_type, prediction, x_t, log_snr)
     history = (x0, *history)
     x_next = per_sample(weights.state, x_t) * x_t

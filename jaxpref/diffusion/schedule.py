@@ -1,8 +1,11 @@
-"""The variance-preserving noise schedule, training targets, and conversion of predictions.
+"""Noise schedules, training targets, and conversion of predictions, for two processes.
 
-Noise levels are stored as log signal-to-noise ratios, `log(alpha_bar / (1 - alpha_bar))`.
-float32 would lose `1 - alpha_bar` where `alpha_bar` is near 1, and both ends of the log ratio
-are harmless: `+inf` is a clean image, `-inf` pure noise.
+A `NoiseSchedule` is variance-preserving and has levels at integer timesteps. A `FlowSchedule`
+is a rectified flow, whose levels are numbers in [0, 1]. The functions below take either.
+
+Levels of the first, and a sampler's levels of both, are stored as log signal-to-noise ratios,
+`log(alpha_bar / (1 - alpha_bar))`. float32 would lose `1 - alpha_bar` where `alpha_bar` is near
+1, and both ends of the log ratio are harmless: `+inf` is a clean image, `-inf` pure noise.
 """
 
 import math
@@ -14,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpref.diffusion import flow
+from jaxpref.diffusion.flow import FlowSchedule
 from jaxpref.errors import UserError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -27,13 +32,13 @@ _CONFIG_DEFAULTS = {
   "num_train_timesteps": 1000,
   "prediction_type": "epsilon",
 }
-# Prefixes of schedulers whose training process is not variance-preserving.
-_OTHER_PROCESSES = ("FlowMatch", "EDM", "VE", "VQDiffusion", "Consistency", "LCM")
+# Prefixes of schedulers whose training process is neither variance-preserving nor a flow.
+_OTHER_PROCESSES = ("EDM", "VE", "VQDiffusion", "Consistency", "LCM")
 
 
 @flax.struct.dataclass
 class NoiseSchedule:
-  """The noise level of each training timestep.
+  """A variance-preserving process: the noise level of each training timestep.
 
   Attributes:
     log_snr: `log(alpha_bar / (1 - alpha_bar))` of timesteps 0..T-1, float32 [T].
@@ -52,6 +57,9 @@ class NoiseSchedule:
   def num_timesteps(self) -> int:
     """T, the number of training timesteps."""
     return self.log_snr.shape[0]
+
+
+Schedule = NoiseSchedule | FlowSchedule
 
 
 def make_schedule(
@@ -112,8 +120,8 @@ def make_schedule(
   )
 
 
-def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
-  """Makes the noise schedule of a diffusers scheduler_config.json.
+def schedule_from_config(config: Mapping[str, Any]) -> Schedule:
+  """Makes the schedule of a diffusers scheduler_config.json.
 
   Fields that only choose the timesteps a sampler visits (spacing, offset, Karras sigmas, ...)
   are not part of the schedule and are not read.
@@ -125,12 +133,13 @@ def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
     UserError: a field is not supported; the message names it.
   """
   name = str(config.get("_class_name", ""))
-  if name.startswith(_OTHER_PROCESSES) or config.get("use_flow_sigmas"):
-    field = f"_class_name {name}" if not config.get("use_flow_sigmas") else ""
+  if name.startswith(_OTHER_PROCESSES):
     raise UserError(
-      f"scheduler {field or 'use_flow_sigmas'} is not supported: only "
-      "variance-preserving schedules (DDPM, DDIM, PNDM, DPM-Solver, Euler, ...) are"
+      f"scheduler _class_name {name} is not supported: only variance-preserving schedules "
+      "(DDPM, DDIM, PNDM, DPM-Solver, Euler, ...) and flow matching are"
     )
+  if flow.is_flow(config):
+    return flow.flow_from_config(config)
   for field in ("thresholding", "clip_sample"):
     if config.get(field):
       raise UserError(f"scheduler field {field} = true is not supported")
@@ -151,21 +160,34 @@ def per_sample(values: jax.Array, like: jax.Array) -> jax.Array:
   return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
 
 
-def scales(log_snr: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Computes the amplitudes `(sqrt(alpha_bar), sqrt(1 - alpha_bar))` of signal and noise."""
+def scales(log_snr: jax.Array, *, is_flow: bool = False) -> tuple[jax.Array, jax.Array]:
+  """Computes the amplitudes alpha of the signal and sigma of the noise.
+
+  They are `(sqrt(alpha_bar), sqrt(1 - alpha_bar))`, or `(1 - sigma, sigma)` for a flow.
+  """
+  if is_flow:
+    return jax.nn.sigmoid(0.5 * log_snr), jax.nn.sigmoid(-0.5 * log_snr)
   return jnp.sqrt(jax.nn.sigmoid(log_snr)), jnp.sqrt(jax.nn.sigmoid(-log_snr))
 
 
-def add_noise(
-  schedule: NoiseSchedule, x0: jax.Array, eps: jax.Array, t: jax.Array
-) -> jax.Array:
+def level_dtype(schedule: Schedule) -> Any:
+  """Returns the dtype of levels t: int32 timesteps, or float32 for a flow's sigma."""
+  return jnp.float32 if isinstance(schedule, FlowSchedule) else jnp.int32
+
+
+def timestep_input(schedule: Schedule, t: jax.Array) -> jax.Array:
+  """Returns what the denoiser is given for levels t: timesteps, or a flow's scaled sigma."""
+  return flow.timestep_input(schedule, t) if isinstance(schedule, FlowSchedule) else t
+
+
+def add_noise(schedule: Schedule, x0: jax.Array, eps: jax.Array, t: jax.Array) -> jax.Array:
   """Adds noise to clean latents (arXiv 2006.11239 eq. 4): `x_t = alpha x0 + sigma eps`.
 
   Args:
     schedule: the noise schedule.
     x0: clean latents [B, ...].
     eps: standard normal noise [B, ...].
-    t: timesteps, int [B].
+    t: levels [B]: timesteps, int, or a flow's sigma, float.
 
   Returns:
     x_t: noisy latents, float32 [B, ...].
@@ -174,20 +196,23 @@ def add_noise(
   return alpha * x0.astype(jnp.float32) + sigma * eps.astype(jnp.float32)
 
 
-def target(schedule: NoiseSchedule, x0: jax.Array, eps: jax.Array, t: jax.Array) -> jax.Array:
+def target(schedule: Schedule, x0: jax.Array, eps: jax.Array, t: jax.Array) -> jax.Array:
   """Computes the denoiser's target at `add_noise(schedule, x0, eps, t)`.
 
-  That is `eps`, or `v = alpha eps - sigma x0` (arXiv 2202.00512, appendix D).
+  That is `eps`, `v = alpha eps - sigma x0` (arXiv 2202.00512, appendix D), or a flow's
+  `v = eps - x0`.
 
   Args:
     schedule: the noise schedule.
     x0: clean latents [B, ...].
     eps: standard normal noise [B, ...].
-    t: timesteps, int [B].
+    t: levels [B], as for `add_noise`.
 
   Returns:
     The target, float32 [B, ...].
   """
+  if isinstance(schedule, FlowSchedule):
+    return eps.astype(jnp.float32) - x0.astype(jnp.float32)
   if schedule.prediction_type == "epsilon":
     return eps.astype(jnp.float32)
   alpha, sigma = _scales_at(schedule, t, x0)
@@ -195,7 +220,7 @@ def target(schedule: NoiseSchedule, x0: jax.Array, eps: jax.Array, t: jax.Array)
 
 
 def split_prediction(
-  schedule: NoiseSchedule, prediction: jax.Array, x_t: jax.Array, t: jax.Array
+  schedule: Schedule, prediction: jax.Array, x_t: jax.Array, t: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """Converts a prediction to the clean latents and the noise that it implies.
 
@@ -203,22 +228,26 @@ def split_prediction(
     schedule: the noise schedule.
     prediction: the denoiser's output at (x_t, t) [B, ...].
     x_t: noisy latents [B, ...].
-    t: timesteps, int [B].
+    t: levels [B], as for `add_noise`.
 
   Returns:
     (x0, eps), float32 [B, ...] each.
   """
-  return split_at(schedule.prediction_type, prediction, x_t, schedule.log_snr[t])
+  log_snr = flow.log_snr_of(t) if isinstance(schedule, FlowSchedule) else schedule.log_snr[t]
+  return split_at(schedule.prediction_type, prediction, x_t, log_snr)
 
 
 def split_at(
   prediction_type: str, prediction: jax.Array, x_t: jax.Array, log_snr: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """Computes `split_prediction` at any noise levels log_snr [B], also between timesteps."""
-  alpha, sigma = scales(per_sample(log_snr, x_t))
+  is_flow = prediction_type == flow.PREDICTION_TYPE
+  alpha, sigma = scales(per_sample(log_snr, x_t), is_flow=is_flow)
   prediction, x_t = prediction.astype(jnp.float32), x_t.astype(jnp.float32)
   if prediction_type == "epsilon":
     return (x_t - sigma * prediction) / alpha, prediction
+  if is_flow:
+    return x_t - sigma * prediction, x_t + alpha * prediction
   return alpha * x_t - sigma * prediction, alpha * prediction + sigma * x_t
 
 
@@ -237,7 +266,33 @@ def denoising_error(prediction: jax.Array, target: jax.Array) -> jax.Array:
   return jnp.mean(jnp.square(difference), axis=tuple(range(1, difference.ndim)))
 
 
+def error_scale(schedule: Schedule, space: str, t: jax.Array) -> jax.Array | None:
+  """Computes the factor of residuals in another space than the denoiser's.
+
+  At a given x_t, a change d of a prediction of v is a change `alpha d` of eps and `-sigma d` of
+  x0, for both processes. Squared errors therefore have the factors `alpha^2` and `sigma^2`,
+  which are `(1 - sigma)^2` and `sigma^2` for a flow.
+
+  Args:
+    schedule: the noise schedule.
+    space: 'v', 'eps' or 'x0'; 'model' is the space of the denoiser's prediction.
+    t: levels [R].
+
+  Returns:
+    The factor of residuals [R] (of x0 without its sign), or None where it is 1.
+  """
+  own = "eps" if schedule.prediction_type == "epsilon" else "v"
+  if space in ("model", own):
+    return None
+  alpha, sigma = _scales_at(schedule, t, t)
+  of_v = {"v": jnp.ones_like(alpha), "eps": alpha, "x0": sigma}
+  return of_v[space] / alpha if own == "eps" else of_v[space]
+
+
 def _scales_at(schedule, t, like):
+  if isinstance(schedule, FlowSchedule):
+    sigma = per_sample(t, like)
+    return 1.0 - sigma, sigma
   return scales(per_sample(schedule.log_snr[t], like))
 
 

@@ -1,20 +1,27 @@
 """The noise levels that a sampler visits, and the coefficients of a solver's steps.
 
+For a variance-preserving model a level is a timestep, for a flow it is sigma.
+
 Grids are per sample: column b of a batch may visit other timesteps than column c, at no extra
 cost. Differences from diffusers 0.39: `trailing` always gives exactly `num_steps` timesteps;
 Karras timesteps are rounded for every schedule (diffusers truncates those of the cosine one).
 """
+
+import math
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpref.diffusion.schedule import NoiseSchedule
+from jaxpref.diffusion.flow import FlowSchedule, shifted
+from jaxpref.diffusion.schedule import NoiseSchedule, Schedule
 from jaxpref.errors import UserError
 
 SPACINGS = ("leading", "linspace", "trailing")
 FINALS = ("zero", "sigma_min")
+_FLOW_SPACINGS = ("linspace", "trailing")
 _KARRAS_RHO = 7.0
 
 
@@ -23,13 +30,16 @@ class Grid:
   """The noise levels of a sampler's steps, from noise to image.
 
   Attributes:
-    timesteps: the denoiser's timestep input at step k, int32 [N, B].
-    log_snr: the noise level of step k's input; row N is the level of the last step's output,
-      `+inf` for a clean image. float32 [N + 1, B].
+    timesteps: the noise level of step k's input: the timestep, int32 [N, B], or a flow's
+      sigma, float32 [N, B]. `schedule.timestep_input` is what the denoiser is given for it.
+    log_snr: the same level as log-SNR; row N is the level of the last step's output, `+inf` for
+      a clean image. float32 [N + 1, B].
+    is_flow: whether these are the levels of a flow.
   """
 
   timesteps: jax.Array
   log_snr: jax.Array
+  is_flow: bool = flax.struct.field(pytree_node=False, default=False)
 
   @property
   def alpha_bar(self) -> jax.Array:
@@ -60,7 +70,7 @@ class Coefficients:
 
 
 def uniform_grid(
-  schedule: NoiseSchedule,
+  schedule: Schedule,
   num_steps: int,
   batch: int,
   *,
@@ -69,8 +79,11 @@ def uniform_grid(
   visit_lowest: bool = False,
   karras: bool = False,
   final: str = "zero",
+  tokens: int | None = None,
 ) -> Grid:
   """Makes a grid of evenly spaced timesteps, the same for every sample (arXiv 2305.08891).
+
+  Levels of a flow are evenly spaced before the schedule's shift, see `_flow_spaced`.
 
   Args:
     schedule: the noise schedule.
@@ -85,12 +98,22 @@ def uniform_grid(
       denoiser the nearest timestep; spacing and offset then have no effect.
     final: the level of the last step's output: 'zero' noise, or 'sigma_min', the level of
       timestep 0.
+    tokens: number of image tokens, which a flow's dynamic shift needs.
 
   Raises:
     UserError: the spacing is unknown, or does not have `num_steps` distinct timesteps.
   """
   total = schedule.num_timesteps
   _check_steps(num_steps, total)
+  if isinstance(schedule, FlowSchedule):
+    if spacing not in _FLOW_SPACINGS or karras or final != "zero":
+      raise UserError(
+        f"flow matching has the spacings {' and '.join(_FLOW_SPACINGS)}, no Karras levels and "
+        f"the final 'zero' (got {spacing!r}, karras = {karras}, final = {final!r})"
+      )
+    levels = _flow_spaced(schedule, num_steps, spacing, visit_lowest)[:, None]
+    repeated = np.broadcast_to(levels, (num_steps, batch))
+    return _flow_grid(schedule, repeated, tokens)
   if final not in FINALS:
     raise UserError(f"final must be one of {', '.join(FINALS)} (got {final!r})")
   if karras:
@@ -106,26 +129,76 @@ def uniform_grid(
   )
 
 
-def offset_grid(schedule: NoiseSchedule, num_steps: int, offsets: jax.Array) -> Grid:
+def offset_grid(
+  schedule: Schedule, num_steps: int, offsets: jax.Array, *, tokens: int | None = None
+) -> Grid:
   """Makes a grid of evenly spaced timesteps, shifted by an offset per sample.
 
   `t_k = T - (T // N) (k + 1) + offset`, so random offsets train every timestep (Diffusion-DRO's
-  rollouts): 950, 900, ..., 0 plus 0..49 for N = 20.
+  rollouts): 950, 900, ..., 0 plus 0..49 for N = 20. A flow has `sigma_k = shift(u_k)` with
+  `u_k = (N - k - 1 + offset) / N`, which trains every sigma. Sampling starts from pure noise,
+  although the first level is less noisy, by at most one step.
 
   Args:
     schedule: the noise schedule.
     num_steps: N, the number of denoiser calls.
-    offsets: int [B], in [0, T // N). They may be traced, so their range is not checked.
+    offsets: [B], from `sample_offsets`. They may be traced, so their range is not checked.
+    tokens: as for `uniform_grid`.
 
   Raises:
     UserError: num_steps is not in 1..T.
   """
   total = schedule.num_timesteps
   _check_steps(num_steps, total)
+  if isinstance(schedule, FlowSchedule):
+    rest = np.arange(num_steps, dtype=np.float32)[::-1, None]
+    return _flow_grid(schedule, (rest + offsets) / num_steps, tokens)
   base = total - (total // num_steps) * np.arange(1, num_steps + 1, dtype=np.int32)
   timesteps = jnp.asarray(base)[:, None] + offsets[None, :].astype(jnp.int32)
   clean = jnp.full((1, offsets.shape[0]), jnp.inf)
   return Grid(timesteps, jnp.concatenate([schedule.log_snr[timesteps], clean]))
+
+
+def sample_offsets(schedule: Schedule, num_steps: int, key: jax.Array, rows: int) -> jax.Array:
+  """Samples offsets [B] for `offset_grid`: int32 in [0, T // N), or float32 in (0, 1]."""
+  if isinstance(schedule, FlowSchedule):
+    return 1.0 - jax.random.uniform(key, (rows,))  # 0 would be a step from a clean image
+  return jax.random.randint(key, (rows,), 0, schedule.num_timesteps // num_steps)
+
+
+def image_tokens(latent_shape: tuple[int, ...]) -> int:
+  """Returns the number of image tokens [C, h, w] latents have, in patches of 2 x 2."""
+  return latent_shape[-2] * latent_shape[-1] // 4
+
+
+def _flow_spaced(
+  schedule: FlowSchedule, num_steps: int, spacing: str, visit_lowest: bool
+) -> np.ndarray:
+  """Returns N levels before the shift, float64, which begin at pure noise or just below.
+
+  'linspace' is N points down to the lowest training level, which the shift has moved already
+  (as in `FlowMatchEulerDiscreteScheduler`). Without `visit_lowest`, it splits [0, 1 - 1 / T]
+  into N steps (as `DPMSolverMultistepScheduler`). 'trailing' is 1 - k / N (as Flux's pipeline).
+  """
+  if spacing == "trailing":
+    return 1.0 - np.arange(num_steps) / num_steps
+  if visit_lowest:
+    return np.linspace(1.0, shifted(1.0 / schedule.num_timesteps, schedule.shift), num_steps)
+  return np.linspace(1.0 - 1.0 / schedule.num_timesteps, 0.0, num_steps + 1)[:-1]
+
+
+def _flow_grid(schedule: FlowSchedule, levels: Any, tokens: int | None) -> Grid:
+  """Shifts levels u [N, B] in (0, 1]; the last step ends at a clean image."""
+  shift = schedule.sampling_shift(tokens)
+  numbers = np if isinstance(levels, np.ndarray) else jnp
+  with np.errstate(divide="ignore"):  # pure noise has log-SNR -inf
+    log_snr = 2.0 * (numbers.log1p(-levels) - numbers.log(levels) - math.log(shift))
+  clean = jnp.full((1, levels.shape[1]), jnp.inf)
+  return Grid(
+    timesteps=jnp.asarray(shifted(levels, shift), jnp.float32),
+    log_snr=jnp.concatenate([jnp.asarray(log_snr, jnp.float32), clean]),
+    is_flow=True,
+  )
 
 
 def _check_steps(num_steps: int, total: int) -> None:

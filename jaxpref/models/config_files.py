@@ -1,14 +1,16 @@
 """Reading and checking the JSON files of a pipeline."""
 
+import dataclasses
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxpref.errors import UserError, listed
 
 _log = logging.getLogger(__name__)
+_Record = TypeVar("_Record")
 _MAX_BYTES = 64 << 20  # a tokenizer.json of 50,000 words takes 4 MB
 _MAX_VALUES = 100  # in a list, which has one value per block of a network
 _MAX_INTEGER = 2**31 - 1
@@ -16,60 +18,15 @@ _MAX_INTEGER = 2**31 - 1
 _MOST = {
   "layers_per_block": 50,
   "num_hidden_layers": 200,
+  "num_layers": 200,
+  "num_single_layers": 200,
   "num_train_timesteps": 100_000,
+  "pos_embed_max_size": 2048,
   "reverse_transformer_layers_per_block": 100,
   "sample_size": 16_384,
   "transformer_layers_per_block": 100,
 }
 _LONG_LISTS = ("trained_betas",)  # one value per timestep
-
-# Fields without which the defaults build another network or schedule than was trained. For all
-# other fields, published files of old models rely on the defaults.
-_NEEDED = {
-  "unet": (
-    *("attention_head_dim", "block_out_channels", "cross_attention_dim", "down_block_types"),
-    *("in_channels", "layers_per_block", "out_channels", "sample_size", "up_block_types"),
-  ),
-  "vae": (
-    *("block_out_channels", "down_block_types", "in_channels", "latent_channels"),
-    *("layers_per_block", "out_channels", "up_block_types"),
-  ),
-  "text_encoder": (
-    *("hidden_act", "hidden_size", "intermediate_size", "max_position_embeddings"),
-    *("num_attention_heads", "num_hidden_layers", "vocab_size"),
-  ),
-  "scheduler": ("beta_end", "beta_schedule", "beta_start", "num_train_timesteps"),
-}
-# Fields of diffusers' schedulers for models of this kind. The known fields of other files are
-# those of their modules.
-SCHEDULER_FIELDS = frozenset(
-  (
-    *("algorithm_type", "beta_end", "beta_schedule", "beta_start", "clip_sample"),
-    *(
-      "clip_sample_range",
-      "corrector_order",
-      "disable_corrector",
-      "dynamic_thresholding_ratio",
-    ),
-    *("eta", "euler_at_final", "final_sigmas_type", "flow_shift", "interpolation_type"),
-    *("invert_sigmas", "lambda_min_clipped", "lower_order_final", "num_train_timesteps"),
-    *("original_inference_steps", "predict_x0", "prediction_type", "predictor_order"),
-    *("rescale_betas_zero_snr", "rho", "s_noise", "sample_max_value", "scaler"),
-    *(
-      "set_alpha_to_one",
-      "shift_terminal",
-      "sigma_data",
-      "sigma_max",
-      "sigma_min",
-      "skip_prk_steps",
-    ),
-    *("snr_shift_scale", "solver_order", "solver_p", "solver_type", "steps_offset"),
-    *("stochastic_sampling", "tau_func", "thresholding", "time_shift_type", "timestep_scaling"),
-    *("timestep_spacing", "timestep_type", "trained_betas", "use_beta_sigmas"),
-    *("use_dynamic_shifting", "use_exponential_sigmas", "use_flow_sigmas", "use_karras_sigmas"),
-    *("use_lu_lambdas", "variance_type"),
-  )
-)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -142,6 +99,38 @@ def _numbers(value: Any) -> Iterator[float]:
       yield item
 
 
+def make_record(
+  record: type[_Record], config: Mapping[str, Any], supported: Mapping[str, Any]
+) -> _Record:
+  """Makes a dataclass from a configuration's fields of the same names.
+
+  Args:
+    record: the dataclass. Its integers must be positive; fields without a default are required.
+    config: a configuration file's contents; fields that `record` lacks are ignored.
+    supported: the only value that is implemented, for fields that `record` lacks. A missing
+      field has that value.
+
+  Raises:
+    UserError: a field is missing, of another type or not supported; the message names it.
+  """
+  for name, value in supported.items():
+    if config.get(name, value) != value:
+      raise UserError(f"{name} must be {value!r} (got {brief(config[name])})")
+  values = {}
+  for field in dataclasses.fields(record):  # type: ignore[arg-type]
+    if field.name not in config:
+      if field.default is dataclasses.MISSING:
+        raise UserError(f"{field.name} is missing")
+      continue
+    values[field.name] = value = config[field.name]
+    if field.type is int:
+      if type(value) is not int or value < 1:
+        raise UserError(f"{field.name} must be a positive whole number (got {brief(value)})")
+    elif field.type is float and (type(value) not in (int, float) or not value > 0):
+      raise UserError(f"{field.name} must be a positive number (got {brief(value)})")
+  return record(**values)
+
+
 def brief(value: Any) -> str:
   """Formats a value for an error message, cut to 60 characters."""
   try:
@@ -152,7 +141,7 @@ def brief(value: Any) -> str:
 
 
 def warn_of_fields(
-  part: str, config: Mapping[str, Any], known: Iterable[str], where: Path
+  config: Mapping[str, Any], *, known: Iterable[str], needed: Iterable[str], where: Path
 ) -> None:
   """Warns of unknown fields, and of missing fields that every published file has.
 
@@ -160,13 +149,14 @@ def warn_of_fields(
   with, and its images are nonsense.
 
   Args:
-    part: 'unet', 'vae', 'text_encoder', 'text_encoder_2' or 'scheduler'.
-    config: the contents of its configuration file.
+    config: the contents of a configuration file.
     known: names of all its fields; fields that begin with an underscore are always known.
+    needed: names of the fields that every published file has. For all others, published files
+      of old models rely on the defaults.
     where: that file.
   """
   unknown = sorted(k for k in config.keys() - set(known) if not k.startswith("_"))
-  missing = [k for k in _NEEDED[part.removesuffix("_2")] if k not in config]
+  missing = [k for k in needed if k not in config]
   said = []
   if unknown:
     said.append(f"ignores fields it does not know: {listed(unknown, 5)}")

@@ -8,11 +8,6 @@ from typing import Any
 _log = logging.getLogger(__name__)
 
 
-def apply_to(index: Mapping[str, Any]) -> bool:
-  """Returns whether diffusers makes them for this `model_index.json`; not for SDXL's."""
-  return not str(index.get("_class_name")).startswith("StableDiffusionXL")
-
-
 def correct_configs(
   configs: Mapping[str, Mapping[str, Any]], *, where: str
 ) -> dict[str, dict[str, Any]]:
@@ -22,12 +17,10 @@ def correct_configs(
   saved before diffusers 0.9 has a sample size of at least 64. Each correction is logged.
 
   Args:
-    configs: 'model_index', 'scheduler' and 'unet' among others.
+    configs: 'scheduler' and 'unet' among others.
     where: the pipeline's directory, for the log.
   """
   corrected = {name: dict(config) for name, config in configs.items()}
-  if not apply_to(configs["model_index"]):
-    return corrected
   scheduler, unet = corrected["scheduler"], corrected["unet"]
   wanted: list[tuple[dict[str, Any], str, Any]] = []
   offset = scheduler.get("steps_offset", 1)

@@ -8,7 +8,7 @@ import huggingface_hub
 from huggingface_hub import errors as hub_errors
 
 from jaxpref.errors import UserError
-from jaxpref.models import weights
+from jaxpref.models import families, weights
 from jaxpref.runtime.paths import user_path
 
 BUNDLED = {"shapes": Path(__file__).parent.parent / "pipelines" / "shapes"}
@@ -18,6 +18,8 @@ _DESCRIBED = {
   "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
   "stabilityai/stable-diffusion-2-1": "sd21",
   "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+  "stabilityai/stable-diffusion-3.5-medium": "sd35m",
+  "Efficient-Large-Model/Sana_600M_512px_diffusers": "sana",
 }
 INDEX = "model_index.json"
 _HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w.][\w./-]*))?")
@@ -27,8 +29,9 @@ _TRAINING_STATE = (
   *("optimizer.bin", "optimizer.pt", "scheduler.bin", "scheduler.pt", "scaler.pt"),
   *("random_states_0.pkl", "rng_state.pth", "trainer_state.json"),
 )
-_WEIGHTED = ("unet", "vae", "text_encoder", "text_encoder_2")
-_TOKENIZER_FILES = (
+# Names of the parts that a field of the configuration's section `model` replaces.
+_REPLACED = {"unet": families.DENOISERS, "vae": ("vae",)}
+TOKENIZER_FILES = (
   "vocab.json",
   "merges.txt",
   "tokenizer.json",
@@ -50,7 +53,7 @@ def find_pipeline(
     variant: of the weights, see `weights.choose`.
     configs_only: download only the configuration files; the package itself has those of the
       best-known repositories.
-    without: parts that are not needed.
+    without: fields that replace parts, which are not needed then: 'unet', 'vae'.
 
   Raises:
     UserError: neither a pipeline's directory nor a repository has this name, or the Hub cannot
@@ -71,39 +74,42 @@ def find_pipeline(
       return [file for file in wanted if file == INDEX or file.endswith("config.json")]
     return wanted
 
-  return _download(name, choose, whole=not configs_only)
+  return download(name, choose, whole=not configs_only)
 
 
-def find_part(name: str, part: str, *, variant: str = "", configs_only: bool = False) -> Path:
+def find_part(name: str, field: str, *, variant: str = "", configs_only: bool = False) -> Path:
   """Returns the directory of a part that replaces the pipeline's own.
 
   Args:
     name: a directory with `config.json` and weights, or with the part as a subdirectory, or a
       Hub repository with either layout.
-    part: 'unet' or 'vae'.
+    field: 'unet' for the denoiser, or 'vae'.
     variant: of the weights, see `weights.choose`.
     configs_only: download only the configuration file.
 
   Raises:
     UserError: the part does not exist.
   """
-  field = f"model.{part}"
+  parts = _REPLACED[field]
   try:
     path = BUNDLED.get(name) or _local(name)
     if path is None:
 
       def choose(files):
-        wanted = _part_files(set(files), part, variant=variant, where=name)
+        there = set(files)
+        part = next((p for p in parts if f"{p}/config.json" in there), field)
+        wanted = _part_files(there, part, variant=variant, where=name)
         return wanted[:1] if configs_only else wanted
 
-      path = _download(name, choose, whole=not configs_only)
-    if (path / part / "config.json").exists():
-      return path / part
+      path = download(name, choose, whole=not configs_only)
+    for part in parts:
+      if (path / part / "config.json").exists():
+        return path / part
     if not (path / "config.json").exists() or _is_run(path):
-      raise UserError(f"{path} is not a {part}: it has neither config.json nor {part}/")
+      raise UserError(f"{path} is not a {field}: it has neither config.json nor {field}/")
     return path
   except UserError as error:
-    raise UserError(f"{field}: {error}") from error
+    raise UserError(f"model.{field}: {error}") from error
 
 
 def _local(name: str) -> Path | None:
@@ -149,9 +155,10 @@ def _refuse_directory(path: Path) -> None:
   for file in sorted(path.glob("*")):  # for example an adapter's directory
     if file.suffix == ".safetensors" and not (path / "config.json").exists():
       raise weights.file_error(file)
-  inside = [p for p in ("unet", "unet_ema", "vae") if (path / p / "config.json").exists()]
+  names = (*(f"{d}{end}" for d in families.DENOISERS for end in ("", "_ema")), "vae")
+  inside = [name for name in names if (path / name / "config.json").exists()]
   if any((path / name).exists() for name in _TRAINING_STATE):
-    way = f": its UNet is model.unet={path / inside[0]}" if inside else ""
+    way = f": its denoiser is model.unet={path / inside[0]}" if inside else ""
     raise UserError(
       f"{path} is a training state, not a pipeline: name the pipeline that it was trained "
       f"on{way}"
@@ -159,13 +166,14 @@ def _refuse_directory(path: Path) -> None:
   if (path / "config.json").exists():
     of = path.parent if (path.parent / INDEX).exists() else None
     way = f"name {of}" if of else "name the whole pipeline"
-    part = path.name if path.name in _WEIGHTED else "unet"
-    field = f", and this as model.{part}" if part in ("unet", "vae") and not of else ""
-    raise UserError(f"{path} is one part of a pipeline: {way}{field}")
+    part = path.name if path.name in families.PARTS else "unet"
+    field = "" if of else _field_of(part)
+    and_this = f", and this as model.{field}" if field else ""
+    raise UserError(f"{path} is one part of a pipeline: {way}{and_this}")
   if inside:
     raise UserError(
       f"{path} holds {inside[0]} alone, not a complete pipeline: name its base as model.path, "
-      f"and this as model.{inside[0].removesuffix('_ema')}"
+      f"and this as model.{_field_of(inside[0].removesuffix('_ema'))}"
     )
   if any(path.glob("models--*")):
     raise UserError(f"{path} is the Hub's cache: name a model by its id, such as org/name")
@@ -177,7 +185,12 @@ def _refuse_directory(path: Path) -> None:
   raise UserError(f"{path / INDEX} is missing: not a complete pipeline in diffusers' layout")
 
 
-def _download(name: str, choose: Callable[[Iterable[str]], list[str]], *, whole: bool) -> Path:
+def _field_of(part: str) -> str:
+  """Returns the field of the configuration that replaces a part, or ''."""
+  return next((field for field, parts in _REPLACED.items() if part in parts), "")
+
+
+def download(name: str, choose: Callable[[Iterable[str]], list[str]], *, whole: bool) -> Path:
   """Downloads the chosen files of a repository; returns their directory.
 
   Args:
@@ -250,7 +263,7 @@ def needed_files(
     variant: of the weights, for parts that have it; '' takes the full weights, or fp16's for
       parts that have only those.
     where: the repository, for error messages.
-    without: parts that are not needed.
+    without: as for `find_pipeline`.
 
   Raises:
     UserError: the files are not a pipeline, some weights are not safetensors, or no part has
@@ -260,27 +273,30 @@ def needed_files(
   if INDEX not in there:
     found = sorted(f for f in there if f.endswith((".safetensors", *weights.PICKLES)))
     rest = f": it holds {', '.join(found[:3])}" if found else ""
-    part = next((p for p in ("unet", "vae") if f"{p}/config.json" in there), "")
-    if part or "config.json" in there:
-      rest += f"; name its base as model.path, and this as model.{part or 'unet'}"
+    replaceable = [part for parts in _REPLACED.values() for part in parts]
+    alone = next((part for part in replaceable if f"{part}/config.json" in there), "")
+    if alone or "config.json" in there:
+      rest += f"; name its base as model.path, and this as model.{_field_of(alone) or 'unet'}"
     raise UserError(
       f"{where} is not a pipeline in diffusers' layout, because {INDEX} is missing{rest}"
     )
   wanted, kinds = [INDEX, "scheduler/scheduler_config.json"], []
-  for part in _WEIGHTED:
-    if part in without:
-      continue
-    if f"{part}/config.json" not in there:
-      if part != "text_encoder_2":
-        raise UserError(f"{where}: {part}/config.json is missing: not a complete pipeline")
-      continue
-    of_part = _part_files(there, part, variant=variant, where=where)
-    kinds += [f".{variant}" in file for file in of_part[1:2]]
-    wanted += of_part
+  replaced = {part for field in without for part in _REPLACED[field]}
+  # The index is not downloaded yet; the parts tell the family.
+  family = families.of_parts({file.partition("/")[0] for file in there if "/" in file})
+  for name, part in family.parts.items():
+    if name not in replaced:
+      if f"{name}/config.json" not in there:
+        if not part.is_optional:
+          raise UserError(f"{where}: {name}/config.json is missing: not a complete pipeline")
+        continue
+      of_part = _part_files(there, name, variant=variant, where=where)
+      kinds += [f".{variant}" in file for file in of_part[1:2]]
+      wanted += of_part
+    if part.tokenizer:
+      wanted += [f"{part.tokenizer.folder}/{file}" for file in TOKENIZER_FILES]
   if variant and not any(kinds):
     raise UserError(f"{where} does not have weights of the variant {variant}")
-  for tokenizer in ("tokenizer", "tokenizer_2"):
-    wanted += [f"{tokenizer}/{file}" for file in _TOKENIZER_FILES]
   return [file for file in wanted if file in there]
 
 
@@ -291,9 +307,10 @@ def _part_files(there: set[str], part: str, *, variant: str, where: str) -> list
     raise UserError(f"{where} has neither {part}/config.json nor config.json")
   names = [f.removeprefix(folder) for f in there if f.startswith(folder)]
   names = [name for name in names if "/" not in name]
-  found = weights.choose(names, part, variant)
+  stem = next(family.parts[part].stem for family in families.FAMILIES if part in family.parts)
+  found = weights.choose(names, stem, variant)
   if found is None:
-    raise weights.no_weights_error(names, part, variant, f"{where}/{folder}".rstrip("/"))
+    raise weights.no_weights_error(names, stem, variant, f"{where}/{folder}".rstrip("/"))
   if found[1][-1].endswith(".json"):
     raise UserError(f"{where}: {folder}{found[1][0]} names shards that are missing")
   return [f"{folder}{name}" for name in ("config.json", *found[1])]

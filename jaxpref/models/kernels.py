@@ -35,8 +35,9 @@ def dot_product_attention(
   scale: float,
   kernel: str,
   mesh: Mesh | None = None,
+  bias: jax.Array | None = None,
 ) -> jax.Array:
-  """Computes softmax(scale q k^T) v for each head.
+  """Computes softmax(scale q k^T + bias) v for each head.
 
   Args:
     query: [B, Q, heads, D].
@@ -45,25 +46,26 @@ def dot_product_attention(
     scale: factor of the logits.
     kernel: 'xla', 'cudnn' or 'splash'. The last two are for long sequences and fall back to
       XLA. cuDNN needs a dtype of two bytes and a head size of at most 128 that is a multiple
-      of 8; splash attention, JAX's own TPU kernel, needs sequences that divide into tiles.
+      of 8; for splash attention, JAX's own TPU kernel, sequences are padded to whole tiles.
     mesh: the mesh that the rows are sharded over; without it 'splash' is 'xla'.
+    bias: added to the logits, [B or 1, heads or 1, Q or 1, K]; with it every kernel is 'xla'.
 
   Returns:
     [B, Q, heads, D], in the dtype of the query.
   """
-  if kernel == "splash" and mesh and has_tiles(query.shape[1]) and has_tiles(key.shape[1]):
+  long = bias is None and is_long(min(query.shape[1], key.shape[1]))
+  if kernel == "splash" and mesh and long:
     local = functools.partial(_splash_attention, scale=scale)
     if split := _over_rows(local, query.shape[0], mesh):
       return split(query, key, value)
-  long = min(query.shape[1], key.shape[1]) >= _LONG
   fits = query.dtype.itemsize == 2 and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
   use: Literal["cudnn", "xla"] = "cudnn" if kernel == "cudnn" and long and fits else "xla"
-  return jax.nn.dot_product_attention(query, key, value, scale=scale, implementation=use)
+  return jax.nn.dot_product_attention(query, key, value, bias, scale=scale, implementation=use)
 
 
-def has_tiles(tokens: int) -> bool:
-  """Returns whether splash attention takes a sequence: long, and divisible into tiles."""
-  return tokens >= _LONG and tokens % _TILES[-1] == 0
+def is_long(tokens: int) -> bool:
+  """Returns whether a sequence is long enough for fused kernels."""
+  return tokens >= _LONG
 
 
 def _splash_attention(
@@ -73,10 +75,20 @@ def _splash_attention(
   # Pallas takes long to import, and only TPUs need it.
   from jax.experimental.pallas.ops.tpu import splash_attention as splash  # noqa: PLC0415
 
+  rows, tokens, count, _ = query.shape
+  known = key.shape[1]
+  query, key, value = (_whole_tiles(x) for x in (query * scale, key, value))
   q, kv = (next(t for t in _TILES if x.shape[1] % t == 0) for x in (query, key))
   mask = splash.FullMask((query.shape[1], key.shape[1]))
+  segments = None
+  if (tokens, known) != (query.shape[1], key.shape[1]):
+    # Padding is a segment of its own: what it attends to is cut off, and nothing attends to it.
+    segments = splash.SegmentIds(
+      *(jnp.arange(x.shape[1]) >= n for x, n in ((query, tokens), (key, known)))
+    )
+    segments = jax.tree.map(lambda ids: ids.astype(jnp.int32), segments)
   # The batch is folded into the heads: splash attention treats them independently.
-  heads = query.shape[0] * query.shape[2]
+  heads = rows * count
   attend = splash.make_splash_mha(
     splash.MultiHeadMask([mask] * heads),
     block_sizes=splash.BlockSizes(q, kv, kv, q, kv, kv, q, kv),
@@ -84,9 +96,18 @@ def _splash_attention(
     q_seq_shards=1,
   )
   by_head = lambda x: x.swapaxes(1, 2).reshape(heads, x.shape[1], x.shape[3])  # noqa: E731
-  out = attend(by_head(query * scale), by_head(key), by_head(value))
-  out = out.reshape(query.shape[0], query.shape[2], query.shape[1], -1)
+  out = attend(by_head(query), by_head(key), by_head(value), segments)
+  out = out.reshape(rows, count, query.shape[1], -1)[:, :, :tokens]
   return out.swapaxes(1, 2).astype(query.dtype)
+
+
+def _whole_tiles(x: jax.Array) -> jax.Array:
+  """Pads [B, N, heads, D] with zeros to a whole number of the smallest tiles that suit N.
+
+  Small tiles are slow, so a sequence that no tile divides is padded to the largest ones.
+  """
+  tile = _TILES[-1] if x.shape[1] % _TILES[-1] == 0 else _TILES[0]
+  return jnp.pad(x, ((0, 0), (0, -x.shape[1] % tile), (0, 0), (0, 0)))
 
 
 def _over_rows(local: Callable, rows: int, mesh: Mesh) -> Callable | None:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpref.errors import UserError
-from jaxpref.models.convert import cast, to_torch_layout, torch_name
+from jaxpref.models.torch_layout import cast, to_torch_layout, torch_name
 
 
 @flax.struct.dataclass
@@ -38,18 +38,19 @@ class Adapted:
   scale: float = flax.struct.field(pytree_node=False)
 
 
-def check_rank(params: Mapping[str, Any], *, rank: int, targets: str) -> None:
+def check_rank(params: Mapping[str, Any], *, rank: int, targets: str, usual: str = "") -> None:
   """Refuses a rank that is larger than the rank of every targeted kernel.
 
   Args:
     params: as for `init_lora`.
     rank: of the additions.
     targets: as for `init_lora`.
+    usual: targets to name if none of the layers match.
 
   Raises:
-    UserError: the rank is too large.
+    UserError: the rank is too large, or `targets` as for `init_lora`.
   """
-  shapes = _kernels(params, targets).values()
+  shapes = _kernels(params, targets, usual).values()
   largest = max(min(math.prod(shape[:-1]), shape[-1]) for shape in shapes)
   if rank > largest:
     raise UserError(
@@ -58,18 +59,31 @@ def check_rank(params: Mapping[str, Any], *, rank: int, targets: str) -> None:
     )
 
 
-def _kernels(params: Mapping[str, Any], targets: str) -> dict[tuple[str, ...], tuple[int, ...]]:
+def _kernels(
+  params: Mapping[str, Any], targets: str, usual: str = ""
+) -> dict[tuple[str, ...], tuple[int, ...]]:
   """Returns the kernel shapes of the targeted layers, by the layers' paths, sorted."""
   try:
     wanted = re.compile(targets)
   except re.error as error:
     raise UserError(f"lora.targets {targets!r} is not a regular expression: {error}") from error
   flat = flax.traverse_util.flatten_dict(params)
-  kernels = {p[:-1]: leaf.shape for p, leaf in flat.items() if p[-1] == "kernel"}
+  kernels = {
+    p[:-1]: leaf.shape
+    for p, leaf in flat.items()
+    if p[-1] == "kernel" and not _is_depthwise(leaf.shape)
+  }
   chosen = [module for module in sorted(kernels) if wanted.search(_module_name(module))]
   if not chosen:
-    raise UserError(f"lora.targets {targets!r} does not match a layer of the network")
+    hint = f"; usual for it are {usual!r}" if usual else ""
+    raise UserError(f"lora.targets {targets!r} does not match a layer of the network{hint}")
   return {module: kernels[module] for module in chosen}
+
+
+def _is_depthwise(kernel: tuple[int, ...]) -> bool:
+  """Returns whether a convolution sees each channel alone: a narrower one cannot be added."""
+  *window, inputs, _ = kernel
+  return inputs == 1 and math.prod(window) > 1
 
 
 def init_lora(params: Mapping[str, Any], *, rank: int, targets: str, key: jax.Array) -> Any:
@@ -79,7 +93,8 @@ def init_lora(params: Mapping[str, Any], *, rank: int, targets: str, key: jax.Ar
     params: the network's, arrays or shapes.
     rank: of the additions.
     targets: a regular expression, searched for in the PyTorch names of the network's
-      modules, such as `down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q`.
+      modules, such as `down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q`. Depthwise
+      convolutions are left out.
     key: random key for A.
 
   Raises:
@@ -153,18 +168,34 @@ def export_tensors(params: Adapted, dtype: Any) -> dict[str, np.ndarray]:
   return tensors
 
 
-def export_metadata(params: Adapted, *, family: str) -> dict[str, str]:
-  """Returns the metadata of kohya's files, which A1111 needs to list the file.
+def export_peft_tensors(params: Adapted, dtype: Any, *, part: str) -> dict[str, np.ndarray]:
+  """Converts a transformer's additions to tensors by peft's names, for diffusers and ComfyUI.
+
+  A is `<part>.<module>.lora_A.weight` and B `.lora_B.weight`, which is multiplied by the scale:
+  diffusers refuses files of SD3 that have an alpha, and takes it to be the rank.
 
   Args:
-    params: with the additions.
-    family: of the base, see `single_file.family_of`.
+    params: with the additions; the base is not used.
+    dtype: of A and B.
+    part: the network's name in the pipeline, such as 'transformer'.
+
+  Raises:
+    UserError: finite weights are too large for `dtype`.
   """
+  tensors = {}
+  for module, (down, up) in _layers(params.lora).items():
+    stem = f"{part}.{_module_name(module)}"
+    for letter, array in (("A", down), ("B", params.scale * up)):
+      host = to_torch_layout(("kernel",), np.asarray(jax.device_get(array)))
+      name = f"{stem}.lora_{letter}.weight"
+      tensors[name] = cast(name, host, dtype)
+  return tensors
+
+
+def export_metadata(params: Adapted) -> dict[str, str]:
+  """Returns the metadata of kohya's files about the additions; others name the base."""
   rank = next(iter(_layers(params.lora).values()))[0].shape[-1]
-  versions = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
   return {
-    "ss_base_model_version": versions[family],
-    "ss_v2": str(family == "sd2"),
     "ss_network_module": "networks.lora",
     "ss_network_dim": str(rank),
     "ss_network_alpha": f"{params.scale * rank:g}",

@@ -1,16 +1,16 @@
 """Text-to-image pipelines in diffusers' directory layout, read without PyTorch.
 
-Supported are Stable Diffusion 1.x, 2.x and XL, which has a second text encoder. `load_pipeline`
-takes the name of a bundled pipeline, a directory, or an id of the Hugging Face Hub.
+`families` has those that are supported. `load_pipeline` takes the name of a bundled pipeline, a
+directory, or an id of the Hugging Face Hub.
 """
 
 import dataclasses
 import functools
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -21,9 +21,11 @@ from jax.sharding import Mesh
 from jaxpref import sharding
 from jaxpref.diffusion import schedule as schedule_lib
 from jaxpref.errors import UserError
-from jaxpref.models import convert, corrections, hub, pipeline_configs, text, weights
-from jaxpref.models import unet as unet_lib
+from jaxpref.models import denoiser as denoiser_lib
+from jaxpref.models import families, hub, pipeline_configs, text, torch_layout, weights
 from jaxpref.models import vae as vae_lib
+from jaxpref.models.denoiser import Denoise
+from jaxpref.models.families.family import Family
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,100 +34,135 @@ class Pipeline:
 
   Attributes:
     path: the directory it was read from.
+    family: what kind of pipeline it is.
     configs: contents of the configuration files: 'model_index', 'scheduler', and one per
       module.
-    modules: 'unet', 'vae', 'text_encoder', for SDXL also 'text_encoder_2'; Flax linen modules,
-      without parameters.
-    params: float32 trees by module name; numpy arrays or on the mesh's devices.
-    tokenizers: transformers' tokenizers, one per text encoder, in their order.
-    schedule: the noise schedule that the UNet was trained with.
+    modules: Flax linen modules by part, without parameters: those of `family.parts` that the
+      pipeline has.
+    params: trees by part; numpy arrays or on the mesh's devices. They are float32, but for
+      matrices of text encoders, which are in the dtype of the computation.
+    tokenizers: one per text encoder, in their order.
+    schedule: the noise schedule that the denoiser was trained with.
     digest: changes with any name or stored value of the weights.
     clip_skip: number of last layers of the text encoders to skip, see `text.encode_text`.
   """
 
   path: Path
+  family: Family
   configs: Mapping[str, Mapping[str, Any]]
   modules: Mapping[str, nn.Module]
   params: dict[str, Any]
   tokenizers: tuple[Any, ...]
-  schedule: schedule_lib.NoiseSchedule
+  schedule: schedule_lib.Schedule
   digest: str
   clip_skip: int = 0
 
   @property
+  def denoiser(self) -> Any:
+    """The module that is trained."""
+    return self.modules[self.family.denoiser]
+
+  @property
+  def denoiser_params(self) -> Any:
+    """The parameters of `denoiser`; they may be `lora.Adapted`."""
+    return self.params[self.family.denoiser]
+
+  def with_denoiser_params(self, params: Any) -> "Pipeline":
+    """Returns the pipeline with other parameters of its denoiser."""
+    replaced = {**self.params, self.family.denoiser: params}
+    return dataclasses.replace(self, params=replaced)
+
+  @property
+  def other_params(self) -> dict[str, Any]:
+    """The parameters of all parts but the denoiser, by part."""
+    return {part: tree for part, tree in self.params.items() if part != self.family.denoiser}
+
+  @property
+  def encoders(self) -> list[str]:
+    """Names of the text encoders, in the order of their tokenizers."""
+    return list(self.family.tokenizers(self.modules))
+
+  @property
   def latent_shape(self) -> tuple[int, int, int]:
-    """Channels, height and width of a latent at the UNet's training size."""
-    size = self.modules["unet"].sample_size
-    return self.modules["vae"].latent_channels, size, size
+    """Channels, height and width of a latent at the denoiser's training size."""
+    size = self.family.sample_size(self.denoiser)
+    vae: Any = self.modules["vae"]
+    return vae.latent_channels, size, size
 
   @property
   def is_improver(self) -> bool:
-    """Whether the UNet has a clean image as a second input, see `widen`."""
-    return self.modules["unet"].in_channels == 2 * self.latent_shape[0]
+    """Whether the denoiser has a clean image as a second input, see `widen`."""
+    if not self.family.input_layer:
+      return False
+    return self.denoiser.in_channels == 2 * self.latent_shape[0]
 
   @property
   def vae_factor(self) -> int:
     """Pixels per latent along an axis."""
-    return 2 ** (len(self.modules["vae"].block_out_channels) - 1)
+    vae: Any = self.modules["vae"]
+    return vae.factor
 
   @property
   def image_size(self) -> int:
-    """Height and width in pixels of an image at the UNet's training size."""
-    return self.modules["unet"].sample_size * self.vae_factor
+    """Height and width in pixels of an image at the denoiser's training size."""
+    return self.family.sample_size(self.denoiser) * self.vae_factor
 
   @property
-  def is_xl(self) -> bool:
-    """Whether the UNet takes SDXL's conditioning: two encoders, pooled text, sizes."""
-    return "text_encoder_2" in self.modules
+  def size_unit(self) -> int:
+    """Number of pixels of which an image's height and width must be multiples."""
+    return self.vae_factor * self.family.latent_unit(self.denoiser)
 
   @property
   def zeroes_uncond(self) -> bool:
     """Whether the unconditional input is zeros, as in SDXL, and not the empty prompt."""
-    return self.is_xl and self.configs["model_index"].get("force_zeros_for_empty_prompt", True)
+    return self.family.zeroes_uncond(self.configs["model_index"])
+
+  @functools.cached_property
+  def part_digests(self) -> dict[str, str]:
+    """Digests of the VAE's and text encoders' weights by part, computed at the first use."""
+    return {part: fingerprint(params) for part, params in self.other_params.items()}
 
   def spacing(self, solver: str = "dpm_solver") -> dict[str, Any]:
     """Returns the scheduler configuration's spacing of timesteps, for `uniform_grid`.
 
-    Missing fields get the defaults of diffusers' scheduler for `solver`, whichever scheduler
-    wrote the file. A missing offset is 0, or 1 if `solver`'s own scheduler wrote the file,
-    because diffusers' pipeline then corrects it.
-
     Args:
       solver: 'dpm_solver', 'ddim' or 'ddpm'.
     """
-    config = self.configs["scheduler"]
-    multistep = solver == "dpm_solver"
-    ends_clean = solver != "ddim" or config.get("set_alpha_to_one", True)
-    own_final = "zero" if ends_clean else "sigma_min"
-    kept = config.get("_class_name") == _SCHEDULERS[solver]
-    unsaid = int(kept and corrections.apply_to(self.configs.get("model_index", {})))
-    offset = config.get("steps_offset")
-    return {
-      "spacing": config.get("timestep_spacing") or ("linspace" if multistep else "leading"),
-      "steps_offset": unsaid if offset is None else offset,
-      "visit_lowest": not multistep,
-      "karras": multistep and bool(config.get("use_karras_sigmas")),
-      "final": config.get("final_sigmas_type") or "zero" if multistep else own_final,
-    }
+    return self.family.scheduler.spacing(self.configs["scheduler"], solver)
+
+  def make_denoise(self, **options: Any) -> Denoise:
+    """Makes the denoiser's forward pass; the options are those of `Family.make_denoise`."""
+    return self.family.make_denoise(self.denoiser, **options)
+
+  def attentions(self) -> Sequence[tuple[int, int]]:
+    """Returns (heads, tokens) of the self-attentions whose logits XLA would store."""
+    return self.family.attentions(self.configs[self.family.denoiser], self.latent_shape)
+
+  def abstract_denoiser(self) -> Any:
+    """Returns the shapes of the denoiser's parameters, without computing any."""
+    return abstract_params(self.denoiser)
+
+  def abstract_cond(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of the denoiser's conditioning for a batch of `rows`.
+
+    An improver's image is not among them.
+    """
+    cond = self.family.abstract_cond(self.modules, rows)
+    if self.family.takes_sizes:
+      cond["time_ids"] = jax.ShapeDtypeStruct((rows, 6), jnp.float32)
+    return cond
+
+  def freeze(self, params: Any, dtype: Any) -> Any:
+    """Casts parameters of the denoiser that are not trained, see `denoiser.freeze`."""
+    return denoiser_lib.freeze(params, dtype, self.family.unrounded)
 
 
-_SCHEDULERS = {
-  "dpm_solver": "DPMSolverMultistepScheduler",
-  "ddim": "DDIMScheduler",
-  "ddpm": "DDPMScheduler",
-}
 # What diffusers and transformers raise for invalid configurations.
 _LIBRARY_ERRORS = (
   *(AttributeError, TypeError, ValueError, LookupError, ArithmeticError),
   *(AssertionError, NotImplementedError, RecursionError, MemoryError),
 )
 _log = logging.getLogger(__name__)
-_BUILD: dict[str, Callable] = {
-  "unet": unet_lib.build_unet,
-  "vae": vae_lib.build_vae,
-  "text_encoder": text.build_text_encoder,
-  "text_encoder_2": text.build_text_encoder,
-}
 
 
 def build_modules(
@@ -137,10 +174,11 @@ def build_modules(
     configs: as for `save_pipeline`.
     dtype: of the computation; the VAE always computes in float32.
   """
+  family = families.of_configs(configs)
   return {
-    part: make(configs[part], dtype=_dtype_of(part, dtype))
-    for part, make in _BUILD.items()
-    if part in configs
+    name: part.build(configs[name], dtype=_dtype_of(name, dtype))
+    for name, part in family.parts.items()
+    if name in configs
   }
 
 
@@ -158,33 +196,34 @@ def load_pipeline(
   unet: str = "",
   vae: str = "",
   clip_skip: int = 0,
-  without: Sequence[str] = (),
+  without_denoiser: bool = False,
 ) -> Pipeline:
   """Reads a pipeline.
 
   Args:
     name: 'shapes' for the bundled one, a directory in diffusers' layout, or an id of the
       Hugging Face Hub, perhaps with `@revision`.
-    dtype: of the computation in UNet and text encoders; parameters are float32.
+    dtype: of the computation in denoiser and text encoders; see `Pipeline.params`.
     mesh: each tensor is placed on its devices as soon as it is read, sharded as in
       `sharding.params_sharding`; without a mesh, parameters are numpy arrays.
     variant: of the weights, such as 'fp16', for parts that have it; '' prefers the full ones.
-    unet: a UNet to use instead of the pipeline's, see `hub.find_part`.
+    unet: a denoiser to use instead of the pipeline's, see `hub.find_part`.
     vae: a VAE to use instead of the pipeline's.
     clip_skip: see `Pipeline`.
-    without: parts whose parameters are only read for the digest, and not kept.
+    without_denoiser: whether the denoiser's trained parameters are only read for the digest,
+      and not kept.
 
   Raises:
     UserError: a file is missing, damaged or invalid, or does not fit its configuration.
   """
-  path, places = _find(name, variant, unet, vae)
-  _check_variant(places, variant)
-  described, shapes = _describe(path, places, dtype, clip_skip)
-  modules = described.modules
-  encoders = [part for part in modules if part.startswith("text_encoder")]
+  found = _find(name, variant, unet, vae)
+  _check_variant(found, variant)
+  described, shapes = _describe(found, dtype, clip_skip)
+  family = described.family
+  index = described.configs["model_index"]
   tokenizers = tuple(
-    _load_tokenizer(described, part.replace("text_encoder", "tokenizer"), modules[part])
-    for part in encoders
+    of.load(described.path / of.folder, index[of.folder], described.modules[part])
+    for part, of in family.tokenizers(described.modules).items()
   )
 
   def place(_, array):
@@ -194,20 +233,21 @@ def load_pipeline(
     placed = jax.make_array_from_callback(array.shape, where, lambda index: array[index])
     return jax.block_until_ready(placed)  # otherwise several tensors would stay on the host
 
-  def forget(*_):
-    return None
+  def place_fixed(path, array):
+    return place(path, array) if path[-1] in family.fixed else None
 
   params, digests = {}, []
-  for part in modules:
-    params[part], digest = convert.import_tensors(
-      weights.open_part(places[part], part, variant=variant),
+  for part, directory in found.places.items():
+    params[part], digest = torch_layout.import_tensors(
+      weights.open_part(directory, family.parts[part].stem, variant=variant),
       shapes[part],
-      where=str(places[part]),
-      place=forget if part in without else place,
+      where=str(directory),
+      place=place_fixed if without_denoiser and part == family.denoiser else place,
     )
     digests.append(digest)
-  for part in without:
-    del params[part]
+  if without_denoiser:
+    kept = denoiser_lib.split_fixed(params.pop(family.denoiser), family.fixed)[1]
+    params |= {family.denoiser: kept} if kept else {}
   digest = hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16]
   return dataclasses.replace(described, params=params, tokenizers=tokenizers, digest=digest)
 
@@ -225,7 +265,7 @@ def describe_pipeline(
 
   Args:
     name: as for `load_pipeline`.
-    dtype: of the computation in UNet and text encoders.
+    dtype: of the computation in denoiser and text encoders.
     variant: as for `load_pipeline`; no weights are downloaded.
     unet: as for `load_pipeline`.
     vae: as for `load_pipeline`.
@@ -234,8 +274,7 @@ def describe_pipeline(
   Raises:
     UserError: a file is missing or invalid.
   """
-  path, places = _find(name, variant, unet, vae, configs_only=True)
-  return _describe(path, places, dtype, clip_skip)[0]
+  return _describe(_find(name, variant, unet, vae, configs_only=True), dtype, clip_skip)[0]
 
 
 def source_of(model: Any) -> dict[str, Any]:
@@ -244,33 +283,48 @@ def source_of(model: Any) -> dict[str, Any]:
   return {**texts, "clip_skip": model.get("clip_skip") or 0}
 
 
+class _Found(NamedTuple):
+  """A pipeline's directory, index and family, and the directories of its parts."""
+
+  path: Path
+  model_index: dict[str, Any]
+  family: Family
+  places: dict[str, Path]
+
+
 def _find(
   name: str, variant: str, unet: str, vae: str, *, configs_only: bool = False
-) -> tuple[Path, dict[str, Path]]:
-  """Returns the directories of the pipeline and of its parts, which may be elsewhere."""
+) -> _Found:
+  """Finds a pipeline and its parts, which may be elsewhere."""
   others = {"unet": unet, "vae": vae}
-  found = {
-    part: hub.find_part(source, part, variant=variant, configs_only=configs_only)
-    for part, source in others.items()
+  elsewhere = {
+    field: hub.find_part(source, field, variant=variant, configs_only=configs_only)
+    for field, source in others.items()
     if source
   }
-  path = hub.find_pipeline(name, variant=variant, configs_only=configs_only, without=found)
-  return path, {part: found.get(part, path / part) for part in _BUILD}
+  path = hub.find_pipeline(name, variant=variant, configs_only=configs_only, without=elsewhere)
+  index, family = pipeline_configs.read_index(path)
+  there = families.parts_in(index)
+  places = {part: path / part for part in family.parts if part in there}
+  fields = {"unet": family.denoiser, "vae": "vae"}
+  places |= {fields[field]: place for field, place in elsewhere.items()}
+  return _Found(path, index, family, places)
 
 
-def _check_variant(places: Mapping[str, Path], variant: str) -> None:
+def _check_variant(found: _Found, variant: str) -> None:
   """Refuses a variant that no part has; warns of parts that are read without it."""
   if not variant:
     return
+  parts, denoiser = found.family.parts, found.family.denoiser
   chosen = {
-    part: found[0]
-    for part, place in places.items()
-    if (found := weights.choose(weights.files_in(place), part, variant))
+    part: files[0]
+    for part, place in found.places.items()
+    if (files := weights.choose(weights.files_in(place), parts[part].stem, variant))
   }
   if variant not in chosen.values():
-    file = f"{weights.stem_of('unet')}.{variant}.safetensors"
+    file = f"{parts[denoiser].stem}.{variant}.safetensors"
     raise UserError(
-      f"{places['unet']}/{file} is missing, and no other part has the variant {variant}"
+      f"{found.places[denoiser]}/{file} is missing, and no other part has the variant {variant}"
     )
   if plain := [part for part, kind in chosen.items() if not kind]:
     _log.warning(
@@ -278,73 +332,58 @@ def _check_variant(places: Mapping[str, Path], variant: str) -> None:
     )
 
 
-def _describe(
-  path: Path, places: Mapping[str, Path], dtype: Any, clip_skip: int
-) -> tuple[Pipeline, dict[str, Any]]:
+def _describe(found: _Found, dtype: Any, clip_skip: int) -> tuple[Pipeline, dict[str, Any]]:
   """Returns the pipeline without parameters, and their shapes by part."""
-  configs = pipeline_configs.read_configs(path, places)
-  modules, shapes = {}, {}
-  for part, make in _BUILD.items():
-    if part in configs:
-      file = places[part] / "config.json"
-      try:
-        modules[part] = make(configs[part], dtype=_dtype_of(part, dtype))
-        shapes[part] = abstract_params(modules[part])
-      except UserError as error:
-        raise UserError(f"{file}: {error}") from error
-      except _LIBRARY_ERRORS as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{file} does not describe a valid {part}: {reason}") from error
-  schedule = pipeline_configs.read_schedule(
-    path / "scheduler" / "scheduler_config.json", configs["scheduler"]
-  )
-  pipeline_configs.check_fit(places, modules)
-  encoders = [m for part, m in modules.items() if part.startswith("text_encoder")]
-  layers = min(e.config.num_hidden_layers for e in encoders)
-  if not 0 <= clip_skip < layers:
+  path, index, family, places = found
+  configs = pipeline_configs.read_configs(path, index, family, places)
+  modules: dict[str, Any] = {}
+  shapes = {}
+  for part, place in places.items():
+    file = place / "config.json"
+    try:
+      modules[part] = family.parts[part].build(configs[part], dtype=_dtype_of(part, dtype))
+      shapes[part] = abstract_params(modules[part])
+    except UserError as error:
+      raise UserError(f"{file}: {error}") from error
+    except _LIBRARY_ERRORS as error:
+      reason = str(error).partition("\n")[0]
+      raise UserError(f"{file} does not describe a valid {part}: {reason}") from error
+  try:
+    schedule = family.scheduler.read(configs["scheduler"])
+  except UserError as error:
+    raise UserError(f"{path / pipeline_configs.SCHEDULER}: {error}") from error
+  vae_lib.check_scale(modules["vae"], places["vae"] / "config.json")
+  family.check_fit(places, modules)
+  if not 0 <= clip_skip < (layers := family.skippable(modules)):
     raise UserError(
       f"clip_skip must be at least 0 and below {layers}, the text encoder's number of layers "
       f"(got {clip_skip})"
     )
-  return Pipeline(path, configs, modules, {}, (), schedule, "", clip_skip), shapes
-
-
-def _load_tokenizer(pipeline: Pipeline, name: str, encoder: Any) -> Any:
-  path, named = pipeline.path, pipeline.configs["model_index"][name]
-  tokenizer = text.load_tokenizer(path / name, fast="CLIPTokenizerFast" in named)
-  config = encoder.config
-  # More embeddings than tokens are fine: some programs round their number up.
-  if len(tokenizer) > config.vocab_size:
-    raise UserError(
-      f"{path}/{name} has {len(tokenizer)} tokens, but its text encoder {config.vocab_size}: "
-      "they do not belong together"
-    )
-  if tokenizer.model_max_length > config.max_position_embeddings:
-    raise UserError(
-      f"{path}/{name} makes {tokenizer.model_max_length} tokens, but its text encoder takes "
-      f"{config.max_position_embeddings}: they do not belong together"
-    )
-  return tokenizer
+  return Pipeline(path, family, configs, modules, {}, (), schedule, "", clip_skip), shapes
 
 
 def widen(pipeline: Pipeline) -> Pipeline:
-  """Adds a clean-image input to the UNet; returns improvers unchanged.
+  """Adds a clean-image input to the denoiser; returns improvers unchanged.
 
-  The image has no influence until it is trained, see `unet.widen_input`. The pipeline may be
-  without parameters.
+  The image has no influence until it is trained, see `denoiser.widen_input`. The pipeline may
+  be without parameters.
+
+  Raises:
+    UserError: the family does not have improvers.
   """
   if pipeline.is_improver:
     return pipeline
-  channels = 2 * pipeline.latent_shape[0]
-  config = {**pipeline.configs["unet"], "in_channels": channels}
-  params = dict(pipeline.params)
-  if "unet" in params:
-    params["unet"] = unet_lib.widen_input(params["unet"], channels)
-  module = pipeline.modules["unet"].clone(in_channels=channels)
+  family, channels = pipeline.family, 2 * pipeline.latent_shape[0]
+  if not family.input_layer:
+    raise UserError(f"{family.name} cannot be an improver: its input cannot be widened")
+  part, params = family.denoiser, dict(pipeline.params)
+  if part in params:
+    params[part] = denoiser_lib.widen_input(params[part], family.input_layer, channels)
+  config = {**pipeline.configs[part], "in_channels": channels}
   return dataclasses.replace(
     pipeline,
-    configs={**pipeline.configs, "unet": config},
-    modules={**pipeline.modules, "unet": module},
+    configs={**pipeline.configs, part: config},
+    modules={**pipeline.modules, part: pipeline.denoiser.clone(in_channels=channels)},
     params=params,
   )
 
@@ -362,10 +401,10 @@ def fingerprint(params: Any, *, of: str = "") -> str:
 
 
 def abstract_params(module: nn.Module) -> Any:
-  """Returns the shapes of a module's parameters, without computing any."""
+  """Returns the shapes and dtypes of a module's parameters, without computing any."""
   if hasattr(module, "init_weights"):
     return jax.tree.map(lambda shape: shape, _abstract_weights(module))  # its own containers
-  return jax.eval_shape(lambda k: text.init_text_encoder(module, k), jax.random.key(0))
+  return text.abstract_params(module)
 
 
 @functools.lru_cache(maxsize=8)

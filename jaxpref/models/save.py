@@ -12,31 +12,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from jaxpref.errors import UserError
-from jaxpref.models import convert, single_file, weights
+from jaxpref.models import families, torch_layout
+from jaxpref.models.pipeline import Pipeline
 from jaxpref.runtime import workdir
 
 # Components that do not influence images; the written index has null entries for them.
 _LEFT_OUT = ("feature_extractor", "image_encoder", "safety_checker")
-# The index for a pipeline that was not read from files.
-_INDEX = {
-  "_class_name": "StableDiffusionPipeline",
-  "_diffusers_version": "0.39.0",
-  "feature_extractor": [None, None],
-  "requires_safety_checker": False,
-  "safety_checker": [None, None],
-  "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
-  "text_encoder": ["transformers", "CLIPTextModel"],
-  "tokenizer": ["transformers", "CLIPTokenizer"],
-  "unet": ["diffusers", "UNet2DConditionModel"],
-  "vae": ["diffusers", "AutoencoderKL"],
-}
-_INDEX_XL = {
-  **{k: v for k, v in _INDEX.items() if "safety" not in k},
-  "_class_name": "StableDiffusionXLPipeline",
-  "force_zeros_for_empty_prompt": True,
-  "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-  "tokenizer_2": ["transformers", "CLIPTokenizer"],
-}
 
 
 def save_pipeline(
@@ -52,29 +33,32 @@ def save_pipeline(
   Args:
     target: directory; an existing one is replaced once the new one is complete.
     params: parameter trees by part.
-    configs: one for each part of `params`, 'scheduler', and perhaps 'model_index'.
-    tokenizers_from: the directory with `tokenizer/`, and `tokenizer_2/` for SDXL, to copy.
+    configs: one for each part of `params`, 'scheduler', and perhaps 'model_index'; without it
+      the family is the one that has these parts.
+    tokenizers_from: the directory with the tokenizers' folders, to copy.
     dtype: of the weights on disk.
 
   Raises:
     UserError: a weight is too large for `dtype`, or a file cannot be written.
   """
+  family = families.of_configs(configs)
   workdir.make_writable(target.parent)
   work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
   try:
     for part, tree in params.items():
       (work / part).mkdir()
       _write_json(work / part / "config.json", configs[part])
-      tensors = convert.export_tensors(tree, dtype)
-      file = work / part / f"{weights.stem_of(part)}.safetensors"
+      tensors = torch_layout.export_tensors(tree, dtype)
+      file = work / part / f"{family.parts[part].stem}.safetensors"
       _save_file(tensors, file)
-      tokenizer = part.replace("text_encoder", "tokenizer")
-      if tokenizer != part:
-        shutil.copytree(tokenizers_from / tokenizer, work / tokenizer)
+      if tokenizer := family.parts[part].tokenizer:
+        shutil.copytree(tokenizers_from / tokenizer.folder, work / tokenizer.folder)
     (work / "scheduler").mkdir()
     _write_json(work / "scheduler" / "scheduler_config.json", configs["scheduler"])
-    xl = "text_encoder_2" in params
-    index = dict(configs.get("model_index", _INDEX_XL if xl else _INDEX))
+    index = dict(configs.get("model_index", family.index))
+    for part in family.parts.keys() - params.keys():  # one that this pipeline does without
+      folders = [tokenizer.folder for tokenizer in family.tokenizers([part]).values()]
+      index |= {name: [None, None] for name in (part, *folders) if name in index}
     left_out: dict[str, Any] = {p: [None, None] for p in _LEFT_OUT if p in index}
     if "safety_checker" in index:
       left_out["requires_safety_checker"] = False
@@ -86,28 +70,26 @@ def save_pipeline(
     raise
 
 
-def save_single_file(
-  target: Path,
-  params: Mapping[str, Any],
-  *,
-  modules: Mapping[str, Any],
-  scheduler: Mapping[str, Any],
-  dtype: Any = np.float16,
-) -> None:
+def save_single_file(target: Path, pipeline: Pipeline, *, dtype: Any = np.float16) -> None:
   """Writes a pipeline's weights as one file, by the names of the original code, atomically.
 
   Args:
     target: the file.
-    params: parameter trees by part.
-    modules: modules by part.
-    scheduler: the scheduler's configuration.
+    pipeline: with all parameters.
     dtype: of the weights on disk.
 
   Raises:
-    UserError: a weight is too large for `dtype`, or the file cannot be written.
+    UserError: the family does not have such names, a weight is too large for `dtype`, or the
+      file cannot be written.
   """
-  tensors = {part: convert.export_tensors(tree, dtype) for part, tree in params.items()}
-  save_tensors(target, single_file.to_single_file(tensors, modules, scheduler))
+  family = pipeline.family
+  if family.to_single_file is None:
+    raise UserError(f"{family.name} cannot be written as a single file: write a directory")
+  tensors = {
+    part: torch_layout.export_tensors(tree, dtype) for part, tree in pipeline.params.items()
+  }
+  scheduler = pipeline.configs["scheduler"]
+  save_tensors(target, family.to_single_file(tensors, pipeline.modules, scheduler))
 
 
 def save_tensors(
@@ -130,8 +112,10 @@ def save_tensors(
 def _save_file(
   tensors: Mapping[str, np.ndarray], file: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
+  # safetensors would write the memory of a transposed view in its own order.
+  plain = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
   try:
-    save_file(dict(tensors), file, metadata={"format": "pt", **(metadata or {})})
+    save_file(plain, file, metadata={"format": "pt", **(metadata or {})})
   except SafetensorError as error:  # it wraps the operating system's error
     reason = str(error).removeprefix("Error while serializing: ").removeprefix("I/O error: ")
     raise UserError(f"cannot write to {file.parent}: {reason}") from error

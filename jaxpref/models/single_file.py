@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxpref.diffusion import flow
 from jaxpref.errors import UserError
 
 Tensors = dict[str, np.ndarray]
@@ -55,60 +56,62 @@ _OPEN_CLIP_ENDS = {
 }
 
 
-def family_of(modules: Mapping[str, Any]) -> str:
-  """Returns the family whose names a pipeline of these modules has: 'sd1', 'sd2' or 'sdxl'."""
-  if "text_encoder_2" in modules:
-    return "sdxl"
-  openclip = modules["text_encoder"].config.hidden_act == "gelu"
-  return "sd2" if openclip else "sd1"
-
-
-def to_single_file(
+def unet_and_vae(
   parts: Mapping[str, Tensors], modules: Mapping[str, Any], scheduler: Mapping[str, Any]
 ) -> Tensors:
-  """Renames all parts' tensors to their original names.
+  """Renames the tensors of UNet and VAE to their original names.
 
   A single file has no configuration. Empty tensors tell ComfyUI and A1111 that an SDXL model
   predicts v ('v_pred') or has zero terminal SNR ('ztsnr').
 
   Args:
-    parts: PyTorch tensors by diffusers' names: 'unet', 'vae', 'text_encoder', for SDXL also
-      'text_encoder_2'.
+    parts: PyTorch tensors by part and diffusers' name, of 'unet' and 'vae' among others.
     modules: modules by part.
     scheduler: the scheduler's configuration.
 
   Raises:
-    UserError: a tensor does not have a name in a single file.
+    UserError: the UNet was trained with flow matching, or a tensor does not have a name in a
+      single file.
   """
-  levels = len(modules["vae"].block_out_channels)
+  if flow.is_flow(scheduler):
+    raise UserError(
+      "a single file cannot say that its UNet was trained with flow matching: export a "
+      "directory"
+    )
   out = {
-    f"model.diffusion_model.{_unet_name(name, modules['unet'])}": tensor
+    f"model.diffusion_model.{unet_name(name, modules['unet'])}": tensor
     for name, tensor in parts["unet"].items()
   }
-  for name, tensor in parts["vae"].items():
-    new = _vae_name(name, levels)
-    linear = re.search(r"attn_1\.(q|k|v|proj_out)\.weight$", new)
-    out[f"first_stage_model.{new}"] = tensor[:, :, None, None] if linear else tensor
+  out |= vae_tensors(parts["vae"], modules["vae"])
   if scheduler.get("prediction_type") == "v_prediction":
     out["v_pred"] = np.zeros(0, np.float32)
   if scheduler.get("rescale_betas_zero_snr"):
     out["ztsnr"] = np.zeros(0, np.float32)
-  family = family_of(modules)
-  if family == "sdxl":
-    out |= _prefixed("conditioner.embedders.0.transformer.", parts["text_encoder"])
-    second = _open_clip(parts["text_encoder_2"])
-    return out | _prefixed("conditioner.embedders.1.model.", second)
-  if family == "sd2":
-    second = _open_clip(parts["text_encoder"])
-    return out | _prefixed("cond_stage_model.model.", second)
-  return out | _prefixed("cond_stage_model.transformer.", parts["text_encoder"])
+  return out
 
 
-def _prefixed(prefix: str, tensors: Tensors) -> Tensors:
+def vae_tensors(tensors: Mapping[str, np.ndarray], vae: Any) -> Tensors:
+  """Renames a VAE's tensors to their original names.
+
+  Args:
+    tensors: PyTorch tensors by diffusers' names.
+    vae: the module.
+  """
+  out = {}
+  for name, tensor in tensors.items():
+    new = _vae_name(name, len(vae.block_out_channels))
+    linear = re.search(r"attn_1\.(q|k|v|proj_out)\.weight$", new)
+    out[f"first_stage_model.{new}"] = tensor[:, :, None, None] if linear else tensor
+  return out
+
+
+def prefixed(prefix: str, tensors: Tensors) -> Tensors:
+  """Puts a prefix before all names."""
   return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
 
 
-def _unet_name(name: str, unet: Any) -> str:
+def unet_name(name: str, unet: Any) -> str:
+  """Returns the original name of a UNet's tensor."""
   stem, _, leaf = name.rpartition(".")
   if stem in _UNET_ENDS:
     return f"{_UNET_ENDS[stem]}.{leaf}"
@@ -158,7 +161,8 @@ def _vae_name(name: str, levels: int) -> str:
   return name
 
 
-def _open_clip(tensors: Tensors) -> Tensors:
+def open_clip(tensors: Tensors) -> Tensors:
+  """Renames a CLIP text encoder's tensors to OpenCLIP's names."""
   out, heads = {}, {}
   for name, tensor in tensors.items():
     short = name.removeprefix("text_model.")

@@ -37,15 +37,31 @@ _PROJECTED = "CLIPTextModelWithProjection"
 # Known fields of a configuration; others cause a warning.
 FIELDS = frozenset(CLIPTextConfig().to_dict())
 FIELDS |= {"gradient_checkpointing", "torch_dtype", "use_cache"}
+# Fields without which the defaults build another network than was trained.
+NEEDED = (
+  *("hidden_act", "hidden_size", "intermediate_size", "max_position_embeddings"),
+  *("num_attention_heads", "num_hidden_layers", "vocab_size"),
+)
 
 
-def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns a text encoder's fields, also from the configuration of a whole CLIP model."""
-  if (
-    isinstance(inner := config.get("text_config"), dict) and config.get("model_type") == "clip"
-  ):
-    return {**inner, "architectures": [_PROJECTED]} if _is_projected(config) else inner
-  return dict(config)
+def text_config(config: Mapping[str, Any], entry: Any, *, projects: bool) -> dict[str, Any]:
+  """Returns a text encoder's fields, also from the configuration of a whole CLIP model.
+
+  As in diffusers, the index determines the class, not the file's own `architectures`.
+
+  Args:
+    config: the contents of `config.json`.
+    entry: of the encoder in `model_index.json`.
+    projects: whether it has a projection, whatever the index says.
+  """
+  inner, fields = config.get("text_config"), dict(config)
+  if isinstance(inner, dict) and config.get("model_type") == "clip":
+    fields = {**inner, "architectures": [_PROJECTED]} if _is_projected(config) else dict(inner)
+  if projects:
+    fields["architectures"] = [_PROJECTED]
+  elif "CLIPTextModel" in entry:
+    fields["architectures"] = ["CLIPTextModel"]
+  return fields
 
 
 def _is_projected(config: Mapping[str, Any]) -> bool:
@@ -66,6 +82,21 @@ def init_text_encoder(encoder: nn.Module, key: jax.Array) -> Any:
   """Initializes random parameters."""
   ids = jnp.zeros((1, encoder.config.max_position_embeddings), jnp.int32)
   return encoder.init(key, ids, jnp.ones_like(ids), _positions(ids))["params"]
+
+
+def abstract_params(encoder: Any) -> Any:
+  """Returns the shapes of a frozen encoder's parameters.
+
+  Kernels are in the dtype of the computation, to which layers would cast them, so that outputs
+  are the same bit for bit. Embeddings, norms and biases stay float32: layers do not cast them.
+  """
+  shapes = jax.eval_shape(lambda key: init_text_encoder(encoder, key), jax.random.key(0))
+
+  def stored(path, leaf):
+    is_kernel = path[-1].key == "kernel"
+    return jax.ShapeDtypeStruct(leaf.shape, encoder.dtype if is_kernel else leaf.dtype)
+
+  return jax.tree_util.tree_map_with_path(stored, shapes)
 
 
 def encode_text(encoder: Any, params: Any, ids: jax.Array, *, clip_skip: int = 0) -> jax.Array:
@@ -109,13 +140,66 @@ def encode_text_xl(
     The penultimate hidden states of both encoders, concatenated, without the final
     normalization, [B, L, D1 + D2]; and the projected text of the second encoder, [B, P].
   """
+  hidden, out = _penultimate(encoders, params, ids, clip_skip)
+  return hidden, out[1].text_embeds
+
+
+def encode_text_pair(
+  encoders: Sequence[nn.Module],
+  params: Sequence[Any],
+  ids: Sequence[jax.Array],
+  *,
+  clip_skip: int = 0,
+) -> tuple[jax.Array, jax.Array]:
+  """Computes SD3's conditioning of a text from its two CLIP encoders (arXiv 2403.03206).
+
+  Args:
+    encoders: both with a projection.
+    params: parameters of each encoder.
+    ids: token ids [B, L] of each encoder's tokenizer.
+    clip_skip: as for `encode_text_xl`.
+
+  Returns:
+    The penultimate hidden states of both encoders, concatenated, without the final
+    normalization, [B, L, D1 + D2]; and the projected texts of both, concatenated, [B, P1 + P2].
+  """
+  hidden, out = _penultimate(encoders, params, ids, clip_skip)
+  return hidden, jnp.concatenate([o.text_embeds for o in out], axis=-1)
+
+
+def join_texts(clip: jax.Array, t5: jax.Array) -> jax.Array:
+  """Joins SD3's two texts along the tokens, CLIP's first.
+
+  Args:
+    clip: hidden states of `encode_text_pair`, [B, L1, D1]; zeros widen them to D2.
+    t5: hidden states of T5, [B, L2, D2]; zeros where a pipeline is without T5.
+
+  Returns:
+    [B, L1 + L2, D2].
+  """
+  wide = jnp.pad(clip, ((0, 0), (0, 0), (0, t5.shape[-1] - clip.shape[-1])))
+  return jnp.concatenate([wide, t5.astype(clip.dtype)], axis=1)
+
+
+def encode_pooled(encoder: nn.Module, params: Any, ids: jax.Array) -> jax.Array:
+  """Computes Flux.1's pooled text [B, D] of an encoder without a projection.
+
+  It is the last hidden state, normalized, at the end token: the first token whose id is the
+  configuration's `eos_token_id`. In files where that is 2, which is wrong, transformers takes
+  the largest id of a text instead.
+  """
+  return _apply(encoder, params, ids).pooler_output
+
+
+def _penultimate(
+  encoders: Sequence[nn.Module], params: Sequence[Any], ids: Sequence[jax.Array], clip_skip: int
+) -> tuple[jax.Array, list[Any]]:
+  """Returns the encoders' penultimate hidden states, concatenated, and all their outputs."""
   out = [
     _apply(e, p, i, output_hidden_states=True)
     for e, p, i in zip(encoders, params, ids, strict=True)
   ]
-  return jnp.concatenate([o.hidden_states[-2 - clip_skip] for o in out], axis=-1), out[
-    1
-  ].text_embeds
+  return jnp.concatenate([o.hidden_states[-2 - clip_skip] for o in out], axis=-1), out
 
 
 def _apply(encoder: nn.Module, params: Any, ids: jax.Array, **kwargs) -> Any:
@@ -132,9 +216,14 @@ def _positions(ids: jax.Array) -> jax.Array:
 _LONGEST = 20_000
 
 
+def shortened(texts: Iterable[str]) -> list[str]:
+  """Cuts texts to a length that is tokenized in bounded time, far above any tokenizer's."""
+  return [text[:_LONGEST] for text in texts]
+
+
 def tokenize(tokenizers: Sequence[Any], texts: Sequence[str]) -> list[np.ndarray]:
   """Tokenizes texts with each tokenizer: int32 [B, L], cut and padded to its length."""
-  texts = [text[:_LONGEST] for text in texts]
+  texts = shortened(texts)
   ids = []
   for tokenizer in tokenizers:
     length = tokenizer.model_max_length
@@ -151,7 +240,7 @@ def warn_of_cut(tokenizers: Sequence[Any], texts: Sequence[str], what: str = "pr
     texts: any texts.
     what: a noun for the texts, for the message.
   """
-  unique = list(dict.fromkeys(text[:_LONGEST] for text in texts))
+  unique = list(dict.fromkeys(shortened(texts)))
   cut = np.zeros(len(unique), bool)
   # transformers would warn once per text.
   with _quiet("transformers.tokenization_utils_base"):

@@ -1,7 +1,6 @@
 """diffusers' Flax UNet as a pure function. Only this module applies it."""
 
-import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -10,17 +9,9 @@ import jax.numpy as jnp
 from diffusers import FlaxUNet2DConditionModel
 from jax.sharding import Mesh
 
-from jaxpref import sharding
 from jaxpref.errors import UserError
-from jaxpref.models import config_files, interceptors, kernels, lora
-
-Params = Mapping[str, Any]
-# The UNet's conditioning, one row per prompt: 'text' [B, L, D], and for SDXL 'pooled' [B, P]
-# and 'time_ids' [B, 6]: original height and width, top and left of the crop, target height
-# and width, in pixels. An improver also gets an 'image', clean latents [B, C, h, w].
-Cond = Mapping[str, Any]
-# (params, x_t [B, C, H, W], t [B], cond) -> prediction [B, C, H, W]
-Denoise = Callable[[Params, jax.Array, jax.Array, Cond], jax.Array]
+from jaxpref.models import config_files, denoiser, interceptors, kernels
+from jaxpref.models.denoiser import Denoise
 
 # Options of PyTorch's class that the Flax module lacks, and the value that it implements.
 _SUPPORTED = {
@@ -61,7 +52,14 @@ _BLOCKS = {
 # Fields of PyTorch's or Flax's class: known fields of a configuration; others cause a warning.
 FIELDS = frozenset(FlaxUNet2DConditionModel.__dataclass_fields__) | set(_SUPPORTED)
 FIELDS |= {"upcast_attention"}  # attention's softmax is always in float32
+# Fields without which the defaults build another network than was trained.
+NEEDED = (
+  *("attention_head_dim", "block_out_channels", "cross_attention_dim", "down_block_types"),
+  *("in_channels", "layers_per_block", "out_channels", "sample_size", "up_block_types"),
+)
 _ONE_FOR_ALL = ("cross_attention_dim", "layers_per_block", "sample_size")
+# Projections of self- and cross-attention, which LoRA usually adapts.
+ATTENTION_LAYERS = r"attn[12]\.(to_q|to_k|to_v|to_out\.0)$"
 
 
 def build_unet(config: Mapping[str, Any], *, dtype: Any) -> Any:
@@ -145,93 +143,36 @@ def make_denoise(
 ) -> Denoise:
   """Returns the UNet's forward pass as `denoise(params, x_t, t, cond)`.
 
-  Policy and reference both use this function, in one program. With different kernels, rounding
-  differences would exceed the margin between them. `params` may be `lora.Adapted`.
-
   Args:
     unet: from `build_unet`.
     attention: 'stock', 'xla', 'cudnn' or 'splash', see `kernels.dot_product_attention`, or
       'auto', see `kernels.resolve_attention`.
     norm: 'stock', 'lean' (`interceptors.lean_norm`), or 'auto', which is 'stock' on CPUs.
     remat: a key of `interceptors.REMAT`.
-    mesh: the mesh that rows and parameters are sharded over. Kernels that XLA cannot shard need
-      it, and FSDP parameters are gathered, in the dtype of the computation.
+    mesh: see `denoiser.make_denoise`. Kernels that XLA cannot shard need it.
   """
   platform = jax.default_backend()
   attention = kernels.resolve_attention(attention, platform)
   if norm == "auto":
     norm = "stock" if platform == "cpu" else "lean"
 
-  def gathered(params):
-    if mesh is None or mesh.shape["fsdp"] == 1:
-      return params
-    return sharding.gather_params(freeze(params, unet.dtype), mesh)
-
-  def denoise(params, x_t, t, cond):
-    adapted = isinstance(params, lora.Adapted)
-    variables = {"params": gathered(params.base if adapted else params)}
-    if adapted:
-      variables["lora"] = params.lora
+  def apply(variables, x_t, t, cond):
     added = None
     if "image" in cond:
       x_t = jnp.concatenate([x_t, cond["image"].astype(x_t.dtype)], axis=1)
     if "pooled" in cond:
       added = {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]}
-    # The stack of interceptors is global and read during tracing, so it is set inside.
-    with contextlib.ExitStack() as stack:
-      for interceptor in (  # the outermost first
-        *([interceptors.remat(remat)] if remat != "none" else []),
-        *([interceptors.lean_norm] if norm == "lean" else [interceptors.transformer_norm]),
-        *([interceptors.attention(attention, mesh)] if attention != "stock" else []),
-        interceptors.exact_gelu,
-        *([lora.interceptor(params.scale)] if adapted else []),
-      ):
-        stack.enter_context(nn.intercept_methods(interceptor))
-      return unet.apply(variables, x_t, t, cond["text"], added).sample
+    out: Any = unet.apply(variables, x_t, t, cond["text"], added)
+    return out.sample
 
-  return denoise
-
-
-def abstract_cond(modules: Mapping[str, Any], rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-  """Returns abstract conditioning (float32) for a batch of `rows`.
-
-  Args:
-    modules: the pipeline's modules.
-    rows: B.
-  """
-  shape = lambda *of: jax.ShapeDtypeStruct((rows, *of), jnp.float32)  # noqa: E731
-  tokens = modules["text_encoder"].config.max_position_embeddings
-  cond = {"text": shape(tokens, modules["unet"].cross_attention_dim)}
-  if "text_encoder_2" in modules:
-    pooled = modules["text_encoder_2"].config.projection_dim
-    cond |= {"pooled": shape(pooled), "time_ids": shape(6)}
-  return cond
-
-
-def freeze(params: Params, dtype: Any) -> Any:
-  """Casts kernels to `dtype`; norm scales and biases stay float32.
-
-  Layers that compute in `dtype` would cast their kernels to it anyway, so their outputs are the
-  same bit for bit. Layers do not cast norm scales and biases.
-  """
-  return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, params)
-
-
-def widen_input(params: Mapping[str, Any], channels: int) -> dict[str, Any]:
-  """Appends zero-initialized input channels to `conv_in`; outputs do not change.
-
-  The improver's additional channels have zero weights, so they have no influence on the output
-  before training.
-
-  Args:
-    params: the UNet's parameters.
-    channels: number of input channels after the change; the existing ones come first.
-
-  Raises:
-    ValueError: the UNet has as many channels already.
-  """
-  kernel = params["conv_in"]["kernel"]  # [3, 3, in, out]
-  if (more := channels - kernel.shape[2]) < 1:
-    raise ValueError(f"the UNet reads {kernel.shape[2]} channels, cannot widen to {channels}")
-  wide = jnp.pad(kernel, ((0, 0), (0, 0), (0, more), (0, 0)))
-  return {**params, "conv_in": {**params["conv_in"], "kernel": wide}}
+  return denoiser.make_denoise(
+    apply,
+    dtype=unet.dtype,  # type: ignore[attr-defined]
+    mesh=mesh,
+    interceptors=(
+      *([interceptors.remat(remat)] if remat != "none" else []),
+      *([interceptors.lean_norm] if norm == "lean" else [interceptors.transformer_norm]),
+      *([interceptors.attention(attention, mesh)] if attention != "stock" else []),
+      interceptors.exact_gelu,
+    ),
+  )

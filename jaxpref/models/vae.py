@@ -1,7 +1,13 @@
-"""diffusers' Flax VAE as pure functions between images and latents."""
+"""VAEs as pure functions between images and latents; the module is diffusers' Flax VAE.
+
+The functions take any module with what they use of `AutoencoderKL`: the fields
+`latent_channels`, `sample_size` (an image's, in pixels), `scaling_factor` and `shift_factor`,
+the property `factor`, and the methods `moments` and `pixels`.
+"""
 
 import functools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -10,14 +16,13 @@ import jax.numpy as jnp
 from diffusers import FlaxAutoencoderKL
 from diffusers.configuration_utils import flax_register_to_config
 
+from jaxpref.errors import UserError
 from jaxpref.models.unet import module_fields, refuse_unsupported
 
 # Options of PyTorch's class that the Flax module lacks, and the value that it implements.
 _SUPPORTED = {
   "act_fn": "silu",
   "mid_block_add_attention": True,
-  "use_quant_conv": True,
-  "use_post_quant_conv": True,
   "latents_mean": None,
   "latents_std": None,
 }
@@ -25,13 +30,62 @@ _SUPPORTED = {
 
 @flax_register_to_config
 class AutoencoderKL(FlaxAutoencoderKL):
-  """diffusers' VAE with the field `shift_factor`, which its Flax class lacks."""
+  """diffusers' VAE with fields that its Flax class lacks.
+
+  Attributes:
+    shift_factor: subtracted from latents before they are scaled.
+    use_quant_conv: whether a 1 x 1 convolution follows the encoder.
+    use_post_quant_conv: whether a 1 x 1 convolution precedes the decoder.
+  """
 
   shift_factor: float = 0.0
+  use_quant_conv: bool = True
+  use_post_quant_conv: bool = True
+
+  @property
+  def factor(self) -> int:
+    """Pixels per latent along an axis."""
+    network: Any = self
+    return 2 ** (len(network.block_out_channels) - 1)
+
+  def moments(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Computes mean and log-variance of the posterior, [B, C, h, w], of [B, 3, H, W]."""
+    network: Any = self
+    hidden = network.encoder(_channels_last(images))
+    if self.use_quant_conv:
+      hidden = network.quant_conv(hidden)
+    mean, logvar = jnp.split(hidden.transpose(0, 3, 1, 2), 2, axis=1)
+    return mean, jnp.clip(logvar, -30.0, 20.0)
+
+  def pixels(self, latents: jax.Array) -> jax.Array:
+    """Decodes unscaled latents [B, C, h, w] to [B, 3, H, W].
+
+    The base class guesses from the last axis whether latents are channels-last, and would
+    transpose those that are as wide as they have channels.
+    """
+    network: Any = self
+    hidden = _channels_last(latents)
+    if self.use_post_quant_conv:
+      hidden = network.post_quant_conv(hidden)
+    return network.decoder(hidden).transpose(0, 3, 1, 2)
+
+  def __call__(self, images: jax.Array, deterministic: bool = True) -> jax.Array:
+    """Encodes and decodes; `init_weights` calls it, so parameters are those of the methods."""
+    del deterministic  # without dropout, all calls are
+    return self.pixels(self.moments(images)[0])
+
+
+def _channels_last(x: jax.Array) -> jax.Array:
+  return jnp.transpose(x, (0, 2, 3, 1))
 
 
 # Known fields of a configuration; others cause a warning. float32 needs no upcast.
 FIELDS = frozenset(AutoencoderKL.__dataclass_fields__) | set(_SUPPORTED) | {"force_upcast"}
+# Fields without which the defaults build another network than was trained.
+NEEDED = (
+  *("block_out_channels", "down_block_types", "in_channels", "latent_channels"),
+  *("layers_per_block", "out_channels", "up_block_types"),
+)
 
 
 def build_vae(config: Mapping[str, Any], *, dtype: Any) -> Any:
@@ -44,6 +98,23 @@ def build_vae(config: Mapping[str, Any], *, dtype: Any) -> Any:
   fields = module_fields(AutoencoderKL, config, ("layers_per_block", "sample_size"))
   fields["shift_factor"] = config.get("shift_factor") or 0.0
   return AutoencoderKL(**{**fields, "dtype": dtype})
+
+
+def check_scale(vae: Any, where: Path) -> None:
+  """Checks the scale of a VAE's latents.
+
+  Args:
+    vae: the module.
+    where: its configuration file, for the error message.
+
+  Raises:
+    UserError: it is not a number, or not positive.
+  """
+  factor, shift = vae.scaling_factor, vae.shift_factor
+  if not isinstance(factor, int | float) or not factor > 0:
+    raise UserError(f"{where}: scaling_factor must be positive (got {factor})")
+  if not isinstance(shift, int | float):
+    raise UserError(f"{where}: shift_factor must be a number (got {shift})")
 
 
 def to_unit(images: jax.Array) -> jax.Array:
@@ -83,16 +154,14 @@ def encode_moments(vae: nn.Module, params: Any, images: jax.Array):
     images: float [B, 3, H, W] in [-1, 1].
 
   Returns:
-    `(mean, logvar)`, each [B, C, h, w], unscaled, log-variance clipped to [-30, 20].
+    `(mean, logvar)`, each [B, C, h, w], unscaled, log-variance clipped to [-30, 20]; -inf if
+    the VAE has no posterior.
   """
-  encoded: Any = vae.apply({"params": params}, images, method=vae.encode)
-  posterior = encoded.latent_dist
-  # diffusers' Flax posterior is channels-last; all arrays of this package are channels-first.
-  to_nchw = (0, 3, 1, 2)
-  return jnp.transpose(posterior.mean, to_nchw), jnp.transpose(posterior.logvar, to_nchw)
+  moments: Any = vae.apply({"params": params}, images, method="moments")
+  return moments
 
 
-def encode_posterior(vae: nn.Module, params: Any, images: jax.Array):
+def encode_posterior(vae: Any, params: Any, images: jax.Array):
   """Encodes images to the posterior of scaled latents.
 
   Args:
@@ -109,7 +178,7 @@ def encode_posterior(vae: nn.Module, params: Any, images: jax.Array):
 
 
 def encode(
-  vae: nn.Module, params: Any, images: jax.Array, keys: jax.Array | None = None
+  vae: Any, params: Any, images: jax.Array, keys: jax.Array | None = None
 ) -> jax.Array:
   """Encodes images to the denoiser's latents: (z - shift) scale.
 
@@ -150,15 +219,15 @@ def decode_sliced(
 
 
 @functools.partial(jax.jit, static_argnums=0)  # otherwise traced again for each tile
-def _decode_unit(vae: nn.Module, params: Any, latents: jax.Array) -> jax.Array:
+def _decode_unit(vae: Any, params: Any, latents: jax.Array) -> jax.Array:
   """Decodes scaled latents [B, C, h, w] to images [B, 3, H, W] in about [-1, 1]."""
   z = latents / vae.scaling_factor + vae.shift_factor
-  out: Any = vae.apply({"params": params}, z, method=vae.decode)
-  return out.sample
+  pixels: Any = vae.apply({"params": params}, z, method="pixels")
+  return pixels
 
 
 def decode_tiled(
-  vae: nn.Module,
+  vae: Any,
   params: Any,
   latents: jax.Array,
   *,
@@ -180,7 +249,7 @@ def decode_tiled(
   Returns:
     Images of 8 h x 8 w pixels, for a VAE that halves the size three times.
   """
-  factor = 2 ** (len(vae.block_out_channels) - 1)
+  factor = vae.factor
   tile = tile or vae.sample_size // factor
   if max(latents.shape[2:]) <= tile:
     return decode(vae, params, latents)

@@ -17,7 +17,6 @@ from safetensors import SafetensorError, safe_open
 from jaxpref.errors import UserError, listed
 from jaxpref.models import config_files
 
-_STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _OTHER_FORMATS = {".msgpack": "Flax", ".onnx": "ONNX", ".h5": "TensorFlow", ".gguf": "GGUF"}
 # Parts of tensor names in LoRA files of several programs.
@@ -55,24 +54,18 @@ class StoredTensor:
       raise UserError(f"{self.path}: {self.name} cannot be read: {error}") from error
 
 
-def stem_of(part: str) -> str:
-  """Returns the name of a part's weight files, without suffixes."""
-  return _STEMS.get(part, "model")
-
-
-def choose(files: Collection[str], part: str, variant: str) -> tuple[str, list[str]] | None:
+def choose(files: Collection[str], stem: str, variant: str) -> tuple[str, list[str]] | None:
   """Chooses a part's weight files.
 
   Args:
     files: names of all files beside the part's configuration.
-    part: such as 'unet'.
+    stem: the name of the part's weight files, without suffixes.
     variant: such as 'fp16', with plain files as the second choice; '' chooses the plain files,
       with fp16's as the second choice.
 
   Returns:
     The variant ('' for plain files), and one file, or an index and its shards; or None.
   """
-  stem = stem_of(part)
   for kind in (variant, "") if variant else ("", "fp16"):
     dot = f".{kind}" if kind else ""
     if (single := f"{stem}{dot}.safetensors") in files:
@@ -85,16 +78,15 @@ def choose(files: Collection[str], part: str, variant: str) -> tuple[str, list[s
   return None
 
 
-def no_weights_error(files: Collection[str], part: str, variant: str, where: str) -> UserError:
+def no_weights_error(files: Collection[str], stem: str, variant: str, where: str) -> UserError:
   """Makes the error for a part without readable weights; says what there is instead.
 
   Args:
     files: names of all files beside the part's configuration.
-    part: such as 'unet'.
+    stem: the name of the part's weight files, without suffixes.
     variant: the requested variant.
     where: the part's directory.
   """
-  stem = stem_of(part)
   known = {m[1] for f in files if (m := re.fullmatch(rf"{stem}\.(\w+)\.safetensors", f))}
   if known:
     return UserError(
@@ -118,22 +110,22 @@ def files_in(directory: Path) -> list[str]:
   return [p.name for p in directory.iterdir()] if directory.is_dir() else []
 
 
-def open_part(directory: Path, part: str = "", *, variant: str = "") -> dict[str, StoredTensor]:
+def open_part(directory: Path, stem: str, *, variant: str = "") -> dict[str, StoredTensor]:
   """Opens the tensors of one part of a pipeline, by name, without reading them.
 
   Args:
-    directory: such as `PIPELINE/unet`.
-    part: the part's name; by default the directory's name.
+    directory: such as `PIPELINE/vae`.
+    stem: the name of the part's weight files, without suffixes.
     variant: see `choose`.
 
   Raises:
     UserError: weights are missing, pickled or damaged, a file lacks tensors that are in the
       index, or the index names a file elsewhere.
   """
-  part, files = part or directory.name, files_in(directory)
-  found = choose(files, part, variant)
+  files = files_in(directory)
+  found = choose(files, stem, variant)
   if found is None:
-    raise no_weights_error(files, part, variant, str(directory))
+    raise no_weights_error(files, stem, variant, str(directory))
   first = directory / found[1][0]
   return _open_shards(first) if first.suffix == ".json" else open_file(first)
 

@@ -36,7 +36,20 @@ CASES = {
   },
   "listwise": ("listwise", ("1", "2", "3", "4"), {"beta": 7.0}),
   "dspo": ("dspo", ("w", "l"), {"beta": 0.5}),
+  "rwr": ("rwr", ("x",), {}),
+  "awm": (
+    "awm",
+    ("x",),
+    {"strength": 0.7, "clip": 0.05, "weight_reference": 0.3, "weight_old": 0.6},
+  ),
+  "nft": ("nft", ("x",), {"beta": 0.6, "clip": 1.5, "weight_reference": 0.3}),
+  "dgpo": (
+    "dgpo",
+    ("1", "2", "3", "4"),
+    {"beta": 7.0, "clip": 0.1, "weight_reference": 0.3},
+  ),
 }
+SCORED = ("rwr", "awm", "nft", "dgpo")
 ROWS, SHAPE = 6, (2, 3)
 
 
@@ -48,9 +61,23 @@ def residuals(arms):
   return policy, reference, rng.random(ROWS) < 0.5
 
 
+def scored(case, policy):
+  """Labels and the lagging policy's residuals, for losses on scored samples."""
+  rng = np.random.default_rng(21)
+  shape = (ROWS, 4) if case == "dgpo" else ROWS
+  labels = {"advantage": rng.standard_normal(shape), "weight": rng.random(shape)}
+  old = {a: v + 0.15 * rng.standard_normal(v.shape) for a, v in policy.items()}
+  names = ("weight",) if case == "rwr" else ("advantage",)
+  return {name: labels[name] for name in names}, {} if case == "rwr" else old
+
+
 def values_of(case, policy, reference, desirable, **fixed):
-  """Losses [B] by the equations."""
+  """Losses [B] by the equations; `extra` has what `scored` made of the unmoved policy."""
   name, _, hyper = CASES[case]
+  if name in SCORED:
+    more, old = fixed.pop("extra", None) or scored(case, policy)
+    given = {**more, **({"old": old} if old else {}), **hyper, **fixed}
+    return getattr(equations, name)(policy, reference, **given)
   labels = {"desirable": desirable} if name in ("kto", "csft") else {}
   return getattr(equations, name)(policy, reference, **labels, **hyper, **fixed)
 
@@ -61,6 +88,15 @@ def gradients_of(case, policy, reference, desirable):
   if case.startswith("kto"):  # the reference point carries no gradient
     gain = equations.err(reference["x"]) - equations.err(policy["x"])
     fixed["reference_point"] = max(gain.mean(), 0.0)
+  if case in SCORED:
+    fixed["extra"] = labels, old = scored(case, policy)
+    hyper = CASES[case][2]
+  if case == "nft":
+    fixed["sizes"] = equations.nft_sizes(equations.nft_sides(policy, old, hyper["beta"]))
+  if case == "dgpo":
+    fixed["fixed"] = equations.dgpo_fixed(
+      policy, reference, old, labels["advantage"], hyper["beta"], hyper["clip"]
+    )
   found = {}
   for arm, array in policy.items():
     found[arm] = np.zeros_like(array)

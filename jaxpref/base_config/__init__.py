@@ -1,18 +1,8 @@
-"""Fields and presets that the configurations of all methods share.
+"""Fields that the configurations of all methods share.
 
 `shapes` trains the bundled pipeline on the embedded shapes world in minutes, without an
-accelerator. `tiny` is a version of `shapes` that takes seconds, for tests. `sd15` and `sdxl`
-train Stable Diffusion 1.5 and SDXL on local Pick-a-Pic files (`--config.data.path=DIR`). They
-are the published recipe of a method if it has one; each configuration file names its source.
-
-Learning rate, batch size, warm-up, number of updates and prompt dropout without a source of
-their own are those of Diffusion-DPO's launchers
-(https://github.com/SalesforceAIResearch/DiffusionDPO), which later methods reuse. These
-launchers also sample latents from the VAE's posterior at each update and encode dropped prompts
-as "". There are two differences: they use Adafactor for SDXL, and these presets use AdamW; they
-flip images at random, which here takes `--config.data.flip=true`. It is off except for DRO and
-SFT because it doubles the memory that the rows take. The evaluation, on captions of the
-training images and with a seed of its own, has no published source.
+accelerator. `tiny` is a version of `shapes` that takes seconds, for tests. The others train
+published models on local Pick-a-Pic files (`--config.data.path=DIR`), see `presets`.
 """
 
 import math
@@ -21,9 +11,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from jaxpref.base_config import presets
 from jaxpref.errors import UserError
 
-PRESETS = ("shapes", "sd15", "sdxl", "tiny")
+PRESETS = presets.PRESETS
+PUBLISHED = presets.PUBLISHED
+FLOWS = presets.FLOWS
 
 # Choices of fields; the modules that implement them import them from here.
 DTYPES = ("float32", "bfloat16")
@@ -31,6 +24,9 @@ ATTENTION = ("stock", "xla", "cudnn", "splash")  # or 'auto'
 NORMS = ("stock", "lean")  # or 'auto'
 REMAT = ("none", "attention", "transformer", "blocks", "full")  # from fast to small
 SOLVERS = ("dpm_solver", "ddim", "ddpm")
+# Densities of a flow's training levels, with the fields of `noise` that they read.
+DENSITIES = {"uniform": (), "logit_normal": ("mean", "std"), "mode": ("scale",)}
+SPACES = ("model", "v", "eps", "x0")
 SCHEDULES = ("constant", "linear", "cosine", "trapezoid")
 
 
@@ -53,10 +49,7 @@ def base(name: str, preset: str) -> ConfigDict:
   c.profile = 0  # number of updates to trace, from the third on, into <workdir>/profile
   for add_section in (_add_model, _add_data, _add_loss, _add_optim, _add_train, _add_evaluate):
     add_section(c)
-  if preset in ("sd15", "sdxl"):
-    _scale_up(c)
-  if preset == "tiny":
-    _scale_down(c)
+  presets.apply(c)
   return c
 
 
@@ -64,12 +57,12 @@ def _add_model(c: ConfigDict) -> None:
   c.model = ConfigDict()
   c.model.path = "shapes"  # 'shapes', a directory in diffusers' layout, or a Hub id
   c.model.variant = ""  # variant of the weight files, such as fp16; '': full weights if any
-  c.model.unet = ""  # a directory or Hub id: replaces the pipeline's UNet
+  c.model.unet = ""  # a directory or Hub id: replaces the pipeline's denoiser
   c.model.vae = ""  # a directory or Hub id: replaces the pipeline's VAE
   c.model.clip_skip = 0  # last text encoder layers to skip for prompts, as in diffusers
-  c.model.start = ""  # run or pipeline with the UNet that training starts from; '': the base
+  c.model.start = ""  # run or pipeline that training starts from; '': the base
   c.model.dtype = "float32"  # dtype of the computation; trained parameters, moments: float32
-  c.model.frozen_dtype = "float32"  # dtype of the frozen UNets, base and reference
+  c.model.frozen_dtype = "float32"  # dtype of the frozen weights, base and reference
   c.model.attention = "auto"  # 'stock', 'xla', 'cudnn', 'splash'; 'auto': by platform
   c.model.norm = "auto"  # 'stock'; 'lean' keeps less for the backward pass; 'auto'
   c.model.remat = "none"  # recompute activations: 'attention', 'transformer', 'blocks', 'full'
@@ -78,12 +71,13 @@ def _add_model(c: ConfigDict) -> None:
 def _add_data(c: ConfigDict) -> None:
   c.data = ConfigDict()
   c.data.source = "shapes"  # or pickapic, folder, hpd, mjhq, kto, webdataset, prompts, online
-  c.data.path = ""  # path of the folder, the files or the generated pairs
+  c.data.path = ""  # path of a built data set, of the folder, files or generated pairs
   c.data.split = "train"  # split to read, if files or folders are named by split; 'all': all
   c.data.follow_links = False  # follow links that lead out of a folder
   c.data.max_bad_share = 0.25  # largest share of unusable rows; the run refuses data with more
   c.data.num_experts = 500  # the best K images by score; K random images of a folder; 0: all
   c.data.experts = "top"  # 'top': by score; 'winners': the preferred image of every pair
+  c.data.score = ""  # scorer that chooses experts of a built set; '': the data's own scores
   c.data.num_rows = 0  # pairs, singles or lists, for losses that learn from them; 0: all
   c.data.min_change = 0.0  # skip generated pairs with a smaller distance (RMS) of their latents
   c.data.desirable_share = 0.8  # expected share of liked images in a batch of singles
@@ -94,6 +88,10 @@ def _add_data(c: ConfigDict) -> None:
   c.data.prompt_dropout = 0.2  # share of rows trained with an empty prompt
   c.data.dropped_prompt = "empty"  # 'empty': encodes ""; 'unconditional': as guidance does
   c.data.latents = "mode"  # the VAE posterior's 'mode', or a 'sample' at each update
+  c.data.cache = "auto"  # encode rows once in 'memory', on 'disk', or 'ahead'; 'auto': by size
+  c.data.crop = "center"  # images that are not square: 'center', 'random', 'none': squeezed
+  c.data.buckets = False  # batches of images of one shape, by their proportions, not squares
+  c.data.original_sizes = False  # SDXL: condition on the images' own sizes and on the crop
   c.data.flip = False  # add mirrored images; not for images in which left and right matter
 
 
@@ -101,6 +99,14 @@ def _add_loss(c: ConfigDict) -> None:
   c.loss = ConfigDict()
   c.loss.name = c.name  # a file of jaxpref/losses, a registered name, or an importable module
   c.loss.reference = "start"  # 'start': the model that training starts from; 'base': the base
+  c.loss.space = "model"  # errors of 'v', 'eps' or 'x0'; 'model': of what the model predicts
+
+  c.noise = ConfigDict()  # levels that flow-matching models are trained on; others: uniform
+  c.noise.density = "uniform"  # before the shift: 'uniform', 'logit_normal' or 'mode'
+  c.noise.mean = 0.0  # of logit_normal's logits; above 0: more noise
+  c.noise.std = 1.0  # of logit_normal's logits
+  c.noise.scale = 1.29  # of 'mode'; above 0: more levels in the middle
+  c.noise.shift = 0.0  # above 1: more noise, also in rollouts; 0: the model's own shift
 
   c.rollout = ConfigDict()  # samples of the policy, for losses that train on them
   c.rollout.solver = "dpm_solver"  # 'dpm_solver' (++, multistep), 'ddim' or 'ddpm'
@@ -142,6 +148,7 @@ def _add_train(c: ConfigDict) -> None:
   c.train.checkpoints = ""  # a directory or gs://... for checkpoints; '': in the workdir
   c.train.max_skipped = 10  # number of non-finite updates that a run may skip before it stops
   c.train.hang_minutes = 30.0  # a process exits after this long without progress; 0: never
+  c.train.wandb = ""  # a project of Weights & Biases that gets the metrics; '': none
 
   c.mesh = ConfigDict()
   c.mesh.data = -1  # devices that split the batch; -1: all that remain
@@ -160,52 +167,6 @@ def _add_evaluate(c: ConfigDict) -> None:
   c.evaluate.batch_size = 50  # images generated at once
   c.evaluate.seed = 3000  # seed of the noise and of the choice of prompts
   c.evaluate.num_examples = 24  # pairs of images shown in the report
-
-
-def _scale_up(c: ConfigDict) -> None:
-  """Sets the fields of the presets `sd15` and `sdxl`."""
-  c.model.path = {
-    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-  }[c.preset]
-  c.model.dtype = c.model.frozen_dtype = "bfloat16"
-  c.model.remat = "blocks"  # a fifth more compute, a thirtieth of the memory
-  c.data.source = "pickapic"
-  c.data.latents = "sample"
-  c.rollout.num_steps = 20
-  c.rollout.batch_size = 64  # a quarter of Diffusion-DRO's rows
-  c.optim.lr = 2.048e-5  # 1e-8 per row of the batch
-  c.optim.warmup_updates = {"sd15": 500, "sdxl": 200}[c.preset]
-  c.optim.ema_decay = 0.0  # Diffusion-DPO evaluates the last update's parameters
-  c.train.batch_size = 2048
-  c.train.accumulate = 64
-  c.train.num_updates = 2000
-  c.train.updates_per_iteration = 200
-  c.evaluate.prompts = "captions"
-  c.evaluate.num_prompts = 500
-  c.evaluate.images_per_prompt = 5
-  c.evaluate.scorers = ()
-  c.evaluate.num_steps = 50
-  c.evaluate.guidance = 7.5 if c.preset == "sd15" else 5.0
-  c.evaluate.batch_size = 16
-
-
-def _scale_down(c: ConfigDict) -> None:
-  """Sets the fields of the preset `tiny`."""
-  c.data.num_experts = 16
-  c.data.num_rows = 16
-  c.data.list_size = 3
-  c.rollout.num_steps = 2
-  c.rollout.batch_size = 4
-  c.train.batch_size = 8
-  c.train.num_updates = 4
-  c.train.updates_per_iteration = 2
-  c.train.log_every = 1
-  c.evaluate.num_prompts = 6
-  c.evaluate.images_per_prompt = 1
-  c.evaluate.num_steps = 2
-  c.evaluate.batch_size = 8
-  c.evaluate.num_examples = 2
 
 
 def improve(c: ConfigDict) -> None:
@@ -243,10 +204,58 @@ def iterate(c: ConfigDict, *, winners: str) -> None:
     c.iterate.shard_size = 8
 
 
+def rounds(c: ConfigDict) -> None:
+  """Adds the section for online training on scored samples of the policy.
+
+  The section `rollout` says how images are sampled.
+  """
+  c.data.num_rows = 0  # rows are made of samples; data.num_experts is the number of prompts
+  c.data.latents = "mode"  # samples have no posterior
+  c.rounds = ConfigDict()
+  c.rounds.num_prompts = 8  # prompts of a round
+  c.rounds.images_per_prompt = 8  # images of each prompt, a group
+  c.rounds.updates = 1  # updates on the images of a round, between two checkpoints
+  c.rounds.sampler = "policy"  # samples with the 'policy' or its lagging average ('old')
+  c.rounds.scorers = ("shapes.correct",)  # whose weighted sum is the reward, FAMILY.NAME
+  c.rounds.weights = (1.0,)  # of the scorers
+  c.rounds.scale = "group"  # whose deviation divides advantages: 'group', 'global' or 'none'
+  c.rounds.ddof = 0  # divide its sum of squares by their number less this, 0 or 1
+  c.rounds.eps = 1e-4  # added to the deviation
+  c.rounds.clip = 5.0  # largest absolute advantage; 0: no clip
+  c.rounds.window = 0  # compare with as many last rewards of the prompt; 0: with the group
+  c.rounds.window_least = 16  # fewer rewards in a window: compare with the round
+  c.rounds.old_decay = 0.0  # largest share of itself that the average keeps after a round
+  c.rounds.old_rate = 0.001  # rise of that share with each update
+  c.rounds.old_start = 0  # updates before the rise
+  c.rollout.batch_size = c.evaluate.batch_size  # images sampled at once
+  c.rollout.num_steps = c.evaluate.num_steps
+  if c.preset == "shapes":
+    c.train.batch_size, c.train.num_updates = 64, 100  # all images of a round
+  if c.preset == "tiny":
+    c.rounds.num_prompts, c.rounds.images_per_prompt = 2, 4
+    c.rounds.scorers = ("shapes.quality",)
+  if c.preset in PUBLISHED:  # of SANA, too, no other recipe is published than LoRA's
+    c.data.num_experts = 10_000  # prompts, whose encodings are kept in memory
+    c.lora.rank, c.lora.alpha = 32, 64.0
+    c.rounds.num_prompts = c.rounds.images_per_prompt = 24
+    c.rounds.scorers = ("pickscore.v1",)
+    c.optim.lr = 3e-4
+    c.optim.warmup_updates = 0
+    c.optim.weight_decay = 1e-4
+    c.optim.ema_decay = 0.9
+    c.train.batch_size, c.train.accumulate = 576, 9
+    c.train.num_updates = 1000
+    c.rollout.num_steps = 20
+
+
 def train_on_experts(c: ConfigDict) -> None:
-  """Sets the Diffusion-DRO paper's recipe for SD 1.5, which it also uses for SFT."""
+  """Sets the Diffusion-DRO paper's recipe for SD 1.5, which it also uses for SFT.
+
+  It trains all parameters; the learning rate of LoRA stays that of the preset.
+  """
   c.data.flip = True
-  c.optim.lr = 1e-4
+  if not c.lora.rank:
+    c.optim.lr = 1e-4
   c.optim.warmup_updates = 0
   c.optim.ema_decay = 0.9999
   c.train.batch_size = 256
@@ -263,8 +272,8 @@ def _at_least(low: float) -> tuple[Callable[[Any], bool], str]:
   return lambda value: value >= low, f"at least {low}"
 
 
-def _one_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
-  return lambda value: value in choices, "one of " + ", ".join(choices)
+def _one_of(*choices: str | int) -> tuple[Callable[[Any], bool], str]:
+  return lambda value: value in choices, "one of " + ", ".join(map(str, choices))
 
 
 _POSITIVE = (lambda value: 0 < value < math.inf, "positive and finite")
@@ -278,6 +287,9 @@ _MINUTES = (
 )
 _AXIS = (lambda value: value >= 1 or value == -1, "at least 1, or -1 for the rest")
 
+# Fields of the section `loss` that the train step reads; the others are hyper-parameters.
+FIELDS_OF_ALL_LOSSES = ("name", "reference", "space")
+
 RULES: Rules = {
   **dict.fromkeys(("model.dtype", "model.frozen_dtype"), _one_of(*DTYPES)),
   "model.clip_skip": _at_least(0),
@@ -289,19 +301,30 @@ RULES: Rules = {
   "data.list_size": _at_least(2),
   "data.experts": _one_of("top", "winners"),
   "data.latents": _one_of("mode", "sample"),
+  "data.crop": _one_of("center", "random", "none"),
+  "data.cache": _one_of("auto", "memory", "disk", "ahead"),
   "data.dropped_prompt": _one_of("empty", "unconditional"),
   "loss.reference": _one_of("start", "base"),
+  "loss.space": _one_of(*SPACES),
+  "noise.density": _one_of(*DENSITIES),
+  "noise.mean": (lambda value: -20 <= value <= 20, "between -20 and 20"),
+  "noise.std": _POSITIVE,
+  "noise.scale": (lambda value: -1 <= value <= 1.75, "between -1 and 1.75"),
+  "noise.shift": _NOT_NEGATIVE,
   **dict.fromkeys(
     ("data.num_rows", "data.noise_draws", "rollout.batch_size", "rollout.replay", "profile"),
     _at_least(0),
   ),
   "lora.rank": _at_least(0),
-  **dict.fromkeys(("lora.alpha", "loss.beta", "loss.snr"), _POSITIVE),
+  **dict.fromkeys(
+    ("lora.alpha", "loss.beta", "loss.snr", "loss.strength", "loss.clip"), _POSITIVE
+  ),
   **dict.fromkeys(("loss.margin", "loss.target_margin"), _NOT_NEGATIVE),
   **dict.fromkeys(
     (
       *("loss.weight_desirable", "loss.weight_undesirable", "loss.weight_winning"),
       *("loss.weight_reconstruction", "loss.weight_unconditional"),
+      *("loss.weight_reference", "loss.weight_old"),
     ),
     _NOT_NEGATIVE,
   ),
@@ -316,6 +339,15 @@ RULES: Rules = {
   "iterate.winners": _one_of("data", "improved"),
   **dict.fromkeys(("improve.text_guidance", "improve.image_guidance"), _NOT_NEGATIVE),
   "improve.num_steps": _at_least(1),
+  **dict.fromkeys(
+    ("rounds.num_prompts", "rounds.images_per_prompt", "rounds.updates"), _at_least(1)
+  ),
+  "rounds.sampler": _one_of("policy", "old"),
+  "rounds.scale": _one_of("group", "global", "none"),
+  "rounds.ddof": _one_of(0, 1),
+  **dict.fromkeys(("rounds.eps", "rounds.clip", "rounds.old_rate"), _NOT_NEGATIVE),
+  **dict.fromkeys(("rounds.window", "rounds.window_least", "rounds.old_start"), _at_least(0)),
+  "rounds.old_decay": _DECAY,
   "rollout.solver": _one_of(*SOLVERS),
   "optim.schedule": _one_of(*SCHEDULES),
   "rollout.order": (lambda value: value in (1, 2, 3), "1, 2 or 3"),
@@ -352,6 +384,8 @@ LIMITS: Mapping[str, float] = {
   **dict.fromkeys(("evaluate.images_per_prompt", "iterate.num_iterations"), 10_000),
   "data.list_size": 100,
   "iterate.num_pairs": 10_000_000,
+  **dict.fromkeys(("rounds.num_prompts", "rounds.updates", "rounds.window"), 1_000_000),
+  "rounds.images_per_prompt": 1000,
   "train.batch_size": 2**20,
   "train.hang_minutes": 1_000_000,  # two years
 }

@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 # Flax joins list indices with underscores; these are the lists (conv1, linear_1 are names).
 _LISTS = re.compile(
   r"(down_blocks|up_blocks|resnets|attentions|transformer_blocks|downsamplers|upsamplers"
-  r"|to_out|net)_(\d+)"
+  r"|to_out|to_qkv_multiscale|net|block|layer|layers)_(\d+)"
 )
 # diffusers' names for the VAE's attention since 0.14, by the older names. Flax modules have the
 # older names, and so do older files, such as those of Stable Diffusion 1.x.
@@ -39,6 +39,9 @@ _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", 
 _OTHER_THAN_TEXT = re.compile(
   r"logit_scale|(vision_model|visual_projection|text_projection)\..+|.*\.position_ids"
 )
+# Tensors of a whole T5 that its encoder does not use, and a second name of its embeddings.
+_OTHER_THAN_T5 = re.compile(r"(decoder\..+|lm_head\.weight)")
+_T5_EMBEDDING, _T5_COPY = "shared.weight", "encoder.embed_tokens.weight"
 _TEXT_LAYER = re.compile(r"text_model\.encoder\.layers\.(\d+)\..+")
 
 
@@ -51,7 +54,7 @@ def torch_name(path: tuple[str, ...]) -> str:
 
 
 def _current_name(name: str) -> str:
-  """Returns a tensor's name in current versions of diffusers."""
+  """Converts a tensor's name, also of old versions of diffusers, to the current one."""
   parts = [p for p in name.split(".") if p not in _WRAPPERS]
   if "attentions" in parts:
     parts = [_VAE_ATTENTION.get(p, p) for p in parts]
@@ -97,7 +100,7 @@ def cast(name: str, array: np.ndarray, dtype: Any) -> np.ndarray:
     UserError: finite weights are too large for `dtype`.
   """
   with np.errstate(over="ignore"):
-    out = np.ascontiguousarray(array, dtype)
+    out = np.asarray(array, dtype, order="C")  # of any rank: a scalar stays one
   if np.isinf(out).sum() > np.isinf(array).sum():
     raise UserError(
       f"{name} has weights too large for {np.dtype(dtype).name}: write them in bfloat16 or "
@@ -132,7 +135,10 @@ def import_tensors(
   """
   flat = flax.traverse_util.flatten_dict(abstract)
   names = {torch_name(path): path for path in flat}
-  found = _without_surplus(_by_current_names(tensors, names, where), names, where)
+  found = _by_current_names(tensors, names, where)
+  if _T5_EMBEDDING in names:
+    found = _with_one_embedding(found, where)
+  found = _without_surplus(found, names, where)
   if odd := [f"{n} ({a.dtype})" for n, a in found.items() if a.dtype not in _FLOATS]:
     raise UserError(
       f"{where} holds tensors of a dtype that is not supported, only floats of two or more "
@@ -146,7 +152,7 @@ def import_tensors(
     stored = found[name].read()
     digest.update(f"{name} {stored.dtype} ".encode())
     digest.update(np.ascontiguousarray(stored).reshape(-1).view(np.uint8).data)
-    array = np.ascontiguousarray(_to_flax_layout(path, stored, want.shape), want.dtype)
+    array = np.asarray(_to_flax_layout(path, stored, want.shape), want.dtype, order="C")
     if count := array.size - int(np.isfinite(array).sum()):
       bad[name] = count
     params[path] = place(path, array)
@@ -180,6 +186,20 @@ def _by_current_names(
   return found
 
 
+def _with_one_embedding(found: dict[str, StoredTensor], where: str) -> dict[str, StoredTensor]:
+  """Leaves T5's embeddings under one of their two names; a file may have either or both."""
+  rest = dict(found)
+  copy = rest.pop(_T5_COPY, None)
+  if copy is None:
+    return found
+  own = rest.setdefault(_T5_EMBEDDING, copy)
+  if own is not copy and (
+    own.shape != copy.shape or not np.array_equal(own.read(), copy.read())
+  ):
+    raise UserError(f"{where} holds {_T5_EMBEDDING} and {_T5_COPY} with different values")
+  return rest
+
+
 def _common_prefix(names: Collection[str], wanted: Collection[str]) -> str:
   """Returns the prefix without which the names include all wanted ones, or ''."""
   first = min(wanted)
@@ -202,6 +222,8 @@ def _without_surplus(
       return False
     if found[name].shape in ((), (1,)):  # counters and scales left over from training
       return True
+    if _T5_EMBEDDING in wanted and _OTHER_THAN_T5.fullmatch(name):
+      return True
     layer = _TEXT_LAYER.fullmatch(name)
     if layer is not None:  # the configuration skips the last layers
       return bool(layers) and int(layer[1]) > max(layers)
@@ -223,7 +245,7 @@ def check_tensors(
 
   Args:
     shapes: by PyTorch's current names.
-    abstract: as for `import_tensors`.
+    abstract: Flax tree of the parameters' shapes.
     where: the source, for the error message.
 
   Raises:

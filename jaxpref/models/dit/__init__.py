@@ -1,0 +1,1 @@
+"""Diffusion transformers as flax modules, with the parameters of diffusers' PyTorch classes."""

@@ -1,0 +1,110 @@
+"""The presets `sd35m` and `sana`: their values, and runs on such models of reduced width."""
+
+import families
+import flow_networks
+import jax
+import numpy as np
+import pytest
+import runs
+import sana_models
+from PIL import Image
+
+from jaxpref import base_config, export
+from jaxpref import config as config_lib
+from jaxpref.models import pipeline
+from jaxpref.plan import estimate
+from jaxpref.training import load_run
+
+# Methods whose beta multiplies differences of errors, as Flow-DPO's.
+LIKE_DPO = ("dpo", "iterative_dpo", "kto", "listwise", "online_dpo", "sdpo", "simpo", "spin")
+
+
+def test_the_published_recipe_of_sd35():
+  config = config_lib.load_config("dpo:sd35m")
+  assert (config.lora.rank, config.lora.alpha) == (32, 64.0)
+  optim = config.optim
+  found = (optim.lr, optim.weight_decay, optim.clip_norm, optim.warmup_updates)
+  assert found == (3e-4, 1e-4, 1.0, 0)
+  noise = config.noise
+  assert (noise.density, noise.mean, noise.std) == ("logit_normal", 0.0, 1.0)
+  assert (noise.shift, config.loss.space) == (0.0, "v")
+  assert (config.evaluate.num_steps, config.evaluate.guidance) == (40, 4.5)
+  assert config.model.dtype == config.model.frozen_dtype == "bfloat16"
+  assert optim.ema_decay**8 == pytest.approx(0.9, abs=1e-3)
+
+
+def test_sana_trains_all_parameters_with_its_pipelines_sampler():
+  config = config_lib.load_config("dpo:sana")
+  assert config.lora.rank == 0 and config.data.latents == "mode"
+  assert (config.evaluate.num_steps, config.evaluate.guidance) == (20, 4.5)
+
+
+@pytest.mark.parametrize("preset", base_config.FLOWS)
+def test_strengths_are_those_of_velocities(preset):
+  assert {config_lib.load_config(f"{n}:{preset}").loss.beta for n in LIKE_DPO} == {100.0}
+  dro = config_lib.load_config(f"dro:{preset}")
+  assert (dro.loss.space, dro.loss.margin, dro.noise.density) == ("eps", 1e-3, "uniform")
+  assert config_lib.load_config(f"iterative_dpo:{preset}").iterate.winners == "data"
+
+
+@pytest.mark.long
+def test_a_plan_counts_the_published_model():
+  """PyTorch's count, with the table of positions; 191 layers have additions of rank 32."""
+  numbers = estimate.plan(config_lib.load_config("dpo:sd35m"), "h200:1", search=False)
+  assert numbers["parameters"] == 2_243_171_520 + 384**2 * 1536
+  assert numbers["trained"] == 191 * 32 * 2 * 1536
+
+
+def _write(preset, directory):
+  if preset == "sana":
+    return sana_models.write_sana(directory)
+  return flow_networks.write_sd3(directory, t5=False)
+
+
+def _fields(directory):
+  """Overrides that make a run small; the images are written to `directory`."""
+  directory.mkdir()
+  rng = np.random.default_rng(0)
+  for i in range(4):
+    Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)).save(directory / f"{i}.png")
+    (directory / f"{i}.txt").write_text(families.PROMPTS[i % 2])
+  return {
+    "data.source": "folder",
+    "data.path": directory,
+    "data.num_experts": 0,
+    "rollout.num_steps": 2,
+    "rollout.batch_size": 2,
+    "train.batch_size": 4,
+    "train.accumulate": 2,
+    "train.updates_per_iteration": 1,
+    "train.log_every": 1,
+    "evaluate.num_prompts": 2,
+    "evaluate.images_per_prompt": 1,
+    "evaluate.num_steps": 2,
+    "evaluate.batch_size": 2,
+  }
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("preset", base_config.FLOWS)
+def test_dro_trains_resumes_evaluates_and_exports(preset, tmp_path):
+  base = _write(preset, tmp_path / "model")
+  settings = {"updates": (1, 2), "preset": preset, **_fields(tmp_path / "images")}
+  whole, parts = runs.check_resumed(base, tmp_path, "dro", **settings)
+  for workdir in (whole, parts):
+    losses = [line["loss"] for line in runs.lines(workdir) if "loss" in line]
+    assert len(losses) == 2 and losses[0] > 0 and np.isfinite(losses).all()
+    assert (workdir / "report.html").is_file() and (workdir / "evaluation/2/grid.png").is_file()
+  out = tmp_path / "tuned"
+  assert export.main([f"--workdir={parts}", f"--out={out}", "--dtype=float32"]) == 0
+  found, start = (pipeline.load_pipeline(str(path)).denoiser_params for path in (out, base))
+  tuned = load_run.load(str(parts)).denoiser_params
+  changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), found, start)
+  assert any(jax.tree.leaves(changed))
+  if preset == "sd35m":
+    assert not changed["pos_embed"]["pos_embed"]
+    lora = tmp_path / "lora.safetensors"
+    assert export.main([f"--workdir={parts}", f"--out={lora}", "--lora"]) == 0
+    assert lora.is_file()
+  else:
+    jax.tree.map(np.testing.assert_array_equal, found, tuned)
