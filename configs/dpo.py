@@ -12,6 +12,11 @@ for IPO, whose target for the margin is 1 / (2 beta).
 `--config.model.start=W` begins with another run's model, such as SFT's, which then is the
 reference, too, as with the authors' `--unet_init`; `--config.loss.reference=base` keeps
 the base.
+
+`sd35m` is Flow-GRPO's DPO (https://github.com/yifan123/flow_grpo): beta 100 on errors of the
+velocity. At noise level sigma these are 1 / (1 - sigma)^2 times those of the noise, so 5000
+does not carry over. `sana` has no published recipe: beta is that of `sd35m`, the optimizer
+Diffusion-DPO's. `jaxpref.base_config.presets` has the other numbers.
 """
 
 from ml_collections import ConfigDict
@@ -26,4 +31,6 @@ def get_config(preset: str = "shapes") -> ConfigDict:
   c = base_config.base("dpo", preset)
   c.loss.beta = 5000.0  # strength of the tie to the reference
   c.loss.variant = "sigmoid"  # or 'hinge' or 'ipo'
+  if preset in base_config.FLOWS:
+    c.loss.beta = 100.0
   return c

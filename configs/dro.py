@@ -21,6 +21,11 @@ differ (docs/dro.md). The paper's experts are Pick-a-Pic's best images by HPSv2:
 `score_0` and `score_1` in your parquet files is your choice. `sdxl` uses the same numbers; its
 experts in the paper are the best 500 images of MJHQ-30k by PickScore:
 `--config.data.source=folder`.
+
+`sd35m` and `sana`: no published recipe, because the paper has none for flow matching. They use
+the paper's numbers for SD 1.5; the learning rate of LoRA for `sd35m` is Flow-GRPO's. Errors are
+those of the noise, in which the loss is the paper's and its margin has a meaning; those of the
+velocity (`--config.loss.space=v`) need a larger one, because they are not damped at high noise.
 """
 
 from ml_collections import ConfigDict
@@ -36,7 +41,10 @@ def get_config(preset: str = "shapes") -> ConfigDict:
   # Experts are chosen by data.num_experts instead.
   c.data.num_rows = 0
   c.loss.margin = 0.05  # m: margin of the experts, in mean squared error
-  if preset in ("sd15", "sdxl"):
+  if preset in base_config.PUBLISHED:
     c.loss.margin = 1e-3
     base_config.train_on_experts(c)
+  if preset in base_config.FLOWS:
+    c.loss.space = "eps"
+    c.noise.density = "uniform"  # a rollout's levels are evenly spaced before the shift
   return c

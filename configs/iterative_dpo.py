@@ -11,6 +11,10 @@ as the paper does with SPIN's third iterate; without it, training begins with th
 `sd15` and `sdxl`: three iterations of 38,400 pairs and 5000 updates, batch 2048, learning rate
 1e-4, beta 2000, s_T = 3.5 and s_I = 3.0 are the paper's. `data.min_change` and the guidance
 for the losers are our choices.
+
+`sd35m` and `sana`: no published recipe, and no improver. Their winners are the images of the
+data (`iterate.winners=data`), beta is that of `configs/dpo.py`, the number of pairs and updates
+the paper's, and the learning rate the preset's.
 """
 
 from ml_collections import ConfigDict
@@ -38,6 +42,11 @@ def get_config(preset: str = "shapes") -> ConfigDict:
   if preset in ("sd15", "sdxl"):
     c.optim.lr = 1e-4
     c.optim.warmup_updates = 0
+  if preset in base_config.FLOWS:
+    c.loss.beta = 100.0
+    c.iterate.winners = "data"
+    c.iterate.improver = ""
+  if preset in base_config.PUBLISHED:
     c.train.num_updates = 5000
     c.iterate.num_pairs = 38_400
     c.iterate.shard_size = 1024

@@ -9,6 +9,10 @@ the code. An image is liked if it ever won a pair, and images are sampled with r
 that four of five are liked (`data.desirable_share`). `loss.utility` is 'kt', 'loss_averse' or
 'risk_seeking'. Their example trains two images on each of four devices; the batch of 128 here
 is ours.
+
+`sd35m` and `sana`: no published recipe. Beta is DPO's on errors of the velocity, as the paper's
+is DPO's on those of the noise. `sana` uses the numbers of the example otherwise, `sd35m` the
+optimizer of its preset.
 """
 
 from ml_collections import ConfigDict
@@ -25,7 +29,9 @@ def get_config(preset: str = "shapes") -> ConfigDict:
   c.loss.utility = "kt"  # or 'loss_averse' or 'risk_seeking'
   c.loss.weight_desirable = 1.0  # of liked images
   c.loss.weight_undesirable = 1.0  # of the others
-  if preset in ("sd15", "sdxl"):
+  if preset in base_config.FLOWS:
+    c.loss.beta = 100.0
+  if preset in ("sd15", "sdxl", "sana"):
     c.optim.lr = 1e-7
     c.optim.warmup_updates = 200
     c.train.batch_size = 128

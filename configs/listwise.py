@@ -5,6 +5,7 @@
 This applies Plackett and Luce's model to Diffusion-DPO's rewards. The shapes world has lists
 of four images. `sd15` and `sdxl` use Diffusion-DPO's optimizer and beta, but there is not yet
 a source of ranked lists for them: `data.source=pickapic` has pairs, and refuses lists.
+`sd35m` and `sana`: no published recipe; the numbers are those of `configs/dpo.py`.
 """
 
 from ml_collections import ConfigDict
@@ -18,4 +19,6 @@ def get_config(preset: str = "shapes") -> ConfigDict:
   """Returns the run's configuration."""
   c = base_config.base("listwise", preset)
   c.loss.beta = 5000.0  # strength of the tie to the reference
+  if preset in base_config.FLOWS:
+    c.loss.beta = 100.0
   return c

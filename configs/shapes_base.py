@@ -3,6 +3,7 @@ r"""Training of the shapes world's base pipeline from scratch, on its flawed cor
   python -m jaxpref.pretrain --config=configs/shapes_base.py
   python -m jaxpref.pretrain --config=configs/shapes_base.py:more
   python -m jaxpref.pretrain --config=configs/shapes_base.py:decoder
+  python -m jaxpref.pretrain --config=configs/shapes_base.py:flow
 
 There are three stages. The first trains a VAE on the images of the corpus, the second trains
 text encoder and UNet together on the latents, and the third exports them to
@@ -12,12 +13,13 @@ an interrupted run.
 The presets `more` and `decoder` train existing weights further: `more` trains the text encoder
 and UNet of the bundled pipeline on new images, as many as before; `decoder` trains only the
 VAE's decoder, for sharper edges, which does not change latents and UNet. The model card of the
-bundled pipeline describes how it was made.
+bundled pipeline describes how it was made. The preset `flow` trains a UNet with flow matching,
+on logit-normal levels.
 """
 
 from ml_collections import ConfigDict
 
-PRESETS = ("shapes", "more", "decoder", "tiny")
+PRESETS = ("shapes", "more", "decoder", "flow", "tiny")
 
 
 def get_config(preset: str = "shapes") -> ConfigDict:
@@ -58,7 +60,14 @@ def get_config(preset: str = "shapes") -> ConfigDict:
   c.unet.attention = (False, True)  # whether a level has self- and cross-attention
   c.unet.heads = (2, 4)
   c.unet.layers_per_block = 1
-  c.unet.prediction_type = "v_prediction"
+  c.unet.prediction_type = "v_prediction"  # or 'epsilon', or 'flow_prediction': flow matching
+
+  c.noise = ConfigDict()  # levels of flow matching; others are uniform timesteps
+  c.noise.density = "uniform"  # before the shift: 'uniform', 'logit_normal' or 'mode'
+  c.noise.mean = 0.0  # of logit_normal's logits; above 0: more noise
+  c.noise.std = 1.0  # of logit_normal's logits
+  c.noise.scale = 1.29  # of 'mode'; above 0: more levels in the middle
+  c.noise.shift = 1.0  # above 1: more noise; written to the scheduler's file, also for sampling
 
   c.denoiser = ConfigDict()
   c.denoiser.path = ""  # pipeline whose text encoder and UNet are trained further; '': new ones
@@ -75,6 +84,9 @@ def get_config(preset: str = "shapes") -> ConfigDict:
   c.log_every = 100  # updates between logged metrics
   c.save_every = 500  # updates between checkpoints
 
+  if preset == "flow":
+    c.unet.prediction_type = "flow_prediction"
+    c.noise.density = "logit_normal"  # Esser et al., 2024
   if preset in ("more", "decoder"):
     c.seed = 1  # gives another corpus and other noise
     c.vae.path = c.denoiser.path = "shapes"

@@ -4,6 +4,7 @@
 
 A recipe for diffusion models is not published. `sd15` and `sdxl` use Diffusion-DPO's optimizer
 and beta; the target margin is a first value to tune.
+`sd35m` and `sana`: no published recipe; beta is that of `configs/dpo.py`.
 """
 
 from ml_collections import ConfigDict
@@ -17,5 +18,7 @@ def get_config(preset: str = "shapes") -> ConfigDict:
   """Returns the run's configuration."""
   c = base_config.base("simpo", preset)
   c.loss.beta = 5000.0  # scale of the difference of errors
+  if preset in base_config.FLOWS:
+    c.loss.beta = 100.0
   c.loss.target_margin = 0.5  # of the scaled difference of errors
   return c

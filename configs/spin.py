@@ -10,6 +10,9 @@ new linear schedule after 200 updates of warm-up, are those of the published mod
 cards give no beta: 2000 in all iterations is our choice (2000 in the first and 5000 in later
 ones could not be confirmed). Guidance 7.5 and 50 steps of DPM-Solver++ for the losers, the
 number of pairs, and `data.min_change` are our choices, too.
+
+`sd35m` and `sana`: no published recipe. Beta is that of `configs/dpo.py`, and `sd35m` has the
+batch and learning rate of its preset; all other numbers are those of `sd15`.
 """
 
 from ml_collections import ConfigDict
@@ -28,10 +31,13 @@ def get_config(preset: str = "shapes") -> ConfigDict:
     c.optim.lr = 1e-4
     c.loss.beta = 200.0
     c.train.num_updates = 50
-  if preset in ("sd15", "sdxl"):
+  if preset in base_config.FLOWS:
+    c.loss.beta = 100.0
+  if preset in base_config.PUBLISHED:
     c.data.experts = "winners"
     c.data.num_experts = 0  # 0 reads all; set what memory holds, see docs/losses.md
-    c.optim.lr = 2e-5
+    if preset != "sd35m":
+      c.optim.lr = 2e-5
     c.optim.schedule = "linear"  # starts again in each iteration
     c.optim.warmup_updates = 200
     c.train.num_updates = 500

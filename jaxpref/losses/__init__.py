@@ -5,6 +5,7 @@ loss per sample. They do not depend on networks, configurations or devices. The 
 train step must provide are declared beside each, see `jaxpref.losses.base`.
 """
 
+from jaxpref.losses.awm import awm_loss
 from jaxpref.losses.base import (
   Arranged,
   Loss,
@@ -17,12 +18,15 @@ from jaxpref.losses.base import (
   to_errors,
 )
 from jaxpref.losses.csft import csft_loss
+from jaxpref.losses.dgpo import dgpo_loss
 from jaxpref.losses.dpo import dpo_loss
 from jaxpref.losses.dro import dro_loss
 from jaxpref.losses.dspo import dspo_loss
 from jaxpref.losses.kto import kto_loss
 from jaxpref.losses.listwise import plackett_luce_loss
 from jaxpref.losses.mapo import mapo_loss
+from jaxpref.losses.nft import nft_loss
+from jaxpref.losses.rwr import rwr_loss
 from jaxpref.losses.sdpo import safeguard, sdpo_scale
 from jaxpref.losses.sft import sft_loss
 from jaxpref.losses.simpo import simpo_loss
@@ -33,8 +37,10 @@ __all__ = [
   "Loss",
   "Needs",
   "Terms",
+  "awm_loss",
   "check_loss",
   "csft_loss",
+  "dgpo_loss",
   "dpo_loss",
   "dro_loss",
   "dspo_loss",
@@ -43,7 +49,9 @@ __all__ = [
   "load_loss",
   "make_loss",
   "mapo_loss",
+  "nft_loss",
   "plackett_luce_loss",
+  "rwr_loss",
   "safeguard",
   "sdpo_scale",
   "sft_loss",

@@ -1,14 +1,16 @@
 """The interface of a loss module, and how losses are looked up.
 
-A method is a module with two names, and perhaps a third:
+A method is a module with two names, and perhaps a third or fourth:
 
   NEEDS: a `Needs`, the inputs that the train step must provide.
   objective(terms, *, ...) -> (loss [B], metrics): from a micro-batch's `Terms`. Metrics are
     per-sample arrays or scalars, which the caller averages.
   arrange(x0, cond, uncond, key, *, ...) -> Arranged: rearranges a batch before it is noised,
     inside the step. Without it, the step trains on the images as the rows have them.
+  label(rewards [N], *, ...) -> dict of [N]: makes further labels of a round's scored rows from
+    their rewards, in numpy, once for each round.
 
-Keyword-only parameters of both are hyper-parameters. They come from the fields of the same
+Keyword-only parameters of these are hyper-parameters. They come from the fields of the same
 name in the configuration's `loss` section, which must be there unless the parameter has a
 default.
 
@@ -20,17 +22,17 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxpref import plugins
+from jaxpref import base_config, plugins
 from jaxpref.errors import UserError
 
 GROUP = "jaxpref.losses"
-_NOT_HYPER = ("name", "reference")  # fields of the section that the train step reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,23 +44,28 @@ class Needs:
       'experts': one image ('e'),
       'pairs': a preferred image ('w') and the other one ('l'),
       'singles': one image ('x') and whether it is `desirable`,
-      'lists': `data.list_size` images from best to worst ('1', '2', ...).
+      'lists': `data.list_size` images from best to worst ('1', '2', ...),
+      'scored': one sample of the policy ('x') with its `advantage` and `reward`,
+      'groups': all samples of a prompt ('1', '2', ...), with the same labels [B, G].
     rollout: 'states' adds the arm 'p': states of the policy's own sampling trajectories, with
       its predictions there as targets. None adds nothing.
     reference: whether the loss needs the errors of a frozen reference, which is chosen by the
       configuration's `loss.reference`.
+    old: whether the loss needs the errors of a copy of the policy that lags behind it, which
+      follows the policy as `rounds.old_*` say.
     shared_noise: whether the images of a row get the same noise. They always share the
       timestep.
     residuals: whether `objective` gets predictions minus targets, [B, C, h, w], instead of
       their mean squares.
     condition: 'image' if the denoiser has a clean image as a further input, which `arrange`
-      chooses. The UNet's input is widened for it.
+      chooses. The denoiser's input is widened for it.
     arms: names of the errors, if `arrange` changes those of the rows.
   """
 
-  rows: Literal["experts", "pairs", "singles", "lists"]
+  rows: Literal["experts", "pairs", "singles", "lists", "scored", "groups"]
   rollout: Literal["states"] | None = None
   reference: bool = False
+  old: bool = False
   shared_noise: bool = True
   residuals: bool = False
   condition: Literal["image"] | None = None
@@ -98,19 +105,24 @@ class Terms(NamedTuple):
     ref: the reference's errors, without gradient; empty without a reference.
     labels: further columns of the rows, [B].
     mean: averages an array over the micro-batches of all devices, to a scalar.
+    old: the lagging policy's errors, without gradient; empty if the loss does not need them.
   """
 
   err: Mapping[str, jax.Array]
   ref: Mapping[str, jax.Array]
   labels: Mapping[str, jax.Array]
   mean: Callable[[jax.Array], jax.Array]
+  old: Mapping[str, jax.Array] = MappingProxyType({})
 
 
 def to_errors(residuals: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
   """Returns denoising errors [B] by arm: mean squares of residuals [B, ...]."""
-  return {
-    arm: jnp.mean(jnp.square(r), axis=tuple(range(1, r.ndim))) for arm, r in residuals.items()
-  }
+  return {arm: squares(r) for arm, r in residuals.items()}
+
+
+def squares(x: jax.Array) -> jax.Array:
+  """Returns the mean square of each sample, [B], of [B, ...]."""
+  return jnp.mean(jnp.square(x), axis=tuple(range(1, x.ndim)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,12 +134,14 @@ class Loss:
     needs: its module's `NEEDS`.
     objective: (terms) -> (loss [B], metrics).
     arrange: (x0, cond, uncond, key) -> `Arranged`, or None.
+    label: (rewards) -> further labels of a round's rows, or None.
   """
 
   name: str
   needs: Needs
   objective: Callable[[Terms], tuple[jax.Array, dict[str, jax.Array]]]
   arrange: Callable[..., Arranged] | None = None
+  label: Callable[[np.ndarray], dict[str, np.ndarray]] | None = None
 
 
 def make_loss(settings: Mapping[str, Any]) -> Loss:
@@ -141,11 +155,15 @@ def make_loss(settings: Mapping[str, Any]) -> Loss:
   """
   name = settings["name"]
   module = load_loss(name)
-  arrange = getattr(module, "arrange", None)
-  takes = _takes(module.objective) | (_takes(arrange) if arrange else {})
+  arrange, label = (getattr(module, part, None) for part in ("arrange", "label"))
+  takes = _takes(module.objective)
+  for function in filter(None, (arrange, label)):
+    takes |= _takes(function)
   if lacking := [f"'loss.{n}'" for n, must in takes.items() if must and n not in settings]:
     raise UserError(f"loss {name!r} needs {', '.join(lacking)} in its config file")
-  if foreign := [f"'loss.{n}'" for n in settings if n not in (*takes, *_NOT_HYPER)]:
+  if foreign := [
+    f"'loss.{n}'" for n in settings if n not in (*takes, *base_config.FIELDS_OF_ALL_LOSSES)
+  ]:
     raise UserError(
       f"loss {name!r} does not take {', '.join(foreign)}: its hyper-parameters are the "
       "parameters of objective after the *"
@@ -155,7 +173,8 @@ def make_loss(settings: Mapping[str, Any]) -> Loss:
     taken = {name: settings[name] for name in _takes(function) if name in settings}
     return functools.partial(function, **taken)
 
-  return Loss(name, module.NEEDS, bind(module.objective), arrange and bind(arrange))
+  optional = (function and bind(function) for function in (arrange, label))
+  return Loss(name, module.NEEDS, bind(module.objective), *optional)
 
 
 def load_loss(name: str) -> ModuleType:
@@ -196,14 +215,20 @@ def check_loss(loss: Loss, arms: Sequence[str], *, images: int) -> None:
   shape = (2, 1, 1, 1) if loss.needs.residuals else (2,)
   values = {arm: jnp.zeros(shape) for arm in arms}
   labels = {"desirable": jnp.zeros(2, bool)} if loss.needs.rows == "singles" else {}
+  if loss.needs.rows in ("scored", "groups"):
+    of_row = jnp.zeros(2) if loss.needs.rows == "scored" else jnp.zeros((2, images))
+    labels = {"advantage": of_row, "reward": of_row}
+    if loss.label:
+      made = loss.label(np.zeros(of_row.size)).items()
+      labels |= {name: jnp.asarray(of).reshape(of_row.shape) for name, of in made}
   if loss.arrange:
     x0, cond = jnp.zeros((2, images, 1, 1, 1)), {"text": jnp.zeros((2, 1, 1))}
     labels |= loss.arrange(x0, cond, cond, jax.random.key(0)).labels
-  ref = values if loss.needs.reference else {}
+  ref, old = (values if needed else {} for needed in (loss.needs.reference, loss.needs.old))
   try:
     found = jax.eval_shape(
-      lambda err, ref, labels: loss.objective(Terms(err, ref, labels, jnp.mean)),
-      *(values, ref, labels),
+      lambda err, ref, labels, old: loss.objective(Terms(err, ref, labels, jnp.mean, old)),
+      *(values, ref, labels, old),
     )
   except KeyError as error:
     has = f"errors {', '.join(values)}, {'a' if ref else 'no'} reference"

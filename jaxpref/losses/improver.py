@@ -1,6 +1,6 @@
 """The improvement model: it denoises the preferred image, given the other one.
 
-Its UNet reads the latents of a clean input image beside the noised ones (`unet.widen_input`)
+Its UNet reads the latents of a clean input image beside the noised ones (`pipeline.widen`)
 and learns p(x_w | x_l, c). A batch mixes three tasks; each row gets a random one:
 
   task             input image        prompt   target

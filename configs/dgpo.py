@@ -1,0 +1,34 @@
+"""DGPO: preferences within a group of samples of one prompt.
+
+  python -m jaxpref.main --config=configs/dgpo.py
+
+After Luo et al. 2025 (https://arxiv.org/abs/2510.08425), who train SD 3.5 Medium; no numbers
+for SD 1.5, SDXL and SANA are published. From the authors' code are 24 groups of 24, timestep
+and noise shared within a group, samples with guidance 4.5 and training without, beta 100, the
+ratio's clip of 0.01, the weight 0.001 of the reference, and the average's decay of 0.001 times
+the updates done, at most 0.3. They train 4 of the noisiest timesteps; here each group has one
+random timestep at each update. Learning rate, LoRA's rank, number of updates and scorer are our
+choices.
+"""
+
+from ml_collections import ConfigDict
+
+from jaxpref import base_config
+
+PRESETS = base_config.PRESETS
+
+
+def get_config(preset: str = "shapes") -> ConfigDict:
+  """Returns the run's configuration."""
+  c = base_config.base("dgpo", preset)
+  base_config.rounds(c)
+  c.loss.beta = 100.0  # strength of the tie to the reference
+  c.loss.clip = 0.01  # half the width of the ratio's range
+  c.loss.weight_reference = 0.001  # of the squared distance to the reference's predictions
+  c.rounds.old_decay = 0.3
+  c.rollout.guidance = 4.5 if preset in base_config.PUBLISHED else c.evaluate.guidance
+  if preset == "shapes":
+    c.train.batch_size = 8  # groups per update, over all devices and micro-batches
+  if preset in base_config.PUBLISHED:
+    c.train.batch_size, c.train.accumulate = 24, 3
+  return c

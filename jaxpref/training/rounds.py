@@ -1,0 +1,287 @@
+"""Rounds of online training: samples of the policy, their rewards, and the rows made of them.
+
+A round samples G images for each of P prompts, scores them, compares the rewards, and serves
+batches of rows for `rounds.updates` updates. Checkpoints are written between rounds, so that
+the number of a round, the place in the prompts and the windows of rewards are the whole state.
+`rounds/<k>.json` in the workdir has the prompts, seeds and scores of round k.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxpref import scorers, sharding
+from jaxpref.data import encode, row_set
+from jaxpref.data.gather import Gather
+from jaxpref.errors import DivergedError, UserError
+from jaxpref.rewards import advantages as advantages_lib
+from jaxpref.runtime import distributed, watchdog
+from jaxpref.runtime import workdir as workdir_lib
+from jaxpref.training import programs
+from jaxpref.training.batch_maker import BatchRows
+from jaxpref.training.inputs import Part
+from jaxpref.training.setup import Prepared
+
+# Rounds in a row without a pair, after which the scorer cannot be learned from.
+_MOST_EQUAL = 20
+_PROMPTS, _SEEDS, _ORDER = 0x50524F4D, 0x53454544, 0x4F524452  # purposes of random numbers
+_log = logging.getLogger(__name__)
+
+
+class Rounds:
+  """The loader of a run that learns from scored samples of its policy."""
+
+  def __init__(self, prepared: Prepared, workdir: Path, guide: Any):
+    """Encodes all prompts.
+
+    Args:
+      prepared: the run's input, with the encoders' parameters.
+      workdir: the run's.
+      guide: conditioning that guidance leads away from, on the devices, or None.
+    """
+    self._prepared, self._directory, self._guide = prepared, workdir / "rounds", guide
+    rows, pipeline, mesh = prepared.rows, prepared.pipeline, prepared.mesh
+    self._captions = [rows.caption_of(i) for i in range(len(rows))]
+    self._cond = encode.encode_prompts(pipeline, mesh, self._captions)
+    self._vae = sharding.place_params(pipeline.params["vae"], mesh)
+    self._state: dict[str, Any] = {"round": 0, "cursor": 0, "windows": {}}
+    self._left: list[tuple[BatchRows, np.ndarray]] = []
+    self.metrics: dict[str, float] = {}
+
+  def get_state(self) -> dict[str, Any]:
+    """Returns the state between two rounds, as JSON."""
+    return self._state
+
+  def set_state(self, state: Mapping[str, Any]) -> None:
+    """Continues after a round."""
+    self._state, self._left = dict(state), []
+
+  def close(self) -> None:
+    """Frees the round's rows."""
+    self._left = []
+
+  @property
+  def is_between(self) -> bool:
+    """Whether all updates of the round are done, so that the state is whole."""
+    return not self._left
+
+  def __next__(self) -> tuple[BatchRows, Any]:
+    """Returns the rows of the next update and their batch on the devices."""
+    taken, index = self._left.pop(0)
+    return taken, sharding.place_batch(taken.part.rows, self._prepared.mesh, index)
+
+  def renew(self, program: programs.Programs, state: Any, base: Any) -> None:
+    """Samples and scores a round, if the last one has no updates left.
+
+    Args:
+      program: of the run.
+      state: the `TrainState`, whose policy or lagging copy samples.
+      base: the base's parameters if the policy needs them, else None.
+
+    Raises:
+      UserError: a scorer fails, or no group has different rewards for many rounds.
+      DivergedError: an image is not finite.
+    """
+    if self._left:
+      return
+    for _ in range(_MOST_EQUAL):
+      if self._sample_round(program, state, base):
+        return
+      _log.warning("all rewards of a prompt are equal, for each prompt of the round")
+    raise UserError(
+      f"in {_MOST_EQUAL} rounds all images of a prompt had equal rewards, so that no pair can "
+      "be formed: choose other rounds.scorers, or a larger rounds.images_per_prompt"
+    )
+
+  def _sample_round(self, program: programs.Programs, state: Any, base: Any) -> bool:
+    """Samples and scores the next round; returns whether there are rows to learn from."""
+    config = self._prepared.config
+    number, settings = self._state["round"], config.rounds
+    count, images = settings.num_prompts, settings.images_per_prompt
+    chosen = _take(self._state["cursor"], count, len(self._captions), config.seed)
+    seeds = np.random.default_rng([config.seed, number, _SEEDS])
+    # The upper half of the seeds: evaluations use the lower half.
+    seed = seeds.integers(2**31, 2**32, size=count * images).astype(np.uint32)
+    prompt = np.repeat(chosen, images)
+    captions = [self._captions[i] for i in prompt]
+    latents, pixels = self._sample(program, state, base, prompt, seed)
+    scores = distributed.first(functools.partial(_score, settings.scorers, pixels, captions))
+    group = np.repeat(np.arange(count), images)
+    by_scorer = np.array(scores)
+    advantage, windows = _compare(by_scorer.T, group, captions, settings, self._state)
+    reward = by_scorer.T @ np.array(settings.weights)
+    self._state = {"round": number + 1, "cursor": self._state["cursor"] + count}
+    self._state["windows"] = windows
+    made = {
+      "prompts": [self._captions[i] for i in chosen],
+      "seeds": seed,
+      "advantage": advantage,
+    }
+    made |= dict(zip(settings.scorers, scores, strict=True))
+    as_lists = {name: np.asarray(of).tolist() for name, of in made.items()}
+    file = self._directory / f"{number}.json"
+    distributed.first(lambda: workdir_lib.write_json(file, as_lists))
+    self.metrics = _metrics(by_scorer, reward, advantage, group, settings.scorers)
+    labels = {"reward": reward, "advantage": advantage}
+    if label := self._prepared.loss.label:
+      labels |= label(reward)
+    rows = make_rows(self._prepared.loss.needs.rows, latents, labels, group, reward)
+    if not len(rows["latents"]):
+      return False
+    cond = {name: Gather(of, chosen[rows["group"]]) for name, of in self._cond.items()}
+    tree = {"latents": rows["latents"], "cond": cond, "labels": rows["labels"]}
+    texts = [row_set.Row((), self._captions[chosen[g]]) for g in rows["group"]]
+    part = Part(row_set.collect(texts), tree)
+    size = config.train.batch_size
+    order = shuffle(len(texts), size * settings.updates, [config.seed, number, _ORDER])
+    self._left = [(BatchRows(part, i), i) for i in order.reshape(-1, size)]
+    return True
+
+  def _sample(
+    self,
+    program: programs.Programs,
+    state: Any,
+    base: Any,
+    prompt: np.ndarray,
+    seed: np.ndarray,
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Samples an image for each prompt's number and seed; returns latents and pixels."""
+    config, mesh = self._prepared.config, self._prepared.mesh
+    lagging = config.rounds.sampler == "old"
+    assert program.sample is not None  # a run with rounds has it
+    params = program.adapt(state.policy_copy if lagging else state.params, base)
+    cond = {name: Gather(of, prompt) for name, of in self._cond.items()}
+    size = sharding.round_up(min(config.rollout.batch_size or len(seed), len(seed)), mesh)
+    found: list[Any] = []
+    for start in range(0, len(seed), size):
+      index = np.arange(start, start + size).clip(max=len(seed) - 1)
+      placed = sharding.place_batch((cond, seed), mesh, index)
+      sampled = program.sample(params, self._vae, placed[0], self._guide, placed[1])
+      real = min(size, len(seed) - start)  # the last batch is padded
+      found.append([x[:real] for x in sharding.to_host((sampled[0], *sampled[1]))])
+      watchdog.beat()
+    latents, pixels, finite = (np.concatenate(of) for of in zip(*found, strict=True))
+    if not (finite.all() and np.isfinite(latents).all()):
+      raise DivergedError(
+        f"{np.sum(~finite)} of {len(finite)} samples of the policy are not finite: lower "
+        "optim.lr or rollout.guidance, or compute in float32; checkpoints are intact"
+      )
+    return latents, pixels
+
+
+def make_rows(
+  kind: str,
+  latents: np.ndarray,
+  labels: Mapping[str, np.ndarray],
+  group: np.ndarray,
+  reward: np.ndarray,
+) -> dict[str, Any]:
+  """Makes rows of a kind from a round's images.
+
+  'scored' rows are single images, 'groups' all images of a prompt, 'pairs' the best and the
+  worst of a prompt's images if their rewards differ, and 'experts' the best.
+
+  Args:
+    kind: see `losses.Needs`.
+    latents: of the images, [P G, C, h, w], those of a prompt after each other.
+    labels: of the images by name, [P G].
+    group: number of their prompt, int [P G].
+    reward: of the images, [P G].
+
+  Returns:
+    'latents' [R, A, C, h, w], 'group' int [R], and 'labels' [R] or, of groups, [R, G].
+  """
+  count = int(group[-1]) + 1
+  single = {name: np.asarray(of, np.float32) for name, of in labels.items()}
+  if kind == "scored":
+    return {"latents": latents[:, None], "group": group, "labels": single}
+  if kind == "groups":
+    by_group = {name: of.reshape(count, -1) for name, of in single.items()}
+    whole = latents.reshape(count, -1, *latents.shape[1:])
+    return {"latents": whole, "group": np.arange(count), "labels": by_group}
+  best, worst, apart = advantages_lib.best_and_worst(reward, group)
+  if kind == "experts":
+    return {"latents": latents[best][:, None], "group": np.arange(count), "labels": {}}
+  kept = np.flatnonzero(apart > 0)
+  pairs = np.stack([latents[best[kept]], latents[worst[kept]]], axis=1)
+  return {"latents": pairs, "group": kept, "labels": {}}
+
+
+def shuffle(rows: int, count: int, seed: Sequence[int]) -> np.ndarray:
+  """Returns `count` row numbers: all rows in a random order, then in another one, and so on."""
+  generator = np.random.default_rng(seed)
+  passes = [generator.permutation(rows) for _ in range(-(-count // rows))]
+  return np.concatenate(passes)[:count]
+
+
+def _take(cursor: int, count: int, total: int, seed: int) -> np.ndarray:
+  """Returns the next `count` of `total` prompts; each epoch has all of them in a new order."""
+
+  @functools.cache
+  def order(epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch, _PROMPTS]).permutation(total)
+
+  return np.array([order(i // total)[i % total] for i in range(cursor, cursor + count)])
+
+
+def _score(
+  names: Sequence[str], pixels: np.ndarray, captions: Sequence[str]
+) -> list[list[float]]:
+  """Returns the scores of each scorer."""
+  found: Mapping[str, tuple[str, Callable]] = scorers.load_scorers(names)
+  return [
+    scorers.score(name, function, pixels, captions).tolist()
+    for name, (_, function) in found.items()
+  ]
+
+
+def _compare(
+  scores: np.ndarray,
+  group: np.ndarray,
+  captions: Sequence[str],
+  settings: Any,
+  state: Mapping[str, Any],
+) -> tuple[np.ndarray, dict[Any, list[float]]]:
+  """Returns advantages [N] for scores [N, K], and the new windows."""
+  clip = settings.clip or None
+  if settings.window:
+    return advantages_lib.windowed_advantages(
+      scores @ np.array(settings.weights),
+      captions,
+      state["windows"],
+      size=settings.window,
+      least=min(settings.window_least, settings.window),
+      eps=settings.eps,
+      clip=clip,
+    )
+  advantage = advantages_lib.sum_advantages(
+    *(scores, settings.weights, group),
+    scale=settings.scale,
+    ddof=settings.ddof,
+    eps=settings.eps,
+    clip=clip,
+  )
+  return advantage, {}
+
+
+def _metrics(
+  scores: np.ndarray,
+  reward: np.ndarray,
+  advantage: np.ndarray,
+  group: np.ndarray,
+  names: Sequence[str],
+) -> dict[str, float]:
+  _, _, apart = advantages_lib.best_and_worst(reward, group)
+  found = {
+    "reward/mean": reward.mean(),
+    "reward/std": reward.std(),
+    "reward/spread": apart.mean(),
+    "reward/equal_groups": (apart == 0).mean(),
+    "reward/advantage": np.abs(advantage).mean(),
+    **{f"reward/{name}": of.mean() for name, of in zip(names, scores, strict=True)},
+  }
+  return {name: float(value) for name, value in found.items()}

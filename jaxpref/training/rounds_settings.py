@@ -1,0 +1,91 @@
+"""Checks of the section `rounds`, before a run writes anything."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxpref import scorers
+from jaxpref.errors import UserError
+from jaxpref.losses import Needs
+
+KINDS = ("scored", "groups", "pairs", "experts")
+
+
+def check(config: Any, needs: Needs) -> None:
+  """Refuses settings of rounds that do not fit each other.
+
+  Args:
+    config: of the run.
+    needs: of its loss.
+
+  Raises:
+    UserError: they do not fit.
+  """
+  if "rounds" not in config:
+    if needs.old or needs.rows in ("scored", "groups"):
+      raise UserError(
+        f"loss {config.loss.name!r} learns from scored samples: its config file must call "
+        "base_config.rounds(c)"
+      )
+    return
+  settings, kind = config.rounds, needs.rows
+  if kind not in KINDS or needs.rollout or needs.arms:
+    raise UserError(
+      f"rounds make rows of the kinds {', '.join(KINDS)}, and loss {config.loss.name!r} learns "
+      f"from {kind}"
+    )
+  if len(settings.scorers) != len(settings.weights) or not settings.scorers:
+    raise UserError(
+      f"rounds.scorers and rounds.weights need one entry for each scorer (got "
+      f"{len(settings.scorers)} and {len(settings.weights)})"
+    )
+  images = settings.num_prompts * (settings.images_per_prompt if kind == "scored" else 1)
+  trained = settings.updates * config.train.batch_size
+  if trained < images:
+    raise UserError(
+      f"a round has {images} rows, and its rounds.updates x train.batch_size = {trained} rows "
+      "would leave some out: raise one of these, or lower rounds.num_prompts"
+    )
+  if config.train.num_updates % settings.updates:
+    raise UserError(
+      f"train.num_updates = {config.train.num_updates} must be a multiple of rounds.updates = "
+      f"{settings.updates}, since a run ends with a whole round"
+    )
+  if config.evaluate.every and config.train.updates_per_iteration % settings.updates:
+    raise UserError(
+      f"evaluate.every needs checkpoints between rounds: train.updates_per_iteration = "
+      f"{config.train.updates_per_iteration} must be a multiple of rounds.updates = "
+      f"{settings.updates}"
+    )
+  usual = {
+    "data.latents": "mode",
+    "data.crop": "center",
+    "data.flip": False,
+    "data.noise_draws": 0,
+    "data.buckets": False,
+    "data.original_sizes": False,
+    "data.cache": "auto",
+    "rollout.refresh_every": 1,
+  }
+  for name, value in usual.items():
+    section, field = name.split(".")
+    if (given := config[section][field]) != value:
+      raise UserError(f"{name} = {given!r} does not apply to rounds, which sample their images")
+  if settings.sampler == "old" and not needs.old:
+    raise UserError(
+      f"rounds.sampler = 'old', but loss {config.loss.name!r} keeps no average of the policy"
+    )
+
+
+def check_scorers(settings: Any, captions: Sequence[str]) -> None:
+  """Refuses scorers that are unknown or cannot judge a prompt.
+
+  Args:
+    settings: the configuration's section `rounds`.
+    captions: the prompts.
+
+  Raises:
+    UserError: see above.
+  """
+  for name in settings.scorers:
+    scorers.load_scorers([name])
+    scorers.categorize([name], captions)

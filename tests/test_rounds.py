@@ -1,0 +1,173 @@
+"""Rounds of online training: rows, order, settings, whole runs that end with the same bits."""
+
+import json
+
+import numpy as np
+import pytest
+import runs
+from conftest import ROOT, start_cluster
+
+from jaxpref import config as config_lib
+from jaxpref import losses, main, sharding
+from jaxpref.data import encode
+from jaxpref.errors import UserError
+from jaxpref.evaluation import sampling
+from jaxpref.models import load_pipeline
+from jaxpref.shapes import prompts
+from jaxpref.training import policy_sampler, rounds, rounds_settings
+
+LATENTS = np.arange(6.0).reshape(6, 1, 1, 1)
+GROUP, REWARD = np.array([0, 0, 0, 1, 1, 1]), np.array([0.1, 0.9, 0.5, 0.3, 0.3, 0.3])
+
+
+def rows_of(kind):
+  labels = {"advantage": np.arange(6) / 10}
+  made = rounds.make_rows(kind, LATENTS, labels, GROUP, REWARD)
+  return made["latents"][:, :, 0, 0, 0].tolist(), made["group"].tolist(), made["labels"]
+
+
+def test_rows_of_each_kind():
+  latents, group, labels = rows_of("scored")
+  assert latents == [[0], [1], [2], [3], [4], [5]] and group == GROUP.tolist()
+  np.testing.assert_allclose(labels["advantage"], np.arange(6) / 10)
+  latents, group, labels = rows_of("groups")
+  assert latents == [[0, 1, 2], [3, 4, 5]] and group == [0, 1]
+  assert labels["advantage"].shape == (2, 3) and labels["advantage"][1, 0] == np.float32(0.3)
+  # The second prompt has no pair: its rewards are equal.
+  assert rows_of("pairs") == ([[1, 0]], [0], {})
+  assert rows_of("experts") == ([[1], [3]], [0, 1], {})
+
+
+def test_an_order_has_whole_passes():
+  order = rounds.shuffle(5, 12, [0, 1])
+  assert sorted(order[:5]) == sorted(order[5:10]) == list(range(5)) and len(order) == 12
+  assert order[:5].tolist() != order[5:10].tolist()
+  assert rounds.shuffle(5, 12, [0, 1]).tolist() == order.tolist()
+  assert rounds.shuffle(5, 12, [0, 2]).tolist() != order.tolist()
+
+
+def test_the_cursor_alone_says_which_prompts_follow():
+  whole = rounds._take(0, 14, 5, seed=3)
+  assert sorted(whole[:5]) == sorted(whole[5:10]) == list(range(5))
+  assert rounds._take(4, 6, 5, seed=3).tolist() == whole[4:10].tolist()
+
+
+@pytest.mark.parametrize(
+  ("method", "changes", "message"),
+  [
+    ("awm", {"loss.name": "kto"}, "loss 'kto' learns from singles"),
+    ("awm", {"rounds.weights": (1.0, 2.0)}, "one entry for each scorer (got 1 and 2)"),
+    ("awm", {"rounds.num_prompts": 3}, "a round has 12 rows, and its rounds.updates x"),
+    ("awm", {"rounds.updates": 3}, "must be a multiple of rounds.updates = 3"),
+    (
+      "awm",
+      {"evaluate.every": 1, "rounds.updates": 4},
+      "train.updates_per_iteration = 2 must be a multiple of rounds.updates = 4",
+    ),
+    ("awm", {"data.latents": "sample"}, "data.latents = 'sample' does not apply to rounds"),
+    ("best_of", {"rounds.sampler": "old"}, "loss 'sft' keeps no average of the policy"),
+  ],
+)
+def test_settings_that_do_not_fit_are_refused(method, changes, message):
+  config = config_lib.load_config(f"{method}:tiny")
+  with config.unlocked():
+    for name, value in changes.items():
+      section, field = name.split(".")
+      config[section][field] = value
+  needs = losses.load_loss(config.loss.name).NEEDS
+  with pytest.raises(UserError) as error:
+    rounds_settings.check(config, needs)
+  assert message in str(error.value)
+
+
+def test_a_loss_on_scored_rows_needs_rounds():
+  config = config_lib.load_config("dpo:tiny")
+  with pytest.raises(UserError, match="its config file must call base_config.rounds"):
+    rounds_settings.check(config, losses.load_loss("awm").NEEDS)
+
+
+def test_all_prompts_must_be_the_scorers():
+  settings = config_lib.load_config("awm:tiny").rounds
+  known = prompts.held_out(1)[0]
+  rounds_settings.check_scorers(settings, [known])
+  with pytest.raises(UserError, match="shapes scorers cannot judge it"):
+    rounds_settings.check_scorers(settings, [known, "anything"])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_seed_is_the_generators(tiny_pipeline, guidance):
+  pipeline, mesh = load_pipeline(str(tiny_pipeline)), sharding.make_mesh()
+  denoise = pipeline.make_denoise(mesh=mesh)
+  settings = {"num_steps": 3, "guidance": guidance}
+  sample = policy_sampler.make_policy_sampler(
+    denoise, pipeline, solver="dpm_solver", order=2, **settings
+  )
+  captions, seeds = ["a red circle", "two blue squares"], np.array([2**31, 5], np.uint32)
+  cond = encode.encode_prompts(pipeline, mesh, captions)
+  uncond = encode.encode_no_prompt(pipeline, mesh)
+  params = pipeline.params
+  latents, decoded = sample(params["unet"], params["vae"], cond, uncond, seeds)
+  generate = sampling.make_generator(pipeline, mesh, batch_size=2, **settings)
+  want = generate(params["unet"], cond, seeds)
+  np.testing.assert_array_equal(decoded.pixels, want)
+  assert decoded.finite.all() and latents.shape == (2, *pipeline.latent_shape)
+
+
+# -------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture
+def surroundings(monkeypatch, tfds_dir):
+  monkeypatch.chdir(ROOT)
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tfds_dir))
+
+
+FIELDS = {"rounds.updates": 2, "rounds.window": 8, "rounds.window_least": 2, "lora.rank": 2}
+
+
+@pytest.mark.long
+def test_a_run_in_two_parts_ends_with_the_bits_of_a_whole_one(
+  surroundings, tiny_pipeline, tmp_path
+):
+  """Cut where a checkpoint would fall inside of a round, with windows, old weights and LoRA."""
+  fields = {**FIELDS, "train.updates_per_iteration": 1, "rounds.num_prompts": 4}
+  whole, parts = runs.check_resumed(tiny_pipeline, tmp_path, "nft", updates=(4, 8), **fields)
+  files = sorted(path.name for path in (whole / "rounds").iterdir())
+  assert files == ["0.json", "1.json", "2.json", "3.json"]
+  for name in files:
+    ours, theirs = (json.loads((at / "rounds" / name).read_text()) for at in (parts, whole))
+    assert ours == theirs
+  assert len(theirs["prompts"]) == 4 and len(theirs["seeds"]) == len(theirs["shapes.quality"])
+  assert np.std(theirs["shapes.quality"]) > 0 and min(theirs["seeds"]) >= 2**31
+  # Only whole rounds are saved: the state between them is small.
+  steps = sorted(int(p.name) for p in (whole / "checkpoints").iterdir() if p.name.isdigit())
+  assert steps == [6, 8]
+  _, state = runs.parameters(whole)
+  assert any(
+    (state[path] != state[path.replace("/policy_copy", "/params")]).any()
+    for path in state
+    if path.startswith("/policy_copy")
+  )
+  line = runs.lines(whole)[-1]
+  assert line["reward/mean"] == pytest.approx(np.mean(theirs["shapes.quality"]))
+  assert line["reward/shapes.quality"] == line["reward/mean"]
+
+
+@pytest.mark.long
+def test_two_processes_equal_one(surroundings, tiny_pipeline, tmp_path):
+  def arguments(at):
+    return runs.arguments(tiny_pipeline, at, "dgpo", **{"evaluate.num_prompts": 1})
+
+  assert main.main(arguments(tmp_path / "one")) == 0
+  log = tmp_path / "log"
+  cluster = start_cluster(2, 1, arguments(tmp_path / "two"), log)
+  assert cluster.wait(timeout=600) == 0, log.read_text()
+  for name in ("0.json", "3.json"):
+    one, two = (
+      json.loads((tmp_path / at / "rounds" / name).read_text()) for at in ("one", "two")
+    )
+    assert one["prompts"] == two["prompts"] and one["seeds"] == two["seeds"]
+    np.testing.assert_allclose(one["shapes.quality"], two["shapes.quality"], atol=0.02)
+  ours, theirs = (runs.lines(tmp_path / at)[-1] for at in ("two", "one"))
+  assert ours["err/policy_1"] == pytest.approx(theirs["err/policy_1"], rel=1e-3)
