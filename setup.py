@@ -9,6 +9,8 @@ HERE = Path(__file__).parent
 SOURCE = (HERE / "jaxpref/__init__.py").read_text(encoding="utf-8")
 VERSION = re.search(r'__version__ = "(.+)"', SOURCE)[1]
 
+# tensorflow_datasets needs the second one for Beam, and does not require it.
+BEAM = ["apache-beam>=2.70", "importlib_resources"]
 TEST = [
   *("hypothesis>=6", "import-linter>=2.10", "matplotlib>=3.9", "mypy", "pytest"),
   *("pytest-xdist", "ruff", "scikit-image", "setuptools>=77"),
@@ -29,7 +31,7 @@ setup(
   # They stand at the top of the repository, and in the package where it is installed.
   package_dir={"jaxpref.configs": "configs"},
   package_data={
-    "jaxpref.evaluation": ["*.j2"],
+    "jaxpref.evaluation": ["*.j2", "prompt_data/**/*"],
     "jaxpref": ["py.typed", "pipelines/**/*"],
   },
   install_requires=[
@@ -41,8 +43,9 @@ setup(
     "etils[epath]>=1.5",
     "filelock>=3.16",
     "flax>=0.11",
+    "fsspec>=2024.6",
     "ftfy>=6",
-    "grain>=0.2.14",
+    "grain>=0.2.15",
     "huggingface_hub>=0.34",
     "ijson>=3.3",
     "jax>=0.7.1",
@@ -56,6 +59,7 @@ setup(
     "pyarrow>=21",
     "safetensors>=0.5",
     "scipy>=1.14",
+    "statsmodels>=0.14.4",
     "tensorflow-datasets>=4.9.10",
     "tokenizers>=0.22",
     "tqdm>=4.67",
@@ -68,8 +72,12 @@ setup(
     "pretrain": ["matplotlib>=3.9"],
     # Checkpoints in a bucket of Google Cloud Storage.
     "gcs": ["gcsfs"],
+    # Builds of data sets on Dataflow, Spark or Flink: python -m jaxpref.data build --beam.
+    "beam": BEAM,
     # clu's TensorBoard writer; everything else runs without TensorFlow.
     "tensorboard": ["tensorflow-cpu", "tensorboard"],
+    # Metrics to Weights & Biases: train.wandb.
+    "wandb": ["wandb>=0.31"],
     # The documentation site: mkdocs serve, or mkdocs build.
     "docs": [
       *("latex2mathml>=3.77", "mkdocs>=1.6", "mkdocs-material>=9.6"),
@@ -77,6 +85,6 @@ setup(
     ],
     # Without PyTorch, tests that compare with it are skipped.
     "test-without-torch": TEST,
-    "test": [*TEST, "torch==2.13.0", "peft"],
+    "test": [*TEST, *BEAM, "torch==2.13.0", "peft"],
   },
 )

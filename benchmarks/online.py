@@ -32,7 +32,7 @@ from PIL import Image
 from jaxpref import scorers, sharding
 from jaxpref.data import encode, top_k
 from jaxpref.data import generated_pairs as pairs_lib
-from jaxpref.evaluation import sampling, statistics
+from jaxpref.evaluation import sampling, score_text, statistics
 from jaxpref.runtime import workdir as workdir_lib
 from jaxpref.shapes import builder
 from jaxpref.shapes import prompts as shapes_prompts
@@ -527,7 +527,7 @@ def _rate(compared: dict[str, Any]) -> str:
 
 
 def _p_values(compared: dict[str, Any]) -> str:
-  return ", ".join(statistics.p_text(compared[name]["p"]) for name in campaign.SCORERS)
+  return ", ".join(score_text.p_text(compared[name]["p"]) for name in campaign.SCORERS)
 
 
 def _save_grid(strip: Path, path: Path) -> None:

@@ -7,6 +7,7 @@ neither JavaScript nor the network to show them.
 """
 
 import ast
+import importlib
 import itertools
 import re
 import sys
@@ -20,6 +21,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from jaxpref import base_config  # noqa: E402
 from jaxpref import config as config_lib  # noqa: E402
 from jaxpref.evaluation import glossary  # noqa: E402
 
@@ -30,7 +32,7 @@ _COPIED = {
   "changelog.md": "CHANGELOG.md",
 }
 _METHOD = "dro"  # whose defaults are shown
-_PRESETS = ("sd15", "sdxl")  # shown where they differ from `shapes`
+_PRESETS = base_config.PUBLISHED  # shown where they differ from `shapes`
 # Code shown beside an equation: `<!-- code: losses/dpo.py dpo_loss -->`.
 _CODE = re.compile(r"^<!-- code: (\S+) (\w+) -->$", re.MULTILINE)
 # Links to what the site does not have, such as records: their text remains.
@@ -98,7 +100,7 @@ def _configuration() -> str:
     "Every field of a training run, generated from the configuration files. Set one on the "
     "command line with `--config.SECTION.FIELD=VALUE`; `python -m jaxpref.main --config=dro "
     "--help` prints the same list. Defaults are those of the preset `shapes` of `dro`; the "
-    "columns `sd15` and `sdxl` show where these presets of `dro` differ.",
+    "other columns show where these presets of `dro` differ.",
   ]
   shared = [path for path, _ in _fields(_METHOD) if path in common]
   for section, paths in itertools.groupby(shared, lambda path: path.rpartition(".")[0]):
@@ -114,9 +116,11 @@ def _configuration() -> str:
 
 def _table(name: str, paths: Iterable[str], title: str) -> list[str]:
   """Returns a table of fields: default, meaning, and where other presets differ."""
-  usual, *others = (dict(_fields(name, preset)) for preset in ("shapes", *_PRESETS))
+  known = importlib.import_module(f"configs.{name}").PRESETS
+  presets = [preset for preset in _PRESETS if preset in known]
+  usual, *others = (dict(_fields(name, preset)) for preset in ("shapes", *presets))
   meanings = config_lib.field_meanings(name)
-  heads = ("field", title, "meaning", *(f"`{preset}`" for preset in _PRESETS))
+  heads = ("field", title, "meaning", *(f"`{preset}`" for preset in presets))
   lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
   for path in paths:
     different = [_value(of[path]) if of[path] != usual[path] else "" for of in others]

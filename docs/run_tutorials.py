@@ -118,6 +118,9 @@ def run_page(page: str, *, slow: bool) -> str:
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(copy)}
     if not slow:
       environment.setdefault("XLA_FLAGS", _QUICK)
+      # Programs that the tests have compiled with these flags need no compilation here.
+      environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
+      environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
     for block in blocks:
       if block.title:
         apply(block, copy)

@@ -24,9 +24,10 @@ from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
-from jaxpref.base_config import LARGEST, LIMITS, RULES, Rules
+from jaxpref.base_config import FIELDS_OF_ALL_LOSSES, LARGEST, LIMITS, RULES, Rules
 from jaxpref.errors import UserError
 
+_LOSSES = Path(__file__).parent / "losses"
 _BOOLS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -63,7 +64,8 @@ def validate(config: ConfigDict, rules: Rules = RULES) -> None:
   """Checks values; missing fields and None are not checked.
 
   Every number has an upper limit, in `LIMITS` or by its type. Infinity is for fields whose
-  rule permits it.
+  rule permits it. Rules of the section `loss` are for the package's own losses: another
+  package's loss checks its hyper-parameters itself.
 
   Args:
     config: of any method.
@@ -73,7 +75,11 @@ def validate(config: ConfigDict, rules: Rules = RULES) -> None:
     UserError: the first value that breaks its rule.
   """
   fields = dict(leaves(config))
+  foreign = not (_LOSSES / f"{fields.get('loss.name')}.py").exists()
   for path, (holds, meaning) in rules.items():
+    section, _, name = path.partition(".")
+    if foreign and section == "loss" and name not in FIELDS_OF_ALL_LOSSES:
+      continue
     value = fields.get(path)
     try:
       fits = value is None or holds(value)
@@ -302,7 +308,7 @@ def _parse(path: str, text: str, old: Any, kind: type) -> Any:
   article, inner = "an" if kind is int else "a", ""
   if kind in (tuple, list) and old:
     names = dict.fromkeys(type(element).__name__ for element in old)
-    inner = f" of {' or '.join(names)}, e.g. {old!r}"
+    inner = f" of {' or '.join(names)}, e.g. {old!r} or {kind(old[:1])!r}"
   raise UserError(f"'{path}' takes {article} {kind.__name__}{inner}, got {text!r}")
 
 
@@ -357,7 +363,8 @@ def _comments(module: ModuleType) -> dict[str, str]:
   files = [Path(getattr(home, "__file__", None) or "").resolve() for home in homes]
   places = (main.parent, Path(__file__).resolve().parent)
   found: dict[str, str] = {}
-  for file in [main, *(file for file in files if file.parent in places)]:
+  modules = {f: f.parent if f.name == "__init__.py" else f for f in files}
+  for file in [main, *(file for file, module in modules.items() if module.parent in places)]:
     source = file.read_text(encoding="utf-8")
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     by_line = {

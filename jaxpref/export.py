@@ -15,12 +15,6 @@ from jaxpref.errors import UserError
 from jaxpref.runtime import cli
 from jaxpref.runtime.paths import user_path
 
-# Programs read the prediction type from the file only for SDXL, see `single_file`.
-_V_PREDICTION_NOTE = (
-  "note: the model predicts v. ComfyUI and A1111's web UI infer that from the weights for SD "
-  "2.x, but not for SD 1.x: set it there yourself (in ComfyUI with the node "
-  "ModelSamplingDiscrete, which also has zsnr; in A1111 with a .yaml beside the file)"
-)
 DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -70,29 +64,22 @@ def _run(argv: list[str]) -> None:
   if out.suffix == ".safetensors" and not (flags.single_file or flags.lora):
     raise UserError(f"--out={flags.out} names a file: add --single-file or --lora")
   # Late, so that errors on the command line do not wait for JAX.
-  from jaxpref.models import lora, save, single_file  # noqa: PLC0415
+  from jaxpref.models import lora, save  # noqa: PLC0415
   from jaxpref.training import load_run  # noqa: PLC0415
 
   pipeline = load_run.load(flags.workdir, ema=flags.ema, step=flags.step, merged=not flags.lora)
   dtype = np.dtype(flags.dtype)  # JAX has registered bfloat16
   if flags.lora:
-    unet = pipeline.params["unet"]
-    if not isinstance(unet, lora.Adapted):
+    params = pipeline.denoiser_params
+    if not isinstance(params, lora.Adapted):
       raise UserError(f"{flags.workdir} is not a LoRA run: leave out --lora")
-    metadata = lora.export_metadata(unet, family=single_file.family_of(pipeline.modules))
-    save.save_tensors(out, lora.export_tensors(unet, dtype), metadata)
+    save.save_tensors(out, *pipeline.family.export_lora(params, pipeline.modules, dtype))
     print(f"the LoRA is {out}")
     return
   if flags.single_file:
-    save.save_single_file(
-      out,
-      pipeline.params,
-      modules=pipeline.modules,
-      scheduler=pipeline.configs["scheduler"],
-      dtype=dtype,
-    )
-    if pipeline.schedule.prediction_type == "v_prediction" and not pipeline.is_xl:
-      print(_V_PREDICTION_NOTE)
+    save.save_single_file(out, pipeline, dtype=dtype)
+    if pipeline.schedule.prediction_type == "v_prediction" and pipeline.family.v_note:
+      print(pipeline.family.v_note)
   else:
     save.save_pipeline(
       out,

@@ -9,27 +9,16 @@ Images with non-finite pixels are not written, and the exit status says so.
 
 import argparse
 import hashlib
-import io
-import json
 import math
-import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from typing import Any
 
 from jaxpref.base_config import DTYPES, SOLVERS
 from jaxpref.data import prompt_files as prompt_files_lib
 from jaxpref.errors import DivergedError, UserError, count
+from jaxpref.evaluation import image_files
 from jaxpref.runtime import cli
 from jaxpref.runtime.paths import user_path
-from jaxpref.runtime.workdir import parse_json
-
-# Names of the solvers in the text that A1111's web UI reads.
-_SAMPLERS = {"dpm_solver": "DPM++ 2M", "ddim": "DDIM", "ddpm": "DDPM"}
-_SETTINGS, _A1111 = "jaxpref", "parameters"  # keys of the PNG's texts
-_LATER = {"clip_skip": 0}  # settings that older images lack, and their values
 
 
 def main(argv: list[str]) -> int:
@@ -61,8 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     type=float,
     help="classifier-free guidance scale; at most 1 means no guidance, only the prompt's "
     "prediction, as Turbo models need it (0 and 1 are the same); default: the scale of the "
-    "run's evaluation, otherwise 7.5, for improvers 3.5; for an improver it is the weight of "
-    "the prompt, where 0 ignores the prompt",
+    "run's evaluation, otherwise the usual one of the model's family, such as 7.5, and 3.5 for "
+    "improvers; for an improver it is the weight of the prompt, where 0 ignores the prompt",
   )
   add(
     "--image-guidance",
@@ -74,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
   add("--order", type=int, choices=(1, 2, 3), default=2, help="order of DPM-Solver++")
   add(
     "--size",
-    type=_size,
+    type=cli.size,
     metavar="WxH",
     help="width x height in pixels, as in the PNG's text, or one number for both; default: "
     "the model's training size",
@@ -88,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   add("--dtype", choices=DTYPES, default="float32", help="computation dtype")
   add("--variant", default="", help="variant of the pipeline's weights, such as fp16")
-  add("--unet", default="", metavar="DIR", help="another UNet: a directory or Hub id")
+  add("--unet", default="", metavar="DIR", help="another denoiser: a directory or Hub id")
   add("--vae", default="", metavar="DIR", help="another VAE: a directory or Hub id")
   add(
     "--clip-skip",
@@ -107,28 +96,6 @@ def _count(text: str) -> int:
   return number
 
 
-def _size(text: str) -> tuple[int, int]:
-  """Parses 'WIDTHxHEIGHT' or one number for both; returns height and width."""
-  match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
-  if match is None:
-    raise argparse.ArgumentTypeError(f"must be like 512 or 512x768 (got {text})")
-  return int(match[2] or match[1]), int(match[1])
-
-
-class ImageTask(NamedTuple):
-  """An image to generate.
-
-  Attributes:
-    file: path of the PNG.
-    settings: everything that its pixels depend on.
-    image: the image to improve, uint8 [H, W, 3], or None.
-  """
-
-  file: Path
-  settings: dict[str, Any]
-  image: Any = None
-
-
 def _run(argv: list[str]) -> None:
   flags = _parser().parse_args(argv)
   _check(flags)
@@ -136,22 +103,30 @@ def _run(argv: list[str]) -> None:
   # Late, so that errors on the command line do not wait for JAX.
   from jaxpref import sharding  # noqa: PLC0415
   from jaxpref.models import text  # noqa: PLC0415
-  from jaxpref.runtime import jax_setup  # noqa: PLC0415
+  from jaxpref.runtime import jax_setup, progress  # noqa: PLC0415
   from jaxpref.training import load_run  # noqa: PLC0415
 
   jax_setup.cache_programs()
   mesh = sharding.make_mesh()
   pipeline = _load_model(flags, mesh)
-  _fill_guidance(flags)
+  _fill_guidance(flags, pipeline.family.guidance)
   prefix = load_run.prompt_prefix(flags.improver or flags.model)
   wanted = _list_images(flags, out, pipeline, prefix)
   of_images = _describe_left_out(flags, len(wanted) // flags.images_per_prompt)
-  missing = [task for task in wanted if not is_generated(task.file, task.settings)]
+  missing = [t for t in wanted if not image_files.is_generated(t.file, t.settings)]
   if not missing:
     print(f"{count(len(wanted), 'image')} in {out}, 0 of them new{of_images}")
     return
   text.warn_of_cut(pipeline.tokenizers, [task.settings["prompt"] for task in wanted])
-  left_out = _generate(flags, pipeline, mesh, missing, total=len(wanted))
+  done = len(wanted) - len(missing)
+  batch_size = min(flags.batch_size, len(wanted))
+  sampler = image_files.make_sampler(pipeline, mesh, missing[0].settings, batch_size)
+  with progress.progress_bar(
+    total=len(wanted), initial=done, desc="images", unit="image"
+  ) as bar:
+    left_out = image_files.generate_images(
+      pipeline, mesh, sampler, missing, batch_size=batch_size, bar=bar
+    )
   written, new = len(wanted) - len(left_out), len(missing) - len(left_out)
   print(f"{count(written, 'image')} in {out}, {new} of them new{of_images}")
   if left_out:
@@ -191,14 +166,14 @@ def _load_model(flags: argparse.Namespace, mesh: Any) -> Any:
   return pipeline
 
 
-def _fill_guidance(flags: argparse.Namespace) -> None:
-  """Sets missing guidance scales to those of the run's evaluation, or to the defaults."""
+def _fill_guidance(flags: argparse.Namespace, usual: float) -> None:
+  """Sets missing guidance scales to those of the run's evaluation, or to the usual ones."""
   from jaxpref.models import hub  # noqa: PLC0415
   from jaxpref.training import load_run  # noqa: PLC0415
 
   name = flags.improver or flags.model
   if flags.guidance is None:
-    usual = 2.0 if flags.model in hub.BUNDLED else 7.5
+    usual = 2.0 if flags.model in hub.BUNDLED else usual
     flags.guidance = (
       load_run.setting(name, "improve", "text_guidance", 3.5)
       if flags.improver
@@ -206,63 +181,6 @@ def _fill_guidance(flags: argparse.Namespace) -> None:
     )
   if flags.image_guidance is None:
     flags.image_guidance = load_run.setting(name, "improve", "image_guidance", 3.0)
-
-
-def _generate(
-  flags: argparse.Namespace,
-  pipeline: Any,
-  mesh: Any,
-  missing: Sequence[ImageTask],
-  *,
-  total: int,
-) -> list[ImageTask]:
-  """Generates and writes missing images; returns those with non-finite pixels."""
-  from jaxpref import sharding  # noqa: PLC0415
-  from jaxpref.data import encode  # noqa: PLC0415
-  from jaxpref.evaluation import sampling  # noqa: PLC0415
-  from jaxpref.runtime import progress, workdir  # noqa: PLC0415
-
-  batch_size = min(flags.batch_size, total)
-  generator = sampling.make_generator(
-    pipeline,
-    mesh,
-    num_steps=flags.steps,
-    guidance=flags.guidance,
-    batch_size=batch_size,
-    solver=flags.solver,
-    order=flags.order,
-    size=flags.size,
-    negative=flags.negative,
-    decode=flags.decode,
-    image_guidance=flags.image_guidance if flags.improver else None,
-  )
-  workdir.make_writable(missing[0].file.parent)  # before anything is generated
-  size = tuple(missing[0].settings["size"])
-  step = sharding.round_up(batch_size, mesh)
-  left_out: list[ImageTask] = []
-  with progress.progress_bar(
-    total=total, initial=total - len(missing), desc="images", unit="image"
-  ) as bar:
-    for start in range(0, len(missing), step):
-      part = missing[start : start + step]
-      prompts = [task.settings["prompt"] for task in part]
-      cond = encode.encode_prompts(pipeline, mesh, prompts, size=size)
-      if flags.improver:
-        inputs = [task.image for task in part]
-        cond = {**cond, "image": encode.encode_images(pipeline, mesh, inputs)}
-      seeds = [task.settings["seed"] for task in part]
-      finite: Sequence[bool] = [True] * len(part)
-      try:
-        images = generator(pipeline.params["unet"], cond, seeds)
-      except sampling.NonFiniteError as error:
-        images, finite = error.images, error.finite.tolist()
-      for image, good, task in zip(images, finite, part, strict=True):
-        if good:
-          workdir.write_bytes(task.file, to_png(image, task.settings))
-        else:
-          left_out.append(task)
-      bar.update(len(part))
-  return left_out
 
 
 def _check(flags: argparse.Namespace) -> None:
@@ -306,22 +224,9 @@ def _check_images(flags: argparse.Namespace) -> None:
 
 def _list_images(
   flags: argparse.Namespace, out: Path, pipeline: Any, prefix: str
-) -> list[ImageTask]:
+) -> list[image_files.ImageTask]:
   """Lists all images that the flags ask for, whether they exist or not."""
-  height, width = flags.size or (pipeline.image_size, pipeline.image_size)
-  shared = {
-    "model": flags.improver or flags.model,
-    "weights": pipeline.digest,
-    "negative": flags.negative,
-    "guidance": flags.guidance,
-    "steps": flags.steps,
-    "solver": flags.solver,
-    "order": flags.order,
-    "size": [height, width],
-    "decode": flags.decode,
-    "dtype": flags.dtype,
-    "clip_skip": pipeline.clip_skip,
-  }
+  shared = image_files.shared_settings(flags, pipeline, flags.improver or flags.model)
   # (stem of the file's name, prompt, image to improve, additional settings)
   subjects: list[tuple[str, str, Any, dict[str, Any]]]
   if flags.images:
@@ -359,7 +264,7 @@ def _list_images(
     first = flags.seed + (0 if flags.images else i * each)
     for number in range(each):
       settings = {**shared, **more, "prompt": prefix + prompt, "seed": first + number}
-      tasks.append(ImageTask(out / f"{stem}-{number:02d}.png", settings, image))
+      tasks.append(image_files.ImageTask(out / f"{stem}-{number:02d}.png", settings, image))
   return tasks
 
 
@@ -393,54 +298,6 @@ def read_prompts(text: str) -> list[str]:
     return prompt_files_lib.read_file(path, shown=repr(text))
   except UserError as error:
     raise UserError(f"--prompts: {error}") from error
-
-
-def is_generated(file: Path, settings: Mapping[str, Any]) -> bool:
-  """Returns whether the file is the image of these settings.
-
-  Raises:
-    UserError: the file is something else, which must not be overwritten.
-  """
-  if not file.exists():
-    return False
-  foreign = f"{file} is not an image of this program: choose another --out"
-  if not file.is_file():  # reading a pipe would wait for a writer
-    raise UserError(foreign)
-  try:
-    with Image.open(file) as image:
-      found = dict(parse_json(image.info[_SETTINGS].encode()))
-  except (
-    *(OSError, ValueError, KeyError, TypeError, AttributeError),
-    *(UnidentifiedImageError, Image.DecompressionBombError),
-  ) as error:
-    raise UserError(foreign) from error
-  for name in settings.keys() - {"model"}:  # its path may change; its weights are compared
-    if found.get(name, _LATER.get(name)) != settings[name]:
-      raise UserError(
-        f"{file} has other settings: {name} was {found.get(name)!r}, now {settings[name]!r}; "
-        "choose another --out"
-      )
-  return True
-
-
-def to_png(image: Any, settings: Mapping[str, Any]) -> bytes:
-  """Encodes a PNG with its settings, as JSON and in the format of A1111's web UI."""
-  texts = PngImagePlugin.PngInfo()
-  texts.add_itxt(_SETTINGS, json.dumps(settings, ensure_ascii=False))
-  height, width = settings["size"]
-  lines = [settings["prompt"]]
-  if settings["negative"]:
-    lines.append(f"Negative prompt: {settings['negative']}")
-  lines.append(
-    f"Steps: {settings['steps']}, Sampler: {_SAMPLERS[settings['solver']]}, "
-    # There, a scale below 1 mixes in the image without a prompt; here it is the prompt's own.
-    f"CFG scale: {max(settings['guidance'], 1):g}, Seed: {settings['seed']}, "
-    f"Size: {width}x{height}, Model: {Path(settings['model']).name}"
-  )
-  texts.add_itxt(_A1111, "\n".join(lines))
-  buffer = io.BytesIO()
-  Image.fromarray(image).save(buffer, "PNG", pnginfo=texts)
-  return buffer.getvalue()
 
 
 if __name__ == "__main__":

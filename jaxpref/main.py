@@ -29,10 +29,11 @@ def _run(argv: list[str]) -> None:
   config, flags = config_lib.parse_args(argv, flags=FLAGS)
   config_lib.validate(config)
   # Imported late, so that errors on the command line do not wait for JAX.
-  from jaxpref.runtime import distributed, watchdog  # noqa: PLC0415
+  from jaxpref.runtime import distributed, wandb_run, watchdog  # noqa: PLC0415
   from jaxpref.training import iterate, setup, train  # noqa: PLC0415
 
   distributed.initialize(flags)
+  distributed.first(lambda: wandb_run.check_installed(config.train.wandb))
   fields = {name: repr(value) for name, value in config_lib.leaves(config)}
   distributed.check_same("configurations", fields)
   iterative = "iterate" in config

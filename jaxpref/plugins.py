@@ -1,4 +1,4 @@
-"""Lookup of the modules that users name in a configuration: losses and scorers."""
+"""Lookup of the modules that users name in a configuration: losses, scorers, data sources."""
 
 import importlib
 import pkgutil

@@ -45,11 +45,14 @@ def drop_prompts(dropped: jax.Array, cond: Any, uncond: Any) -> Any:
     uncond: conditioning of the empty prompt, a tree of arrays [1, ...].
 
   Returns:
-    A tree like `cond`.
+    A tree like `cond`. Sizes ('time_ids') do not belong to the prompt and stay.
   """
 
   def one(with_prompt, without):
     where = dropped.reshape((-1,) + (1,) * (with_prompt.ndim - 1))
     return jnp.where(where, without.astype(with_prompt.dtype), with_prompt)
 
-  return jax.tree.map(one, cond, uncond)
+  found = jax.tree.map(one, cond, uncond)
+  if isinstance(found, dict) and "time_ids" in found:
+    found["time_ids"] = cond["time_ids"]
+  return found

@@ -30,7 +30,9 @@ def denoise(params, x_t, t, cond):
 
 
 HYPER = {  # each method's settings, chosen so that they matter in this toy problem
+  "awm": {"strength": 1.0, "clip": 0.1, "weight_reference": 0.1, "weight_old": 0.1},
   "csft": {},
+  "dgpo": {"beta": 20.0, "clip": 0.1, "weight_reference": 0.1},
   "dpo": {"beta": 20.0, "variant": "sigmoid"},
   "dro": {"margin": 0.001},
   "dspo": {"beta": 0.5},
@@ -59,6 +61,8 @@ def initial(kind="experts", seed=0):
     "cond": draw(ROWS, TOKENS, WIDTH),
     "labels": {"desirable": rng.random(ROWS) < 0.7},
   }
+  if kind in ("scored", "groups"):
+    rows["labels"] = {"advantage": draw(*((ROWS, arms) if kind == "groups" else (ROWS,)))}
   return params, rows, draw(1, TOKENS, WIDTH)
 
 
@@ -116,6 +120,7 @@ def train(
     ema_decay=0.99,
     accumulate=accumulate,
     refresh_every=refresh_every,
+    copy_decay=(lambda done: 0.1 * done) if needs.old else None,
     own_targets=own,
     **shared,
   )

@@ -92,3 +92,53 @@ def dspo(p, r, beta, frozen_loser=None):
 def sdpo_scale(p, mu):
   along, square = (p["w"] * p["l"]).sum(), (p["w"] ** 2).sum()
   return 1.0 if along <= 0 else min((1.0 - mu) * square / along, 1.0)
+
+
+def rwr(p, r, weight):
+  return weight * err(p["x"])
+
+
+def awm(p, r, old, advantage, strength, clip, weight_reference, weight_old):
+  a = strength * advantage
+  ratio = np.exp(np.clip(err(old["x"]) - err(p["x"]), -20.0, 20.0))
+  fit = np.maximum(-a * ratio, -a * ratio.clip(1 - clip, 1 + clip))
+  near = weight_reference * err(p["x"] - r["x"]) + weight_old * err(p["x"] - old["x"])
+  return fit + near
+
+
+def nft_sides(p, old, beta):
+  return beta * p["x"] + (1 - beta) * old["x"], (1 + beta) * old["x"] - beta * p["x"]
+
+
+def nft_sizes(sides):
+  return [np.abs(of).reshape(len(of), -1).mean(1).clip(min=1e-5) for of in sides]
+
+
+def nft(p, r, old, advantage, beta, clip, weight_reference, sizes=None):
+  sides = nft_sides(p, old, beta)
+  better, worse = (
+    err(of) / size for of, size in zip(sides, sizes or nft_sizes(sides), strict=True)
+  )
+  good = (1 + (advantage / clip).clip(-1, 1)) / 2
+  fit = clip * (good * better + (1 - good) * worse) / beta
+  return fit + weight_reference * err(p["x"] - r["x"])
+
+
+def by_group(residual):
+  return np.stack([err(residual[k]) for k in sorted(residual)], 1)
+
+
+def dgpo_fixed(p, r, old, advantage, beta, clip):
+  """The groups' weights, and which errors have no gradient: both are constants."""
+  now = by_group(p)
+  weight = sigmoid(beta * (advantage * (now - by_group(r))).mean(1))
+  with np.errstate(over="ignore"):
+    ratio = np.exp(by_group(old) - now)
+  gone = np.where(advantage > 0, ratio > 1 + clip, ratio < 1 - clip)
+  return weight, gone, now
+
+
+def dgpo(p, r, old, advantage, beta, clip, weight_reference, fixed=None):
+  weight, gone, before = fixed or dgpo_fixed(p, r, old, advantage, beta, clip)
+  fit = weight * (advantage * np.where(gone, before, by_group(p))).mean(1)
+  return fit + weight_reference * by_group({k: p[k] - r[k] for k in p}).mean(1)

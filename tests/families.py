@@ -6,20 +6,21 @@ layers per block, text_time conditioning, activations and schedules.
 """
 
 import json
-from collections.abc import Mapping
+import sys
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from jaxpref import config as config_lib
 from jaxpref.models import pipeline, save, text
-from jaxpref.pretrain import run as pretrain
-from jaxpref.shapes import prompts
+from jaxpref.models.families import sdxl
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
+from rehearsal import random_params, write_tiny  # noqa: E402, F401 - write_tiny for tests
 
 CONFIGS = Path(pipeline.__file__).parent.parent / "pipelines"
 FAMILIES = ("sd15", "sd21", "sdxl")
+PARTS = sdxl.FAMILY.parts
 PROMPTS = ["a red circle left of two blue squares", "Three small stars, painted!"]
 WIDTHS = (32, 48)  # of the text encoders
 
@@ -51,24 +52,6 @@ def write_configs(family: str, directory: Path, **reduced: Any) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(config))
   return directory
-
-
-def write_tiny(root: Path) -> None:
-  """Writes a tiny shapes pipeline with random parameters to `root/pipeline`."""
-  config = config_lib.load_config("shapes_base:tiny")
-  captions = [prompts.caption(s) for s in prompts.all_prompts("train")["position"]]
-  text.train_tokenizer(
-    captions,
-    root / "tokenizer",
-    vocab_size=config.tokenizer.vocab_size,
-    max_length=config.tokenizer.max_length,
-  )
-  vocab_size = len(text.load_tokenizer(root / "tokenizer"))
-  configs = pretrain.pipeline_configs(config, vocab_size=vocab_size)
-  params = random_params(pipeline.build_modules(configs))
-  save.save_pipeline(
-    root / "pipeline", params, configs=configs, tokenizers_from=root, dtype=np.float32
-  )
 
 
 def reduced_configs(
@@ -124,17 +107,6 @@ def reduced_configs(
       "vocab_size": vocab_size,
     }
   return configs
-
-
-def random_params(modules: Mapping[str, Any]) -> dict[str, Any]:
-  """Samples parameters by part; the modules' own initial zeros and ones would hide mistakes."""
-  rng = np.random.default_rng(0)
-
-  def draw(leaf):
-    fan = np.prod(leaf.shape[:-1]) if len(leaf.shape) > 1 else 25.0
-    return (rng.standard_normal(leaf.shape) / np.sqrt(fan)).astype(np.float32)
-
-  return {k: jax.tree.map(draw, pipeline.abstract_params(m)) for k, m in modules.items()}
 
 
 def write_pipeline(family: str, directory: Path, *, shallow: bool = False) -> Path:

@@ -1,4 +1,4 @@
-"""Runs of the tiny preset: their arguments, final parameters and metrics."""
+"""Runs of the tiny preset and others: their arguments, final parameters and metrics."""
 
 import json
 
@@ -6,13 +6,14 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from jaxpref import main
 from jaxpref.runtime import checkpoint_files
 
 
-def arguments(pipeline, workdir, method="dro", **fields):
+def arguments(pipeline, workdir, method="dro", preset="tiny", **fields):
   overrides = {"model.path": pipeline} | fields
   return [
-    f"--config=configs/{method}.py:tiny",
+    f"--config=configs/{method}.py:{preset}",
     f"--workdir={workdir}",
     *(f"--config.{name.replace('__', '.')}={value}" for name, value in overrides.items()),
   ]
@@ -48,3 +49,19 @@ def parameters(workdir):
 def lines(workdir):
   text = (workdir / "metrics.jsonl").read_text()
   return [json.loads(line) for line in text.splitlines()]
+
+
+def check_resumed(pipeline, root, method, *, updates, **fields):
+  """Checks that a run in two parts ends with the bits of one that is not interrupted.
+
+  Returns the workdirs of the whole run and of the run in parts, below `root`.
+  """
+  whole, parts = root / "whole", root / "parts"
+  first, last = updates
+  for workdir, end in ((whole, last), (parts, first), (parts, last)):
+    given = {**fields, "train.num_updates": end}
+    assert main.main(arguments(pipeline, workdir, method, **given)) == 0
+  ours, theirs = (parameters(at)[1] for at in (parts, whole))
+  for path, array in theirs.items():
+    np.testing.assert_array_equal(ours[path], array, err_msg=path)
+  return whole, parts

@@ -1,8 +1,20 @@
 """Arguments that nothing can mean, for every program."""
 
+import importlib.util
+import sys
+
 import pytest
 
 from jaxpref import export, generate, main
+from jaxpref.runtime import cli
+from jaxpref.score import score_images
+
+
+def test_help_names_the_program_as_it_is_started(monkeypatch):
+  for name in ("jaxpref.data.__main__", "jaxpref.score.__main__", "jaxpref.export"):
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", importlib.util.find_spec(name))
+    wanted = f"usage: python -m {name.removesuffix('.__main__')} "
+    assert cli.Parser("Does it.").format_usage().startswith(wanted)
 
 
 @pytest.mark.parametrize(
@@ -20,6 +32,11 @@ from jaxpref import export, generate, main
     (export, ["--workdir=\ud800", "--out=y"]),
     (export, ["--workdir=", "--out=y"]),
     (export, ["--workdir=x", "--out="]),
+    (score_images, ["--path=\ud800", "--scorers=shapes.quality"]),
+    (score_images, ["--path=x\0", "--source=folder", "--scorers=shapes.quality", "--out=y"]),
+    (score_images, ["--source=shapes", "--scorers=shapes.quality", "--out=\ud800"]),
+    (score_images, ["--source=shapes", "--scorers=\ud800", "--out=x"]),
+    (score_images, ["--source=shapes", "--scorers=,", "--out=x"]),
     (main, ["--config=dro:tiny", "--workdir="]),
     (main, ["--config=dro:tiny", "--workdir=\udcc3\udcbc"]),
     (main, ["--config=dro:tiny", "--config.evaluate.prompts="]),

@@ -282,6 +282,7 @@ def test_the_fault_campaign_reports_what_it_has_found(tmp_path):
   assert "- full disk 1: it ended with other numbers" in table
 
 
+@pytest.mark.long
 def test_saves_are_timed(tmp_path):
   out = tmp_path / "saves.json"
   _program("checkpoints").main(

@@ -1,3 +1,4 @@
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -113,12 +114,12 @@ def test_values_take_the_type_of_the_default(path, field, text, value):
     ("data.num_experts", "x", "'data.num_experts' takes an int, got 'x'"),
     (
       *("data.sizes", "(1, 2.5)"),
-      "'data.sizes' takes a tuple of int, e.g. (64, 32), got '(1, 2.5)'",
+      "'data.sizes' takes a tuple of int, e.g. (64, 32) or (64,), got '(1, 2.5)'",
     ),
-    ("data.sizes", "8", "'data.sizes' takes a tuple of int, e.g. (64, 32), got '8'"),
+    ("data.sizes", "8", "'data.sizes' takes a tuple of int, e.g. (64, 32) or (64,), got '8'"),
     (
       *("data.shares", "open('x')"),
-      "'data.shares' takes a list of float, e.g. [0.5, 0.5], got \"open('x')\"",
+      "'data.shares' takes a list of float, e.g. [0.5, 0.5] or [0.5], got \"open('x')\"",
     ),
     ("optim", "1", "'optim' is a section; set one of its fields, e.g. --config.optim."),
     ("preset", "sd15", "choose the preset with the file: --config=FILE:sd15"),
@@ -164,7 +165,7 @@ def test_config_files_that_are_wrong(path, tmp_path, monkeypatch):
     f"no config file '{tmp_path / 'drq.py'}'; did you mean '{path}'?"
   )
   assert fails("nowhere/zzz.py").startswith(
-    "no config file 'nowhere/zzz.py'; there are csft, dpo, dro, "
+    "no config file 'nowhere/zzz.py'; there are awm, best_of, csft, "
   )
   monkeypatch.chdir(tmp_path)
   assert fails("configs/dro.py") == "no config file 'configs/dro.py'; did you mean 'dro'?"
@@ -191,9 +192,8 @@ def test_config_files_that_are_wrong(path, tmp_path, monkeypatch):
   assert fails(str(broken)) == f"{broken} is not a configuration: it has no function get_config"
   source = "from jaxpref import base_config\n\ndef get_config(preset='tiny'):\n"
   broken.write_text(f"{source}  return base_config.base('dpo', preset)\n")
-  assert (
-    fails(f"{broken}:sd16") == f"{broken}: no preset 'sd16'; choose shapes, sd15, sdxl, tiny"
-  )
+  known = ", ".join(base_config.PRESETS)
+  assert fails(f"{broken}:sd16") == f"{broken}: no preset 'sd16'; choose {known}"
   broken.write_text("def get_config():\n  return {}")
   assert fails(str(broken)) == f"{broken}: get_config takes no 'preset'"
 
@@ -277,6 +277,15 @@ def test_the_edges_of_the_rules(field, inside, outside):
   assert not any(holds(value) for value in outside)
 
 
+def test_a_loss_of_another_package_has_no_rules_but_its_own():
+  for name, refused in (("dro", True), ("their_loss", False)):
+    config = ConfigDict({"loss": {"name": name, "margin": -1.0}})
+    with pytest.raises(UserError) if refused else contextlib.nullcontext():
+      config_lib.validate(config)
+  with pytest.raises(UserError, match=r"'loss.reference' must be one of"):
+    config_lib.validate(ConfigDict({"loss": {"name": "their_loss", "reference": "x"}}))
+
+
 CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.py"))}
 
 
@@ -306,7 +315,8 @@ def test_absurd_numbers_are_refused_in_every_field(name):
   infinite = [path for path in numbers if accepts(path, "inf")]
   assert [path for path in infinite if not path.endswith("clip_norm")] == []
   negative = [path for path in numbers if accepts(path, "-1")]
-  assert [path for path in negative if not path.startswith("mesh.")] == []
+  signed = ("mesh.", "noise.mean", "noise.scale")
+  assert [path for path in negative if not path.startswith(signed)] == []
   for path, value in fields:
     if isinstance(value, tuple) and value and type(value[0]) is int:
       assert not accepts(path, f"({10**30},)") and not accepts(path, "(-1,)")

@@ -13,10 +13,9 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from jaxpref import generate
 from jaxpref.data import generated_pairs
 from jaxpref.errors import DamagedError, UserError
-from jaxpref.evaluation import best_checkpoint, evaluate, statistics
+from jaxpref.evaluation import best_checkpoint, evaluate, image_files, score_rows, statistics
 from jaxpref.runtime import checkpoint, checkpoint_files, metrics
 from jaxpref.runtime import workdir as workdir_lib
 from jaxpref.training import iterate_report, load_run
@@ -315,7 +314,7 @@ def test_damaged_scores_are_refused(tmp_path, content):
   refused(job, file)
   scores().drop(columns="category").to_parquet(file)
   refused(job, file)
-  statistics.write_rows(file, scores())
+  score_rows.write_rows(file, scores())
   for content in DAMAGES.values():
     (tmp_path / "examples.json").write_bytes(content)
     refused(job, tmp_path / "examples.json")
@@ -366,13 +365,13 @@ def test_records_of_pairs_and_iterations_are_set_aside(tmp_path, content):
 @damaged
 def test_images_with_damaged_settings_are_not_overwritten(tmp_path, content):
   file = tmp_path / "00000-00.png"
-  info = generate.PngImagePlugin.PngInfo()
+  info = image_files.PngImagePlugin.PngInfo()
   info.add_itxt("jaxpref", content.decode(errors="replace"))
   Image.new("RGB", (8, 8)).save(file, pnginfo=info)
-  refused(lambda: generate.is_generated(file, {"seed": 1}), file)
+  refused(lambda: image_files.is_generated(file, {"seed": 1}), file)
   file.unlink()
   os.mkfifo(file)
-  refused(lambda: generate.is_generated(file, {"seed": 1}), file)
+  refused(lambda: image_files.is_generated(file, {"seed": 1}), file)
 
 
 def test_a_finished_iteration_is_named_by_a_plain_number(tmp_path):

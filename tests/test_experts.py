@@ -61,7 +61,7 @@ def test_images_of_other_types_are_left_out():
   tally = bad_rows.Tally()
   image = {"jpg_0": Image.new("RGB", (2, 2)), "jpg_1": b"", "label_0": 1.0, "label_1": 0.0}
   assert rows.from_pairs([{"caption": "x", **image}], tally=tally) == []
-  assert tally.reasons() == "1 an image that is neither bytes nor a path"
+  assert tally.reasons() == "1 with an image that is neither bytes nor a path"
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from conftest import ROOT, start_cluster
 from safetensors.numpy import load_file
 
 from jaxpref import main, sharding
-from jaxpref.data import encode
+from jaxpref.data import encode, row_set
 from jaxpref.data.rows import Row
 from jaxpref.errors import UserError
 from jaxpref.models import pipeline
@@ -43,7 +43,10 @@ REFUSALS = {
   "unknown loss": (["--config.loss.name=dor"], "unknown loss 'dor'"),
   "unknown schedule": (["--config.optim.schedule=up"], "'optim.schedule' must be one of"),
   "unknown solver": (["--config.rollout.solver=euler"], "solver"),
-  "a path that is not read": (["--config.data.path=/no"], "did you mean data.source=folder"),
+  "a path that is not read": (
+    ["--config.data.path=/no"],
+    "is not a built data set; name what its files are",
+  ),
   "unknown source": (["--config.data.source=fodler"], "did you mean 'folder'"),
   "missing folder": (["--config.data.source=folder", "--config.data.path=/no"], "/no"),
   "too many experts": (["--config.data.num_experts=100000"], "experts"),
@@ -131,6 +134,7 @@ def test_an_update_that_is_not_finite_changes_nothing(tiny_pipeline, tmp_path, c
   assert rows["latents"].shape[0] == rows["cond.text"].shape[0] == 8
 
 
+@pytest.mark.long
 def test_what_diverges_is_not_saved(tiny_pipeline, tmp_path, capsys):
   arguments = runs.arguments(tiny_pipeline, tmp_path / "run", "sft", **{"optim.lr": 1e9})
   assert main.main(arguments) == 3
@@ -145,4 +149,4 @@ def test_rows_that_are_not_finite_are_named(tiny_pipeline, part, what):
   base = dataclasses.replace(base, params={**base.params, part: broken})
   rows = [Row((np.zeros((16, 16, 3), np.uint8),), "a ring")]
   with pytest.raises(UserError, match=rf"row 0 .*'a ring'.* {what} is not finite"):
-    encode.encode_rows(base, sharding.make_mesh(), rows, flip=False)
+    encode.encode_rows(base, sharding.make_mesh(), row_set.collect(rows), flip=False)

@@ -87,6 +87,10 @@ PASSES = {
   "listwise": 3 * 4,
   "dro": 3 + 2,
   "improver": 3,
+  "rwr": 3,
+  "awm": 3 + 1 + 1,
+  "nft": 3 + 1 + 1,
+  "dgpo": 4 * (3 + 1 + 1),
 }
 OPTIONS = {
   "dro": [("rollout.batch_size=4", 3 + 2), ("rollout.refresh_every=2", 6 + 2)],

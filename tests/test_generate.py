@@ -58,7 +58,7 @@ def test_seeds_are_all_different():
 
 
 def test_choose_prompts(tmp_path):
-  captions = ["b", "a", "b", "c"]
+  captions = ["b", "a", "c"]
   assert sorted(prompt_files.choose_prompts("captions", 9, captions, seed=0)) == ["a", "b", "c"]
   file = tmp_path / "prompts.txt"
   file.write_text("one\n\n two \none\n")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import WITHOUT_TORCH
 
+from jaxpref import base_config
 from jaxpref import config as config_lib
 from jaxpref.errors import UserError
 from jaxpref.models import hub, pipeline
@@ -136,7 +137,7 @@ def test_what_is_no_hub_id_is_a_directory(tmp_path):
     pipeline.load_pipeline(str(tmp_path))
 
 
-@pytest.mark.parametrize("preset", ["sd15", "sdxl"])
+@pytest.mark.parametrize("preset", base_config.PUBLISHED)
 def test_planning_a_published_model_needs_no_network(preset, monkeypatch):
   def offline(*_, **__):
     raise AssertionError("the hub was asked")
@@ -145,5 +146,7 @@ def test_planning_a_published_model_needs_no_network(preset, monkeypatch):
   monkeypatch.setattr(hub.huggingface_hub, "snapshot_download", offline)
   name = config_lib.load_config(f"dro:{preset}").model.path
   found = hub.find_pipeline(name, configs_only=True)
-  assert json.loads((found / "unet/config.json").read_text())["sample_size"] >= 64
-  assert (found / "scheduler/scheduler_config.json").is_file()
+  assert found.name == preset
+  described = pipeline.describe_pipeline(str(found))
+  sizes = {"sd15": 512, "sdxl": 1024, "sd35m": 1024, "sana": 512}
+  assert described.image_size == sizes[preset]

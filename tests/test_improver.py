@@ -120,6 +120,7 @@ def draw(capsys, *flags):
   return capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_a_folder_of_pictures_is_improved(improving, folder, tmp_path, capsys):
   flags = (f"--improver={improving}", f"--images={folder}")
   out = tmp_path / "out"

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from jaxpref import config as config_lib
 from jaxpref import export, generate, losses, main, sharding
-from jaxpref.data import encode, generated_pairs, images
+from jaxpref.data import encode, generated_pairs, images, row_set
 from jaxpref.data import rows as rows_lib
 from jaxpref.errors import UserError
 from jaxpref.evaluation import evaluate, glossary
@@ -104,7 +104,7 @@ def test_what_an_iterative_run_leaves(finished):
 def test_two_processes_end_where_one_does(finished, tiny_pipeline, improver, tmp_path):
   workdir, log = tmp_path / "run", tmp_path / "log"
   flags = arguments(tiny_pipeline, improver, workdir)
-  assert start_cluster(2, 2, flags, log).wait(300) == 0, log.read_text()[-2000:]
+  assert start_cluster(2, 2, flags, log).wait(600) == 0, log.read_text()[-2000:]
   for k in (1, 2):
     ours, theirs = (
       [d["change"] for d in generated_pairs.open_pairs(at / "pairs" / str(k))]
@@ -179,7 +179,10 @@ def test_pairs_are_what_policy_and_improver_draw(finished, tiny_pipeline, improv
     for k in (0, 1):
       np.testing.assert_array_equal(got.images[k], images.decode(row[f"jpg_{k}"]))
   # A batch of them, as a step takes it: winner first, one noise and timestep for both.
-  batch = encode.encode_rows(base, mesh, trained_on, flip=False)
+  batch = jax.tree.map(
+    lambda x: x[np.arange(len(rows))],
+    encode.encode_rows(base, mesh, row_set.collect(trained_on), flip=False),
+  )
   pixels = [[images.decode(row[f"jpg_{k}"]) for row in rows] for k in (0, 1)]
   x0 = np.stack([encode.encode_images(base, mesh, of) for of in pixels], axis=1)
   empty = encode.encode_no_prompt(base, mesh)
@@ -284,6 +287,7 @@ def test_a_finished_run_goes_on_with_more_iterations(
     weights.write_bytes(ours)
 
 
+@pytest.mark.long
 def test_spin(tiny_pipeline, tmp_path, capsys):
   """Winners are the data's, and each iteration's reference is the model it begins with."""
   workdir = tmp_path / "run"
@@ -381,6 +385,7 @@ def test_pairs_that_hardly_differ_are_not_trained_on(
   assert not none and "data.num_rows = 13 must be at most iterate.num_pairs = 12" in said
 
 
+@pytest.mark.long
 def test_least_change_is_of_drawn_pairs():
   flags = ["--config=configs/dpo.py:tiny", "--config.data.min_change=0.1"]
   with pytest.raises(UserError, match="min_change needs generated pairs"):
@@ -421,7 +426,7 @@ def test_half_written_data_sets_are_none(tmp_path):
 
 
 @pytest.mark.long
-def test_the_papers_recipe_starts(tmp_path, capsys):
+def test_the_papers_recipe_is_accepted(tmp_path):
   """`iterative_dpo.py:sd15` on an SD 1.5 of reduced width with random weights."""
   base = families.write_pipeline("sd15", tmp_path, shallow=True)
   better = families.write_improver(base, tmp_path / "improver")
@@ -449,10 +454,9 @@ def test_the_papers_recipe_starts(tmp_path, capsys):
     "evaluate.num_prompts": 1,
   }
   flags = [f"--config.{name}={value}" for name, value in small.items()]
-  workdir = tmp_path / "run"
-  given = ["--config=configs/iterative_dpo.py:sd15", f"--workdir={workdir}", *flags]
-  assert main.main(given) == 0, capsys.readouterr().err
-  config = json.loads((workdir / "iterations" / "1" / "config.json").read_text())
-  assert config["loss"]["beta"] == 2000.0 and config["optim"]["lr"] == 1e-4
-  assert (workdir / "report.html").exists()
-  assert (workdir / "prompts.txt").read_text().count("\n") == 1
+  flags = ["--config=configs/iterative_dpo.py:sd15", *flags]
+  config, _ = config_lib.parse_args(flags, flags={})
+  config_lib.validate(config)
+  prepared = iterate.prepare(config)
+  assert config.loss.beta == 2000.0 and config.optim.lr == 1e-4
+  assert len(prepared.rows) == 2 and prepared.inputs["improver"] != prepared.inputs["base"]

@@ -11,7 +11,7 @@ import pytest
 from conftest import live
 
 from jaxpref import sharding
-from jaxpref.models import convert, pipeline
+from jaxpref.models import pipeline, torch_layout
 
 LAYOUTS = Path(__file__).parent / "golden" / "layouts"
 COUNTS = {  # of the published models
@@ -45,10 +45,12 @@ def test_every_tensor_has_its_place(family):
   for part, module in modules.items():
     abstract = pipeline.abstract_params(module)
     # From PyTorch: nothing missing, nothing left over, every shape as it should be.
-    convert.check_tensors(layout[part], abstract, where=part)
+    torch_layout.check_tensors(layout[part], abstract, where=part)
     # To PyTorch: the very names and shapes.
     flat = flax.traverse_util.flatten_dict(abstract)
-    written = {convert.torch_name(p): convert.torch_shape(p, a.shape) for p, a in flat.items()}
+    written = {
+      torch_layout.torch_name(p): torch_layout.torch_shape(p, a.shape) for p, a in flat.items()
+    }
     assert len(written) == len(flat) and written == layout[part]
     count = sum(int(np.prod(shape)) for shape in layout[part].values())
     assert count == COUNTS[family, part]

@@ -44,13 +44,14 @@ def _inputs(loaded, rows=2):
   rng = np.random.default_rng(2)
   draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
   cond = {"text": draw(rows, 7, config["cross_attention_dim"])}
-  if loaded.is_xl:
+  if loaded.family.takes_sizes:
     cond |= {"pooled": draw(rows, 16), "time_ids": np.full((rows, 6), 32.0, np.float32)}
     width = config["projection_class_embeddings_input_dim"]
     cond["pooled"] = draw(rows, width - 6 * config["addition_time_embed_dim"])
   return draw(rows, *loaded.latent_shape), np.array([7, 600])[:rows], cond
 
 
+@pytest.mark.long
 def test_untrained_additions_change_nothing(adapted):
   loaded, params = adapted
   denoise = jax.jit(unet.make_denoise(loaded.modules["unet"]))
@@ -65,6 +66,7 @@ def test_untrained_additions_change_nothing(adapted):
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.long
 def test_merged_is_added(adapted):
   loaded, params = adapted
   denoise = jax.jit(unet.make_denoise(loaded.modules["unet"]))
@@ -117,7 +119,7 @@ def test_comfyui_and_a1111_find_every_layer(family, count):
   assert tensors.keys() == {f"{name}.{part}" for name in names for part in parts}
   assert len(names) == count and tensors[next(iter(names)) + ".alpha"] == 1.0
   for name in layers:
-    written = single_file._unet_name(f"{name}.weight", module)
+    written = single_file.unet_name(f"{name}.weight", module)
     assert written == names["lora_unet_" + name.replace(".", "_")] + ".weight"
 
 
@@ -135,7 +137,7 @@ def test_pytorch_loads_the_additions(family, tmp_path):
   pipe = witness.load(model)
   x_t, t, cond = _inputs(loaded)
   added = {}
-  if loaded.is_xl:
+  if loaded.family.takes_sizes:
     added = {k: torch.tensor(cond[k]) for k in ("pooled", "time_ids")}
     added = {"text_embeds": added["pooled"], "time_ids": added["time_ids"]}
   arguments = (torch.tensor(x_t), torch.tensor(t), torch.tensor(cond["text"]))

@@ -23,7 +23,7 @@ RNG = np.random.default_rng(7)
 PAIR = tuple(RNG.uniform(0.0, 1.0, (4, 64)).astype(np.float32))  # err_w, err_l, ref_w, ref_l
 
 
-def _mean_loss(case, desirable):
+def _mean_loss(case, desirable, size=1.0):
   """The mean loss as a function of policy and reference residuals by arm."""
   name, _, hyper = make_losses.CASES[case]
   module = losses.load_loss(name)
@@ -32,7 +32,12 @@ def _mean_loss(case, desirable):
     pair = policy, reference
     if not module.NEEDS.residuals:
       pair = losses.to_errors(policy), losses.to_errors(reference)
-    terms = losses.Terms(*pair, {"desirable": desirable}, jnp.mean)
+    labels, old = {"desirable": desirable}, {}
+    if case in make_losses.SCORED:
+      unmoved = make_losses.residuals(make_losses.CASES[case][1])[0]
+      labels, old = jax.tree.map(jnp.float32, make_losses.scored(case, unmoved))
+      old = {arm: size * of for arm, of in old.items()}
+    terms = losses.Terms(*pair, labels, jnp.mean, old)
     per_sample, _ = module.objective(terms, **hyper)
     return per_sample.mean(), per_sample
 
@@ -62,7 +67,7 @@ def test_values_and_gradients_are_the_equations(case):
 def test_extremes_stay_finite(case, size):
   policy, reference, desirable = make_losses.residuals(make_losses.CASES[case][1])
   single = jax.tree.map(lambda x: jnp.float32(size * x), (policy, reference))
-  gradient, values = jax.grad(_mean_loss(case, desirable), has_aux=True)(*single)
+  gradient, values = jax.grad(_mean_loss(case, desirable, size), has_aux=True)(*single)
   assert np.isfinite(values).all()
   assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
 
@@ -395,7 +400,9 @@ def test_a_loss_with_a_mistake_is_refused_before_training(
 
 
 def test_rows_of_no_kind_are_refused():
-  with pytest.raises(UserError, match="experts, pairs, singles, lists .got 'pair'"):
+  with pytest.raises(
+    UserError, match="experts, pairs, singles, lists, scored, groups .got 'pair'"
+  ):
     losses.Needs(rows="pair")
 
 

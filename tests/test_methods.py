@@ -11,11 +11,13 @@ from orbax.checkpoint import v1 as ocp
 from jaxpref import base_config, losses, main
 from jaxpref import config as config_lib
 from jaxpref.data import rows as rows_lib
+from jaxpref.errors import UserError
 from jaxpref.evaluation import glossary
+from jaxpref.training import setup
 
 METHODS = (
   *("csft", "dpo", "dro", "dspo", "improver", "kto", "listwise", "mapo", "sdpo", "sft"),
-  "simpo",
+  *("simpo", "awm", "best_of", "dgpo", "nft", "online_dpo", "rwr"),
 )
 ITERATIVE = ("iterative_dpo", "spin")  # see test_iterate
 # What further options there are, run by one method each.
@@ -28,7 +30,10 @@ OPTIONS = {
 
 # What the train step provides to these, a method without the mark gets too, or a test of its
 # own has it: test_improver and test_steps.
-_ALIKE = ("csft", "dspo", "improver", "listwise", "mapo", "sdpo", "simpo")
+_ALIKE = (
+  *("csft", "dpo", "dspo", "improver", "kto", "listwise", "mapo", "sdpo", "sft"),
+  *("simpo", "awm", "best_of", "dgpo", "nft", "online_dpo", "rwr"),
+)
 
 
 @pytest.mark.parametrize(
@@ -55,8 +60,9 @@ def test_twenty_updates(name, tiny_pipeline, tfds_dir, tmp_path, monkeypatch, ca
   logged = {metric for line in lines for metric in line} - {"step", "time"}
   unknown = [metric for metric in logged if not glossary.find_metric(metric)]
   assert not unknown, "give these metrics a meaning in jaxpref/evaluation/glossary.py"
-  needs = losses.load_loss(name).NEEDS
-  arms = needs.arms or rows_lib.arms_of(needs.rows, 3)
+  config = config_lib.load_config(f"{name}:tiny")
+  needs = losses.load_loss(config.loss.name).NEEDS
+  arms = needs.arms or rows_lib.arms_of(needs.rows, setup.list_size(config))
   arms += ("p",) if needs.rollout else ()
   for arm in arms:
     errors = [line[f"err/policy_{arm}"] for line in lines]
@@ -108,10 +114,15 @@ def test_other_ways_to_compute(tiny_pipeline, tfds_dir, tmp_path, monkeypatch, c
 @pytest.mark.parametrize("name", (*METHODS, *ITERATIVE))
 @pytest.mark.parametrize("preset", base_config.PRESETS)
 def test_presets_are_sound(name, preset):
+  if name == "improver" and preset in base_config.FLOWS:
+    with pytest.raises(UserError, match=f"has no preset '{preset}'"):
+      config_lib.load_config(f"{name}:{preset}")
+    return
   config = config_lib.load_config(f"{name}:{preset}")
   config_lib.validate(config)
   assert config.name == name
-  assert config.loss.name == name.removeprefix("iterative_")
+  other = {"iterative_dpo": "dpo", "online_dpo": "dpo", "best_of": "sft"}
+  assert config.loss.name == other.get(name, name)
   losses.make_loss(config.loss)
   assert config.train.batch_size % config.train.accumulate == 0
 
@@ -134,7 +145,7 @@ def test_presets_are_sound(name, preset):
     (
       "sft",
       ["--config.data.num_rows=5"],
-      "set data.num_experts, and data.num_rows = 0 in its config file (got 5)",
+      "set data.num_experts, and data.num_rows = 0 in its config file (got data.num_rows = 5)",
     ),
     (
       "dpo",

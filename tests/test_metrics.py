@@ -9,9 +9,13 @@ import types
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
+from jaxpref import main
 from jaxpref.errors import UserError
 from jaxpref.runtime import metrics as metrics_lib
+from jaxpref.runtime import wandb_run, workdir
+from jaxpref.training import iterate
 
 
 @pytest.fixture(autouse=True)
@@ -224,3 +228,77 @@ def test_real_tensorboard_events(tmp_path):
   assert re.search("float_val: 0.5", str(tensor.tensor_proto)) or (
     np.frombuffer(tensor.tensor_proto.tensor_content, np.float32) == 0.5
   )
+
+
+def _wandb(monkeypatch, *, broken=()):
+  """Puts a stand-in for wandb in place; returns what it was called with."""
+  calls = []
+
+  def call(name):
+    def called(*arguments, **named):
+      calls.append((name, arguments, named))
+      if name in broken:
+        raise ConnectionError("the service\ncannot be reached")
+      return types.SimpleNamespace(log=call("log"), finish=call("finish"))
+
+    return called
+
+  module = types.SimpleNamespace(init=call("init"), Settings=lambda **named: named)
+  monkeypatch.setitem(sys.modules, "wandb", module)
+  return calls
+
+
+def _wandb_config(project="shapes"):
+  config = ConfigDict({"name": "dpo", "train": {"wandb": project, "betas": (0.9, 0.99)}})
+  return config.lock()
+
+
+def test_wandb_gets_the_finite_scalars_and_a_resumed_run_keeps_its_id(tmp_path, monkeypatch):
+  calls = _wandb(monkeypatch)
+  for start, project in ((None, "shapes"), (1, "shapes"), (1, "other")):
+    run = wandb_run.WandbRun(_wandb_config(project), tmp_path)
+    writer = metrics_lib.MetricWriter(tmp_path, total_updates=2, start_step=start, wandb=run)
+    writer.write(2, {"loss": np.float32(0.5), "bad": math.nan, "worse": -math.inf})
+    writer.close()
+  assert [name for name, _, _ in calls] == ["init", "log", "finish"] * 3
+  first, second, other = (named for name, _, named in calls if name == "init")
+  assert first["project"] == "shapes" and first["resume"] == "allow"
+  assert first["config"] == {"name": "dpo", "train": {"wandb": "shapes", "betas": (0.9, 0.99)}}
+  assert first["id"] == second["id"] != other["id"] and len(first["id"]) == 16
+  assert calls[1][1:] == (({"loss": 0.5},), {"step": 2})
+  assert lines(tmp_path)[-1]["bad"] is None
+
+
+@pytest.mark.parametrize("broken", ["init", "log", "finish"])
+def test_a_failing_wandb_warns_once_and_changes_nothing(tmp_path, monkeypatch, caplog, broken):
+  calls = _wandb(monkeypatch, broken=[broken])
+  run = wandb_run.WandbRun(_wandb_config(), tmp_path)
+  writer = metrics_lib.MetricWriter(tmp_path, total_updates=2, wandb=run)
+  for step in (1, 2):
+    writer.write(step, {"loss": 1.0})
+  writer.close()
+  assert [name for name, _, _ in calls].count(broken) == 1
+  assert [r.getMessage() for r in caplog.records] == [
+    "no metrics to Weights & Biases from here on: the service cannot be reached"
+  ]
+  assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
+def test_a_run_without_the_package_wandb_is_refused_before_it_begins(
+  tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setitem(sys.modules, "wandb", None)
+  found = importlib.util.find_spec
+  monkeypatch.setattr(
+    importlib.util, "find_spec", lambda name: None if name == "wandb" else found(name)
+  )
+  workdir = tmp_path / "run"
+  arguments = ["--config=dpo:tiny", f"--workdir={workdir}", "--config.train.wandb=mine"]
+  assert main.main(arguments) == 2
+  err = capsys.readouterr().err
+  assert "train.wandb is 'mine'" in err and "pip install 'jaxpref[wandb]'" in err
+  assert not workdir.exists()
+
+
+def test_the_project_in_wandb_may_change_on_resume():
+  assert "train.wandb" in workdir.RESUME_SAFE and "train.wandb" in iterate.RESUME_SAFE

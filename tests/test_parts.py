@@ -10,12 +10,13 @@ import jax
 import numpy as np
 import pytest
 from conftest import live
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from jaxpref import generate, sharding
 from jaxpref.data import encode
 from jaxpref.errors import UserError
-from jaxpref.models import hub, pipeline, weights
+from jaxpref.models import hub, pipeline
 from jaxpref.training import load_run
 
 UNET = "diffusion_pytorch_model.safetensors"
@@ -96,7 +97,7 @@ def test_surplus_that_changes_no_image(copy, loaded, caplog):
 
 def test_variants_that_only_some_parts_have(copy, loaded, caplog):
   for part in ("unet", "text_encoder"):
-    stem = copy / part / weights.stem_of(part)
+    stem = copy / part / families.PARTS[part].stem
     halves = {k: v.astype(np.float16) for k, v in load_file(f"{stem}.safetensors").items()}
     save_file(halves, f"{stem}.fp16.safetensors")
   params = pipeline.load_pipeline(str(copy), variant="fp16").params
@@ -225,7 +226,7 @@ def test_directories_of_other_kinds(copy, tmp_path):
   shutil.copytree(copy / "unet", state / "unet")
   refused(state, "holds unet alone.*name its base as model.path, and this as model.unet")
   (state / "optimizer.bin").write_bytes(b"x")
-  refused(state, f"is a training state.*its UNet is model.unet={state}/unet")
+  refused(state, f"is a training state.*its denoiser is model.unet={state}/unet")
   refused(state / "unet", "is one part of a pipeline: .*and this as model.unet")
   run = tmp_path / "run"
   (run / "checkpoints").mkdir(parents=True)
@@ -280,7 +281,7 @@ def test_known_fields_are_pytorchs():
 
   import diffusers
 
-  from jaxpref.models import config_files, unet, vae
+  from jaxpref.models import scheduler_config, unet, vae
 
   def fields(kind):
     names = list(inspect.signature(kind.__init__).parameters)[1:]
@@ -292,7 +293,7 @@ def test_known_fields_are_pytorchs():
     if name.endswith("Scheduler") and not name.startswith("Flax"):
       known = fields(getattr(diffusers, name))
       if "beta_schedule" in known and "prediction_type" in known:
-        assert known <= config_files.SCHEDULER_FIELDS, name
+        assert known <= scheduler_config.FIELDS, name
 
 
 def test_lists_and_rows_as_pytorch_reads_them(copy, loaded):
@@ -381,7 +382,7 @@ def test_generate_takes_parts_and_clip_skip(families_of_two, tmp_path, capsys):
   rename(other / UNET, str, **{"decoder.conv_out.bias": np.zeros(3, np.float32)})
   flags = [f"--model={model}", "--prompts=a red circle", "--steps=2", f"--out={out}"]
   assert generate.main([*flags, f"--vae={other}", "--clip-skip=1"]) == 0
-  settings = generate.Image.open(out / "00000-00.png").info
+  settings = Image.open(out / "00000-00.png").info
   assert json.loads(settings["jaxpref"])["clip_skip"] == 1
   assert generate.main([*flags, f"--vae={other}"]) == 2
   assert "clip_skip was 1, now 0" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxpref import config as config_lib
 from jaxpref.errors import UserError
-from jaxpref.models import convert, pipeline, save, text, unet, vae, weights
+from jaxpref.models import pipeline, save, text, torch_layout, unet, vae, weights
 from jaxpref.pretrain import train_denoiser
 
 
@@ -91,9 +91,11 @@ def test_pytorch_diffusers_loads_the_whole_directory(tiny_pipeline):
 
 def test_export_and_import_are_inverse(loaded, tmp_path):
   for part, module in loaded.modules.items():
-    save_file(convert.export_tensors(loaded.params[part], np.float32), tmp_path / part)
+    save_file(torch_layout.export_tensors(loaded.params[part], np.float32), tmp_path / part)
     tensors = weights.open_file(tmp_path / part)
-    again, _ = convert.import_tensors(tensors, pipeline.abstract_params(module), where=part)
+    again, _ = torch_layout.import_tensors(
+      tensors, pipeline.abstract_params(module), where=part
+    )
     jax.tree.map(np.testing.assert_array_equal, again, dict(loaded.params[part]))
 
 
@@ -117,12 +119,12 @@ def test_a_vocabulary_without_its_merges_is_refused(loaded, tmp_path):
     text.load_tokenizer(tmp_path / "tokenizer")
 
 
-@pytest.mark.parametrize("name", ["FluxPipeline", "StableDiffusionInpaintPipeline", 7])
+@pytest.mark.parametrize("name", ["KandinskyPipeline", "StableDiffusionInpaintPipeline", 7])
 def test_other_pipelines_are_named(loaded, tmp_path, name):
   copy = shutil.copytree(loaded.path, tmp_path / "x")
   index = json.loads((copy / "model_index.json").read_text())
   (copy / "model_index.json").write_text(json.dumps(index | {"_class_name": name}))
-  with pytest.raises(UserError, match=f"model_index.json is of {name}, not of Stable Diff"):
+  with pytest.raises(UserError, match=f"model_index.json is of {name}, and jaxpref has only"):
     pipeline.load_pipeline(str(copy))
 
 
@@ -298,10 +300,10 @@ def test_configurations_of_another_kind(copy, file, fields, message):
 def test_parts_of_different_models(copy):
   settings = config_lib.load_config("shapes_base:tiny")
   settings.text.width = 24
-  config = train_denoiser.unet_config(settings)
+  config = train_denoiser.denoiser_config(settings)
   other = pipeline.abstract_params(unet.build_unet(config, dtype=jnp.float32))
   zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), other)
-  tensors = convert.export_tensors(zeros, np.float32)
+  tensors = torch_layout.export_tensors(zeros, np.float32)
   save_file(tensors, copy / "unet" / "diffusion_pytorch_model.safetensors")
   (copy / "unet" / "config.json").write_text(json.dumps(config))
   _refused(copy, "takes texts of width 24 and latents of 4 channels")

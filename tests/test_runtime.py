@@ -52,6 +52,7 @@ def test_jax_sees_them():
   assert json.loads(done.stdout) == 4
 
 
+@pytest.mark.long
 def test_importing_says_nothing():
   """No deprecation notices of what the models are built from, torch or not."""
   program = "import jaxpref; from jaxpref.models import load_pipeline; import jaxpref.generate"

@@ -17,7 +17,8 @@ from jaxpref.diffusion import sampler as samplers
 from jaxpref.diffusion import timesteps as timesteps_lib
 from jaxpref.diffusion.schedule import make_schedule, schedule_from_config
 from jaxpref.errors import UserError
-from jaxpref.models import corrections, pipeline
+from jaxpref.models import pipeline
+from jaxpref.models.families import sdxl, stable_diffusion
 
 ROWS = golden.SHAPE[1:]
 
@@ -134,11 +135,10 @@ def test_a_pipelines_file_means_what_its_diffusers_pipeline_makes_of_it(file, so
   theirs.set_timesteps(20)
 
   index = {"_class_name": f"StableDiffusion{'XL' if xl else ''}Pipeline"}
-  configs = corrections.correct_configs(
-    {"model_index": index, "scheduler": stated, "unet": {}}, where="x"
-  )
+  family = (sdxl if xl else stable_diffusion).FAMILY
+  configs = family.correct({"model_index": index, "scheduler": stated, "unet": {}}, where="x")
   schedule = schedule_from_config(configs["scheduler"])
-  ours = pipeline.Pipeline(Path(), configs, {}, {}, (), schedule, "")
+  ours = pipeline.Pipeline(Path(), family, configs, {}, {}, (), schedule, "")
   levels = timesteps_lib.uniform_grid(schedule, 20, 1, **ours.spacing(solver))
   np.testing.assert_array_equal(levels.timesteps[:, 0], theirs.timesteps)
   if solver == "ddpm":
@@ -158,15 +158,15 @@ def test_what_diffusers_corrects_in_old_files(caplog):
     "scheduler": {"_class_name": "DDIMScheduler", "steps_offset": 0, "clip_sample": True},
     "unet": {"_diffusers_version": "0.6.0", "sample_size": 32},
   }
-  new = corrections.correct_configs(old, where="model")
+  correct = stable_diffusion.FAMILY.correct
+  new = correct(old, where="model")
   assert new["scheduler"] == {**old["scheduler"], "steps_offset": 1, "clip_sample": False}
   assert new["unet"]["sample_size"] == 64 and old["unet"]["sample_size"] == 32
   said = "model/scheduler/scheduler_config.json: steps_offset is 0, taken as 1"
   assert said in caplog.text and caplog.text.count("taken as") == 3
   later = {"_diffusers_version": "0.9.0.dev0", "sample_size": 32}
-  assert corrections.correct_configs({**old, "unet": later}, where="x")["unet"] == later
-  xl = {**old, "model_index": {"_class_name": "StableDiffusionXLPipeline"}}
-  assert corrections.correct_configs(xl, where="x") == xl
+  assert correct({**old, "unet": later}, where="x")["unet"] == later
+  assert sdxl.FAMILY.correct(old, where="x") == old
 
 
 def test_offset_grid_is_the_papers():

@@ -154,8 +154,6 @@ def test_config_with_trained_betas_and_zero_snr():
     ({"thresholding": True}, "thresholding"),
     ({"clip_sample": True}, "clip_sample"),
     ({"variance_type": "learned_range"}, "variance_type"),
-    ({"use_flow_sigmas": True}, "use_flow_sigmas"),
-    ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatch"),
     ({"_class_name": "EDMEulerScheduler"}, "EDM"),
   ],
 )

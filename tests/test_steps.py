@@ -34,6 +34,8 @@ CASES = [
   {"name": "spin", "data": 8},
   {"name": "listwise", "data": 2, "fsdp": 4, "accumulate": 2},
   {"name": "dspo", "data": 8},
+  {"name": "awm", "data": 4, "fsdp": 2, "accumulate": 2, "refresh_every": 2},
+  {"name": "dgpo", "data": 8},
   {"name": "dro", "data": 4, "fsdp": 2, "accumulate": 2, "posterior": True},
 ]
 MESH = ("data", "fsdp", "look")
@@ -89,7 +91,7 @@ def test_a_compiled_update_has_one_message_of_gradients(on_eight, alone):
   assert all(f["MiB"] * 2**20 < 1024 for f in found.values()), found
 
 
-@pytest.mark.parametrize("name", ["dro", "sft"])
+@pytest.mark.parametrize("name", [pytest.param("dro", marks=pytest.mark.long), "sft"])
 def test_micro_batches_change_nothing(alone, name):
   history, params = devices_main.train(name, accumulate=4)
   np.testing.assert_allclose(
@@ -124,6 +126,7 @@ def test_another_seed_gives_other_draws(alone):
     assert ours["err/policy_e"] != theirs["err/policy_e"]
 
 
+@pytest.mark.long
 def test_states_of_a_trajectory_are_rows_of_their_own():
   one, _ = devices_main.train("dro", updates=1)
   two, _ = devices_main.train("dro", updates=1, states=2)
@@ -149,7 +152,8 @@ def test_replayed_rows_are_those_of_earlier_updates():
   assert {int(v) // 100 for v in np.asarray(buffer.rows["t"]).ravel()} == {3, 4}
 
 
-@pytest.mark.parametrize("name", ["dpo", pytest.param("kto", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["dpo", "kto"])
 def test_known_reference_errors_change_nothing(name):
   live, params = devices_main.train(name, fixed="live")
   known, again = devices_main.train(name, fixed="known")

@@ -140,21 +140,34 @@ def test_odd_texts_have_pytorchs_ids(directory):
   compare(directory)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("open_clip") is None, reason="no vocabulary")
-def test_odd_texts_have_pytorchs_ids_with_clips_own_vocabulary(directory, tmp_path):
+needs_vocabulary = pytest.mark.skipif(
+  importlib.util.find_spec("open_clip") is None, reason="no vocabulary"
+)
+
+
+def clips_own_vocabulary(target: Path) -> None:
+  """Writes the tokenizer of all published CLIP models, from the file in open_clip."""
   (origin,) = importlib.util.find_spec("open_clip").submodule_search_locations
   file = Path(origin) / "bpe_simple_vocab_16e6.txt.gz"
   lines = gzip.decompress(file.read_bytes()).decode("utf-8").split("\n")
   merges = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]]
-  small = json.loads((directory / "vocab.json").read_text("utf-8"))
+  bundled = hub.BUNDLED["shapes"] / "tokenizer"
+  small = json.loads((bundled / "vocab.json").read_text("utf-8"))
   letters = [token for token in small if len(token) == 1]
   tokens = [*letters, *(a + "</w>" for a in letters), *map("".join, merges)]
   vocabulary = {token: i for i, token in enumerate([*tokens, text.START, text.END])}
   assert len(vocabulary) == 49408
-  (tmp_path / "vocab.json").write_text(json.dumps(vocabulary), "utf-8")
+  (target / "vocab.json").write_text(json.dumps(vocabulary), "utf-8")
   lines = ["#version: 0.2", *map(" ".join, merges)]
-  (tmp_path / "merges.txt").write_text("\n".join(lines), "utf-8")
-  shutil.copy(directory / "tokenizer_config.json", tmp_path)
+  (target / "merges.txt").write_text("\n".join(lines), "utf-8")
+  settings = json.loads((bundled / "tokenizer_config.json").read_text("utf-8"))
+  settings["model_max_length"] = 77
+  (target / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
+
+
+@needs_vocabulary
+def test_odd_texts_have_pytorchs_ids_with_clips_own_vocabulary(tmp_path):
+  clips_own_vocabulary(tmp_path)
   compare(tmp_path)
 
 

@@ -42,9 +42,9 @@ def finished(tiny_pipeline, tmp_path_factory, tfds_dir):
     def made(*args, **kwargs):
       jitted.append(program := make(*args, **kwargs))
 
-      def call(*arguments):
+      def call(*arguments, **static):
         with jax.transfer_guard("disallow"):
-          return program(*arguments)
+          return program(*arguments, **static)
 
       return call
 
@@ -111,16 +111,16 @@ def _start(arguments, log, *, devices):
 
 @pytest.mark.long
 def test_processes_and_devices_may_change_on_the_way(finished, tiny_pipeline, tmp_path):
-  """Four processes, each of two devices, and then one device."""
+  """Two processes, each of two devices, and then one device."""
   workdir, log = tmp_path / "elastic", tmp_path / "log"
   fields = {"train.num_updates": 2, "evaluate.num_prompts": 1}
   arguments = runs.arguments(tiny_pipeline, workdir, **fields)
-  assert start_cluster(4, 2, arguments, log).wait(300) == 0, log.read_text()[-2000:]
+  assert start_cluster(2, 2, arguments, log).wait(300) == 0, log.read_text()[-2000:]
   assert len(runs.lines(workdir)) == 2
   assert main.main(runs.arguments(tiny_pipeline, workdir)) == 0
   starts = json.loads((workdir / "starts.json").read_text())
   found = [(start["after_update"], start["devices"]) for start in starts]
-  assert found == [(0, "8 x cpu, 4 processes"), (2, "1 x cpu")]
+  assert found == [(0, "4 x cpu, 2 processes"), (2, "1 x cpu")]
   for ours, theirs in zip(runs.lines(workdir), runs.lines(finished), strict=True):
     for name in ("loss", "err/policy_e", "err/reference_e"):
       assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
@@ -185,6 +185,7 @@ def test_killed_and_started_again_it_ends_the_same(finished, tiny_pipeline, tmp_
   assert [timeless(line) for line in runs.lines(workdir)] == want
 
 
+@pytest.mark.long
 def test_a_finished_run_is_only_evaluated_again(finished, tiny_pipeline, monkeypatch):
   before = runs.parameters(finished)
   lines = runs.lines(finished)
@@ -227,7 +228,7 @@ def test_what_a_run_began_with_must_stay(tiny_pipeline, tmp_path, capsys):
   tensors["conv_in.bias"] += 1e-3
   save_file(tensors, weights)
   assert main.main(arguments) == 2
-  assert f"the base pipeline's weights ({copy}) are not those" in capsys.readouterr().err
+  assert f"the base pipeline's weights ({copy}) have changed" in capsys.readouterr().err
 
 
 @pytest.mark.long
@@ -292,7 +293,7 @@ def test_pictures_of_ones_own(tiny_pipeline, tmp_path, capsys):
   fields = {"data.source": "folder", "data.path": folder}
   assert main.main(runs.arguments(tiny_pipeline, tmp_path / "run", **fields)) == 0
   printed = capsys.readouterr().err
-  assert "1 file cannot be used: broken.jpg (not an image)" in printed
+  assert "1 file cannot be used: broken.jpg (not an image: begins with " in printed
   assert "not scored with shapes.correct, shapes.quality" in printed
   html = (tmp_path / "run" / "report.html").read_text()
   assert any(text in html for text in photographs.values())

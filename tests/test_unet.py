@@ -14,7 +14,7 @@ from conftest import ROOT, WITHOUT_TORCH, xla_flags
 from diffusers.models.attention_flax import FlaxTransformer2DModel
 
 from jaxpref.errors import UserError
-from jaxpref.models import interceptors, pipeline, unet
+from jaxpref.models import denoiser, interceptors, pipeline, unet
 
 
 @pytest.mark.long
@@ -42,7 +42,7 @@ def test_a_widened_input_is_ignored_until_it_is_trained(tiny_pipeline):
   grads = jax.grad(error)(wide_params)
   assert np.abs(grads["conv_in"]["kernel"][:, :, 4:]).max() > 0  # it can learn
   with pytest.raises(ValueError, match="cannot widen"):
-    unet.widen_input(wide_params, 8)
+    denoiser.widen_input(wide_params, "conv_in", 8)
 
 
 @pytest.mark.parametrize("field", ["down_block_types", "up_block_types", "mid_block_type"])
@@ -61,7 +61,7 @@ def test_a_frozen_copy_answers_bit_for_bit(tiny_pipeline, dtype):
   draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
   inputs = draw(2, *loaded.latent_shape), np.array([5, 700]), {"text": draw(2, 16, 16)}
   denoise = jax.jit(unet.make_denoise(loaded.modules["unet"]))
-  frozen = unet.freeze(params, dtype)
+  frozen = denoiser.freeze(params, dtype)
   size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))  # noqa: E731
   assert size(frozen) / size(params) < {"float32": 1.01, "bfloat16": 0.52}[dtype]
   np.testing.assert_array_equal(denoise(frozen, *inputs), denoise(params, *inputs))

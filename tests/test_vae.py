@@ -21,6 +21,7 @@ def images():
   return np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
 
 
+@pytest.mark.long
 def test_mode_and_samples(loaded, images):
   module, params = loaded.modules["vae"], loaded.params["vae"]
   mean, logvar = vae.encode_moments(module, params, vae.to_unit(images))

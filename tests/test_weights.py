@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxpref import sharding
 from jaxpref.errors import UserError
-from jaxpref.models import convert, pipeline, weights
+from jaxpref.models import pipeline, torch_layout, weights
 
 UNET = "diffusion_pytorch_model"
 
@@ -46,7 +46,7 @@ def same(ours, theirs):
 
 def shard(directory: Path, *, variant: str = "") -> list[Path]:
   """Splits a part's weights into three files with an index, as diffusers names them."""
-  stem = weights.stem_of(directory.name)
+  stem = families.PARTS[directory.name].stem
   dot = f".{variant}" if variant else ""
   file = directory / f"{stem}.safetensors"
   tensors = load_file(file)
@@ -73,7 +73,7 @@ def test_shards(copy, loaded, variant):
 def test_variants(copy, loaded):
   """Without a variant the full weights are taken, or fp16's where there are no others."""
   for part in ("unet", "vae", "text_encoder"):
-    stem = copy / part / weights.stem_of(part)
+    stem = copy / part / families.PARTS[part].stem
     halves = {k: v.astype(np.float16) for k, v in load_file(f"{stem}.safetensors").items()}
     save_file(halves, f"{stem}.fp16.safetensors")
   same(pipeline.load_pipeline(str(copy)).params, loaded.params)
@@ -204,7 +204,7 @@ def test_weights_that_are_not_finite_are_counted(copy, caplog):
     ("unet", "class_embed_type", "timestep"),
     ("unet", "resnet_time_scale_shift", "scale_shift"),
     ("vae", "act_fn", "relu"),
-    ("vae", "use_quant_conv", False),
+    ("vae", "mid_block_add_attention", False),
   ],
 )
 def test_switches_that_the_modules_lack_are_refused(copy, part, field, value):
@@ -261,7 +261,7 @@ def test_the_host_holds_one_tensor_above_the_shards(tmp_path):
 
   watcher = threading.Thread(target=watch)
   watcher.start()
-  tree, _ = convert.import_tensors(
+  tree, _ = torch_layout.import_tensors(
     weights.open_file(tmp_path / "model.safetensors"), abstract, where="model", place=put
   )
   jax.block_until_ready(tree)
@@ -288,7 +288,7 @@ jax.tree.map(lambda a, s: None if a.sharding == s else 1 / 0, dict(split.params)
 jax.tree.map(np.testing.assert_array_equal, dict(split.params), dict(whole.params))
 sizes = {a.addressable_shards[0].data.size * 4 == a.size for a in jax.tree.leaves(split.params)}
 assert sizes == {True, False}
-without = load_pipeline("shapes", mesh=mesh, without=["unet"])
+without = load_pipeline("shapes", mesh=mesh, without_denoiser=True)
 assert without.digest == whole.digest and "unet" not in without.params
 """
   env = os.environ | WITHOUT_TORCH | {"XLA_FLAGS": xla_flags(devices=8)}

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
+from jaxpref import base_config
 from jaxpref.errors import UserError
 from jaxpref.runtime import workdir as workdir_lib
 from jaxpref.training import run_state
@@ -85,6 +86,18 @@ def test_another_run_is_refused_and_nothing_is_written(tmp_path):
   assert workdir_lib.open_workdir(tmp_path, make_config()).resumed
 
 
+def test_a_field_that_is_newer_than_the_run_may_have_its_default(tmp_path):
+  config = base_config.base("dro", "tiny")
+  workdir_lib.release(workdir_lib.open_workdir(tmp_path, config))
+  older = json.loads((tmp_path / "config.json").read_text())
+  del older["data"]["crop"]
+  (tmp_path / "config.json").write_text(json.dumps(older))
+  workdir_lib.release(workdir_lib.open_workdir(tmp_path, config))
+  (tmp_path / "config.json").write_text(json.dumps(older))
+  config.data.crop = "none"
+  assert "data.crop was center, now none" in fails(tmp_path, config)
+
+
 def test_inputs_may_be_named_by_another_path(tmp_path):
   # Their contents decide: training compares digests.
   names = ("data.path", "model.path", "model.start")
@@ -117,7 +130,7 @@ def test_other_contents_are_refused_by_name(name, message):
   places = {"data": {"path": "in/x"}, "model": {"path": "base/y", "start": "other/z"}}
   config = ConfigDict({**places, "optim": {"schedule": "constant"}})
   run_state.check_resumes(same, same, 2, config)
-  with pytest.raises(UserError, match=f"the {message} are not those that this workdir's run"):
+  with pytest.raises(UserError, match=f"the {message} have changed since this workdir's run"):
     run_state.check_resumes(same, same | {name: "other"}, 2, config)
 
 

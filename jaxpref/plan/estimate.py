@@ -85,7 +85,7 @@ def _run(argv: list[str]) -> None:
     raise UserError(f"--json must be a file to write (got {flags['json']!r})")
   if "model" not in config or "loss" not in config:
     raise UserError(
-      f"{config.name} cannot be planned: it does not train a UNet with a preference loss"
+      f"{config.name} cannot be planned: it does not train with a preference loss"
     )
   numbers = plan(config, flags["topology"], mfu=mfu)
   print(describe(numbers), flush=True)
@@ -150,7 +150,6 @@ def plan(
   import numpy as np  # noqa: PLC0415
 
   from jaxpref import sharding  # noqa: PLC0415
-  from jaxpref.models.pipeline import abstract_params  # noqa: PLC0415
   from jaxpref.runtime import throughput  # noqa: PLC0415
   from jaxpref.training import flops, programs, setup  # noqa: PLC0415
 
@@ -164,7 +163,6 @@ def plan(
   forward = flops.of_forward(checked.pipeline)
   work = flops.of_update(checked, forward)
   seconds = sum(work.values()) / count / (mfu * (throughput.peak_of(chip.kind) or 1.0))
-  unet = abstract_params(checked.pipeline.modules["unet"])
   size = lambda tree: sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))  # noqa: E731
   found = {
     "config": f"{config.name}:{config.preset}",
@@ -174,7 +172,7 @@ def plan(
     "mesh": dict(checked.mesh.shape),
     "configuration": configured,
     "made": {"date": datetime.date.today().isoformat(), "jax": jax.__version__},
-    "parameters": size(unet),
+    "parameters": size(checked.pipeline.abstract_denoiser()),
     "trained": size(arguments.state.params),
     "forward": forward,
     "flops": work,
@@ -195,15 +193,15 @@ class _Model:
   def __init__(self, checked: Any, chip: Chip):
     import jax  # noqa: PLC0415
 
-    from jaxpref.models import unet  # noqa: PLC0415
     from jaxpref.models.pipeline import abstract_params  # noqa: PLC0415
 
-    params = {part: abstract_params(m) for part, m in checked.pipeline.modules.items()}
-    dtype = checked.config.model.frozen_dtype
-    self.base = jax.eval_shape(lambda p: unet.freeze(p, dtype), params.pop("unet"))
+    pipeline, dtype = checked.pipeline, checked.config.model.frozen_dtype
+    params = {part: abstract_params(module) for part, module in pipeline.modules.items()}
+    denoiser = params.pop(pipeline.family.denoiser)
+    self.base = jax.eval_shape(lambda p: pipeline.freeze(p, dtype), denoiser)
     self.encoders = params
     self.fused = _has_fused_attention(checked, chip)
-    self._pipeline = checked.pipeline
+    self._pipeline = pipeline
     self._kept: dict[str, int] = {}
 
   def kept(self, remat: str) -> int:
@@ -220,12 +218,12 @@ class _Model:
 
 
 def _has_fused_attention(checked: Any, chip: Chip) -> bool:
-  """Returns whether the longest attention stores no logits: bfloat16 on GPUs, tiles on TPUs."""
+  """Returns whether the longest attention stores no logits: bfloat16 on GPUs, any on TPUs."""
   from jaxpref.models import kernels  # noqa: PLC0415
 
   if chip.platform == "gpu":
     return checked.config.model.dtype == "bfloat16"
-  return kernels.has_tiles(math.prod(checked.pipeline.latent_shape[1:]))
+  return kernels.is_long(max((n for _, n in checked.pipeline.attentions()), default=0))
 
 
 def _for_accelerator(config: Any, *, traced_only: bool = True) -> Any:
@@ -254,12 +252,8 @@ def _for_accelerator(config: Any, *, traced_only: bool = True) -> Any:
 def _logits_bytes(checked: Any) -> int:
   """Returns the bytes of XLA's largest attention, per latent: float32 logits and softmax."""
   width = 4 + (2 if checked.config.model.dtype == "bfloat16" else 4)
-  config = checked.pipeline.configs["unet"]
-  blocks, heads = config["down_block_types"], config.get("attention_head_dim", 8)
-  heads = [heads] * len(blocks) if isinstance(heads, int) else heads
-  tokens = [(checked.pipeline.latent_shape[1] // 2**level) ** 2 for level in range(len(blocks))]
-  attending = [i for i, block in enumerate(blocks) if "Attn" in block]
-  return max((heads[i] * tokens[i] ** 2 * width for i in attending), default=0)
+  sizes = checked.pipeline.attentions()
+  return max((heads * tokens**2 * width for heads, tokens in sizes), default=0)
 
 
 def _memory(checked: Any, arguments: Any, model: _Model) -> dict[str, float]:
@@ -301,7 +295,7 @@ def _memory(checked: Any, arguments: Any, model: _Model) -> dict[str, float]:
 
 
 def _working_weights(checked: Any, arguments: Any, model: _Model) -> float:
-  """Returns the bytes of weights that are gathered or cast for the UNet during an update."""
+  """Returns the bytes of weights that an update gathers or casts for the denoiser."""
   import jax  # noqa: PLC0415
 
   from jaxpref.plan import memory  # noqa: PLC0415
@@ -351,7 +345,7 @@ def describe(numbers: dict[str, Any]) -> str:
   lines = [
     f"{numbers['config']} with {numbers['model']} on {numbers['topology']}: "
     f"{numbers['devices']} x {device['kind']}, mesh {numbers['mesh']}",
-    f"parameters of the UNet: {numbers['parameters']:,}; trained: {numbers['trained']:,}",
+    f"parameters of the denoiser: {numbers['parameters']:,}; trained: {numbers['trained']:,}",
     "",
     f"per update: {_flops(total)} in total, {numbers['seconds']:.3g} s at "
     f"{100 * numbers['mfu']:.0f} % of peak; all of training: {numbers['hours']:.2g} hours",

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpref import sharding
-from jaxpref.models import unet as unet_lib
-from jaxpref.models.pipeline import Pipeline, abstract_params
+from jaxpref.models.pipeline import Pipeline
 
 
 def bytes_on_device(tree: Any, mesh: Any) -> int:
@@ -22,17 +21,16 @@ def bytes_on_device(tree: Any, mesh: Any) -> int:
 
 
 def kept_bytes(pipeline: Pipeline, **options: Any) -> int:
-  """Computes the bytes that the UNet's forward pass stores for the backward pass, per latent.
+  """Computes the bytes that a denoiser's forward pass stores for the backward pass, per latent.
 
   Args:
     pipeline: its parameters are not needed.
-    **options: `attention`, `norm` and `remat` of `unet.make_denoise`.
+    **options: `attention`, `norm` and `remat` of `Family.make_denoise`.
   """
-  unet = pipeline.modules["unet"]
-  params = abstract_params(unet)
-  denoise = unet_lib.make_denoise(unet, **options)
+  params = pipeline.abstract_denoiser()
+  denoise = pipeline.make_denoise(**options)
   x_t = jax.ShapeDtypeStruct((1, *pipeline.latent_shape), jnp.float32)
-  cond = unet_lib.abstract_cond(pipeline.modules, 1)
+  cond = pipeline.abstract_cond(1)
   if pipeline.is_improver:
     cond |= {"image": x_t}
   residuals = jax.eval_shape(

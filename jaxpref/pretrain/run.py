@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxpref import base_config, sharding
 from jaxpref import config as config_lib
-from jaxpref import sharding
 from jaxpref.data import encode
 from jaxpref.diffusion import schedule as schedule_lib
 from jaxpref.errors import UserError
@@ -58,6 +58,8 @@ RULES: config_lib.Rules = {
     (lambda value: 0 <= value < math.inf, "at least 0 and finite"),
   ),
   **dict.fromkeys(_SHARES, (lambda value: 0 <= value <= 1, "between 0 and 1")),
+  **{name: rule for name, rule in base_config.RULES.items() if name.startswith("noise.")},
+  "noise.shift": (lambda value: 0 < value < math.inf, "positive and finite"),
   "denoiser.clip_norm": (lambda value: value > 0, "positive"),
   "seed": (lambda value: 0 <= value < 2**31, "at least 0 and below 2^31"),
   "corpus.image_size": (lambda value: value in (16, 32, 64), "16, 32 or 64"),
@@ -101,6 +103,7 @@ def prepare(config: Any) -> Prepared:
       begin from is missing or does not fit.
   """
   jax_setup.cache_programs()
+  train_denoiser_lib.make_schedule(config)  # refuses settings of the levels
   mesh = sharding.make_mesh()
   for stage in STAGES:
     if config[stage].num_updates:
@@ -111,7 +114,7 @@ def prepare(config: Any) -> Prepared:
         "pipeline that has one"
       )
   vae_from = _load(config, "vae", ["vae"])
-  return Prepared(config, mesh, vae_from, _load(config, "denoiser", ["unet", "text_encoder"]))
+  return Prepared(config, mesh, vae_from, _load(config, "denoiser", train_denoiser_lib.TRAINED))
 
 
 def _load(config: Any, stage: str, parts: Sequence[str]) -> pipeline_lib.Pipeline | None:
@@ -134,10 +137,12 @@ def _load(config: Any, stage: str, parts: Sequence[str]) -> pipeline_lib.Pipelin
 
 def pipeline_configs(config: Any, *, vocab_size: int) -> dict[str, dict[str, Any]]:
   """Returns the configuration files of the parts; the VAE's scaling factor is set later."""
+  family, encoder = train_denoiser_lib.FAMILY, train_denoiser_lib.ENCODER
   return {
+    "model_index": dict(family.index),
     "vae": vae_stage.vae_config(config),
-    "unet": train_denoiser_lib.unet_config(config),
-    "text_encoder": train_denoiser_lib.text_config(config, vocab_size=vocab_size),
+    family.denoiser: train_denoiser_lib.denoiser_config(config),
+    encoder: train_denoiser_lib.text_config(config, vocab_size=vocab_size),
     "scheduler": train_denoiser_lib.scheduler_config(config),
   }
 
@@ -190,7 +195,7 @@ def run(prepared: Prepared, workdir: Path) -> Path:
     workdir / "denoiser",
     latents,
     text.tokenize([tokenizer], captions)[0],
-    schedule=schedule_lib.schedule_from_config(configs["scheduler"]),
+    schedule=train_denoiser_lib.make_schedule(config),
     empty_ids=text.tokenize([tokenizer], [""])[0],
     mesh=mesh,
     identity=identity | {"first": pipeline_lib.fingerprint(first | {"vae": vae_params})},
@@ -262,14 +267,15 @@ def encode_corpus(
 
 
 def _first_params(prepared: Prepared, modules: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the initial weights of text encoder and UNet: another pipeline's, or random."""
+  """Returns the initial weights of text encoder and denoiser: others', or random."""
+  denoiser, encoder = train_denoiser_lib.TRAINED
   if prepared.denoiser_from:
-    return {p: prepared.denoiser_from.params[p] for p in ("unet", "text_encoder")}
+    return {part: prepared.denoiser_from.params[part] for part in (denoiser, encoder)}
   key = jax.random.key(prepared.config.seed)
-  init = functools.partial(train_denoiser_lib.init_text_encoder, modules["text_encoder"])
+  init = functools.partial(train_denoiser_lib.init_text_encoder, modules[encoder])
   return {
-    "unet": jax.jit(modules["unet"].init_weights)(jax.random.fold_in(key, 3)),
-    "text_encoder": jax.jit(init)(jax.random.fold_in(key, 4)),
+    denoiser: jax.jit(modules[denoiser].init_weights)(jax.random.fold_in(key, 3)),
+    encoder: jax.jit(init)(jax.random.fold_in(key, 4)),
   }
 
 
@@ -281,20 +287,19 @@ def train_denoiser(
   latents: np.ndarray,
   ids: np.ndarray,
   *,
-  schedule: schedule_lib.NoiseSchedule,
+  schedule: schedule_lib.Schedule,
   empty_ids: np.ndarray,
   mesh: Mesh,
   identity: dict[str, str],
 ) -> dict[str, Any]:
-  """Trains UNet and text encoder together, from `first`; returns their EMA weights."""
+  """Trains denoiser and text encoder together, from `first`; returns their EMA weights."""
   settings = config.denoiser
   tx = _optimizer(settings, weight_decay=settings.weight_decay, clip_norm=settings.clip_norm)
   ema = jax.tree.map(jnp.copy, first)
   state = train_denoiser_lib.DenoiserState(first, ema, tx.init(first), jnp.int32(0))
   state = jax.device_put(state, sharding.replicated(mesh))
   step = train_denoiser_lib.make_denoiser_step(
-    modules["unet"],
-    modules["text_encoder"],
+    modules,
     schedule,
     tx,
     jnp.asarray(empty_ids),

@@ -1,7 +1,7 @@
-"""The second pretraining stage: text encoder and UNet, on the VAE's latents."""
+"""The second pretraining stage: text encoder and denoiser, on the VAE's latents."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax
@@ -9,15 +9,22 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxpref.diffusion import flow, levels
 from jaxpref.diffusion import schedule as schedule_lib
+from jaxpref.errors import UserError
 from jaxpref.models import text
-from jaxpref.models import unet as unet_lib
+from jaxpref.models.families import stable_diffusion
 from jaxpref.training import optimizer as optimizer_lib
+
+FAMILY = stable_diffusion.FAMILY
+# Parts that are trained together.
+(ENCODER,) = FAMILY.tokenizers(FAMILY.parts)
+TRAINED = (FAMILY.denoiser, ENCODER)
 
 
 @flax.struct.dataclass
 class DenoiserState:
-  """Parameters {'unet', 'text_encoder'}, EMA weights, optimizer state, completed updates."""
+  """Parameters by part, EMA weights, optimizer state, completed updates."""
 
   params: Any
   ema: Any
@@ -25,8 +32,8 @@ class DenoiserState:
   update: jax.Array
 
 
-def unet_config(settings: Any) -> dict[str, Any]:
-  """Returns diffusers' `unet/config.json` for the shapes world."""
+def denoiser_config(settings: Any) -> dict[str, Any]:
+  """Returns the UNet's `config.json` for the shapes world."""
   blocks = ["CrossAttn" if attend else "" for attend in settings.unet.attention]
   return {
     "_class_name": "UNet2DConditionModel",
@@ -52,7 +59,7 @@ def unet_config(settings: Any) -> dict[str, Any]:
 
 
 def text_config(settings: Any, *, vocab_size: int) -> dict[str, Any]:
-  """Returns transformers' `text_encoder/config.json` for the shapes world."""
+  """Returns the text encoder's `config.json` for the shapes world."""
   return {
     "_class_name": "CLIPTextModel",
     "architectures": ["CLIPTextModel"],
@@ -84,26 +91,47 @@ def init_text_encoder(encoder: Any, key: jax.Array) -> Any:
 
 
 def scheduler_config(settings: Any) -> dict[str, Any]:
-  """Returns diffusers' `scheduler/scheduler_config.json`, with Stable Diffusion's schedule."""
-  return {
+  """Returns diffusers' `scheduler/scheduler_config.json`.
+
+  The schedule is Stable Diffusion's, or a flow's.
+  """
+  solver = {
     "_class_name": "DPMSolverMultistepScheduler",
     "algorithm_type": "dpmsolver++",
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
     "num_train_timesteps": 1000,
     "prediction_type": settings.unet.prediction_type,
     "solver_order": 2,
     "solver_type": "midpoint",
+  }
+  if settings.unet.prediction_type == flow.PREDICTION_TYPE:
+    # diffusers' StableDiffusionPipeline runs this scheduler, and not FlowMatchEuler's.
+    return solver | {"flow_shift": settings.noise.shift, "use_flow_sigmas": True}
+  return solver | {
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
     "steps_offset": 1,
     "timestep_spacing": "leading",
   }
 
 
+def make_schedule(settings: Any) -> schedule_lib.Schedule:
+  """Makes the schedule of training levels.
+
+  Raises:
+    UserError: a setting of them is invalid or has no effect.
+  """
+  noise = settings.noise
+  schedule = schedule_lib.schedule_from_config(scheduler_config(settings))
+  density = flow.Density(noise.density, noise.mean, noise.std, noise.scale)
+  if settings.unet.prediction_type != flow.PREDICTION_TYPE and noise.shift != 1:
+    raise UserError("noise.shift is for unet.prediction_type = 'flow_prediction'")
+  return levels.training_schedule(schedule, density)
+
+
 def make_denoiser_step(
-  unet: Any,
-  encoder: Any,
-  schedule: schedule_lib.NoiseSchedule,
+  modules: Mapping[str, Any],
+  schedule: schedule_lib.Schedule,
   tx: optax.GradientTransformation,
   empty_ids: jax.Array,
   key: jax.Array,
@@ -112,23 +140,25 @@ def make_denoiser_step(
   ema_decay: float,
 ) -> Callable:
   """Makes `step(state, latents [B, C, h, w], ids [B, L]) -> (state, metrics)`, donated."""
-  denoise = unet_lib.make_denoise(unet)
+  family = FAMILY
+  denoise = family.make_denoise(modules[family.denoiser])
 
   def loss(params, latents, ids, key):
     keys = dict(zip(("drop", "t", "eps"), jax.random.split(key, 3), strict=True))
     rows = latents.shape[0]
     drop = jax.random.bernoulli(keys["drop"], prompt_dropout, (rows, 1))
     ids = jnp.where(drop, empty_ids, ids)
-    # One timestep from each of B equal intervals lowers the variance of the gradient. Rows come
-    # in the order of the data, so the intervals are permuted.
+    # One level from each of B equally likely intervals lowers the variance of the gradient.
+    # Rows come in the order of the data, so the intervals are permuted.
     slot_key, place_key = jax.random.split(keys["t"])
     slots = jax.random.permutation(slot_key, rows)
     share = (slots + jax.random.uniform(place_key, (rows,))) / rows
-    t = (share * schedule.alpha_bar.shape[0]).astype(jnp.int32)
+    t = levels.level_at(schedule, share)
     eps = jax.random.normal(keys["eps"], latents.shape)
-    cond = text.encode_text(encoder, params["text_encoder"], ids)
+    cond = family.encode(modules, params, [ids], clip_skip=0)
     x_t = schedule_lib.add_noise(schedule, latents, eps, t)
-    prediction = denoise(params["unet"], x_t, t, {"text": cond})
+    given = schedule_lib.timestep_input(schedule, t)
+    prediction = denoise(params[family.denoiser], x_t, given, cond)
     target = schedule_lib.target(schedule, latents, eps, t)
     return schedule_lib.denoising_error(prediction, target).mean()
 

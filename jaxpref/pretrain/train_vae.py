@@ -81,7 +81,7 @@ def vae_loss(
   pixels = vae_lib.to_unit(images)
   mean, logvar = vae_lib.encode_moments(vae, params, pixels)
   latent = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
-  output = vae.apply({"params": params}, latent, method=vae.decode).sample
+  output = vae.apply({"params": params}, latent, method="pixels")
   absolute = jnp.abs(output - pixels).mean()
   squared = jnp.square(output - pixels).mean()
   kl = 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar).sum((1, 2, 3)).mean()

@@ -4,6 +4,7 @@ import argparse
 import errno
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -24,7 +25,11 @@ class Parser(argparse.ArgumentParser):
   """A parser for programs without a configuration file; its errors are one line."""
 
   def __init__(self, doc: str):
-    super().__init__(description=doc, allow_abbrev=False)
+    # By default argparse shows the file's name, which is __main__.py for a package.
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    module = spec.name.removesuffix(".__main__") if spec else ""
+    prog = f"python -m {module}" if module.startswith("jaxpref.") else None
+    super().__init__(prog, description=doc, allow_abbrev=False)
 
   def error(self, message: str):
     """Raises the message as a `UserError`; argparse would print a page of usage and exit."""
@@ -56,6 +61,21 @@ class Parser(argparse.ArgumentParser):
       help="for a run: the checkpoint, as a number of updates, or 'best' for the best of "
       "those evaluated; default: the newest good checkpoint",
     )
+
+
+def at_least_1(text: str) -> int:
+  """Parses a number of at least 1."""
+  if not text.isdecimal() or int(text) < 1:
+    raise argparse.ArgumentTypeError(f"must be at least 1, got {text!r}")
+  return int(text)
+
+
+def size(text: str) -> tuple[int, int]:
+  """Parses 'WIDTHxHEIGHT' or one number for both; returns height and width."""
+  match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+  if match is None:
+    raise argparse.ArgumentTypeError(f"must be like 512 or 512x768 (got {text})")
+  return int(match[2] or match[1]), int(match[1])
 
 
 def _step(text: str) -> int | str:
@@ -124,7 +144,7 @@ def exit_status(
     print(f"jaxpref: error: {one_line(error)}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
-    rest = "the same command resumes this run" if resumable else "nothing was written"
+    rest = "the same command resumes it" if resumable else "nothing was written"
     print(f"jaxpref: interrupted; {rest}", file=sys.stderr)
     return 130
   return 0

@@ -33,6 +33,7 @@ _LAUNCHERS = {
   "SLURM_NTASKS": "SLURM_STEP_NODELIST",
   "OMPI_COMM_WORLD_SIZE": "OMPI_MCA_orte_hnp_uri",
 }
+_RANKS = {"SLURM_NTASKS": "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK"}
 _TOKEN = ".shared"  # file in the workdir that process 0 writes and the others look for
 _SHARED_SECONDS = 30.0  # how long they look; network file systems show new files late
 _END, _END_MILLISECONDS = "jaxpref-end", 5000  # the barrier before the end
@@ -95,6 +96,19 @@ def _settings(flags: Mapping[str, str]) -> dict[str, Any] | None:
   if not (host and 0 < (number_of(port) or 0) < 65536):
     raise UserError(f"--coordinator={coordinator} is not HOST:PORT")
   return {"coordinator_address": coordinator, "num_processes": count, "process_id": index}
+
+
+def launched() -> tuple[int, int]:
+  """Returns the number of this process and the number of all, without connecting them.
+
+  SLURM's and Open MPI's launchers say so in the environment, and the runtime of a TPU pod does;
+  a single process is 0 of 1. For jobs whose processes need nothing of each other.
+  """
+  for count, inside in _LAUNCHERS.items():
+    total, rank = (number_of(os.environ.get(name, "")) for name in (count, _RANKS[count]))
+    if inside in os.environ and total and rank is not None and rank < total:
+      return rank, total
+  return jax.process_index(), jax.process_count()
 
 
 def is_first() -> bool:

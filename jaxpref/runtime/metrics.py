@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl, TensorBoard events and the progress line.
+"""Metrics of a run: metrics.jsonl, TensorBoard, Weights & Biases and the progress line.
 
 Metric names are paths: `loss`, `rewards/margin`, `optim/grad_norm`, `time/rollout`.
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, SupportsFloat
 
 from jaxpref.errors import UserError, storage_error
+from jaxpref.runtime import wandb_run
 from jaxpref.runtime import workdir as workdir_lib
 
 FILE = "metrics.jsonl"
@@ -35,6 +36,7 @@ class MetricWriter:
     start_step: step at which the run resumes; later lines are dropped, because the run
       writes them again. None starts a new file.
     line_seconds: seconds between progress lines if stderr is not a terminal.
+    wandb: a run in Weights & Biases that gets the same scalars, or None.
   """
 
   def __init__(
@@ -44,6 +46,7 @@ class MetricWriter:
     total_updates: int,
     start_step: int | None = None,
     line_seconds: float = 10.0,
+    wandb: wandb_run.WandbRun | None = None,
   ):
     self._path = Path(workdir) / FILE
     self._total = total_updates
@@ -54,6 +57,7 @@ class MetricWriter:
     # Unbuffered, so that each line reaches the file at once and a failed write is not repeated.
     self._file = self._path.open("ab", buffering=0)
     self._events = _open_tensorboard(Path(workdir) / "tensorboard")
+    self._wandb = wandb
     self._first: tuple[int, float] | None = None
     self._printed = -math.inf
 
@@ -80,6 +84,8 @@ class MetricWriter:
       raise UserError(f"cannot write {self._path}: no space left on the device")
     if self._events is not None:
       self._events.write_scalars(step, values)
+    if self._wandb is not None:
+      self._wandb.write(step, values)
 
   def progress(
     self,
@@ -128,6 +134,8 @@ class MetricWriter:
     if self._events is not None:
       self._events.flush()
       self._events.close()
+    if self._wandb is not None:
+      self._wandb.close()
 
   def _eta(self, step: int, now: float) -> str:
     first_step, first_time = self._first or (step, now)

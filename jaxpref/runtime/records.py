@@ -13,7 +13,11 @@ from jaxpref.errors import UserError, first_line
 
 
 class Records(Sequence[Mapping[str, Any]]):
-  """The rows of a split, each a mapping from columns to values; text is bytes."""
+  """The rows of a split, each a mapping from columns to values; text is bytes.
+
+  Attributes:
+    directory: of the data set.
+  """
 
   def __init__(self, directory: str | os.PathLike, split: str, *, advice: str):
     """Opens a data set.
@@ -33,7 +37,7 @@ class Records(Sequence[Mapping[str, Any]]):
       found = builder.info.splits[split]
       self._files = [Path(file).name for file in found.filepaths]
       self._starts = list(itertools.accumulate(found.shard_lengths, initial=0))
-      self._directory, self._length = Path(directory), len(self._source)
+      self.directory, self._length = Path(directory), len(self._source)
     except Exception as error:  # damaged files raise errors of any type
       raise UserError(f"{directory} is damaged: {first_line(error)}; {advice}") from error
 
@@ -52,7 +56,7 @@ class Records(Sequence[Mapping[str, Any]]):
     try:
       return self._source[index]
     except Exception as error:  # ArrayRecord's RuntimeError, or any error of the decoder
-      path = self._directory / self._files[self._shard(index)]
+      path = self.directory / self._files[self._shard(index)]
       raise UserError(f"{path} is damaged: {first_line(error)}; {self._advice}") from error
 
   def where(self, index: int) -> str:

@@ -23,6 +23,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
+from jaxpref import base_config
 from jaxpref import config as config_lib
 from jaxpref.errors import DamagedError, UserError, storage_error
 from jaxpref.runtime.paths import user_path
@@ -32,7 +33,7 @@ LOCK = ".lock"
 # Fields that say where inputs are. Inputs may move, because training compares the digests of
 # their contents instead of their paths.
 BY_CONTENT = (
-  *("data.path", "data.split", "data.follow_links", "data.max_bad_share"),
+  *("data.path", "data.split", "data.follow_links", "data.max_bad_share", "data.score"),
   *("model.path", "model.start"),
 )
 # Fields and sections that may change when a run is resumed.
@@ -40,7 +41,8 @@ RESUME_SAFE = (
   *BY_CONTENT,
   *("evaluate", "improve", "profile"),
   *("train.log_every", "train.num_updates", "train.keep"),
-  *("train.max_skipped", "train.hang_minutes"),
+  *("train.max_skipped", "train.hang_minutes", "train.wandb"),
+  "data.cache",  # checkpoints say how their rows were encoded, see `run_state.identify`
 )
 # Network and FUSE file systems without locks raise one of these errors.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -153,6 +155,12 @@ def add_start(path: str | os.PathLike, facts: Mapping[str, Any]) -> None:
   starts = read_or_set_aside(file, _is_list_of_objects, missing=[])
   now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
   write_json(file, [*starts, {"time": now, **facts}])
+
+
+def read_starts(path: str | os.PathLike) -> list[dict[str, Any]]:
+  """Returns the records of `add_start`; none if their file is missing."""
+  file = Path(path) / STARTS
+  return read_json(file, _is_list_of_objects) if file.exists() else []
 
 
 def _is_list_of_objects(value: Any) -> bool:
@@ -366,6 +374,10 @@ def check_same(
   except DamagedError as error:
     raise UserError(f"{path / CONFIG} cannot be read: {error}") from error
   new = _flat(json.loads(config_lib.to_json(config)))
+  # Fields that are newer than the run: it did what they do by default.
+  if (preset := new.get("preset")) in base_config.PRESETS:
+    defaults = _flat(json.loads(config_lib.to_json(base_config.base(str(new["name"]), preset))))
+    old = {field: defaults[field] for field in new.keys() & defaults.keys()} | old
   changed = [
     field
     for field in sorted(old.keys() | new.keys())

@@ -5,7 +5,7 @@ import logging
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ import safetensors.numpy
 
 from jaxpref.errors import DivergedError, count
 from jaxpref.runtime import distributed, workdir
+from jaxpref.training.batch_maker import BatchRows
 from jaxpref.training.setup import Prepared
 
 # Most and fewest past logged updates that a value is compared with.
@@ -28,20 +29,19 @@ class FiniteCheck:
 
   Args:
     prepared: the run's input.
-    rows: the encoded rows, from `encode.encode_rows`.
     workdir: the run's workdir; its `diverged/` receives the rows of the last such update.
   """
 
-  def __init__(self, prepared: Prepared, rows: Any, workdir: Path):
-    self._prepared, self._rows, self._directory = prepared, rows, workdir / "diverged"
+  def __init__(self, prepared: Prepared, workdir: Path):
+    self._prepared, self._directory = prepared, workdir / "diverged"
     self._consecutive: list[tuple] = []  # non-finite updates since the last finite one
 
-  def check(self, done: int, index: np.ndarray, values: Mapping[str, jax.Array]) -> None:
+  def check(self, done: int, taken: BatchRows, values: Mapping[str, jax.Array]) -> None:
     """Warns if an update is not finite.
 
     Args:
       done: number of the update.
-      index: indices of its rows.
+      taken: its rows.
       values: its metrics by name.
 
     Raises:
@@ -53,7 +53,7 @@ class FiniteCheck:
     if np.isfinite(loss) and np.isfinite(norm):
       self._consecutive.clear()
       return
-    self._consecutive.append((done, index, values))
+    self._consecutive.append((done, taken, values))
     _log.warning(
       "update %d changed nothing: its loss is %s, its gradient norm %s (skipped so far: %d)",
       *(done, loss, norm, skipped),
@@ -76,10 +76,8 @@ class FiniteCheck:
       self._end()
 
   def _end(self) -> NoReturn:
-    done, index, values = self._consecutive[-1]
-    distributed.first(
-      lambda: _write_rows(self._directory, self._prepared, self._rows, done, index, values)
-    )
+    done, taken, values = self._consecutive[-1]
+    distributed.first(lambda: _write_rows(self._directory, done, taken, values))
     skipped = int(values["optim/skipped"])
     were = "was" if skipped == 1 else "were"
     raise DivergedError(
@@ -90,21 +88,20 @@ class FiniteCheck:
 
 
 def _write_rows(
-  directory: Path,
-  prepared: Prepared,
-  rows: Any,
-  done: int,
-  index: np.ndarray,
-  values: Mapping[str, jax.Array],
+  directory: Path, done: int, taken: BatchRows, values: Mapping[str, jax.Array]
 ) -> None:
-  arrays = {"row": np.asarray(index), "latents": rows["latents"][index]}
-  if "std" in rows:
-    arrays["std"] = rows["std"][index]
-  arrays |= {f"cond.{name}": of[index] for name, of in rows["cond"].items()}
+  leaves = jax.tree.leaves_with_path(taken.part.rows)
+  arrays = {
+    jax.tree_util.keystr(path, simple=True, separator="."): np.ascontiguousarray(
+      of[taken.index]
+    )
+    for path, of in leaves
+  }
+  arrays["row"] = np.asarray(taken.index)
   workdir.write_bytes(directory / "batch.safetensors", safetensors.numpy.save(arrays))
   described = {
     "update": done,
-    "captions": [prepared.rows[i % len(prepared.rows)].caption for i in index],
+    "captions": taken.captions(),
     "metrics": {name: str(float(v)) for name, v in values.items()},
   }
   workdir.write_json(directory / "batch.json", described)

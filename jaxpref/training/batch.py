@@ -1,4 +1,4 @@
-"""Noised batches: the images of each row, noised to one timestep, are the row's arms.
+"""Noised batches: the images of each row, noised to one level, are the row's arms.
 
 Noise and timesteps are new at every update. With `data.noise_draws`, each row has a fixed
 number of samples of them instead, and the reference's errors on them are computed only once.
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpref import rng
+from jaxpref.diffusion import levels
 from jaxpref.diffusion import schedule as schedule_lib
 from jaxpref.losses import Arranged, Needs
 from jaxpref.training.rollout import States
@@ -25,7 +26,7 @@ class Arms:
     x_t: noised latents, [R, A, C, h, w]. Arms are on axis 1, so that sharding the rows keeps
       the images of a row on one device.
     target: correct predictions of the denoiser, [R, A, C, h, w].
-    t: timesteps, shared by the arms of a row, int32 [R].
+    t: noise levels, shared by the arms of a row, [R]: timesteps, int32, or a flow's sigma.
     cond: conditioning, also shared by the arms of a row, a tree of [R, ...].
     labels: further columns by name, [R].
     ref: the reference's errors by arm, [R]; empty if they were not computed beforehand.
@@ -40,7 +41,7 @@ class Arms:
 
 
 def make_arms(
-  schedule: schedule_lib.NoiseSchedule,
+  schedule: schedule_lib.Schedule,
   needs: Needs,
   batch: Any,
   rollout: States | None,
@@ -54,7 +55,7 @@ def make_arms(
   """Noises a batch and appends the policy's own samples as the last arm.
 
   Args:
-    schedule: noise schedule.
+    schedule: noise schedule, from `levels.training_schedule`.
     needs: the inputs that the loss needs.
     batch: 'latents' [B, A, C, h, w], 'cond' (a tree of [B, ...]) and 'labels' (a dict of
       [B]). With 'std' [B, A, C, h, w], latents are sampled from the VAE's posterior. With
@@ -87,14 +88,14 @@ def make_arms(
     rows = x0.shape[0]
     key = rng.key_of(seed, "train", update)
     dropped = rng.sample_dropped_rows(seed, update, rows, rate=prompt_dropout)
-    t = jax.random.randint(jax.random.fold_in(key, 0), (rows,), 0, schedule.num_timesteps)
+    t = levels.sample_levels(schedule, jax.random.fold_in(key, 0), (rows,))
     states = 1 if rollout is None else rollout.t.shape[1]
     eps = jax.random.normal(jax.random.fold_in(key, 1), (rows * states, *noise_shape))
   cond = rng.drop_prompts(dropped, cond, uncond)
   if image is not None:
     cond = {**cond, "image": image}
   if rollout is not None:
-    # Each state becomes a row, with the images of its row noised to the state's timestep.
+    # Each state becomes a row, with the images of its row noised to the state's level.
     count = rollout.t.shape[1]
     repeat = lambda x: jnp.repeat(x, count, axis=0)  # noqa: E731
     x0, cond, labels = jax.tree.map(repeat, (x0, cond, labels))
@@ -128,7 +129,7 @@ def _clean(batch: Any, seed: int | jax.Array, update: int | jax.Array) -> jax.Ar
 
 
 def _fixed_draws(schedule, row, draw, noise_shape, *, seed, rate):
-  """Returns whether the prompt is dropped, the timestep and the noise of each sample."""
+  """Returns whether the prompt is dropped, the level and the noise of each sample."""
   root = rng.key_of(seed, "noise draws", 0)
 
   def one(row, draw):
@@ -136,7 +137,7 @@ def _fixed_draws(schedule, row, draw, noise_shape, *, seed, rate):
     dropped, t, eps = (jax.random.fold_in(key, i) for i in range(3))
     return (
       jax.random.bernoulli(dropped, rate),
-      jax.random.randint(t, (), 0, schedule.num_timesteps),
+      levels.sample_levels(schedule, t, ()),
       jax.random.normal(eps, noise_shape),
     )
 

@@ -5,7 +5,7 @@ cent, are left out. Recomputation by `model.remat` is not counted as work of a m
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from jaxpref.models import unet as unet_lib
 from jaxpref.models.pipeline import Pipeline, abstract_params
 from jaxpref.training import rollout as rollout_lib
 from jaxpref.training.programs import has_own_targets
@@ -32,21 +31,24 @@ def count(jaxpr: Any) -> float:
 
 
 def of_forward(pipeline: Pipeline) -> float:
-  """Counts the FLOPs of the UNet's prediction for one latent."""
-  cond = unet_lib.abstract_cond(pipeline.modules, 1)
+  """Counts the FLOPs of the denoiser's prediction for one latent."""
+  cond = pipeline.abstract_cond(1)
   if pipeline.is_improver:
     cond["image"] = jax.ShapeDtypeStruct((1, *pipeline.latent_shape), jnp.float32)
   shapes = tuple((name, leaf.shape) for name, leaf in cond.items())
-  return _of_forward(pipeline.modules["unet"], pipeline.latent_shape, shapes)
+  make_denoise = pipeline.family.make_denoise
+  return _of_forward(make_denoise, pipeline.denoiser, pipeline.latent_shape, shapes)
 
 
 @functools.cache  # iterations and campaigns repeat the same call
-def _of_forward(unet: Any, latent_shape: tuple[int, ...], cond_shapes: tuple) -> float:
+def _of_forward(
+  make_denoise: Callable, denoiser: Any, latent_shape: tuple[int, ...], cond_shapes: tuple
+) -> float:
   x_t = jax.ShapeDtypeStruct((1, *latent_shape), jnp.float32)
   t = jax.ShapeDtypeStruct((1,), jnp.int32)
   cond = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in cond_shapes}
-  denoise = unet_lib.make_denoise(unet, attention="stock", norm="stock")
-  return count(jax.make_jaxpr(denoise)(abstract_params(unet), x_t, t, cond))
+  denoise = make_denoise(denoiser, attention="stock", norm="stock")
+  return count(jax.make_jaxpr(denoise)(abstract_params(denoiser), x_t, t, cond))
 
 
 def of_update(checked: Checked, forward: float) -> dict[str, float]:
@@ -61,7 +63,8 @@ def of_update(checked: Checked, forward: float) -> dict[str, float]:
     forward: FLOPs of a prediction, from `of_forward`.
 
   Returns:
-    FLOPs by phase: 'policy' and, if the run has them, 'reference' and 'rollout'.
+    FLOPs by phase: 'policy' and, if the run has them, 'reference', 'old' and 'rollout'. The
+    rollout of rounds is shared by their updates; decoding and scorers are not counted.
   """
   config, needs = checked.config, checked.loss.needs
   rows, states = config.train.batch_size, config.rollout.states if needs.rollout else 1
@@ -70,8 +73,13 @@ def of_update(checked: Checked, forward: float) -> dict[str, float]:
   cost = {"policy": passes * rows * states * trained * forward}
   if needs.reference and not config.data.noise_draws:
     cost["reference"] = rows * states * len(checked.arms) * forward
+  if needs.old:
+    cost["old"] = rows * len(checked.arms) * forward
+  guided = 2 if config.rollout.guidance > 1 else 1
+  if online := config.get("rounds"):
+    samples = online.num_prompts * online.images_per_prompt / online.updates
+    cost["rollout"] = samples * guided * config.rollout.num_steps * forward
   if needs.rollout:
-    guided = 2 if config.rollout.guidance > 1 else 1
     chunk = rollout_lib.chunk_size(rows, config.rollout.batch_size, devices=checked.mesh.size)
     cost["rollout"] = (
       rows

@@ -23,8 +23,8 @@ from ml_collections import ConfigDict
 from jaxpref import config as config_lib
 from jaxpref import losses
 from jaxpref.data import encode, generated_pairs
-from jaxpref.data import rows as rows_lib
 from jaxpref.data.bad_rows import Tally
+from jaxpref.data.row_set import RowSet
 from jaxpref.errors import UserError
 from jaxpref.evaluation import evaluate, sampling
 from jaxpref.models import pipeline as pipeline_lib
@@ -44,6 +44,7 @@ from jaxpref.training import setup as setup_lib
 
 _ALWAYS_SAFE = (
   *("profile", "train.log_every", "train.keep", "train.max_skipped", "train.hang_minutes"),
+  "train.wandb",
 )
 # Not the base: the iterations' own configurations name it, too.
 _MOVABLE = tuple(name for name in workdir_lib.BY_CONTENT if name != "model.path")
@@ -76,7 +77,7 @@ class Prepared:
 
   config: ConfigDict
   mesh: Mesh
-  rows: list[rows_lib.Row]
+  rows: RowSet
   prompts: list[str]
   inputs: dict[str, str]
   data: Tally
@@ -99,6 +100,7 @@ def prepare(config: ConfigDict) -> Prepared:
       f"data.num_rows = {config.data.num_rows} must be at most iterate.num_pairs = "
       f"{settings.num_pairs}, the pairs that an iteration generates"
     )
+  _check_data(config.data)
   checked = setup_lib.check(_inner_config(config))
   base = checked.pipeline
   setup_lib.check_steps(base, "iterate.num_steps", settings.num_steps)
@@ -111,8 +113,21 @@ def prepare(config: ConfigDict) -> Prepared:
   prompts = list(dict.fromkeys(" ".join(prompt.split()) for prompt in prompts))
   evaluate.check_count(len(prompts), config.evaluate.images_per_prompt)
   evaluate.usable_scorers(config.evaluate.scorers, prompts)
-  inputs["data"] = rows_lib.fingerprint(rows)
+  inputs["data"] = rows.digest
   return Prepared(config, checked.mesh, rows, prompts, inputs, tally)
+
+
+def _check_data(data: ConfigDict) -> None:
+  """Refuses settings that only training on the data's own images could use."""
+  refused = {
+    "crop": data.crop == "random",
+    "cache": data.cache == "disk",
+    "original_sizes": data.original_sizes,
+    "buckets": data.buckets,
+  }
+  for name, given in refused.items():
+    if given:
+      raise UserError(f"data.{name} = {data[name]!r} does not apply to generated pairs")
 
 
 def _check_improver(config: ConfigDict, base: pipeline_lib.Pipeline, mesh: Mesh) -> str:
@@ -157,8 +172,7 @@ def run(prepared: Prepared, workdir: Path) -> None:
       _iterate(prepared, workdir, model, k)
     model = str(workdir / load_run.ITERATIONS / str(k))
     distributed.first(functools.partial(_finish_iteration, prepared, workdir, k))
-  captions = {" ".join(row.caption.split()) for row in prepared.rows}
-  held_out = not captions & set(prepared.prompts)
+  held_out = not prepared.rows.has_caption_in(prepared.prompts)
   facts = prepared.data.words()
   distributed.first(
     lambda: iterate_report.write_report(workdir, config, facts, held_out=held_out)
@@ -280,7 +294,8 @@ def _inner_config(
       inner.model.start = "" if model == inner.model.path else model
     inner.seed = (inner.seed + 100_003 * k) % 2**31  # other random numbers than in the last
     inner.data.source, inner.data.path, inner.data.num_rows = "online", str(pairs), num_rows
-    inner.data.split = "train"  # the captions' split does not apply to pairs
+    # The data's own split and shapes do not apply to pairs.
+    inner.data.split, inner.data.crop = "train", "center"
     inner.evaluate.prompts = setup_lib.prompts_source(config)
     if inner.train.checkpoints:
       inner.train.checkpoints = f"{inner.train.checkpoints.rstrip('/')}/{k}"
@@ -325,18 +340,18 @@ def _generate_pairs(prepared: Prepared, directory: Path, model: str, k: int) -> 
   ) as bar:
     for shard in missing:
       index = np.array(shards[shard])
-      rows = [prepared.rows[order[i % len(order)]] for i in index]
-      captions = [row.caption for row in rows]
+      chosen = [order[i % len(order)] for i in index]
+      captions = [prepared.rows.caption_of(i) for i in chosen]
       with clock("generate"):
         cond = encode.encode_prompts(policy, mesh, captions)
-        losers = generate(policy.params["unet"], cond, seeds[index, 1], names=captions)
+        losers = generate(policy.denoiser_params, cond, seeds[index, 1], names=captions)
       if not (improver and improve):
-        winners = np.stack([row.images[0] for row in rows])
+        winners = np.stack([prepared.rows[i].images[0] for i in chosen])
       else:
         with clock("improve"):
           cond = dict(encode.encode_prompts(improver, mesh, captions))
           cond["image"] = encode.encode_images(improver, mesh, list(losers))
-          winners = improve(improver.params["unet"], cond, seeds[index, 0], names=captions)
+          winners = improve(improver.denoiser_params, cond, seeds[index, 0], names=captions)
       with clock("write"):
         worse, better = (
           encode.encode_images(policy, mesh, list(images)) for images in (losers, winners)

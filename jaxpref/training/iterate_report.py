@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from jaxpref.data import generated_pairs
 from jaxpref.errors import DamagedError
-from jaxpref.evaluation import evaluate, statistics
+from jaxpref.evaluation import evaluate, score_text
 from jaxpref.runtime import jax_setup, metrics
 from jaxpref.runtime import workdir as workdir_lib
 from jaxpref.training import load_run
@@ -112,16 +112,16 @@ def _summary(config: ConfigDict, workdir: Path, k: int) -> dict[str, str]:
   row = {
     "iteration": str(k),
     "pairs trained on": f"{generated_pairs.count_kept(changes, config.data)} of {len(changes)}",
-    "change, mean": statistics.number(changes.mean()),
+    "change, mean": score_text.number(changes.mean()),
   }
   for key, entry in results.items():
     mean, rate = (
-      statistics.number(entry["tuned"]["mean"]),
-      statistics.percent(entry["win_rate"]),
+      score_text.number(entry["tuned"]["mean"]),
+      score_text.percent(entry["win_rate"]),
     )
     row[f"{key}, win rate"] = f"{mean}, {rate}"
   phases = _phases(workdir, k)
-  minutes = (statistics.number(seconds / 60) for seconds in phases.values())
+  minutes = (score_text.number(seconds / 60) for seconds in phases.values())
   row[f"minutes: {', '.join(phases)}"] = ", ".join(minutes)
   return row
 

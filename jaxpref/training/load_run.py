@@ -1,4 +1,4 @@
-"""The model that a run has trained: its base pipeline with the UNet of a checkpoint."""
+"""The model that a run has trained: its base pipeline with the denoiser of a checkpoint."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from jaxpref import sharding
 from jaxpref.errors import UserError
 from jaxpref.evaluation import best_checkpoint as best_checkpoint_lib
-from jaxpref.models import hub, lora
+from jaxpref.models import denoiser, hub, lora
 from jaxpref.models import pipeline as pipeline_lib
 from jaxpref.runtime import checkpoint, checkpoint_files
 from jaxpref.runtime.paths import number_of, user_path
@@ -60,17 +60,17 @@ def load(
     mesh: of the devices to place parameters on; see `load_pipeline`.
     variant: of a pipeline's weights. A run's configuration says this for its base, as it
       does for the following three.
-    unet: the UNet to use instead of a pipeline's own; '' for its own.
+    unet: the denoiser to use instead of a pipeline's own; '' for its own.
     vae: the VAE to use instead of a pipeline's own; '' for its own.
     clip_skip: number of last text encoder layers to skip.
-    merged: whether to add LoRA matrices to the weights; else the UNet's parameters are a
+    merged: whether to add LoRA matrices to the weights; else the denoiser's parameters are a
       `lora.Adapted`.
 
   Raises:
     UserError: the model is missing or damaged, the base pipeline is not the one that the run
       began with, or an argument does not apply.
   """
-  if not _is_workdir(name):
+  if not is_run(name):
     if step is not None or not ema:
       raise UserError(
         f"--step and --no-ema only apply to a run's workdir; {name} is a pipeline"
@@ -87,17 +87,20 @@ def load(
   directory = checkpoint.directory_of(workdir, config)
   found = checkpoint_files.find_good(directory, step=wanted)
   rank = config.get("lora", {}).get("rank", 0)
-  pipeline = _load_base(workdir, config["model"], dtype, mesh, without_unet=not rank)
-  kernel = checkpoint_files.stored(directory, found.step).get("params/conv_in/kernel")
+  pipeline = _load_base(workdir, config["model"], dtype, mesh, without_denoiser=not rank)
+  layer = f"params/{pipeline.family.input_layer}/kernel"
+  kernel = checkpoint_files.stored(directory, found.step).get(layer)
   if kernel and kernel.shape[2] > pipeline.latent_shape[0]:
     pipeline = pipeline_lib.widen(pipeline)
   if found.metadata.get("pipeline") != pipeline.digest:
     raise UserError(f"the weights in {pipeline.path} are not those that {workdir} began with")
-  field = "ema" if ema else "params"
-  abstract = pipeline_lib.abstract_params(pipeline.modules["unet"])
+  field, fixed = "ema" if ema else "params", pipeline.family.fixed
+  abstract = pipeline.abstract_denoiser()
   if rank:
     init = functools.partial(lora.init_lora, rank=rank, targets=config["lora"]["targets"])
     abstract = jax.eval_shape(lambda p: init(p, key=jax.random.key(0)), abstract)
+  elif fixed:
+    abstract = denoiser.split_fixed(abstract, fixed)[0]
   if mesh is None:
     host = SingleDeviceSharding(jax.local_devices()[0])
     where = jax.tree.map(lambda _: host, abstract)
@@ -109,18 +112,20 @@ def load(
   state = checkpoint_files.restore_subtree(directory, found.step, {field: target})
   trained = state[field]
   if rank:
-    trained = lora.Adapted(pipeline.params["unet"], trained, config["lora"]["alpha"] / rank)
-  params = {**pipeline.params, "unet": lora.merge(trained) if merged else trained}
+    trained = lora.Adapted(pipeline.denoiser_params, trained, config["lora"]["alpha"] / rank)
+  elif fixed:
+    trained = denoiser.join_fixed(trained, pipeline.denoiser_params, fixed)
+  pipeline = pipeline.with_denoiser_params(lora.merge(trained) if merged else trained)
   # A digest of the weights: files of checkpoints with equal weights differ in their bytes.
   scale = f" {trained.scale}" if rank else ""
   weights = pipeline_lib.fingerprint(state[field], of=pipeline.digest + scale)
   digest = f"{field}-{found.step}-{weights}"
-  return dataclasses.replace(pipeline, params=params, digest=digest)
+  return dataclasses.replace(pipeline, digest=digest)
 
 
 def prompt_prefix(name: str) -> str:
   """Returns the prefix of every prompt of a run's model; '' for other models."""
-  if not _is_workdir(name):
+  if not is_run(name):
     return ""
   data = _read_config(trained_in(user_path(name))).get("data", {})
   return str(data.get("good_prefix", ""))
@@ -128,12 +133,13 @@ def prompt_prefix(name: str) -> str:
 
 def setting(name: str, section: str, field: str, default: float) -> float:
   """Returns a field of a run's configuration; `default` for other models."""
-  if not _is_workdir(name):
+  if not is_run(name):
     return default
   return _read_config(trained_in(user_path(name))).get(section, {}).get(field, default)
 
 
-def _is_workdir(name: str) -> bool:
+def is_run(name: str) -> bool:
+  """Tells whether a name is a run's workdir, and not a pipeline's."""
   return _has_run(trained_in(user_path(name)))
 
 
@@ -192,9 +198,9 @@ def _is_config(config: Any) -> bool:
 
 
 def _load_base(
-  workdir: Path, model: Any, dtype: Any, mesh: Mesh | None, *, without_unet: bool
+  workdir: Path, model: Any, dtype: Any, mesh: Mesh | None, *, without_denoiser: bool
 ) -> pipeline_lib.Pipeline:
-  """Loads the run's base; reads an unneeded UNet only for its digest."""
+  """Loads the run's base; reads an unneeded denoiser only for its digest."""
   base = model["path"]
   try:
     return pipeline_lib.load_pipeline(
@@ -202,7 +208,7 @@ def _load_base(
       dtype=dtype,
       mesh=mesh,
       **pipeline_lib.source_of(model),
-      without=["unet"] if without_unet else [],
+      without_denoiser=without_denoiser,
     )
   except UserError as error:
     anywhere = base in hub.BUNDLED or Path(base).is_absolute()

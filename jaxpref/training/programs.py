@@ -9,18 +9,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxpref import sharding
 from jaxpref.data import rows as rows_lib
+from jaxpref.diffusion import schedule as schedule_lib
+from jaxpref.models import denoiser
 from jaxpref.models import lora as lora_lib
-from jaxpref.models import unet as unet_lib
-from jaxpref.models.pipeline import abstract_params
+from jaxpref.models.pipeline import Pipeline
 from jaxpref.training import batch as batch_lib
 from jaxpref.training import optimizer as optimizer_lib
+from jaxpref.training import policy_sampler
 from jaxpref.training import rollout as rollout_lib
 from jaxpref.training import train_step as train_step_lib
-from jaxpref.training.setup import Checked, abstract_trained
+from jaxpref.training.setup import Checked, abstract_trained, list_size
 
 
 class Programs(NamedTuple):
@@ -32,8 +35,9 @@ class Programs(NamedTuple):
     placement: the sharding of each of the state's leaves.
     train_step: see `train_step.make_train_step`.
     rollout: see `rollout.make_rollout`; None if the loss has no rollout.
+    sample: see `policy_sampler.make_policy_sampler`; None if the run has no rounds.
     reference_errors: see `train_step.make_reference_errors`.
-    lagging: whether the rollout uses `TrainState.policy_copy`.
+    lagging: whether the run has a `TrainState.policy_copy`, which a rollout uses.
   """
 
   adapt: Callable[[Any, Any], Any]
@@ -41,25 +45,25 @@ class Programs(NamedTuple):
   placement: Any
   train_step: Callable
   rollout: Callable | None
+  sample: Callable | None
   reference_errors: Callable
   lagging: bool
 
 
-def make_programs(checked: Checked, trained: Any, rows: Any, uncond: Any) -> Programs:
+def make_programs(checked: Checked, trained: Any, uncond: Any) -> Programs:
   """Makes the programs of a run.
 
   Args:
     checked: the run's configuration and models.
     trained: initial trained parameters, arrays or shapes.
-    rows: 'latents', 'cond' and 'labels' of at least one row, arrays or shapes.
     uncond: conditioning of the dropped prompt, arrays or shapes.
   """
   config, pipeline, mesh = checked.config, checked.pipeline, checked.mesh
   needs = checked.loss.needs
-  learning_rate, adapt = _make_learning_rate(config), _make_adapt(config)
+  learning_rate, adapt = _make_learning_rate(config), _make_adapt(config, pipeline)
   tx = _make_optimizer(config, learning_rate)
   lagging = train_step_lib.needs_copy(needs, config.rollout.refresh_every)
-  buffer = _replay_shapes(checked, rows, uncond)
+  buffer = _replay_shapes(checked, uncond)
 
   def make_state(trained):
     replay = None
@@ -73,31 +77,33 @@ def make_programs(checked: Checked, trained: Any, rows: Any, uncond: Any) -> Pro
   placement = sharding.params_sharding(mesh, shapes)
   if mesh.shape["fsdp"] > 1:
     sharding.list_unsharded(shapes, placement)
-  denoise = unet_lib.make_denoise(
-    pipeline.modules["unet"],
+  denoise = pipeline.make_denoise(
     attention=config.model.attention,
     norm=config.model.norm,
     remat=config.model.remat,
     mesh=mesh,
   )
   dropout = config.data.prompt_dropout
+  online = config.get("rounds")
   train_step = train_step_lib.make_train_step(
-    *(denoise, pipeline.schedule, checked.loss, tx),
+    *(denoise, checked.schedule, checked.loss, tx),
     mesh=mesh,
     state_sharding=placement,
     arms=checked.arms,
     learning_rate=learning_rate,
     ema_decay=config.optim.ema_decay,
     accumulate=config.train.accumulate,
-    refresh_every=config.rollout.refresh_every,
+    refresh_every=online.updates if online else config.rollout.refresh_every,
+    copy_decay=_make_copy_decay(online) if needs.old else None,
     own_targets=has_own_targets(checked),
+    space=config.loss.space,
     adapt=adapt,
     prompt_dropout=dropout,
   )
   rollout = None
   if needs.rollout:
     rollout = rollout_lib.make_rollout(
-      *(denoise, pipeline.schedule),
+      *(denoise, checked.schedule),
       mesh=mesh,
       latent_shape=pipeline.latent_shape,
       num_steps=config.rollout.num_steps,
@@ -109,9 +115,23 @@ def make_programs(checked: Checked, trained: Any, rows: Any, uncond: Any) -> Pro
       prompt_dropout=dropout,
     )
   reference_errors = train_step_lib.make_reference_errors(
-    *(denoise, pipeline.schedule, checked.loss), arms=checked.arms, prompt_dropout=dropout
+    *(denoise, checked.schedule, checked.loss),
+    arms=checked.arms,
+    prompt_dropout=dropout,
+    space=config.loss.space,
   )
-  return Programs(adapt, make_state, placement, train_step, rollout, reference_errors, lagging)
+  sample = None
+  if online:
+    sample = policy_sampler.make_policy_sampler(
+      *(denoise, pipeline),
+      solver=config.rollout.solver,
+      order=config.rollout.order,
+      num_steps=config.rollout.num_steps,
+      guidance=config.rollout.guidance,
+    )
+  return Programs(
+    *(adapt, make_state, placement, train_step, rollout, sample, reference_errors, lagging)
+  )
 
 
 def rollout_arguments(
@@ -134,16 +154,26 @@ class Arguments(NamedTuple):
 
 
 def abstract_rows(checked: Checked, count: int) -> dict[str, Any]:
-  """Returns the shapes that `encode.encode_rows` returns for `count` rows."""
+  """Returns the shapes of `count` encoded rows, see `encode.encode_rows`."""
   pipeline, needs = checked.pipeline, checked.loss.needs
-  images = len(rows_lib.arms_of(needs.rows, checked.config.data.list_size))
+  images = len(rows_lib.arms_of(needs.rows, list_size(checked.config)))
   latents = jax.ShapeDtypeStruct((count, images, *pipeline.latent_shape), jnp.float32)
   return {
     "latents": latents,
     **({"std": latents} if checked.config.data.latents == "sample" else {}),
-    "cond": unet_lib.abstract_cond(pipeline.modules, count),
-    "labels": {"desirable": jax.ShapeDtypeStruct((count,), bool)},
+    "cond": pipeline.abstract_cond(count),
+    "labels": _abstract_labels(checked, count, images),
   }
+
+
+def _abstract_labels(checked: Checked, count: int, images: int) -> dict[str, Any]:
+  kind = checked.loss.needs.rows
+  if kind not in ("scored", "groups"):
+    return {"desirable": jax.ShapeDtypeStruct((count,), bool)}
+  more = checked.loss.label(np.zeros(1)) if checked.loss.label else {}
+  shape = (count,) if kind == "scored" else (count, images)
+  names = ("advantage", "reward", *more)
+  return dict.fromkeys(names, jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
 def abstract_programs(checked: Checked) -> tuple[Programs, Arguments]:
@@ -152,10 +182,10 @@ def abstract_programs(checked: Checked) -> tuple[Programs, Arguments]:
   count = config.train.batch_size
   trained = abstract_trained(config, checked.pipeline)
   batch, uncond = abstract_rows(checked, count), abstract_rows(checked, 1)["cond"]
-  program = make_programs(checked, trained, batch, uncond)
+  program = make_programs(checked, trained, uncond)
   frozen_dtype = config.model.frozen_dtype
-  freeze = lambda params: unet_lib.freeze(params, frozen_dtype)  # noqa: E731
-  base = jax.eval_shape(freeze, abstract_params(checked.pipeline.modules["unet"]))
+  freeze = lambda params: checked.pipeline.freeze(params, frozen_dtype)  # noqa: E731
+  base = jax.eval_shape(freeze, checked.pipeline.abstract_denoiser())
   if config.data.noise_draws:
     numbers = jax.ShapeDtypeStruct((count,), jnp.int32)
     error = jax.ShapeDtypeStruct((count,), jnp.float32)
@@ -167,7 +197,7 @@ def abstract_programs(checked: Checked) -> tuple[Programs, Arguments]:
     drawn = _abstract_states(checked)
   if checked.reference == "start":
     start = trained if config.lora.rank else jax.eval_shape(freeze, trained)
-  kept = base if config.lora.rank or checked.reference == "base" else None
+  kept = kept_base(checked, base)
   whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
   return program, Arguments(
     state=_placed(state, program.placement),
@@ -185,6 +215,14 @@ def _placed(shapes: Any, shardings: Any) -> Any:
   )
 
 
+def kept_base(checked: Checked, base: Any) -> Any:
+  """Returns the part of the base's parameters that `adapt` or the reference needs, or None."""
+  if checked.config.lora.rank or checked.reference == "base":
+    return base
+  fixed = checked.pipeline.family.fixed
+  return denoiser.split_fixed(base, fixed)[1] if fixed else None
+
+
 def has_own_targets(checked: Checked) -> bool:
   """Tells whether a rollout's targets are the policy's predictions, with error 0."""
   rollout = checked.config.rollout
@@ -192,7 +230,10 @@ def has_own_targets(checked: Checked) -> bool:
   return bool(checked.loss.needs.rollout) and fresh
 
 
-def _make_adapt(config: Any) -> Callable[[Any, Any], Any]:
+def _make_adapt(config: Any, pipeline: Pipeline) -> Callable[[Any, Any], Any]:
+  fixed = pipeline.family.fixed
+  if not config.lora.rank and fixed:
+    return lambda trained, base: denoiser.join_fixed(trained, base, fixed)
   if not config.lora.rank:
     return lambda trained, base: trained
   scale = config.lora.alpha / config.lora.rank
@@ -208,6 +249,12 @@ def _make_learning_rate(config: Any) -> optax.Schedule:
   )
 
 
+def _make_copy_decay(online: Any) -> optax.Schedule:
+  """Returns the share of itself that the lagging average keeps, by the updates done."""
+  rate, start, limit = online.old_rate, online.old_start, online.old_decay
+  return lambda done: jnp.clip(rate * (done - start), 0.0, limit)
+
+
 def _make_optimizer(config: Any, learning_rate: optax.Schedule) -> optax.GradientTransformation:
   optimizer = config.optim
   return optimizer_lib.make_optimizer(
@@ -220,17 +267,16 @@ def _make_optimizer(config: Any, learning_rate: optax.Schedule) -> optax.Gradien
   )
 
 
-def _replay_shapes(checked: Checked, rows: Any, uncond: Any) -> Any:
+def _replay_shapes(checked: Checked, uncond: Any) -> Any:
   """Returns the shapes of an update's noised rows if the run has a replay buffer."""
-  config, pipeline = checked.config, checked.pipeline
+  config = checked.config
   if not config.rollout.replay:
     return None
-  count = config.train.batch_size
-  batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), rows)
+  batch = abstract_rows(checked, config.train.batch_size)
   drawn = _abstract_states(checked)
   return jax.eval_shape(
     lambda *a: batch_lib.make_arms(
-      pipeline.schedule, checked.loss.needs, *a, seed=0, update=0, prompt_dropout=0.0
+      checked.schedule, checked.loss.needs, *a, seed=0, update=0, prompt_dropout=0.0
     ),
     *(batch, drawn, uncond),
   )
@@ -242,5 +288,5 @@ def _abstract_states(checked: Checked) -> rollout_lib.States:
   shape = config.train.batch_size, config.rollout.states
   x_t = jax.ShapeDtypeStruct((*shape, *latent_shape), jnp.float32)
   target = jax.ShapeDtypeStruct(x_t.shape, config.model.dtype)
-  t = jax.ShapeDtypeStruct(shape, jnp.int32)
+  t = jax.ShapeDtypeStruct(shape, schedule_lib.level_dtype(checked.schedule))
   return jax.eval_shape(rollout_lib.States, x_t, target, t)

@@ -4,6 +4,7 @@ The sampler is a separate program from the train step and takes the parameters a
 those of the current policy or of a copy that lags behind it.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +18,8 @@ from jaxpref import rng, sharding
 from jaxpref.diffusion import guidance as guidance_lib
 from jaxpref.diffusion import sampler as sampler_lib
 from jaxpref.diffusion import timesteps as timesteps_lib
-from jaxpref.diffusion.schedule import NoiseSchedule
-from jaxpref.models.unet import Denoise
+from jaxpref.diffusion.schedule import Schedule
+from jaxpref.models.denoiser import Denoise
 
 
 @flax.struct.dataclass
@@ -28,7 +29,8 @@ class States:
   Attributes:
     x_t: noised latents, [B, S, C, h, w].
     target: the sampling model's predictions for them, [B, S, C, h, w].
-    t: timesteps, int32 [B, S]. The images of a row are noised to the same timesteps.
+    t: noise levels, [B, S]: timesteps, int32, or a flow's sigma. The images of a row are noised
+      to the same levels.
   """
 
   x_t: jax.Array
@@ -38,7 +40,7 @@ class States:
 
 def make_rollout(
   denoise: Denoise,
-  schedule: NoiseSchedule,
+  schedule: Schedule,
   *,
   mesh: Mesh,
   latent_shape: tuple[int, int, int],
@@ -53,7 +55,8 @@ def make_rollout(
   """Makes the jitted program that samples from the policy.
 
   Each sample's timesteps are shifted by a random offset, so that all timesteps are trained.
-  (The last few are not if `num_steps` does not divide the number of timesteps.) Of the
+  (The last few are not if `num_steps` does not divide the number of timesteps. A flow's levels
+  are all trained.) Of the
   `num_steps` states of a trajectory, `states_per_trajectory` are kept, evenly spaced from a
   random one on. Every state is equally likely, and none is kept twice.
 
@@ -64,7 +67,7 @@ def make_rollout(
 
   Args:
     denoise: (params, x_t, t, cond) -> prediction.
-    schedule: noise schedule.
+    schedule: noise schedule, from `levels.training_schedule`.
     mesh: from `sharding.make_mesh`.
     latent_shape: channels, height and width of a latent.
     num_steps: number of solver steps from noise to image.
@@ -77,19 +80,24 @@ def make_rollout(
     batch_size: rows per chunk, rounded up by `chunk_size`; 0: all rows at once, as published.
 
   Returns:
-    `rollout(params, seed, update, cond, uncond, guide=None) -> States`. `cond` is a tree of
-    [B, ...], the others of [1, ...]: `uncond` is the conditioning of the dropped prompt, and
-    guidance leads away from `guide`, by default `uncond`.
+    `rollout(params, seed, update, cond, uncond, guide=None, *, latent_shape=...) -> States`.
+    `cond` is a tree of [B, ...], the others of [1, ...]: `uncond` is the conditioning of the
+    dropped prompt, and guidance leads away from `guide`, by default `uncond`. Another
+    `latent_shape` is another program.
   """
 
-  @jax.jit
-  def rollout(params: Any, seed, update, cond, uncond, guide=None) -> States:
+  @functools.partial(jax.jit, static_argnames="latent_shape")
+  def rollout(
+    params: Any, seed, update, cond, uncond, guide=None, latent_shape=latent_shape
+  ) -> States:
     rows = jax.tree.leaves(cond)[0].shape[0]
     key = rng.key_of(seed, "rollout", update)
     dropped = rng.sample_dropped_rows(seed, update, rows, rate=prompt_dropout)
     cond = rng.drop_prompts(dropped, cond, uncond)
-    spacing = schedule.num_timesteps // num_steps
-    offsets = jax.random.randint(jax.random.fold_in(key, 0), (rows,), 0, spacing)
+    offsets = timesteps_lib.sample_offsets(
+      schedule, num_steps, jax.random.fold_in(key, 0), rows
+    )
+    tokens = timesteps_lib.image_tokens(latent_shape)
     first = jax.random.randint(jax.random.fold_in(key, 1), (rows,), 0, num_steps)
     noise_keys = jax.random.split(jax.random.fold_in(key, 2), rows)
     stride = num_steps // states_per_trajectory
@@ -104,7 +112,7 @@ def make_rollout(
       seen = sampler_lib.sample_until(
         guided,
         sampler_lib.initial_noise(noise_keys, latent_shape),
-        timesteps_lib.offset_grid(schedule, num_steps, offsets),
+        timesteps_lib.offset_grid(schedule, num_steps, offsets, tokens=tokens),
         schedule,
         picks.T,
         solver=solver,

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from jaxpref.data.built_rows import CHOSEN_BY, StoredImages
 from jaxpref.evaluation import best_checkpoint, evaluate
 from jaxpref.runtime import checkpoint_files, distributed, jax_setup
 from jaxpref.runtime.checkpoint import Checkpointer
-from jaxpref.training.setup import Prepared
+from jaxpref.training.setup import Prepared, rows_kind
 
 
 class RunEvaluator:
@@ -61,11 +62,18 @@ class RunEvaluator:
         prefix=config.data.good_prefix,
         improve=config.improve if prepared.pipeline.is_improver else None,
         known=self._images,
+        selected_by=self._selected_by(),
       )
       self._images |= {"base": images["base"]}
       distributed.first(lambda: best_checkpoint.write_settings(directory, self._settings))
     self._ckptr.wait()  # only a finished checkpoint can be the best
     self.keep_best()
+
+  def _selected_by(self) -> tuple[str, ...]:
+    """Returns the scorer that chose the experts, if one did: it is biased towards them."""
+    stored = self._prepared.rows.images
+    chosen = stored.table.about.get(CHOSEN_BY) if isinstance(stored, StoredImages) else None
+    return (chosen,) if chosen else ()
 
   def keep_best(self) -> None:
     """Finds the best evaluated checkpoint, if there are several, and protects it."""
@@ -86,10 +94,12 @@ class RunEvaluator:
     """Writes the run's results and report; on process 0."""
     prepared, config = self._prepared, self._prepared.config
     names = {"start": config.model.start, "base": config.model.path}
+    stored = prepared.rows.images
     facts = {
       "updates": config.train.num_updates,
       **({"reference": names[prepared.reference]} if prepared.reference else {}),
-      "training rows": f"{len(prepared.rows)} {prepared.loss.needs.rows}",
+      "training rows": f"{len(prepared.rows)} {rows_kind(config, prepared.loss)}",
+      **(stored.table.about if isinstance(stored, StoredImages) else {}),
       **prepared.data.words(),
       "seed": config.seed,
       **jax_setup.facts(),
@@ -102,7 +112,7 @@ class RunEvaluator:
       self._workdir / "evaluation" / str(config.train.num_updates),
       config,
       facts,
-      held_out=not {r.caption for r in prepared.rows} & set(prepared.prompts),
+      held_out=not prepared.rows.has_caption_in(prepared.prompts),
       improves=prepared.pipeline.is_improver,
     )
 

@@ -7,7 +7,6 @@ import jax
 
 from jaxpref import __version__
 from jaxpref.errors import UserError, count
-from jaxpref.models import unet as unet_lib
 from jaxpref.runtime.checkpoint import Checkpointer
 from jaxpref.training import programs
 from jaxpref.training.setup import Prepared, init_trained
@@ -23,7 +22,7 @@ class RunState(NamedTuple):
     state: the `TrainState` to go on from.
     done: number of updates done.
     base: parameters of `model.path`, in `model.frozen_dtype`.
-    frozen: `base` if the train step needs it, else None.
+    frozen: what the train step needs of `base`, see `programs.kept_base`.
     start: trained parameters at the start if they are the reference, else None.
   """
 
@@ -37,7 +36,6 @@ class RunState(NamedTuple):
 
 def make_run_state(
   prepared: Prepared,
-  rows: Any,
   uncond: Any,
   ckptr: Checkpointer,
   loader: Any,
@@ -45,11 +43,10 @@ def make_run_state(
 ) -> RunState:
   """Makes a run's programs and its state, new or from the newest checkpoint.
 
-  Takes the UNet's parameters out of `prepared`, so that they can be freed.
+  Takes the denoiser's parameters out of `prepared`, so that they can be freed.
 
   Args:
     prepared: the run's input.
-    rows: as `encode.encode_rows` returns them.
     uncond: conditioning of the dropped prompt.
     ckptr: the run's checkpoints.
     loader: the run's data loader, which is set to the restored position.
@@ -58,23 +55,29 @@ def make_run_state(
   Raises:
     UserError: the checkpoint is of another run or cannot be restored.
   """
-  config = prepared.config
-  base = prepared.pipeline.params.pop("unet")
+  config, pipeline = prepared.config, prepared.pipeline
+  base = pipeline.params.pop(pipeline.family.denoiser)
   begin = _begin(prepared, base)
-  program = programs.make_programs(prepared, begin, rows, uncond)
+  program = programs.make_programs(prepared, begin, uncond)
   state, done = _restore_or_init(program, begin, ckptr, loader, identity, config)
-  base = unet_lib.freeze(base, config.model.frozen_dtype)
-  frozen = base if config.lora.rank or prepared.reference == "base" else None
+  base = pipeline.freeze(base, config.model.frozen_dtype)
+  frozen = programs.kept_base(prepared, base)
   start = None
   if prepared.reference == "start":
     # LoRA matrices are small, and are rounded where they are added to the base's weights.
-    start = begin if config.lora.rank else unet_lib.freeze(begin, config.model.frozen_dtype)
+    start = begin if config.lora.rank else pipeline.freeze(begin, config.model.frozen_dtype)
   return RunState(program, state, done, base, frozen, start)
 
 
-def identify(prepared: Prepared) -> dict[str, Any]:
-  """Returns what a checkpoint records of its run, which a resumed run must match."""
+def identify(prepared: Prepared, encoded: str) -> dict[str, Any]:
+  """Returns what a checkpoint records of its run, which a resumed run must match.
+
+  Args:
+    prepared: the run's input.
+    encoded: where its rows are encoded, see `inputs.Inputs`.
+  """
   return {
+    "encoded": encoded,
     "jaxpref": __version__,
     "num_updates": prepared.config.train.num_updates,
     **prepared.inputs,
@@ -85,9 +88,10 @@ def _begin(prepared: Prepared, base: Any) -> Any:
   """Returns the initial trained parameters: the base's, LoRA matrices or `model.start`."""
   if prepared.start:
     return prepared.start.pop("params")  # taken out, so that they can be freed
-  if not prepared.config.lora.rank:
-    return base
-  return jax.jit(lambda params: init_trained(prepared.config, params))(base)
+  config, fixed = prepared.config, prepared.pipeline.family.fixed
+  if not config.lora.rank:
+    return init_trained(config, base, fixed)
+  return jax.jit(lambda params: init_trained(config, params, fixed))(base)
 
 
 def _restore_or_init(
@@ -137,8 +141,8 @@ def check_resumes(
     if stored.get(name) != identity.get(name):
       where = f" ({named[name]})" if named[name] else ""
       raise UserError(
-        f"the {thing}{where} are not those that this workdir's run began with; name those, or "
-        "choose another --workdir"
+        f"the {thing}{where} have changed since this workdir's run began: give the same ones "
+        "again, or choose another --workdir"
       )
   wanted, before = identity["num_updates"], stored["num_updates"]
   if done > wanted:

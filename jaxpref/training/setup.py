@@ -1,6 +1,7 @@
 """Everything that a run reads, checked before it writes anything."""
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,21 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxpref import losses, rng, sharding
-from jaxpref.data import prompt_files, sources
+from jaxpref.data import built_rows, prompt_files, sources
 from jaxpref.data import rows as rows_lib
 from jaxpref.data.bad_rows import Tally
+from jaxpref.data.row_set import RowSet
+from jaxpref.diffusion import levels, sampler
 from jaxpref.diffusion import timesteps as timesteps_lib
+from jaxpref.diffusion.flow import Density
+from jaxpref.diffusion.schedule import Schedule
 from jaxpref.errors import UserError
 from jaxpref.evaluation import evaluate
+from jaxpref.models import denoiser
 from jaxpref.models import lora as lora_lib
 from jaxpref.models import pipeline as pipeline_lib
 from jaxpref.runtime import checkpoint, jax_setup
-from jaxpref.training import load_run
+from jaxpref.training import load_run, rounds_settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +49,11 @@ class Checked:
   start: dict[str, Any]
   reference: str | None
 
+  @property
+  def schedule(self) -> Schedule:
+    """The pipeline's schedule, with the training levels of the section `noise`."""
+    return _training_schedule(self.config, self.pipeline)
+
 
 @dataclasses.dataclass(frozen=True)
 class Prepared(Checked):
@@ -51,14 +62,14 @@ class Prepared(Checked):
   Attributes:
     inputs: digests of the data and the models.
     data: counts of the rows that were left out, by reason.
-    rows: the training rows.
+    rows: the training rows; images of a built data set are read when they are needed.
     prompts: of the evaluation.
     scorers: names of the scorers that can judge these prompts.
   """
 
   inputs: dict[str, str]
   data: Tally
-  rows: list[rows_lib.Row]
+  rows: RowSet
   prompts: list[str]
   scorers: tuple[str, ...]
 
@@ -70,12 +81,14 @@ def prepare(config: Any) -> Prepared:
     UserError: a setting, a model or the data is unusable. Nothing has been written then.
   """
   checked = check(config)
-  rows, tally, prompts = read_data(
-    config, checked.loss.needs.rows, image_size=checked.pipeline.image_size
-  )
+  kind = rows_kind(config, checked.loss)
+  rows, tally, prompts = read_data(config, kind, image_size=checked.pipeline.image_size)
+  check_data(checked, rows)
   evaluate.check_count(len(prompts), config.evaluate.images_per_prompt)
   usable = evaluate.usable_scorers(config.evaluate.scorers, prompts)
-  inputs = {"data": rows_lib.fingerprint(rows), "pipeline": checked.pipeline.digest}
+  if "rounds" in config:
+    rounds_settings.check_scorers(config.rounds, rows.used_captions())
+  inputs = {"data": rows.digest, "pipeline": checked.pipeline.digest}
   if checked.start:
     inputs["start"] = checked.start["digest"]
   return Prepared(
@@ -83,9 +96,49 @@ def prepare(config: Any) -> Prepared:
   )
 
 
-def read_data(
-  config: Any, kind: str, *, image_size: int
-) -> tuple[list[rows_lib.Row], Tally, list[str]]:
+def check_data(checked: Checked, rows: RowSet) -> None:
+  """Refuses settings of the data that do not suit the rows or each other.
+
+  Args:
+    checked: the run's configuration, loss and models.
+    rows: of the run.
+
+  Raises:
+    UserError: they do not.
+  """
+  config, data = checked.config, checked.config.data
+  is_built = isinstance(rows.images, built_rows.StoredImages)
+  usual = {"crop": "center", "original_sizes": False, "buckets": False}
+  given = [f"data.{name} = {data[name]!r}" for name in usual if data[name] != usual[name]]
+  if data.cache == "disk":
+    given.append("data.cache = 'disk'")
+  if given and not is_built:
+    raise UserError(
+      f"{given[0]} needs a built data set at data.path: see python -m jaxpref.data --help"
+    )
+  if data.cache == "disk" and rows.prefixes[0] != rows.prefixes[1]:
+    raise UserError("data.cache = 'disk' holds captions without prefixes: set 'memory'")
+  if data.original_sizes and not checked.pipeline.family.takes_sizes:
+    raise UserError("data.original_sizes is for SDXL, which is conditioned on sizes")
+  if data.crop == "random" and data.cache not in ("auto", "ahead"):
+    raise UserError("data.crop = 'random' is new at each update: set data.cache to ahead")
+  if data.noise_draws and (data.cache == "ahead" or data.crop == "random"):
+    raise UserError("data.noise_draws needs encoded rows: set data.cache to memory or disk")
+  if data.buckets:
+    if data.noise_draws or config.rollout.replay:
+      raise UserError("data.buckets cannot be combined with data.noise_draws, rollout.replay")
+    if checked.loss.needs.rows == "singles":
+      raise UserError("data.buckets is for losses that learn from experts, pairs or lists")
+    if checked.loss.needs.rollout and config.rollout.guidance > 1:
+      raise UserError("data.buckets needs rollout.guidance = 1")
+    if len(rows) * (1 + data.flip) < config.train.batch_size:
+      raise UserError(
+        f"data.buckets needs at least train.batch_size = {config.train.batch_size} rows, and "
+        f"the data has {len(rows)}"
+      )
+
+
+def read_data(config: Any, kind: str, *, image_size: int) -> tuple[RowSet, Tally, list[str]]:
   """Reads the training rows and chooses the evaluation's prompts.
 
   Args:
@@ -106,7 +159,7 @@ def read_data(
   prompts = prompt_files.choose_prompts(
     prompts_source(config),
     config.evaluate.num_prompts,
-    [row.caption for row in rows],
+    rows.used_captions(),
     seed=config.evaluate.seed,
   )
   return rows, tally, prompts
@@ -131,7 +184,7 @@ def check(config: Any, *, mesh: Any = None) -> Checked:
     checkpoint.directory_of(Path(), config)  # refuses an unusable train.checkpoints
   sharding.check_batch(config.train.batch_size, mesh, accumulate=config.train.accumulate)
   loss = losses.make_loss(config.loss)
-  of_rows = rows_lib.arms_of(loss.needs.rows, config.data.list_size)
+  of_rows = rows_lib.arms_of(loss.needs.rows, list_size(config))
   arms = (*(loss.needs.arms or of_rows), *(("p",) if loss.needs.rollout else ()))
   _check_needs(loss, config)
   losses.check_loss(loss, arms, images=len(of_rows))
@@ -149,20 +202,50 @@ def check(config: Any, *, mesh: Any = None) -> Checked:
     raise UserError(
       f"{config.model.path} is an improver: only --config=improver can train it further"
     )
-  # Refuses more steps than the schedule has here, not at the first image.
-  timesteps_lib.offset_grid(
-    pipeline.schedule, config.rollout.num_steps, jnp.zeros(1, jnp.int32)
-  )
+  _check_levels(loss, config, pipeline)
   check_steps(pipeline, "evaluate.num_steps", config.evaluate.num_steps)
   start = {}
   if config.model.start and not plans:
     start = _load_start(config, pipeline, mesh)
   if rank := config.lora.rank:  # also refuses a pattern without a match
-    unet = pipeline_lib.abstract_params(pipeline.modules["unet"])
-    lora_lib.check_rank(unet, rank=rank, targets=config.lora.targets)
+    shapes = pipeline.abstract_denoiser()
+    targets, usual = config.lora.targets, pipeline.family.lora_targets
+    lora_lib.check_rank(shapes, rank=rank, targets=targets, usual=usual)
     abstract_trained(config, pipeline)
   reference = reference_of(loss, config)
   return Checked(config, mesh, loss, arms, pipeline, start, reference)
+
+
+def rows_kind(config: Any, loss: losses.Loss) -> str:
+  """Returns the kind of rows that a run reads, see `rows.load_rows`."""
+  return "captions" if "rounds" in config else loss.needs.rows
+
+
+def list_size(config: Any) -> int:
+  """Returns the number of images of a row of lists or groups."""
+  return config.rounds.images_per_prompt if "rounds" in config else config.data.list_size
+
+
+def _check_levels(loss: losses.Loss, config: Any, pipeline: pipeline_lib.Pipeline) -> None:
+  """Refuses settings of the training levels and rollouts that the model does not have."""
+  schedule = _training_schedule(config, pipeline)
+  if loss.needs.rollout and config.noise.density != "uniform":
+    raise UserError(
+      f"noise.density = {config.noise.density!r} has no effect: {config.loss.name} trains on "
+      "the levels of its rollouts, which are uniform before the shift"
+    )
+  sampler.check_solver(schedule, config.rollout.solver)
+  # Refuses more steps than the schedule has here, not at the first rollout.
+  timesteps_lib.offset_grid(
+    *(schedule, config.rollout.num_steps, jnp.zeros(1, jnp.int32)),
+    tokens=timesteps_lib.image_tokens(pipeline.latent_shape),
+  )
+
+
+def _training_schedule(config: Any, pipeline: pipeline_lib.Pipeline) -> Schedule:
+  noise = config.noise
+  density = Density(noise.density, noise.mean, noise.std, noise.scale)
+  return levels.training_schedule(pipeline.schedule, density, shift=noise.shift)
 
 
 def reference_of(loss: losses.Loss, config: Any) -> str | None:
@@ -189,8 +272,11 @@ def _check_attention(kernel: str) -> None:
 
 def check_steps(pipeline: pipeline_lib.Pipeline, field: str, num_steps: int) -> None:
   """Refuses more solver steps than the pipeline's schedule has."""
+  tokens = timesteps_lib.image_tokens(pipeline.latent_shape)
   try:
-    timesteps_lib.uniform_grid(pipeline.schedule, num_steps, 1, **pipeline.spacing())
+    timesteps_lib.uniform_grid(
+      pipeline.schedule, num_steps, 1, **pipeline.spacing(), tokens=tokens
+    )
   except UserError as error:
     raise UserError(f"{field}: {error}") from error
 
@@ -204,15 +290,16 @@ def prompts_source(config: Any) -> str:
 
 def abstract_trained(config: Any, pipeline: pipeline_lib.Pipeline) -> Any:
   """Returns the shapes of the trained parameters."""
-  base = pipeline_lib.abstract_params(pipeline.modules["unet"])
-  return jax.eval_shape(lambda params: init_trained(config, params), base)
+  base = pipeline.abstract_denoiser()
+  fixed = pipeline.family.fixed
+  return jax.eval_shape(lambda params: init_trained(config, params, fixed), base)
 
 
-def init_trained(config: Any, base: Any) -> Any:
-  """Returns the initial trained parameters: the base's, or LoRA matrices."""
+def init_trained(config: Any, base: Any, fixed: Collection[str]) -> Any:
+  """Returns the initial trained parameters: the base's but the fixed, or LoRA matrices."""
   lora = config.lora
   if not lora.rank:
-    return base
+    return denoiser.split_fixed(base, fixed)[0] if fixed else base
   key = rng.key_of(config.seed, "lora", 0)
   return lora_lib.init_lora(base, rank=lora.rank, targets=lora.targets, key=key)
 
@@ -221,11 +308,13 @@ def _load_start(config: Any, pipeline: pipeline_lib.Pipeline, mesh: Mesh) -> dic
   """Loads the parameters of `model.start`, with which training begins."""
   name, rank = config.model.start, config.lora.rank
   start = load_run.load(name, dtype=jnp.dtype(config.model.dtype), mesh=mesh, merged=not rank)
-  params, wanted = start.params["unet"], abstract_trained(config, pipeline)
+  params, wanted = start.denoiser_params, abstract_trained(config, pipeline)
   if rank:
     if not isinstance(params, lora_lib.Adapted):
       raise UserError(f"model.start: {name} is not a LoRA run, which lora.rank > 0 requires")
     params = params.lora
+  elif fixed := pipeline.family.fixed:
+    params = denoiser.split_fixed(params, fixed)[0]
   if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, wanted):
     raise UserError(f"model.start: the parameters of {name} do not fit model.path and lora")
   return {"params": params, "digest": start.digest}
@@ -234,6 +323,7 @@ def _load_start(config: Any, pipeline: pipeline_lib.Pipeline, mesh: Mesh) -> dic
 def _check_needs(loss: losses.Loss, config: Any) -> None:
   """Refuses settings that this loss would ignore."""
   needs = loss.needs
+  rounds_settings.check(config, needs)
   if config.loss.reference == "base" and not needs.reference:
     raise UserError(f"loss.reference = 'base', but {config.loss.name} has no reference")
   rollout, draws = config.rollout, config.data.noise_draws
@@ -261,7 +351,7 @@ def _check_needs(loss: losses.Loss, config: Any) -> None:
   if needs.rows == "experts" and config.data.num_rows:
     raise UserError(
       "this loss learns from experts: set data.num_experts, and data.num_rows = 0 in its "
-      f"config file (got {config.data.num_rows})"
+      f"config file (got data.num_rows = {config.data.num_rows})"
     )
   if needs.rows != "pairs" and config.data.min_change:
     raise UserError("data.min_change is for losses that learn from pairs")

@@ -6,10 +6,11 @@ loop in `run` from top to bottom. All processes of a run execute it; process 0 w
 
 import collections
 import contextlib
+import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,13 +20,24 @@ from jaxpref import sharding
 from jaxpref.data import encode
 from jaxpref.data import loader as loader_lib
 from jaxpref.errors import StoppedError
-from jaxpref.runtime import checkpoint, distributed, jax_setup, metrics, throughput, watchdog
+from jaxpref.runtime import (
+  checkpoint,
+  distributed,
+  jax_setup,
+  metrics,
+  throughput,
+  wandb_run,
+  watchdog,
+)
 from jaxpref.runtime import workdir as workdir_lib
 from jaxpref.training import anomalies, batch_maker, flops, programs, run_state
+from jaxpref.training import inputs as inputs_lib
+from jaxpref.training.rounds import Rounds
 from jaxpref.training.run_evaluator import RunEvaluator
 from jaxpref.training.setup import Prepared
 
 _AHEAD = 2  # number of updates that the host may be ahead of the devices
+_BATCHES_AHEAD = 2  # batches that are read and put on the devices before they are needed
 
 
 def run(
@@ -46,31 +58,34 @@ def run(
   config, train = prepared.config, prepared.config.train
   began = time.time()
   ckptr = _open_checkpointer(workdir, config)
-  rows, uncond, guide = _encode(prepared)
-  loader = _make_loader(prepared, rows)
-  identity = run_state.identify(prepared)
+  uncond, guide = _encode_no_prompt(prepared)
+  opened = _open_data(prepared, workdir, ckptr, guide)
+  loader, encode_batch, where, add_known_errors, rounds = opened
+  _keep_encoders_on_host(prepared)
+  identity = run_state.identify(prepared, where)
   program, state, start, base, frozen, reference = run_state.make_run_state(
-    prepared, rows, uncond, ckptr, loader, identity
+    prepared, uncond, ckptr, loader, identity
   )
+  add_known_errors(program, base, reference, uncond)
   # Only now: a run that may not resume here changes nothing.
   distributed.first(lambda: _write_start(workdir, prepared, identity, start, state.params))
   evaluator = RunEvaluator(prepared, workdir, ckptr, known)
   evaluator.keep_best()
-  make_batch = batch_maker.make_batch_maker(prepared, program, base, reference, uncond, rows)
   models_of = lambda state: {"base": base, "tuned": program.adapt(state.ema, base)}  # noqa: E731
 
-  writer = _open_writer(workdir, train.num_updates, start)
+  writer = _open_writer(workdir, config, start)
   meter, clock = _speedometer(prepared), metrics.Stopwatch()
   profiler = throughput.Profiler(workdir / "profile", first=start + 3, updates=config.profile)
-  finite, spikes = anomalies.FiniteCheck(prepared, rows, workdir), anomalies.Spikes()
+  finite, spikes = anomalies.FiniteCheck(prepared, workdir), anomalies.Spikes()
   pending: collections.deque = collections.deque()  # updates whose metrics are not read yet
-  save_is_due = False
+  save_is_due = stopping = False
   with contextlib.ExitStack() as at_last:
     # Also after an error, the save under way is finished before the workdir is unlocked.
     at_last.callback(ckptr.close)
     if writer:
       at_last.callback(writer.close)
     at_last.callback(profiler.close)
+    at_last.callback(loader.close)
     # The host runs ahead of the devices, except at logged updates: it waits for each of their
     # phases to time it.
     for done in range(start + 1, train.num_updates + 1):
@@ -84,24 +99,25 @@ def run(
       wait(state)
       clock.reset()
       profiler.before(done, state)
-      with clock("data"):
-        index = next(loader)
-        batch = make_batch(index, done)
+      renewal = functools.partial(rounds.renew, program, state, frozen) if rounds else None
+      taken, batch = _next_batch(loader, encode_batch, renewal, clock, wait)
       states = None
       if program.rollout:
         with clock("rollout"):
           states = program.rollout(
-            *programs.rollout_arguments(program, state, frozen, batch["cond"], uncond, guide)
+            *programs.rollout_arguments(program, state, frozen, batch["cond"], uncond, guide),
+            latent_shape=batch["latents"].shape[2:],
           )
           wait(states)
       with clock("update"):
         state, values = program.train_step(state, frozen, uncond, batch, states, reference)
         wait(state)
+      values = values | (rounds.metrics if rounds else {})
       meter.add(train.batch_size)
       profiler.after(done, state)
-      stop = watchdog.beat()
-      save_is_due |= last or stop or done % train.updates_per_iteration == 0
-      pending.append((done, index, values))
+      stopping |= watchdog.beat()
+      save_is_due |= last or stopping or done % train.updates_per_iteration == 0
+      pending.append((done, taken, values))
       while len(pending) > (0 if logged or save_is_due else _AHEAD):
         finite.check(*pending.popleft())
       if logged:
@@ -112,10 +128,11 @@ def run(
         meter.reset()  # the first update includes compilation
       if last:
         finite.check_at_the_end()
-      if last or (save_is_due and finite.is_finite):
+      whole = rounds is None or rounds.is_between
+      if last or (save_is_due and finite.is_finite and whole):
         save_is_due = False
         ckptr.save(done, state, loader.get_state(), identity)
-      if stop and not last:
+      if stopping and not last and whole:
         ckptr.wait()
         raise _stopped(done, train.num_updates, saved=not save_is_due)
 
@@ -132,31 +149,100 @@ def _stopped(done: int, num_updates: int, *, saved: bool) -> StoppedError:
   )
 
 
-def _make_loader(prepared: Prepared, rows: Any) -> Any:
-  """Makes the endless iterator of the rows' indices, one array for each update."""
-  data, probabilities = prepared.config.data, None
+def _next_batch(
+  loader: Any,
+  encode_batch: Callable[[Any], Any],
+  renewal: Callable[[], None] | None,
+  clock: metrics.Stopwatch,
+  wait: Callable[[Any], Any],
+) -> tuple[Any, Any]:
+  """Returns the next rows and their batch, after the renewal of a round if there is one."""
+  if renewal:
+    with clock("rollout"):
+      renewal()
+  with clock("data"):
+    taken, batch = next(loader)
+    batch = encode_batch(batch)
+    wait(batch)
+  return taken, batch
+
+
+class _Data(NamedTuple):
+  """The source of batches.
+
+  Attributes:
+    loader: endless iterator of rows and batches, with a state.
+    encode: from a batch on the devices to a batch of encodings.
+    where: where rows are encoded, for the run's identity.
+    add_known_errors: see `batch_maker.BatchMaker.add_known_errors`.
+    rounds: the loader itself if it serves samples of the policy, else None.
+  """
+
+  loader: Any
+  encode: Callable[[Any], Any]
+  where: str
+  add_known_errors: Callable[..., None]
+  rounds: Rounds | None
+
+
+def _open_data(
+  prepared: Prepared, workdir: Path, ckptr: checkpoint.Checkpointer, guide: Any
+) -> _Data:
+  """Opens the run's rows, or the rounds that sample them."""
+  if "rounds" in prepared.config:
+    rounds = Rounds(prepared, workdir, guide)
+    return _Data(rounds, lambda batch: batch, "rounds", lambda *_: None, rounds)
+  inputs = inputs_lib.open_rows(prepared, _encoded_before(workdir, ckptr))
+  make_batch = batch_maker.BatchMaker(prepared, inputs)
+  loader = make_loader(prepared, inputs, make_batch)
+  return _Data(loader, inputs.encode, inputs.where, make_batch.add_known_errors, None)
+
+
+def make_loader(
+  prepared: Prepared, inputs: inputs_lib.Inputs, make_batch: batch_maker.BatchMaker
+) -> Any:
+  """Makes the endless iterator of batches on the devices, each with its rows."""
+  data = prepared.config.data
+  sizes = [inputs_lib.part_length(part) for part in inputs.parts]
+  options = {
+    "batch_size": prepared.config.train.batch_size,
+    "seed": prepared.config.seed,
+    "read": make_batch,
+    "ahead": _BATCHES_AHEAD,
+  }
+  if data.buckets:
+    return loader_lib.make_bucket_loader(sizes, **options)
+  probabilities = None
   if prepared.loss.needs.rows == "singles":
-    desirable = rows["labels"]["desirable"]
+    desirable = np.asarray(inputs.parts[0].rows["labels"]["desirable"])
     probabilities = loader_lib.probabilities_of(desirable, data.desirable_share)
-  return loader_lib.make_loader(
-    len(rows["latents"]),
-    batch_size=prepared.config.train.batch_size,
-    seed=prepared.config.seed,
-    probabilities=probabilities,
-  )
+  return loader_lib.make_loader(sizes[0], probabilities=probabilities, **options)
 
 
-def _encode(prepared: Prepared) -> tuple[Any, Any, Any]:
-  """Encodes the rows, the dropped prompt, and, for guided rollouts, the empty prompt."""
+def _encoded_before(workdir: Path, ckptr: checkpoint.Checkpointer) -> str:
+  """Returns where an interrupted run's rows were encoded; '' for a new run."""
+  if ckptr.latest_step() is None:
+    return ""
+  starts = distributed.first(lambda: workdir_lib.read_starts(workdir))
+  return str(starts[-1].get("encoded", "")) if starts else ""
+
+
+def _keep_encoders_on_host(prepared: Prepared) -> None:
+  """Moves VAE and text encoders off the devices; evaluations put them there while they run."""
+  params = prepared.pipeline.params
+  for part in prepared.pipeline.other_params:
+    params[part] = sharding.to_host(params[part])
+
+
+def _encode_no_prompt(prepared: Prepared) -> tuple[Any, Any]:
+  """Encodes the dropped prompt and, for guided rollouts, the empty prompt."""
   config, pipeline, mesh = prepared.config, prepared.pipeline, prepared.mesh
-  rows = encode.encode_rows(
-    *(pipeline, mesh, prepared.rows), flip=config.data.flip, latents=config.data.latents
-  )
   dropped = encode.encode_dropped_prompt(pipeline, mesh, config.data.dropped_prompt)
   guide = None
-  if prepared.loss.needs.rollout and config.rollout.guidance > 1:
+  samples = prepared.loss.needs.rollout or "rounds" in config
+  if samples and config.rollout.guidance > 1:
     guide = sharding.replicate(encode.encode_no_prompt(pipeline, mesh), mesh)
-  return rows, sharding.replicate(dropped, mesh), guide
+  return sharding.replicate(dropped, mesh), guide
 
 
 def _open_checkpointer(workdir: Path, config: Any) -> checkpoint.Checkpointer:
@@ -182,14 +268,18 @@ def _write_start(
   workdir_lib.add_start(workdir, facts | jax_setup.facts())
 
 
-def _open_writer(workdir: Path, updates: int, start: int) -> metrics.MetricWriter | None:
+def _open_writer(workdir: Path, config: Any, start: int) -> metrics.MetricWriter | None:
   """Opens the metrics on process 0. If it cannot write, all processes fail."""
   opened: list[metrics.MetricWriter] = []
-  distributed.first(
-    lambda: opened.append(
-      metrics.MetricWriter(workdir, total_updates=updates, start_step=start or None)
+
+  def open_it() -> None:
+    wandb = wandb_run.WandbRun(config, workdir) if config.train.wandb else None
+    updates, start_step = config.train.num_updates, start or None
+    opened.append(
+      metrics.MetricWriter(workdir, total_updates=updates, start_step=start_step, wandb=wandb)
     )
-  )
+
+  distributed.first(open_it)
   return opened[0] if opened else None
 
 

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxpref import rng, sharding
 from jaxpref.diffusion import schedule as schedule_lib
 from jaxpref.losses import Loss, Needs, Terms, to_errors
-from jaxpref.models.unet import Denoise
+from jaxpref.models.denoiser import Denoise
 from jaxpref.training import batch as batch_lib
 from jaxpref.training import optimizer as optimizer_lib
 from jaxpref.training import rollout as rollout_lib
@@ -34,7 +34,8 @@ class TrainState:
     params: trained parameters, float32: all of the policy's, or its LoRA matrices.
     ema: moving average of `params`, float32.
     opt_state: state of the optax optimizer.
-    policy_copy: `params` at the last refresh if the rollout uses a lagging copy, else None.
+    policy_copy: `params` at the last refresh if the rollout uses a lagging copy, or a lagging
+      average of them if the loss needs one, else None.
     seed: of the run, int32 scalar; an input, so that one program serves every seed.
     update: number of updates done, int32 scalar.
     skipped: number of those that changed nothing, because their loss or gradient was not
@@ -53,8 +54,8 @@ class TrainState:
 
 
 def needs_copy(needs: Needs, refresh_every: int) -> bool:
-  """Tells whether the rollout uses a copy of the policy that lags behind it."""
-  return bool(needs.rollout) and refresh_every > 1
+  """Tells whether a run needs a copy of the policy that lags behind it."""
+  return needs.old or (bool(needs.rollout) and refresh_every > 1)
 
 
 def init_state(
@@ -81,7 +82,7 @@ def init_state(
 
 def make_train_step(
   denoise: Denoise,
-  schedule: schedule_lib.NoiseSchedule,
+  schedule: schedule_lib.Schedule,
   loss: Loss,
   tx: optax.GradientTransformation,
   *,
@@ -93,14 +94,16 @@ def make_train_step(
   prompt_dropout: float,
   accumulate: int = 1,
   refresh_every: int = 1,
+  copy_decay: optax.Schedule | None = None,
   own_targets: bool = False,
+  space: str = "model",
   adapt: Callable[[Any, Any], Any] = lambda trained, base: trained,
 ) -> Callable:
   """Makes the jitted program of one update.
 
   Args:
     denoise: (params, x_t, t, cond) -> prediction.
-    schedule: noise schedule.
+    schedule: noise schedule, from `levels.training_schedule`.
     loss: from `losses.make_loss`.
     tx: optimizer.
     mesh: from `sharding.make_mesh`.
@@ -112,9 +115,12 @@ def make_train_step(
     prompt_dropout: share of rows trained without their prompt.
     accumulate: number of micro-batches of an update.
     refresh_every: number of updates between two refreshes of `TrainState.policy_copy`.
+    copy_decay: from the number of updates done to the share of itself that the copy keeps when
+      it is refreshed; None: it becomes the policy.
     own_targets: whether the rollout's targets are the policy's own predictions at this
       update (refreshed at every update, without guidance). The error there is 0 and so is
       its gradient: neither is computed, which halves the policy's part of the work.
+    space: of the errors, see `schedule.error_scale`.
     adapt: (trained parameters, base) -> the policy's parameters for `denoise`.
 
   Returns:
@@ -124,7 +130,8 @@ def make_train_step(
     parameters at the start if they are the reference, else None. Metrics are scalars. If the
     loss or its gradient is not finite, only the state's counts change.
   """
-  loss_of = functools.partial(_micro_loss, denoise, loss, tuple(arms), own_targets, adapt)
+  residuals_of = functools.partial(_residuals, denoise, schedule, space)
+  loss_of = functools.partial(_micro_loss, residuals_of, loss, tuple(arms), own_targets, adapt)
   gradients = _reduced(functools.partial(_mean_gradients, loss_of, accumulate), mesh)
 
   @functools.partial(
@@ -142,12 +149,19 @@ def make_train_step(
     if replay is not None:
       key = rng.key_of(state.seed, "replay", state.update)
       rows, replay = rollout_lib.replay(replay, rows, state.update, key)
-    grads, metrics = gradients(state.params, base, start, rows)
+    old = state.policy_copy if loss.needs.old else None
+    grads, metrics = gradients(state.params, base, start, old, rows)
     norm = optax.global_norm(grads)
     new = jax.lax.cond(
       jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm),
       lambda s, g, r: dataclasses.replace(
-        _advance(s, g, tx, ema_decay=ema_decay, refresh_every=refresh_every), replay=r
+        _advance(
+          *(s, g, tx),
+          ema_decay=ema_decay,
+          refresh_every=refresh_every,
+          copy_decay=copy_decay,
+        ),
+        replay=r,
       ),
       lambda s, g, r: dataclasses.replace(s, skipped=s.skipped + 1),
       *(state, grads, replay),
@@ -164,7 +178,7 @@ def make_train_step(
 
 
 def _micro_loss(
-  denoise: Denoise,
+  residuals_of: Callable[..., dict[str, jax.Array]],
   loss: Loss,
   arms: tuple[str, ...],
   own_targets: bool,
@@ -172,27 +186,33 @@ def _micro_loss(
   trained: Any,
   base: Any,
   start: Any,
+  old: Any,
   rows: batch_lib.Arms,
   mean: Callable[[jax.Array], jax.Array],
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Returns the mean loss of a micro-batch and the means of its metrics."""
-  residuals = _residuals(
-    denoise, adapt(trained, base), rows, arms[:-1] if own_targets else arms
-  )
+  residuals = residuals_of(adapt(trained, base), rows, arms[:-1] if own_targets else arms)
   if own_targets:
     residuals[arms[-1]] = jnp.zeros_like(residuals[arms[0]])
   of_reference, known = {}, dict(rows.ref)
   if loss.needs.reference and not known:
     reference = base if start is None else adapt(start, base)
-    of_reference = jax.lax.stop_gradient(_residuals(denoise, reference, rows, arms))
-  err = to_errors(residuals)
+    of_reference = jax.lax.stop_gradient(residuals_of(reference, rows, arms))
+  of_old = {}
+  if loss.needs.old:
+    of_old = jax.lax.stop_gradient(residuals_of(adapt(old, base), rows, arms))
+  err, err_old = to_errors(residuals), to_errors(of_old)
   err_ref = known or to_errors(of_reference)
-  pair = (residuals, of_reference) if loss.needs.residuals else (err, err_ref)
-  per_sample, metrics = loss.objective(Terms(*pair, rows.labels, mean))
+  if loss.needs.residuals:
+    terms = Terms(residuals, of_reference, rows.labels, mean, of_old)
+  else:
+    terms = Terms(err, err_ref, rows.labels, mean, err_old)
+  per_sample, metrics = loss.objective(terms)
   metrics = {
     "loss": per_sample,
     **{f"err/policy_{a}": e for a, e in err.items()},
     **{f"err/reference_{a}": e for a, e in err_ref.items()},
+    **{f"err/old_{a}": e for a, e in err_old.items()},
     **metrics,
   }
   return per_sample.mean(), jax.tree.map(jnp.mean, metrics)
@@ -204,23 +224,24 @@ def _mean_gradients(
   trained: Any,
   base: Any,
   start: Any,
+  old: Any,
   rows: batch_lib.Arms,
   mean: Callable[[jax.Array], jax.Array] = jnp.mean,
 ) -> tuple[Any, dict[str, jax.Array]]:
   """Returns gradients and metrics of one device's rows, averaged over micro-batches."""
   gradients = jax.grad(functools.partial(loss_of, mean=mean), has_aux=True)
   if accumulate == 1:
-    return gradients(trained, base, start, rows)
+    return gradients(trained, base, start, old, rows)
 
   def add(total, micro):
-    return jax.tree.map(jnp.add, total, gradients(trained, base, start, micro)), None
+    return jax.tree.map(jnp.add, total, gradients(trained, base, start, old, micro)), None
 
   # Strided, not contiguous, rows: micro-batches are then the same on any mesh.
   micros = jax.tree.map(
     lambda x: x.reshape((-1, accumulate, *x.shape[1:])).swapaxes(0, 1), rows
   )
   first = jax.tree.map(lambda x: x[0], micros)
-  shapes = jax.eval_shape(gradients, trained, base, start, first)
+  shapes = jax.eval_shape(gradients, trained, base, start, old, first)
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
   total, _ = jax.lax.scan(add, zeros, micros)
   return jax.tree.map(lambda x: x / accumulate, total)
@@ -237,11 +258,11 @@ def _reduced(mean_gradients: Callable, mesh: Mesh) -> Callable:
     return jax.lax.pmean(jnp.mean(x), "data")
 
   return jax.shard_map(
-    lambda trained, base, start, rows: jax.lax.pmean(
-      mean_gradients(trained, base, start, rows, mean=mean_of_all), "data"
+    lambda trained, base, start, old, rows: jax.lax.pmean(
+      mean_gradients(trained, base, start, old, rows, mean=mean_of_all), "data"
     ),
     mesh=mesh,
-    in_specs=(P(), P(), P(), P("data")),
+    in_specs=(P(), P(), P(), P(), P("data")),
     out_specs=P(),
     axis_names={"data"},
     # With the check, parameters would count as replicated, and JAX would add an all-reduce
@@ -257,6 +278,7 @@ def _advance(
   *,
   ema_decay: float,
   refresh_every: int,
+  copy_decay: optax.Schedule | None = None,
 ) -> TrainState:
   """Applies the optimizer, then renews the average and, if it is due, the policy's copy."""
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -265,7 +287,11 @@ def _advance(
   copy = state.policy_copy
   if copy is not None:
     renew = (state.update + 1) % refresh_every == 0
-    copy = jax.tree.map(lambda c, p: jnp.where(renew, p, c), copy, params)
+    new = params
+    if copy_decay is not None:
+      kept = copy_decay(state.update + 1)
+      new = jax.tree.map(lambda c, p: kept * c + (1 - kept) * p, copy, params)
+    copy = jax.tree.map(lambda c, p: jnp.where(renew, p, c), copy, new)
   ema = optimizer_lib.update_ema(state.ema, params, state.update, decay=ema_decay)
   return dataclasses.replace(
     state, params=params, ema=ema, opt_state=opt_state, policy_copy=copy
@@ -274,11 +300,12 @@ def _advance(
 
 def make_reference_errors(
   denoise: Denoise,
-  schedule: schedule_lib.NoiseSchedule,
+  schedule: schedule_lib.Schedule,
   loss: Loss,
   *,
   arms: Sequence[str],
   prompt_dropout: float,
+  space: str = "model",
 ) -> Callable:
   """Makes the jitted program of the reference's errors on fixed noise.
 
@@ -295,22 +322,31 @@ def make_reference_errors(
       update=0,
       prompt_dropout=prompt_dropout,
     )
-    return to_errors(_residuals(denoise, base, rows, arms))
+    return to_errors(_residuals(denoise, schedule, space, base, rows, arms))
 
   return errors
 
 
 def _residuals(
-  denoise: Denoise, params: Any, rows: batch_lib.Arms, arms: Sequence[str]
+  denoise: Denoise,
+  schedule: schedule_lib.Schedule,
+  space: str,
+  params: Any,
+  rows: batch_lib.Arms,
+  arms: Sequence[str],
 ) -> dict[str, jax.Array]:
-  """Returns predictions minus targets of the first arms, float32 [R, C, h, w] each.
+  """Returns predictions minus targets of the first arms, in `space`, float32 [R, C, h, w] each.
 
   All arms go through the denoiser in one call.
   """
   count = len(arms)
   flat = lambda x: x[:, :count].reshape((-1, *x.shape[2:]))  # noqa: E731
   repeated = jax.tree.map(lambda c: jnp.repeat(c, count, axis=0), rows.cond)
-  prediction = denoise(params, flat(rows.x_t), jnp.repeat(rows.t, count), repeated)
+  x_t = flat(rows.x_t)
+  t = schedule_lib.timestep_input(schedule, jnp.repeat(rows.t, count))
+  prediction = denoise(params, x_t, t, repeated)
   residual = prediction.astype(jnp.float32) - flat(rows.target)
   residual = residual.reshape((-1, count, *residual.shape[1:]))
+  if (scale := schedule_lib.error_scale(schedule, space, rows.t)) is not None:
+    residual = schedule_lib.per_sample(scale, residual) * residual
   return {arm: residual[:, i] for i, arm in enumerate(arms)}
