@@ -108,9 +108,9 @@ def test_image_reward_from_its_pickle(root, tmp_path, capsys, monkeypatch, golde
   torch.save({**tensors, **unused, **buffer}, tmp_path / "ImageReward.pt")
   assert run(capsys, "imagereward.v1", tmp_path / "ImageReward.pt")[0] == 0
   (directory / "vocab.txt").rename(root / "imagereward.v1" / "vocab.txt")
-  np.testing.assert_allclose(
-    score("imagereward.v1"), golden["imagereward.v1"], rtol=1e-5, atol=1e-5
-  )
+  want = np.array(golden["imagereward.v1"])
+  # Processors round differently: relative to the largest score, as in test_scorers.
+  np.testing.assert_allclose(score("imagereward.v1"), want, atol=1e-5 * np.abs(want).max())
 
 
 @live
