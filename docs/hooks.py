@@ -7,7 +7,6 @@ neither JavaScript nor the network to show them.
 """
 
 import ast
-import importlib
 import itertools
 import re
 import sys
@@ -116,7 +115,7 @@ def _configuration() -> str:
 
 def _table(name: str, paths: Iterable[str], title: str) -> list[str]:
   """Returns a table of fields: default, meaning, and where other presets differ."""
-  known = importlib.import_module(f"configs.{name}").PRESETS
+  known = config_lib.presets_of(name)
   presets = [preset for preset in _PRESETS if preset in known]
   usual, *others = (dict(_fields(name, preset)) for preset in ("shapes", *presets))
   meanings = config_lib.field_meanings(name)

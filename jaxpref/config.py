@@ -16,7 +16,6 @@ import math
 import re
 import sys
 import tokenize
-import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +24,7 @@ from typing import Any, NoReturn
 from ml_collections import ConfigDict
 
 from jaxpref.base_config import FIELDS_OF_ALL_LOSSES, LARGEST, LIMITS, RULES, Rules
-from jaxpref.errors import UserError
+from jaxpref.errors import UserError, failure_of
 
 _LOSSES = Path(__file__).parent / "losses"
 _BOOLS = {"true": True, "1": True, "false": False, "0": False}
@@ -178,6 +177,18 @@ def field_meanings(argument: str) -> dict[str, str]:
   return _comments(_load(argument)[0])
 
 
+def presets_of(argument: str) -> tuple[str, ...]:
+  """Returns the names of a configuration's presets.
+
+  Args:
+    argument: as for `load_config`.
+
+  Raises:
+    UserError: the file, name or preset does not exist, or the file raises.
+  """
+  return tuple(getattr(_load(argument)[0], "PRESETS", ()))
+
+
 def find_config(name: str) -> Path:
   """Finds a configuration file by its path, or by its name in the package.
 
@@ -217,7 +228,7 @@ def _load(argument: str) -> tuple[ModuleType, ConfigDict]:
   except UserError:
     raise
   except Exception as error:
-    _raise_config_error(name, error)
+    raise UserError(failure_of(error, path)) from error
   if "preset" not in parameters:
     raise UserError(f"{name}: get_config takes no 'preset'")
   preset = preset if colon else parameters["preset"].default
@@ -231,21 +242,13 @@ def _load(argument: str) -> tuple[ModuleType, ConfigDict]:
   except UserError as error:
     raise UserError(f"{name}: {error}") from error
   except Exception as error:
-    _raise_config_error(name, error)
+    raise UserError(failure_of(error, path)) from error
   if not isinstance(config, ConfigDict):
-    raise UserError(f"{name}: get_config must return an ml_collections.ConfigDict")
+    got = type(config).__name__
+    raise UserError(f"{name}: get_config must return an ml_collections.ConfigDict (got {got})")
   with config.unlocked():
     config.preset = preset
   return module, config.lock()
-
-
-def _raise_config_error(name: str, error: Exception) -> NoReturn:
-  calls = traceback.extract_tb(error.__traceback__)
-  here = [c for c in calls if Path(c.filename).absolute() == Path(name).absolute()]
-  line = getattr(error, "lineno", None) or (here[-1].lineno if here else None)
-  where = f"{name}, line {line}" if line else name
-  text = " ".join(str(error).split())
-  raise UserError(f"{where}: {type(error).__name__}: {text}") from error
 
 
 def _override(config: ConfigDict, path: str, text: str) -> None:

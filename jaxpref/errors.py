@@ -1,7 +1,9 @@
 """Exceptions with an exit status, and helpers for one-line messages."""
 
 import errno
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 # Errors of a disk or file server that may work again later.
 _TRANSIENT = (
@@ -76,6 +78,30 @@ def first_line(error: BaseException) -> str:
   """Returns the first line of an error's message, or its class name if it has none."""
   line = str(error).strip().partition("\n")[0] or type(error).__name__
   return one_line(line, longest=_LONGEST_REASON)
+
+
+def failure_of(error: BaseException, file: str | Path | None) -> str:
+  """Describes an exception of a user's program as 'FILE, line N: TYPE: message'.
+
+  Args:
+    error: the exception.
+    file: the user's file, of which the last line in the traceback is named. None: the last
+      line of the traceback, whatever its file.
+  """
+  frames = traceback.extract_tb(error.__traceback__)
+  places = [(frame.filename, frame.lineno) for frame in frames]
+  if isinstance(error, SyntaxError) and error.filename:
+    places.append((error.filename, error.lineno))
+  if file is None and places:
+    file = places[-1][0]
+  lines = [
+    line for name, line in places if file and Path(name).absolute() == Path(file).absolute()
+  ]
+  where = f"{file}, line {lines[-1]}: " if lines else f"{file}: " if file else ""
+  name = type(error).__name__
+  said = error.msg if isinstance(error, SyntaxError) else error
+  reason = one_line(str(said).strip().partition("\n")[0], longest=_LONGEST_REASON)
+  return where + (f"{name}: {reason}" if reason else name)
 
 
 def storage_error(message: str, error: OSError) -> UserError:

@@ -364,55 +364,6 @@ def test_a_loss_that_a_package_registers_loads_by_its_name(register_plugin):
   assert loss.objective(terms)[0].tolist() == [2.0, 6.0]
 
 
-_W, _L = "terms.err['w']", "terms.err['l']"
-
-
-@pytest.mark.parametrize(
-  ("needs", "returned", "message"),
-  [
-    ("", f"{_W}[:, None] - {_L}, {{}}", r"losses of shape \[B\] .got \(2, 2\) for B = 2"),
-    ("", f"{_W}.mean(), {{}}", r"losses of shape \[B\] .got \(\)"),
-    ("", _W, "must return losses and a dict of metrics"),
-    ("", f"{_W}, {{'a': {{'b': 1.0}}}}", r"the metric a must be a scalar or of shape \[B\]"),
-    ("", "terms.err['e'], {}", "reads 'e', but its NEEDS give it errors w, l, no reference"),
-    ("", "terms.ref['w'], {}", "reads 'w', but its NEEDS give it errors w, l, no reference"),
-    (", reference=True", "terms.ref['e'], {}", "reads 'e', .* errors w, l, a reference"),
-    (", reference=True", "terms.ref['l'], {'a': terms.ref['w'], 'b': 1.0}", ""),
-  ],
-)
-def test_a_loss_with_a_mistake_is_refused_before_training(
-  register_plugin, needs, returned, message
-):
-  register_plugin(
-    *("jaxpref.losses", "mistaken", "mistaken_loss"),
-    "from jaxpref.losses import Needs\n"
-    f"NEEDS = Needs(rows='pairs'{needs})\n"
-    "def objective(terms):\n"
-    f"  return {returned}\n",
-  )
-  sys.modules.pop("mistaken_loss", None)
-  loss = losses.make_loss({"name": "mistaken"})
-  if not message:
-    losses.check_loss(loss, ("w", "l"), images=2)
-    return
-  with pytest.raises(UserError, match=message):
-    losses.check_loss(loss, ("w", "l"), images=2)
-
-
-def test_rows_of_no_kind_are_refused():
-  with pytest.raises(
-    UserError, match="experts, pairs, singles, lists, scored, groups .got 'pair'"
-  ):
-    losses.Needs(rows="pair")
-
-
-def test_hyper_parameters_are_all_there_and_no_others():
-  with pytest.raises(UserError, match=r"'dpo' needs 'loss.beta', 'loss.variant'"):
-    losses.make_loss({"name": "dpo"})
-  with pytest.raises(UserError, match=r"does not take 'loss.margin': .* after the \*"):
-    losses.make_loss({"name": "dpo", "beta": 1.0, "variant": "ipo", "margin": 1.0})
-
-
 @pytest.mark.parametrize(
   ("name", "hyper", "message"),
   [

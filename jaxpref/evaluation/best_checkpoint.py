@@ -6,6 +6,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ml_collections import ConfigDict
+
 from jaxpref.errors import DamagedError, UserError
 from jaxpref.evaluation import evaluate
 from jaxpref.runtime import workdir as workdir_lib
@@ -35,13 +37,15 @@ class Best(NamedTuple):
   mean: float
 
 
-def is_due(config: Any, update: int) -> bool:
+def is_due(config: ConfigDict, update: int) -> bool:
   """Checks whether the checkpoint after `update` is evaluated during training."""
   every = config.evaluate.every * config.train.updates_per_iteration
   return bool(every and update and update % every == 0 and update < config.train.num_updates)
 
 
-def settings_of(config: Any, prompts: Sequence[str], scorers: Sequence[str]) -> dict[str, Any]:
+def settings_of(
+  config: ConfigDict, prompts: Sequence[str], scorers: Sequence[str]
+) -> dict[str, Any]:
   """Returns the settings and scorer versions that comparable evaluations share."""
   own = {name: value for name, value in config.evaluate.items() if name in _COMPARED}
   own["improve"] = config.improve.to_dict() if "improve" in config else {}

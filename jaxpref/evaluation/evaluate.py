@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pandas as pd
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 from PIL import Image
 
 from jaxpref import scorers
@@ -310,7 +311,7 @@ def _read_png(directory: Path, seed: int) -> bytes:
 def write_report(
   workdir: Path,
   directory: Path,
-  config: Any,
+  config: ConfigDict,
   facts: Mapping[str, Any],
   *,
   held_out: bool,

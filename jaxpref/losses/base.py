@@ -19,11 +19,12 @@ default.
 """
 
 import dataclasses
+import difflib
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType, ModuleType
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,12 @@ from jaxpref import base_config, plugins
 from jaxpref.errors import UserError
 
 GROUP = "jaxpref.losses"
+# The functions of a loss module with their positional arguments.
+_ARGUMENTS = {
+  "objective": ("terms",),
+  "arrange": ("x0", "cond", "uncond", "key"),
+  "label": ("rewards",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +79,25 @@ class Needs:
   arms: tuple[str, ...] = ()
 
   def __post_init__(self):
-    """Checks the kind of rows.
+    """Checks the values of the fields.
 
     Raises:
-      UserError: rows of this kind do not exist.
+      UserError: a field has another value than those above.
     """
-    if self.rows not in (kinds := get_args(Needs.__annotations__["rows"])):
-      raise UserError(f"Needs: rows must be one of {', '.join(kinds)} (got {self.rows!r})")
+    choices = {
+      "rows": get_args(Needs.__annotations__["rows"]),
+      "rollout": (None, "states"),
+      "condition": (None, "image"),
+      **dict.fromkeys(("reference", "old", "shared_noise", "residuals"), (False, True)),
+    }
+    for field, values in choices.items():
+      if (given := getattr(self, field)) not in values:
+        one_of = " or ".join(str(value) for value in values)
+        if len(values) > 2:
+          one_of = f"one of {', '.join(values)}"
+        raise UserError(f"Needs: {field} must be {one_of} (got {given!r})")
+    if not (isinstance(self.arms, tuple) and all(isinstance(arm, str) for arm in self.arms)):
+      raise UserError(f"Needs: arms must be a tuple of names (got {self.arms!r})")
 
 
 class Arranged(NamedTuple):
@@ -155,33 +174,36 @@ def make_loss(settings: Mapping[str, Any]) -> Loss:
   """
   name = settings["name"]
   module = load_loss(name)
-  arrange, label = (getattr(module, part, None) for part in ("arrange", "label"))
-  takes = _takes(module.objective)
-  for function in filter(None, (arrange, label)):
+  functions = [getattr(module, part, None) for part in _ARGUMENTS]
+  takes: dict[str, bool] = {}
+  for function in filter(None, functions):
     takes |= _takes(function)
-  if lacking := [f"'loss.{n}'" for n, must in takes.items() if must and n not in settings]:
-    raise UserError(f"loss {name!r} needs {', '.join(lacking)} in its config file")
-  if foreign := [
-    f"'loss.{n}'" for n in settings if n not in (*takes, *base_config.FIELDS_OF_ALL_LOSSES)
-  ]:
-    raise UserError(
-      f"loss {name!r} does not take {', '.join(foreign)}: its hyper-parameters are the "
-      "parameters of objective after the *"
-    )
+  known = f"its hyper-parameters are {', '.join(takes) or '(none)'}"
+  for field in settings:
+    if field not in (*takes, *base_config.FIELDS_OF_ALL_LOSSES):
+      near = difflib.get_close_matches(field, takes, n=1, cutoff=0.75)
+      hint = f"did you mean loss.{near[0]}? " if near else ""
+      raise UserError(
+        f"loss {name!r} does not take loss.{field} = {settings[field]!r}; {hint}({known}: the "
+        "parameters of objective after the *)"
+      )
+  if lacking := [f"loss.{n}" for n, must in takes.items() if must and n not in settings]:
+    raise UserError(f"loss {name!r} needs {', '.join(lacking)} in its config file ({known})")
 
   def bind(function: Callable) -> Callable:
     taken = {name: settings[name] for name in _takes(function) if name in settings}
     return functools.partial(function, **taken)
 
-  optional = (function and bind(function) for function in (arrange, label))
-  return Loss(name, module.NEEDS, bind(module.objective), *optional)
+  arrange, label = (function and bind(function) for function in functions[1:])
+  return Loss(name, module.NEEDS, bind(module.objective), arrange, label)
 
 
 def load_loss(name: str) -> ModuleType:
   """Imports the module of a loss.
 
   Raises:
-    UserError: no loss has this name, or its module lacks a part.
+    UserError: no loss has this name, or its module cannot be imported, lacks a part, or has
+      one of another form.
   """
   module = plugins.find_module(GROUP, name)
   if module is None:
@@ -191,7 +213,13 @@ def load_loss(name: str) -> ModuleType:
   if lacking:
     raise UserError(f"loss {name!r} is not a loss module: it lacks {', '.join(lacking)}")
   if not isinstance(module.NEEDS, Needs):
-    raise UserError(f"loss {name!r}: its NEEDS must be a jaxpref.losses.Needs")
+    raise UserError(
+      f"loss {name!r}: NEEDS must be a jaxpref.losses.Needs (got {module.NEEDS!r})"
+    )
+  for part, arguments in _ARGUMENTS.items():
+    if (function := getattr(module, part, None)) is not None:
+      keywords = _takes(function) if callable(function) else ()
+      plugins.check_function(f"loss {name!r}: {part}", function, arguments, tuple(keywords))
   return module
 
 
@@ -209,48 +237,90 @@ def check_loss(loss: Loss, arms: Sequence[str], *, images: int) -> None:
     images: number of images in a row.
 
   Raises:
-    UserError: the loss refuses a hyper-parameter's value, reads errors that it does not get,
-      or returns something else than losses [B] and metrics.
+    UserError: the loss refuses a hyper-parameter's value, reads what it does not get, returns
+      something else than losses [B] and metrics, or raises another exception.
   """
-  shape = (2, 1, 1, 1) if loss.needs.residuals else (2,)
-  values = {arm: jnp.zeros(shape) for arm in arms}
-  labels = {"desirable": jnp.zeros(2, bool)} if loss.needs.rows == "singles" else {}
-  if loss.needs.rows in ("scored", "groups"):
-    of_row = jnp.zeros(2) if loss.needs.rows == "scored" else jnp.zeros((2, images))
+  needs, what = loss.needs, f"loss {loss.name!r}: objective"
+  shape = (2, 1, 1, 1) if needs.residuals else (2,)
+  err = {arm: jnp.zeros(shape) for arm in arms}
+  labels = _example_labels(loss, images)
+
+  def objective(err, labels):
+    ref = err if needs.reference else _NotNeeded(f"{what} reads terms.ref", "reference=True")
+    old = err if needs.old else _NotNeeded(f"{what} reads terms.old", "old=True")
+    return loss.objective(Terms(err, ref, labels, jnp.mean, old))
+
+  with plugins.one_line_errors(what, loss.objective, own=True):
+    try:
+      found = jax.eval_shape(objective, err, labels)
+    except KeyError as error:
+      raise UserError(
+        f"{what} reads {error}, but its NEEDS (rows={needs.rows!r}, rollout={needs.rollout!r}) "
+        f"give it the errors {', '.join(err)} and the labels {', '.join(labels) or '(none)'}"
+      ) from error
+  _check_result(what, found)
+
+
+class _NotNeeded(dict):
+  """The errors that a loss has not asked for; reading one says how to ask."""
+
+  def __init__(self, reads: str, needed: str):
+    super().__init__()
+    self._reads, self._needed = reads, needed
+
+  def __missing__(self, arm: Any) -> NoReturn:
+    raise UserError(f"{self._reads}[{arm!r}], which needs {self._needed} in NEEDS")
+
+
+def _example_labels(loss: Loss, images: int) -> dict[str, jax.Array]:
+  """Returns labels of two rows, as the objective gets them.
+
+  Raises:
+    UserError: `label` or `arrange` raises an exception or returns something else.
+  """
+  kind = loss.needs.rows
+  labels = {"desirable": jnp.zeros(2, bool)} if kind == "singles" else {}
+  if kind in ("scored", "groups"):
+    of_row = jnp.zeros(2) if kind == "scored" else jnp.zeros((2, images))
     labels = {"advantage": of_row, "reward": of_row}
     if loss.label:
-      made = loss.label(np.zeros(of_row.size)).items()
-      labels |= {name: jnp.asarray(of).reshape(of_row.shape) for name, of in made}
+      what = f"loss {loss.name!r}: label"
+      with plugins.one_line_errors(what, loss.label, own=True):
+        made = loss.label(np.zeros(of_row.size))
+      arrays = made.values() if isinstance(made, Mapping) else [None]
+      if any(np.shape(array) != (of_row.size,) for array in arrays):
+        raise UserError(f"{what} must return a dict of arrays [N] (got {made!r})")
+      labels |= {name: jnp.asarray(array).reshape(of_row.shape) for name, array in made.items()}
   if loss.arrange:
     x0, cond = jnp.zeros((2, images, 1, 1, 1)), {"text": jnp.zeros((2, 1, 1))}
-    labels |= loss.arrange(x0, cond, cond, jax.random.key(0)).labels
-  ref, old = (values if needed else {} for needed in (loss.needs.reference, loss.needs.old))
-  try:
-    found = jax.eval_shape(
-      lambda err, ref, labels, old: loss.objective(Terms(err, ref, labels, jnp.mean, old)),
-      *(values, ref, labels, old),
-    )
-  except KeyError as error:
-    has = f"errors {', '.join(values)}, {'a' if ref else 'no'} reference"
-    has += f" and the labels {', '.join(labels)}" if labels else ""
-    raise UserError(f"loss {loss.name!r} reads {error}, but its NEEDS give it {has}") from error
-  _check_result(loss.name, found)
+    what = f"loss {loss.name!r}: arrange"
+    with plugins.one_line_errors(what, loss.arrange, own=True):
+      arranged = loss.arrange(x0, cond, cond, jax.random.key(0))
+    if not isinstance(arranged, Arranged):
+      raise UserError(
+        f"{what} must return a jaxpref.losses.Arranged (got {type(arranged).__name__})"
+      )
+    labels |= arranged.labels
+  return labels
 
 
-def _check_result(name: str, found: Any) -> None:
+def _check_result(what: str, found: Any) -> None:
   """Refuses results of `objective` for B = 2 that are not losses [B] and metrics."""
   if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping)):
-    raise UserError(f"loss {name!r}: objective must return losses and a dict of metrics")
+    parts = found if isinstance(found, tuple) else [found]
+    kinds = ["an array" if hasattr(part, "shape") else type(part).__name__ for part in parts]
+    raise UserError(
+      f"{what} must return losses and a dict of metrics (got {' and '.join(kinds)})"
+    )
   values, metrics = found
   if (shape := getattr(values, "shape", None)) != (2,):
-    raise UserError(
-      f"loss {name!r}: objective must return losses of shape [B] (got {shape} for B = 2)"
-    )
+    raise UserError(f"{what} must return losses of shape [B] (got {shape} for B = 2)")
+  if not jnp.issubdtype(values.dtype, jnp.floating):
+    raise UserError(f"{what} must return losses that are floats (got {values.dtype})")
   for key, value in metrics.items():
     if (shape := getattr(value, "shape", None)) not in ((), (2,)):
       raise UserError(
-        f"loss {name!r}: the metric {key} must be a scalar or of shape [B] (got {shape} for "
-        "B = 2)"
+        f"{what}: the metric {key} must be a scalar or of shape [B] (got {shape} for B = 2)"
       )
 
 

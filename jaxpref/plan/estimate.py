@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from jaxpref import config as config_lib
 from jaxpref.base_config import REMAT
 from jaxpref.errors import UserError
@@ -118,7 +120,7 @@ def parse_topology(text: str) -> tuple[Chip, int]:
   return CHIPS[name], count
 
 
-def _settings(config: Any) -> dict[str, Any]:
+def _settings(config: ConfigDict) -> dict[str, Any]:
   """Returns the settings that influence the numbers most."""
   fields = dict(config_lib.leaves(config))
   names = ("model.dtype", "model.attention", "model.norm", "model.remat", "lora.rank")
@@ -127,7 +129,7 @@ def _settings(config: Any) -> dict[str, Any]:
 
 
 def plan(
-  config: Any, topology: str, *, mfu: float = 0.4, search: bool = True
+  config: ConfigDict, topology: str, *, mfu: float = 0.4, search: bool = True
 ) -> dict[str, Any]:
   """Estimates everything that follows from shapes.
 
@@ -226,7 +228,7 @@ def _has_fused_attention(checked: Any, chip: Chip) -> bool:
   return kernels.is_long(max((n for _, n in checked.pipeline.attentions()), default=0))
 
 
-def _for_accelerator(config: Any, *, traced_only: bool = True) -> Any:
+def _for_accelerator(config: ConfigDict, *, traced_only: bool = True) -> Any:
   """Returns the configuration for the accelerator, without what only reads files.
 
   Args:

@@ -5,12 +5,14 @@ import re
 import time
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from jaxpref.errors import UserError
 
 GIB = 2**30
 
 
-def compile_programs(config: Any, topology: str) -> dict[str, Any]:
+def compile_programs(config: ConfigDict, topology: str) -> dict[str, Any]:
   """Compiles a run's programs for TPUs and reads the compiler's numbers.
 
   Args:

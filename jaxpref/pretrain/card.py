@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 from jaxpref import __version__
 from jaxpref.errors import UserError
@@ -34,7 +35,7 @@ def check_plots() -> None:
     )
 
 
-def write_card(pipeline: Path, workdir: Path, config: Any) -> None:
+def write_card(pipeline: Path, workdir: Path, config: ConfigDict) -> None:
   """Writes README.md, history.json and the training curves into the pipeline's directory."""
   history = _history(pipeline, config)
   number = len(history) + 1
@@ -82,7 +83,7 @@ How it was made:
   )
 
 
-def _history(pipeline: Path, config: Any) -> list[dict[str, str]]:
+def _history(pipeline: Path, config: ConfigDict) -> list[dict[str, str]]:
   """Reads the history of the pipeline that training began from, and copies its curves."""
   source = config.denoiser.path or config.vae.path
   if not source or not (path := hub.find_pipeline(source) / HISTORY).exists():
@@ -93,7 +94,7 @@ def _history(pipeline: Path, config: Any) -> list[dict[str, str]]:
   return history
 
 
-def _command(config: Any) -> str:
+def _command(config: ConfigDict) -> str:
   words = [f"python -m jaxpref.pretrain --config=configs/shapes_base.py:{config.preset}"]
   words.append(f"--config.seed={config.seed}")
   for stage in ("vae", "denoiser"):

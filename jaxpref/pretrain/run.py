@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from jaxpref import base_config, sharding
 from jaxpref import config as config_lib
@@ -89,13 +90,13 @@ def _main(argv: list[str]) -> None:
 class Prepared:
   """A run's configuration, its mesh, and the pipelines that its weights begin from, if any."""
 
-  config: Any
+  config: ConfigDict
   mesh: Mesh
   vae_from: pipeline_lib.Pipeline | None
   denoiser_from: pipeline_lib.Pipeline | None
 
 
-def prepare(config: Any) -> Prepared:
+def prepare(config: ConfigDict) -> Prepared:
   """Reads everything that a run needs.
 
   Raises:
@@ -117,7 +118,7 @@ def prepare(config: Any) -> Prepared:
   return Prepared(config, mesh, vae_from, _load(config, "denoiser", train_denoiser_lib.TRAINED))
 
 
-def _load(config: Any, stage: str, parts: Sequence[str]) -> pipeline_lib.Pipeline | None:
+def _load(config: ConfigDict, stage: str, parts: Sequence[str]) -> pipeline_lib.Pipeline | None:
   """Loads the pipeline in the stage's `path`, if set, and checks the stage's parts."""
   path = config[stage].path
   if not path:
@@ -135,7 +136,7 @@ def _load(config: Any, stage: str, parts: Sequence[str]) -> pipeline_lib.Pipelin
   return pipeline
 
 
-def pipeline_configs(config: Any, *, vocab_size: int) -> dict[str, dict[str, Any]]:
+def pipeline_configs(config: ConfigDict, *, vocab_size: int) -> dict[str, dict[str, Any]]:
   """Returns the configuration files of the parts; the VAE's scaling factor is set later."""
   family, encoder = train_denoiser_lib.FAMILY, train_denoiser_lib.ENCODER
   return {
@@ -217,7 +218,7 @@ def _fingerprint(images: np.ndarray, captions: Sequence[str]) -> str:
 
 
 def train_vae(
-  config: Any,
+  config: ConfigDict,
   vae: Any,
   kept: Any,
   directory: Path,
@@ -280,7 +281,7 @@ def _first_params(prepared: Prepared, modules: Mapping[str, Any]) -> dict[str, A
 
 
 def train_denoiser(
-  config: Any,
+  config: ConfigDict,
   modules: Mapping[str, Any],
   first: dict[str, Any],
   directory: Path,
@@ -327,7 +328,7 @@ def _optimizer(settings: Any, *, weight_decay: float, clip_norm: float):
 
 
 def _fit(
-  config: Any,
+  config: ConfigDict,
   settings: Any,
   directory: Path,
   state: Any,

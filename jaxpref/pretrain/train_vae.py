@@ -7,6 +7,7 @@ import flax
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import ConfigDict
 
 from jaxpref.models import vae as vae_lib
 
@@ -23,7 +24,7 @@ class VaeState:
   update: jax.Array
 
 
-def vae_config(config: Any) -> dict[str, Any]:
+def vae_config(config: ConfigDict) -> dict[str, Any]:
   """Returns diffusers' `vae/config.json` for the shapes world; the scale is set later."""
   settings = config.vae
   levels = len(settings.channels)

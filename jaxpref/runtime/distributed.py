@@ -22,6 +22,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
 
 from jaxpref.errors import TransientError, UserError, first_line
 from jaxpref.runtime import workdir as workdir_lib
@@ -201,7 +202,7 @@ def _exchange(job: Callable[[], Any] | None) -> list[Any]:
 
 
 @contextlib.contextmanager
-def open_workdir(path: Any, config: Any, *, resume_safe: Any) -> Iterator[Path]:
+def open_workdir(path: Any, config: ConfigDict, *, resume_safe: Any) -> Iterator[Path]:
   """Opens a run's directory on process 0, yields its path on all processes, and unlocks it.
 
   See `workdir.open_workdir` for the arguments.

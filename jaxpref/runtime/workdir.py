@@ -68,7 +68,7 @@ class Workdir:
   lock: int
 
 
-def path_of(given: str | None, config: Any) -> str:
+def path_of(given: str | None, config: ConfigDict) -> str:
   """Returns the path of a run's directory as the user gave it, or the default one.
 
   Raises:

@@ -92,7 +92,15 @@ def load_reward(name: str, *, dtype: str = "float32") -> Reward:
       f"{name!r} is not a differentiable scorer; known are {', '.join(known)}, and MODULE.NAME "
       "of an importable module with REWARDS"
     )
-  return rewards[short](dtype)
+  what, load = f"scorer {name!r}: its entry in REWARDS", rewards[short]
+  plugins.check_function(what, load, ("dtype",))
+  with plugins.one_line_errors(what, load):
+    reward = load(dtype)
+  if not isinstance(reward, Reward):
+    raise UserError(
+      f"{what} must return a jaxpref.scorers.Reward (got {type(reward).__name__})"
+    )
+  return reward
 
 
 def load_features(name: str) -> Callable[[Images], np.ndarray]:
@@ -109,6 +117,7 @@ def load_features(name: str) -> Callable[[Images], np.ndarray]:
   if short not in features:
     known = [f"{f}.{n}" for f in plugins.own_names(__name__) for n in _entries(f, "FEATURES")]
     raise UserError(f"{name!r} is not a name of features; known are {', '.join(known)}")
+  plugins.check_function(f"features {name!r}", features[short], ("images",))
   return features[short]
 
 
@@ -125,14 +134,19 @@ def score(name: str, function: Scorer, images: Images, prompts: Sequence[str]) -
     float64 [N].
 
   Raises:
-    UserError: the scorer does not return N finite numbers.
+    UserError: the scorer does not return N finite numbers, or a scorer of another package
+      raises an exception.
   """
-  found = np.asarray(function(images, prompts), float)
+  what = f"scorer {name!r}"
+  with plugins.one_line_errors(what, function):
+    returned = function(images, prompts)
+  must = f"{what} must return one number for each of {len(images)} images"
+  try:
+    found = np.asarray(returned, float)
+  except (TypeError, ValueError) as error:
+    raise UserError(f"{must} (got {returned!r})") from error
   if found.shape != (len(images),):
-    raise UserError(
-      f"scorer {name!r} must return one number for each of {len(images)} images (got an array "
-      f"of shape {found.shape})"
-    )
+    raise UserError(f"{must} (got an array of shape {found.shape})")
   if not np.isfinite(found).all():
     bad = int(np.flatnonzero(~np.isfinite(found))[0])
     raise UserError(f"scorer {name!r} gives {found[bad]} for the prompt {prompts[bad]!r}")
@@ -149,7 +163,15 @@ def categorize(names: Iterable[str], prompts: Sequence[str]) -> list[str]:
   """
   families = (plugins.find_module(__name__, name.rpartition(".")[0]) for name in names)
   category = next((f.category for f in families if f and hasattr(f, "category")), None)
-  return [category(prompt) if category else UNCATEGORIZED for prompt in prompts]
+  if category is None:
+    return [UNCATEGORIZED] * len(prompts)
+  what = f"{category.__module__}.category"
+  with plugins.one_line_errors(what, category):
+    found = [category(prompt) for prompt in prompts]
+  for prompt, name in zip(prompts, found, strict=True):
+    if not isinstance(name, str):
+      raise UserError(f"{what} must return a text (got {name!r} for {prompt!r})")
+  return found
 
 
 def _load(name: str) -> Entry:
@@ -167,6 +189,7 @@ def _load(name: str) -> Entry:
     )
   match scorers[short]:
     case (str(), function) if callable(function):
+      plugins.check_function(f"scorer {name!r}", function, ("images", "prompts"))
       return scorers[short]
   raise UserError(
     f"scorer {name!r}: its entry in SCORERS must be (version, function), the version a string "

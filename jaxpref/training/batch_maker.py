@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from jaxpref import sharding
 from jaxpref.data import crops, encode
@@ -84,7 +85,12 @@ class BatchMaker:
 
 
 def _known_errors(
-  reference_errors: Callable, reference: Any, uncond: Any, rows: Any, config: Any, mesh: Mesh
+  reference_errors: Callable,
+  reference: Any,
+  uncond: Any,
+  rows: Any,
+  config: ConfigDict,
+  mesh: Mesh,
 ) -> dict[str, np.ndarray]:
   """Computes the reference's errors by arm for every row and noise draw, [N, D]."""
   count, draws = len(rows["latents"]), config.data.noise_draws

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from ml_collections import ConfigDict
 
 from jaxpref import sharding
 from jaxpref.data import rows as rows_lib
@@ -230,7 +231,7 @@ def has_own_targets(checked: Checked) -> bool:
   return bool(checked.loss.needs.rollout) and fresh
 
 
-def _make_adapt(config: Any, pipeline: Pipeline) -> Callable[[Any, Any], Any]:
+def _make_adapt(config: ConfigDict, pipeline: Pipeline) -> Callable[[Any, Any], Any]:
   fixed = pipeline.family.fixed
   if not config.lora.rank and fixed:
     return lambda trained, base: denoiser.join_fixed(trained, base, fixed)
@@ -240,7 +241,7 @@ def _make_adapt(config: Any, pipeline: Pipeline) -> Callable[[Any, Any], Any]:
   return lambda trained, base: lora_lib.Adapted(base, trained, scale)
 
 
-def _make_learning_rate(config: Any) -> optax.Schedule:
+def _make_learning_rate(config: ConfigDict) -> optax.Schedule:
   return optimizer_lib.make_schedule(
     config.optim.schedule,
     lr=config.optim.lr,
@@ -255,7 +256,9 @@ def _make_copy_decay(online: Any) -> optax.Schedule:
   return lambda done: jnp.clip(rate * (done - start), 0.0, limit)
 
 
-def _make_optimizer(config: Any, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+def _make_optimizer(
+  config: ConfigDict, learning_rate: optax.Schedule
+) -> optax.GradientTransformation:
   optimizer = config.optim
   return optimizer_lib.make_optimizer(
     learning_rate,

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from jaxpref import scorers
 from jaxpref.errors import UserError
 from jaxpref.losses import Needs
@@ -10,7 +12,7 @@ from jaxpref.losses import Needs
 KINDS = ("scored", "groups", "pairs", "experts")
 
 
-def check(config: Any, needs: Needs) -> None:
+def check(config: ConfigDict, needs: Needs) -> None:
   """Refuses settings of rounds that do not fit each other.
 
   Args:

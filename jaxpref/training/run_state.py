@@ -4,6 +4,7 @@ import logging
 from typing import Any, NamedTuple
 
 import jax
+from ml_collections import ConfigDict
 
 from jaxpref import __version__
 from jaxpref.errors import UserError, count
@@ -100,7 +101,7 @@ def _restore_or_init(
   ckptr: Checkpointer,
   loader: Any,
   identity: dict[str, Any],
-  config: Any,
+  config: ConfigDict,
 ) -> tuple[Any, int]:
   """Returns the state and the number of updates done; sets the loader's position."""
   if ckptr.latest_step() is None:
@@ -118,7 +119,7 @@ def _restore_or_init(
 
 
 def check_resumes(
-  stored: dict[str, Any], identity: dict[str, Any], done: int, config: Any
+  stored: dict[str, Any], identity: dict[str, Any], done: int, config: ConfigDict
 ) -> None:
   """Refuses to resume from a checkpoint of another run.
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from jaxpref import losses, rng, sharding
 from jaxpref.data import built_rows, prompt_files, sources
@@ -41,7 +42,7 @@ class Checked:
     reference: see `reference_of`.
   """
 
-  config: Any
+  config: ConfigDict
   mesh: Mesh
   loss: losses.Loss
   arms: tuple[str, ...]
@@ -74,7 +75,7 @@ class Prepared(Checked):
   scorers: tuple[str, ...]
 
 
-def prepare(config: Any) -> Prepared:
+def prepare(config: ConfigDict) -> Prepared:
   """Reads and checks everything that a run needs.
 
   Raises:
@@ -138,7 +139,9 @@ def check_data(checked: Checked, rows: RowSet) -> None:
       )
 
 
-def read_data(config: Any, kind: str, *, image_size: int) -> tuple[RowSet, Tally, list[str]]:
+def read_data(
+  config: ConfigDict, kind: str, *, image_size: int
+) -> tuple[RowSet, Tally, list[str]]:
   """Reads the training rows and chooses the evaluation's prompts.
 
   Args:
@@ -165,7 +168,7 @@ def read_data(config: Any, kind: str, *, image_size: int) -> tuple[RowSet, Tally
   return rows, tally, prompts
 
 
-def check(config: Any, *, mesh: Any = None) -> Checked:
+def check(config: ConfigDict, *, mesh: Any = None) -> Checked:
   """Reads the models and refuses settings that do not fit them.
 
   Args:
@@ -216,17 +219,19 @@ def check(config: Any, *, mesh: Any = None) -> Checked:
   return Checked(config, mesh, loss, arms, pipeline, start, reference)
 
 
-def rows_kind(config: Any, loss: losses.Loss) -> str:
+def rows_kind(config: ConfigDict, loss: losses.Loss) -> str:
   """Returns the kind of rows that a run reads, see `rows.load_rows`."""
   return "captions" if "rounds" in config else loss.needs.rows
 
 
-def list_size(config: Any) -> int:
+def list_size(config: ConfigDict) -> int:
   """Returns the number of images of a row of lists or groups."""
   return config.rounds.images_per_prompt if "rounds" in config else config.data.list_size
 
 
-def _check_levels(loss: losses.Loss, config: Any, pipeline: pipeline_lib.Pipeline) -> None:
+def _check_levels(
+  loss: losses.Loss, config: ConfigDict, pipeline: pipeline_lib.Pipeline
+) -> None:
   """Refuses settings of the training levels and rollouts that the model does not have."""
   schedule = _training_schedule(config, pipeline)
   if loss.needs.rollout and config.noise.density != "uniform":
@@ -242,13 +247,13 @@ def _check_levels(loss: losses.Loss, config: Any, pipeline: pipeline_lib.Pipelin
   )
 
 
-def _training_schedule(config: Any, pipeline: pipeline_lib.Pipeline) -> Schedule:
+def _training_schedule(config: ConfigDict, pipeline: pipeline_lib.Pipeline) -> Schedule:
   noise = config.noise
   density = Density(noise.density, noise.mean, noise.std, noise.scale)
   return levels.training_schedule(pipeline.schedule, density, shift=noise.shift)
 
 
-def reference_of(loss: losses.Loss, config: Any) -> str | None:
+def reference_of(loss: losses.Loss, config: ConfigDict) -> str | None:
   """Returns the model whose errors are the reference.
 
   Returns:
@@ -281,21 +286,21 @@ def check_steps(pipeline: pipeline_lib.Pipeline, field: str, num_steps: int) -> 
     raise UserError(f"{field}: {error}") from error
 
 
-def prompts_source(config: Any) -> str:
+def prompts_source(config: ConfigDict) -> str:
   """Returns the source of an evaluation's prompts, for `prompt_files.choose_prompts`."""
   if config.evaluate.prompts != "auto":
     return config.evaluate.prompts
   return "shapes" if sources.name_of(config.data) == "shapes" else "captions"
 
 
-def abstract_trained(config: Any, pipeline: pipeline_lib.Pipeline) -> Any:
+def abstract_trained(config: ConfigDict, pipeline: pipeline_lib.Pipeline) -> Any:
   """Returns the shapes of the trained parameters."""
   base = pipeline.abstract_denoiser()
   fixed = pipeline.family.fixed
   return jax.eval_shape(lambda params: init_trained(config, params, fixed), base)
 
 
-def init_trained(config: Any, base: Any, fixed: Collection[str]) -> Any:
+def init_trained(config: ConfigDict, base: Any, fixed: Collection[str]) -> Any:
   """Returns the initial trained parameters: the base's but the fixed, or LoRA matrices."""
   lora = config.lora
   if not lora.rank:
@@ -304,7 +309,9 @@ def init_trained(config: Any, base: Any, fixed: Collection[str]) -> Any:
   return lora_lib.init_lora(base, rank=lora.rank, targets=lora.targets, key=key)
 
 
-def _load_start(config: Any, pipeline: pipeline_lib.Pipeline, mesh: Mesh) -> dict[str, Any]:
+def _load_start(
+  config: ConfigDict, pipeline: pipeline_lib.Pipeline, mesh: Mesh
+) -> dict[str, Any]:
   """Loads the parameters of `model.start`, with which training begins."""
   name, rank = config.model.start, config.lora.rank
   start = load_run.load(name, dtype=jnp.dtype(config.model.dtype), mesh=mesh, merged=not rank)
@@ -320,7 +327,7 @@ def _load_start(config: Any, pipeline: pipeline_lib.Pipeline, mesh: Mesh) -> dic
   return {"params": params, "digest": start.digest}
 
 
-def _check_needs(loss: losses.Loss, config: Any) -> None:
+def _check_needs(loss: losses.Loss, config: ConfigDict) -> None:
   """Refuses settings that this loss would ignore."""
   needs = loss.needs
   rounds_settings.check(config, needs)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from clu import parameter_overview
+from ml_collections import ConfigDict
 
 from jaxpref import sharding
 from jaxpref.data import encode
@@ -245,7 +246,7 @@ def _encode_no_prompt(prepared: Prepared) -> tuple[Any, Any]:
   return sharding.replicate(dropped, mesh), guide
 
 
-def _open_checkpointer(workdir: Path, config: Any) -> checkpoint.Checkpointer:
+def _open_checkpointer(workdir: Path, config: ConfigDict) -> checkpoint.Checkpointer:
   """Opens the run's checkpoints; outside of its workdir, it checks whose they are."""
   directory = checkpoint.directory_of(workdir, config)
   if not config.train.checkpoints:
@@ -268,7 +269,7 @@ def _write_start(
   workdir_lib.add_start(workdir, facts | jax_setup.facts())
 
 
-def _open_writer(workdir: Path, config: Any, start: int) -> metrics.MetricWriter | None:
+def _open_writer(workdir: Path, config: ConfigDict, start: int) -> metrics.MetricWriter | None:
   """Opens the metrics on process 0. If it cannot write, all processes fail."""
   opened: list[metrics.MetricWriter] = []
 

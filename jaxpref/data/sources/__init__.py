@@ -29,11 +29,12 @@ is then sampled at random; otherwise it is the first ones. Only such sources tak
 
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 from jaxpref import plugins
+from jaxpref.data.bad_rows import BadRow
 from jaxpref.errors import UserError
 from jaxpref.runtime.paths import user_path
 
@@ -96,13 +97,26 @@ def find_source(name: str) -> ModuleType:
   if not tables_of(found):
     functions = ", ".join(f"open_{table}" for table in TABLES)
     raise UserError(f"data.source {name!r} is not a source: it has none of {functions}")
+  takes = dict.fromkeys([f"open_{table}" for table in TABLES], ("data", "tally", "kind"))
+  for part, arguments in {**takes, "tables_in": ("data",)}.items():
+    if (function := getattr(found, part, None)) is not None:
+      plugins.check_function(f"data.source {name!r}: {part}", function, arguments)
   return found
 
 
 def tables_of(source: ModuleType, data: Any = None) -> tuple[str, ...]:
-  """Returns the tables that a source can open, with `data` those that its files have."""
+  """Returns the tables that a source can open, with `data` those that its files have.
+
+  Raises:
+    UserError: its function `tables_in` returns something else.
+  """
   if data is not None and hasattr(source, "tables_in"):
-    return source.tables_in(data)
+    what = f"tables_in of {source.__name__}"
+    with plugins.one_line_errors(what, source.tables_in):
+      tables = source.tables_in(data)
+    if not (isinstance(tables, tuple) and set(tables) <= set(TABLES)):
+      raise UserError(f"{what} must return a tuple of {', '.join(TABLES)} (got {tables!r})")
+    return tables
   return tuple(table for table in TABLES if hasattr(source, f"open_{table}"))
 
 
@@ -127,12 +141,28 @@ def open_table(name: str, table: str, data: Any, tally: Any, kind: str) -> Table
     kind: the kind of rows that the caller derives.
 
   Raises:
-    UserError: what the source returns is not a sequence.
+    UserError: what the source returns is not a sequence, or a source of another package raises
+      an exception.
   """
-  opened = getattr(find_source(name), f"open_{table}")(data, tally, kind)
+  function = getattr(find_source(name), f"open_{table}")
+  what = f"data.source {name!r}: open_{table}"
+  with plugins.one_line_errors(what, function):
+    opened = function(data, tally, kind)
   if not (hasattr(opened, "__len__") and hasattr(opened, "__getitem__")):
     raise UserError(
-      f"data.source {name!r}: open_{table} must return a sequence of rows, with len() and [i] "
-      f"(got {type(opened).__name__})"
+      f"{what} must return a sequence of rows, with len() and [i] (got {type(opened).__name__})"
     )
+  if name not in OWN and len(opened):
+    _check_row(what, function, opened)
   return opened
+
+
+def _check_row(what: str, function: Callable, opened: Table) -> None:
+  """Refuses the table of another package's source whose first row is not a mapping."""
+  with plugins.one_line_errors(f"{what}, row 0", function):
+    try:
+      row = opened[0]
+    except BadRow:  # counted when the row is read again
+      return
+  if not isinstance(row, Mapping):
+    raise UserError(f"{what} must return rows that are mappings (got {type(row).__name__})")
