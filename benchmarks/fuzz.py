@@ -28,6 +28,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
+import fuzz_runner  # noqa: E402
 import fuzz_targets  # noqa: E402
 
 _BEGIN, _END = "<!-- fuzzed: -->", "<!-- fuzzed until here. -->"
@@ -96,7 +97,7 @@ def _in_a_process(job: Any, directory: Path) -> Path:
 
 
 def _run(
-  target: fuzz_targets.Target, count: int, seed: int, scratch: Path, tiny: Path
+  target: fuzz_runner.Target, count: int, seed: int, scratch: Path, tiny: Path
 ) -> dict[str, Any]:
   """Runs all inputs of a target; a crash or a hang of its process is an outcome, too."""
   context = multiprocessing.get_context("fork")
@@ -112,7 +113,7 @@ def _run(
     with contextlib.suppress(EOFError):
       while number < count:
         # The first input waits for the valid one. Signals do not interrupt code in C.
-        if not ours.poll(120 if not counts else 4 * fuzz_targets.SECONDS):
+        if not ours.poll(120 if not counts else 4 * fuzz_runner.SECONDS):
           kind, text, memory = "hang", "in a library's C code", 0
           process.kill()
         else:
@@ -146,7 +147,7 @@ def _work(target: Any, numbers: range, seed: int, scratch: Path, tiny: Path, pip
   """Runs inputs in a process of its own and sends their outcomes."""
   os.chdir(scratch)
   null = os.open(os.devnull, os.O_WRONLY)
-  prepared = fuzz_targets.Prepared(target, scratch / "work", tiny)
+  prepared = fuzz_runner.Prepared(target, scratch / "work", tiny)
   prepared.run(seed, -1)  # so that imports and caches do not count for the first input
   said = os.dup(2)
   os.dup2(null, 1)

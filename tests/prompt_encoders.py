@@ -85,6 +85,19 @@ def random_params(module) -> dict:
   return flax.traverse_util.unflatten_dict(params)
 
 
+def build(name, dtype=np.float32):
+  """Builds 't5', 'gemma' or 'gemma-capped'."""
+  if name == "t5":
+    return t5.build_t5(T5, dtype=dtype)
+  return gemma.build_gemma(GEMMA, dtype=dtype, soft_cap="capped" in name)
+
+
+def check(got, want):
+  """Compares with PyTorch's numbers."""
+  assert got.dtype == np.float32 and got.shape == want.shape
+  np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
 def t5_ids() -> np.ndarray:
   """300 tokens, so that every bucket of positions is used; most of one text is padding."""
   ids = np.random.default_rng(1).integers(3, 500, (2, 300)).astype(np.int32)

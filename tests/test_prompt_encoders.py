@@ -1,4 +1,4 @@
-"""T5, Gemma 2 and CLIP as flow models use them, against transformers and diffusers."""
+"""T5, Gemma 2 and CLIP as flow models use them, against transformers."""
 
 import json
 from pathlib import Path
@@ -13,17 +13,10 @@ from conftest import live
 from safetensors.numpy import save_file
 
 from jaxpref.errors import UserError
-from jaxpref.models import gemma, piece_tokenizers, t5, text, torch_layout, weights
+from jaxpref.models import gemma, t5, text, torch_layout, weights
 from jaxpref.training import flops
 
 GOLDEN = Path(__file__).parent / "golden"
-TOKENIZERS = GOLDEN / "tokenizers"
-
-
-def build(name, dtype=np.float32):
-  if name == "t5":
-    return t5.build_t5(encoders.T5, dtype=dtype)
-  return gemma.build_gemma(encoders.GEMMA, dtype=dtype, soft_cap="capped" in name)
 
 
 def run(name, module, params):
@@ -56,11 +49,6 @@ def kept(name, value):
   return value[:, ::23] if name == "t5" else value
 
 
-def check(got, want):
-  assert got.dtype == np.float32 and got.shape == want.shape
-  np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
-
-
 def scaled(params, name, factor):
   flat = flax.traverse_util.flatten_dict(params)
   return flax.traverse_util.unflatten_dict(
@@ -70,15 +58,15 @@ def scaled(params, name, factor):
 
 @pytest.mark.parametrize("name", ["t5", "gemma", "gemma-capped"])
 def test_hidden_states_are_pytorchs(name, golden):
-  module = build(name)
+  module = encoders.build(name)
   params = encoders.random_params(module)
-  check(kept(name, run(name, module, params)), golden[name])
+  encoders.check(kept(name, run(name, module, params)), golden[name])
 
 
 @pytest.mark.long
 def test_hidden_states_need_every_part(golden):
   """Each trap of these networks would show."""
-  module = build("t5")
+  module = encoders.build("t5")
   params = encoders.random_params(module)
   for wrong in (
     scaled(params, "q", 8**-0.5),  # logits divided as in other transformers
@@ -86,7 +74,7 @@ def test_hidden_states_need_every_part(golden):
     scaled(params, "final_layer_norm", 1.01),
   ):
     assert np.abs(kept("t5", run("t5", module, wrong)) - golden["t5"]).max() > 0.01
-  module = build("gemma")
+  module = encoders.build("gemma")
   params = encoders.random_params(module)
   flat = flax.traverse_util.flatten_dict(params)
   plain = {p: x - 1 if p[-1] == "weight" else x for p, x in flat.items()}
@@ -95,7 +83,7 @@ def test_hidden_states_need_every_part(golden):
   for other in (
     run("gemma", module, flax.traverse_util.unflatten_dict(plain)),  # scale w, not 1 + w
     run("gemma", no_window, params),
-    run("gemma", build("gemma-capped"), params),
+    run("gemma", encoders.build("gemma-capped"), params),
     np.asarray(gemma.encode(module, params, ids, np.ones_like(mask))),
   ):
     assert np.abs(other - golden["gemma"]).max() > 0.01
@@ -104,7 +92,7 @@ def test_hidden_states_need_every_part(golden):
 def test_clip_outputs_are_pytorchs(golden):
   found = clip_outputs()
   for name, value in found.items():
-    check(value, golden[name])
+    encoders.check(value, golden[name])
   # The end token by its id and the largest id are different tokens of the third text.
   assert np.abs(found["pooled-2"] - found["pooled-559"])[2].max() > 0.01
 
@@ -117,11 +105,11 @@ def test_whole_outputs_are_pytorchs():
   want = make_prompt_encoders.outputs()
   found = clip_outputs()
   for name in ("t5", "gemma", "gemma-capped"):
-    module = build(name)
+    module = encoders.build(name)
     found[name] = run(name, module, encoders.random_params(module))
   assert found.keys() == want.keys()
   for name, value in found.items():
-    check(value, want[name])
+    encoders.check(value, want[name])
 
 
 def test_buckets_of_all_distances():
@@ -140,10 +128,10 @@ def test_buckets_of_all_distances():
   [("t5", "bfloat16", 0.02), ("gemma", "bfloat16", 0.03)],
 )
 def test_half_precision_is_close(name, dtype, error, golden):
-  module = build(name, jnp.dtype(dtype))
+  module = encoders.build(name, jnp.dtype(dtype))
   shapes = encoders.abstract(module)
   params = jax.tree.map(
-    lambda x, s: x.astype(s.dtype), encoders.random_params(build(name)), shapes
+    lambda x, s: x.astype(s.dtype), encoders.random_params(encoders.build(name)), shapes
   )
   for path, leaf in flax.traverse_util.flatten_dict(shapes).items():
     wide = leaf.ndim == 1 or "relative_attention_bias" in path
@@ -159,12 +147,12 @@ def test_half_precision_is_close(name, dtype, error, golden):
 
 def test_float16_keeps_the_last_product_of_t5s_layers_in_float32():
   """With published weights it overflows; CPUs lack the kernels to run the whole encoder."""
-  module = build("t5", jnp.float16)
+  module = encoders.build("t5", jnp.float16)
   flat = flax.traverse_util.flatten_dict(encoders.abstract(module))
   assert {p[-2] for p, leaf in flat.items() if leaf.dtype == np.float32 and leaf.ndim > 1} == {
     *("wo", "relative_attention_bias")
   }
-  params = encoders.random_params(build("t5"))["encoder"]["block_0"]["layer_1"]
+  params = encoders.random_params(encoders.build("t5"))["encoder"]["block_0"]["layer_1"]
   wrapped = t5._FeedForward(module.config, module.dtype)
   x = np.ones((1, 2, 32), np.float16)
   found = wrapped.apply({"params": scaled(params["DenseReluDense"], "wo", 1e6)}, x)
@@ -274,7 +262,7 @@ def read(directory, module):
 
 
 def test_shards_and_names_of_t5s_embeddings(tmp_path):
-  module = build("t5")
+  module = encoders.build("t5")
   params = encoders.random_params(module)
   tensors = torch_layout.export_tensors(params, np.float32)
   table = tensors["shared.weight"]
@@ -293,8 +281,8 @@ def test_shards_and_names_of_t5s_embeddings(tmp_path):
 
 
 def test_shards_of_gemma_in_bfloat16(tmp_path):
-  module = build("gemma", jnp.bfloat16)
-  params = encoders.random_params(build("gemma"))
+  module = encoders.build("gemma", jnp.bfloat16)
+  params = encoders.random_params(encoders.build("gemma"))
   tensors = torch_layout.export_tensors(params, jnp.bfloat16)
   found = read(write_shards(tmp_path / "gemma", tensors), module)
   assert found["layers_0"]["mlp"]["up_proj"]["kernel"].dtype == jnp.bfloat16
@@ -328,167 +316,4 @@ def test_configurations_that_are_refused(make, changes, message):
 
 def test_gemma_is_refused_in_float16():
   with pytest.raises(UserError, match="overflows in float16: compute in bfloat16 or float32"):
-    build("gemma", np.float16)
-
-
-# Tokenizers.
-
-
-@pytest.fixture(scope="module")
-def tokenizers():
-  return {
-    kind: piece_tokenizers.load_piece_tokenizer(TOKENIZERS / kind, kind, max_length=100)
-    for kind in ("t5", "gemma")
-  }
-
-
-@pytest.mark.parametrize("kind", ["t5", "gemma"])
-def test_ids_are_sentencepieces(kind, tokenizers):
-  witness = json.loads((TOKENIZERS / "ids.json").read_text("utf-8"))[kind]
-  (ids,) = text.tokenize([tokenizers[kind]], witness["texts"])
-  assert ids.shape == (len(witness["texts"]), 100) and len(ids) > 80
-  for row, pieces in zip(ids, witness["ids"], strict=True):
-    want = [*pieces, 1] if kind == "t5" else [2, *pieces]
-    assert row.tolist() == want + [0] * (100 - len(want))
-
-
-def test_long_texts_are_cut(tokenizers, caplog):
-  long = "a red circle " * 90
-  (ids,) = text.tokenize([tokenizers["t5"]], [long])
-  assert ids.shape == (1, 100) and ids[0, -1] == 1 and (ids > 0).all()
-  text.warn_of_cut([tokenizers["t5"]], [long, "a"])
-  assert "1 of 2 prompts cut to 100 tokens" in caplog.text
-
-
-def test_tokenizers_that_are_refused(tmp_path):
-  load = piece_tokenizers.load_piece_tokenizer
-  with pytest.raises(UserError, match=r"tokenizer.json is missing"):
-    load(tmp_path, "t5", max_length=9)
-  (tmp_path / "spiece.model").write_bytes(b"pieces")
-  with pytest.raises(UserError, match=r"only sentencepiece's spiece.model: make a tokenizer"):
-    load(tmp_path, "t5", max_length=9)
-  with pytest.raises(UserError, match=r"is of kind BPE, but the tokenizer of t5 is Unigram"):
-    load(TOKENIZERS / "gemma", "t5", max_length=9)
-  (tmp_path / "tokenizer.json").write_text("{}")
-  with pytest.raises(UserError, match=r"does not hold a tokenizer of t5"):
-    load(tmp_path, "t5", max_length=9)
-
-
-def test_an_instruction_is_encoded_and_left_out(tokenizers):
-  tokenizer = tokenizers["gemma"]
-  count = len(tokenizer("Write: ")["input_ids"])
-  ids, mask = piece_tokenizers.tokenize_masked(
-    tokenizer, [" A red circle "], instruction="Write: "
-  )
-  assert ids.shape == mask.shape == (1, 100 + count - 2)
-  assert mask.sum() == len(tokenizer("Write: a red circle")["input_ids"])
-  kept_ids = gemma.keep_prompt(ids, 100)
-  assert kept_ids.shape == (1, 100) and kept_ids[0, 0] == 2
-  np.testing.assert_array_equal(kept_ids[0, 1:], ids[0, -99:])
-  ids, mask = piece_tokenizers.tokenize_masked(tokenizer, [""])
-  assert ids.shape == (1, 100) and mask.sum() == 1
-  np.testing.assert_array_equal(gemma.keep_prompt(ids, 100), ids)
-
-
-# diffusers' own pipelines.
-
-
-def torch_encoder(make, config):
-  from golden import make_prompt_encoders
-
-  return make_prompt_encoders.load(make, config)
-
-
-def clip_tokenizers(tmp_path, count):
-  from transformers import CLIPTokenizer
-
-  text.train_tokenizer(["a red circle"], tmp_path, vocab_size=560, max_length=20)
-  return [CLIPTokenizer.from_pretrained(tmp_path)] * count
-
-
-@live
-@pytest.mark.long
-def test_text_of_diffusers_sd3_pipeline(tmp_path, tokenizers):
-  from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-
-  texts = ["a red circle", "Two blue squares, please! " * 9]
-  clip = clip_tokenizers(tmp_path, 2)
-  t5_config = {**encoders.T5, "d_model": 96}
-  pipe = StableDiffusion3Pipeline(
-    **{"scheduler": None, "vae": None},
-    transformer=SD3Transformer2DModel(
-      **{"joint_attention_dim": 96, "sample_size": 8, "num_layers": 1, "pos_embed_max_size": 4},
-      **{"num_attention_heads": 1, "attention_head_dim": 8, "caption_projection_dim": 8},
-    ),
-    text_encoder=torch_encoder(text.build_text_encoder, encoders.CLIPS[0]),
-    text_encoder_2=torch_encoder(text.build_text_encoder, encoders.CLIPS[1]),
-    text_encoder_3=torch_encoder(t5.build_t5, t5_config),
-    **{"tokenizer": clip[0], "tokenizer_2": clip[1], "tokenizer_3": tokenizers["t5"]},
-  )
-  hidden, _, pooled, _ = pipe.encode_prompt(
-    texts, None, None, do_classifier_free_guidance=False, max_sequence_length=40, device="cpu"
-  )
-  modules = [text.build_text_encoder(c, dtype=np.float32) for c in encoders.CLIPS]
-  ids = text.tokenize(clip, texts)
-  params = [encoders.random_params(m) for m in modules]
-  both, found_pooled = text.encode_text_pair(modules, params, ids)
-  module = t5.build_t5(t5_config, dtype=np.float32)
-  loaded = piece_tokenizers.load_piece_tokenizer(TOKENIZERS / "t5", "t5", max_length=40)
-  (t5_ids,) = text.tokenize([loaded], texts)
-  found = text.join_texts(both, t5.encode(module, encoders.random_params(module), t5_ids))
-  check(np.asarray(found), hidden.detach().numpy())
-  check(np.asarray(found_pooled), pooled.detach().numpy())
-
-
-@live
-@pytest.mark.long
-def test_text_of_diffusers_flux_pipeline(tmp_path, tokenizers):
-  from diffusers import FluxPipeline
-
-  texts = ["a red circle", "Two blue squares, please! " * 9]
-  clip = clip_tokenizers(tmp_path, 1)
-  config = encoders.POOLED[559]
-  pipe = FluxPipeline(
-    **{"scheduler": None, "vae": None, "transformer": None},
-    text_encoder=torch_encoder(text.build_text_encoder, config),
-    text_encoder_2=torch_encoder(t5.build_t5, encoders.T5),
-    **{"tokenizer": clip[0], "tokenizer_2": tokenizers["t5"]},
-  )
-  hidden, pooled, _ = pipe.encode_prompt(texts, None, device="cpu", max_sequence_length=40)
-  module = text.build_text_encoder(config, dtype=np.float32)
-  (ids,) = text.tokenize(clip, texts)
-  found = text.encode_pooled(module, encoders.random_params(module), ids)
-  check(np.asarray(found), pooled.detach().numpy())
-  module = build("t5")
-  loaded = piece_tokenizers.load_piece_tokenizer(TOKENIZERS / "t5", "t5", max_length=40)
-  (ids,) = text.tokenize([loaded], texts)
-  check(
-    np.asarray(t5.encode(module, encoders.random_params(module), ids)), hidden.detach().numpy()
-  )
-
-
-@live
-@pytest.mark.long
-def test_text_of_diffusers_sana_pipeline(tokenizers):
-  from diffusers import SanaPipeline
-
-  texts = ["A Red circle ", "Two blue squares, please! " * 9]
-  tokenizer = tokenizers["gemma"]
-  config = {**encoders.GEMMA, "sliding_window": 200}  # as published, longer than any text
-  pipe = SanaPipeline(tokenizer, torch_encoder(gemma.build_gemma, config), None, None, None)
-  instruction = ["Write a better prompt.", "User Prompt: "]
-  hidden, mask, negative, negative_mask = pipe.encode_prompt(
-    texts,
-    **{"negative_prompt": "", "device": "cpu", "max_sequence_length": 100},
-    complex_human_instruction=instruction,
-  )
-  module = gemma.build_gemma(config, dtype=np.float32)
-  params = encoders.random_params(module)
-  for given, prefix, want, want_mask in (
-    (texts, "\n".join(instruction), hidden, mask),
-    ([""] * 2, "", negative, negative_mask),
-  ):
-    ids, own = piece_tokenizers.tokenize_masked(tokenizer, given, instruction=prefix)
-    found = gemma.keep_prompt(gemma.encode(module, params, ids, own), 100)
-    check(np.asarray(found), want.detach().numpy())
-    np.testing.assert_array_equal(gemma.keep_prompt(own, 100), want_mask)
+    encoders.build("gemma", np.float16)
