@@ -42,6 +42,8 @@ _MATH = re.compile(r'<(span|div) class="arithmatex">\s*\\[(\[](.*?)\\[)\]]\s*</\
 def on_files(files: Files, config: Any) -> Files:
   """Adds the generated pages."""
   pages = {name: _copied(ROOT / source) for name, source in _COPIED.items()}
+  # Its section has no other page to navigate to, so its tables and blocks get the room.
+  pages["index.md"] = f"---\nhide: [navigation]\n---\n\n{pages['index.md']}"
   pages |= {"configuration.md": _configuration(), "metrics.md": _metrics()}
   for name, text in pages.items():
     files.append(File.generated(config, name, content=text))

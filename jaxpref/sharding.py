@@ -184,7 +184,7 @@ def check_batch(
     section: the configuration's section, for the error message.
 
   Raises:
-    UserError: it does not.
+    UserError: the devices do not share the rows of a micro-batch equally.
   """
   if batch_size % (accumulate * mesh.size):
     micro = f"{accumulate} micro-batches ({section}.accumulate) x " if accumulate > 1 else ""

@@ -98,6 +98,16 @@ def tfds_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def in_float64():
+  """Computes in float64 for the length of a test."""
+  import jax
+
+  scope = jax if hasattr(jax, "enable_x64") else jax.experimental  # older versions
+  with scope.enable_x64(True):
+    yield
+
+
+@pytest.fixture
 def register_plugin(tmp_path, monkeypatch):
   """Installs a package with one module, registered under a name by an entry point."""
 

@@ -284,7 +284,7 @@ def test_a_built_set_is_not_taken_for_another(pickapic, tmp_path, capsys):
     (["--cache=text", "--model=nowhere", f"--out={tmp_path / 'b'}"], "nowhere"),
     ([f"--out={pickapic / 'a.parquet'}"], "a.parquet is a file"),
     ([f"--out={pickapic}"], "is not empty (a.parquet, b.parquet)"),
-    (["--path="], "--path is missing: the files of --source=pickapic"),
+    (["--path="], "--source=pickapic needs --path"),
   ):
     assert commands.main([*given, *flags]) == 2
     assert said in capsys.readouterr().err

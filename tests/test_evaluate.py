@@ -252,7 +252,7 @@ def test_an_improver_improves_another_models_images(tiny_pipeline, tmp_path, cap
     (["--models=a=shapes", "--baseline=b"], "--baseline=b is not a name"),
     (["--models=a=shapes", "--improve=b:a"], "'b' is not a name"),
     (["--models=a=shapes", "--improve=a"], "IMPROVER:OTHER"),
-    (["--models=a=shapes", "--shard=3/3"], "I below N"),
+    (["--models=a=shapes", "--shard=3/3"], "I from 0 to N-1"),
     (["--models=a=shapes", "--unit=median:x"], "must be mean, single or one of"),
     (["--models=a=shapes", "--scorers=shapes.nothing"], "unknown scorer"),
     (["--models=a=shapes", "--features=clip.x"], "'clip.x' is not a name of features"),

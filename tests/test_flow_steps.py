@@ -1,6 +1,5 @@
 """Stochastic steps of a flow: marginals of Gaussian data, whose velocity is known exactly."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,11 +9,7 @@ from jaxpref.rewards import flow_steps, likelihood
 MEAN, SPREAD = 0.7, 0.4  # of the data
 
 
-@pytest.fixture(autouse=True)
-def in_float64():
-  scope = jax if hasattr(jax, "enable_x64") else jax.experimental
-  with scope.enable_x64(True):
-    yield
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 
 def marginal(s):

@@ -22,11 +22,7 @@ GOLDEN = {"old": (2.203333824, -0.49852070592), "new": (1.364462592, -0.56257054
 GOLDEN_KL = 0.12986834064
 
 
-@pytest.fixture(autouse=True)
-def in_float64():
-  scope = jax if hasattr(jax, "enable_x64") else jax.experimental
-  with scope.enable_x64(True):
-    yield
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 
 def expected_reward(theta):

@@ -381,7 +381,11 @@ def test_which_scores(pairs):
     ([SCORERS, "--source=folder"], "leave out --source=folder"),
     ([SCORERS, "--path=nowhere"], "--path=nowhere is not a built data set; name what its"),
     ([SCORERS, "--path=nowhere", "--source=folder"], "--out is missing"),
-    ([SCORERS, "--path=", "--source=folder", "--out=x"], "--path is missing"),
+    (
+      [SCORERS, "--path=x", "--source=foldr"],
+      "--source 'foldr' is unknown; did you mean 'folder'",
+    ),
+    ([SCORERS, "--path=", "--source=folder", "--out=x"], "--source=folder needs --path"),
     ([SCORERS, "--path=nowhere", "--source=folder", "--out=x"], "'nowhere' is not a folder"),
     ([SCORERS, "--source=mjhq", "--table=pairs", "--path=x", "--out=x"], "not pairs"),
     ([SCORERS, "--source=prompts", "--path={}/p.txt", "--out=x"], "has only captions"),

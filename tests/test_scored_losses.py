@@ -13,11 +13,7 @@ RESIDUAL, OLD, REF = (RNG.normal(size=(6, 3, 2)) for _ in range(3))
 ADVANTAGE = RNG.normal(size=6)
 
 
-@pytest.fixture(autouse=True)
-def in_float64():
-  scope = jax if hasattr(jax, "enable_x64") else jax.experimental
-  with scope.enable_x64(True):
-    yield
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 
 def error(residual):

@@ -5,7 +5,7 @@ are decoded whole. Images are stored as they are; those that a reader would have
 flatten (EXIF, transparency, more than 8 bits, other colour spaces) are stored as PNG.
 
 Chunks of rows are independent jobs of worker processes; each makes one shard. A journal records
-the finished chunks, so that an interrupted build goes on, and the content of every row, so that
+the finished chunks, so that an interrupted build resumes, and the content of every row, so that
 repeated rows are left out: of equal rows the first stays, whatever the number of processes.
 """
 
@@ -63,7 +63,7 @@ class Plan(NamedTuple):
 
 
 def build(plan: Plan, out: Path, *, processes: int, max_bad_share: float = 0.25) -> None:
-  """Builds a data set, or goes on with an interrupted build.
+  """Builds a data set, or resumes an interrupted build.
 
   Args:
     plan: what to build.
@@ -160,7 +160,7 @@ def choose_table(plan: Plan, tables: Sequence[str]) -> Plan:
   """Returns the plan with the first of the tables that can be opened.
 
   Raises:
-    UserError: none can.
+    UserError: none of them can be opened.
   """
   errors = []
   for table in tables:

@@ -205,7 +205,7 @@ def check_labels(liked: np.ndarray, ties: int) -> None:
   """Refuses single images that all have the same label.
 
   Raises:
-    UserError: they have.
+    UserError: all labels are the same.
   """
   if len(liked) and len(np.unique(liked)) == 1:
     which, other = ("liked", "disliked") if liked[0] else ("disliked", "liked")

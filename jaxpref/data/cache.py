@@ -3,7 +3,7 @@
 A cache belongs to a data set, to the models that made it and to their settings; all of these
 are in the name of its directory, `<data set>/cache/latents-<key>` or `text-<key>`, so that
 other models never read it. Encodings are in NumPy's own format, of which a run reads what its
-batches need. An interrupted cache goes on after the last batch that is known to be on disk.
+batches need. An interrupted cache resumes after the last batch that is known to be on disk.
 """
 
 import hashlib
@@ -144,7 +144,7 @@ def make(
   flip: bool = False,
   dtype: str = "float16",
 ) -> dict[str, Stored]:
-  """Makes a cache, or goes on with an interrupted one. All processes call it; one writes.
+  """Makes a cache, or resumes an interrupted one. All processes call it; one writes.
 
   Args:
     images: of the data set.

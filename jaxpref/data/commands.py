@@ -1,11 +1,11 @@
 """The program `python -m jaxpref.data`.
 
-  python -m jaxpref.data build --source=folder --path=PICTURES --out=DIR
+  python -m jaxpref.data build --source=folder --path=FOLDER --out=DIR
   python -m jaxpref.data cache DIR --model=MODEL
   python -m jaxpref.data inspect DIR
 
-`build` reads any source once and stores its good rows; started again, it goes on where it was
-interrupted. `cache` encodes all images and captions of a built data set with a model, once for
+`build` reads any source once and stores its good rows; started again, it resumes an interrupted
+build. `cache` encodes all images and captions of a built data set with a model, once for
 all runs; `build --cache=latents,text` does so after the build. `inspect` prints the report of a
 build and writes a page with random rows.
 """
@@ -14,13 +14,12 @@ import argparse
 import importlib.util
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from jaxpref import base_config
-from jaxpref.data import build_report, remote, sources
+from jaxpref.data import build_report, remote, source_flags, sources
 from jaxpref.errors import UserError
 from jaxpref.runtime import cli
 from jaxpref.runtime.paths import user_path
@@ -41,12 +40,8 @@ def main(argv: list[str]) -> int:
     if command in ("-h", "--help"):
       print(__doc__)
     elif command in jobs:
-      try:
+      with source_flags.flags_in_errors():
         jobs[command](rest)
-      except UserError as error:
-        # Sources name the fields of a run's configuration, which are flags here.
-        shown = re.sub(r"\bdata\.(path|source|split)\b", r"--\1", str(error))
-        raise type(error)(shown) from error
     else:
       raise UserError(f"name a command: build, cache or inspect (got {command!r})")
 
@@ -59,9 +54,7 @@ def _build(argv: list[str]) -> None:
   add("--source", required=True, help=f"one of {', '.join(sources.OWN)}, or a module")
   add("--path", default="", help="path of the source's files, or a URL: gs://, s3://, hf://")
   add("--out", required=True, type=Path, help="directory of the data set")
-  add("--table", choices=tuple(sources.TABLES), help="default: the first that the files have")
-  add("--split", default="train", help="split to read; 'all': all of them")
-  add("--follow-links", action="store_true", help="follow links that lead out of a folder")
+  source_flags.add_flags(parser)
   add("--rows-per-shard", type=cli.at_least_1, default=500, metavar="N")
   add("--least-side", type=int, default=0, metavar="PIXELS", help="leave out smaller images")
   add("--max-bad-share", type=float, default=0.25, help="largest share of unusable rows")
@@ -90,12 +83,7 @@ def _build(argv: list[str]) -> None:
     raise UserError("--cache needs --model, whose VAE and text encoders encode")
   if not 0 <= flags.max_bad_share <= 1:
     raise UserError(f"--max-bad-share must be between 0 and 1 (got {flags.max_bad_share:g})")
-  source = sources.find_source(flags.source)
-  tables = sources.tables_of(source)
-  if flags.table and flags.table not in tables:
-    raise UserError(f"--source={flags.source} has {', '.join(tables)}, not {flags.table}")
-  if flags.source in sources.OWN and flags.source != "shapes" and not flags.path:
-    raise UserError(f"--path is missing: the files of --source={flags.source}")
+  tables = source_flags.tables_of(flags)
   out = user_path(flags.out)
   if sources.is_built(out):
     _check_same(out, flags)
@@ -192,7 +180,7 @@ def _cache(argv: list[str]) -> None:
   _add_cache_flags(parser)
   flags = parser.parse_args(argv)
   if not flags.model:
-    raise UserError("--model is missing: the model whose VAE and text encoders encode")
+    raise UserError("--model is missing: it names the model whose VAE and text encoders encode")
   _make_caches(user_path(flags.directory), flags)
 
 

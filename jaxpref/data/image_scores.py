@@ -143,7 +143,7 @@ def read_failures(file: Path) -> dict[str, int]:
 
 
 def read_facts(file: Path) -> Facts:
-  """Reads of what a file holds the scores.
+  """Reads which scores a file holds.
 
   Raises:
     UserError: the file is damaged, or not a file of scores.
@@ -165,7 +165,7 @@ def check(file: Path, facts: Facts) -> None:
   """Refuses a file of another data set or scorer.
 
   Raises:
-    UserError: the file is one, or damaged.
+    UserError: the file is of another data set or scorer, or damaged.
   """
   if (found := read_facts(file)) == facts:
     return

@@ -19,7 +19,7 @@ def is_remote(path: str | os.PathLike) -> bool:
 def fetch(url: str, target: Path) -> Path:
   """Copies a remote file, or all files of a remote folder, that are not there yet.
 
-  Each file is copied to a temporary name first, so that an interrupted copy goes on with the
+  Each file is copied to a temporary name first, so that an interrupted copy resumes with the
   files that are missing.
 
   Args:

@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import re
 from pathlib import Path
 
 from jaxpref.base_config import DTYPES, SOLVERS
@@ -76,7 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
   add("--batch-size", type=cli.at_least_1, default=8, help="number of images at a time")
   add("--decode", choices=("whole", "sliced", "tiled"), default="whole")
   add("--dtype", choices=DTYPES, default="float32", help="computation dtype")
-  add("--shard", type=_shard, metavar="I/N", help="do the share I of N, from 0, and stop")
+  add("--shard", type=cli.share, metavar="I/N", help="do the share I of N, from 0, and stop")
   add("--resamples", type=cli.at_least_1, default=10_000, help="of the bootstrap")
   add("--examples", type=cli.at_least_1, default=24, metavar="N", help="prompts in the report")
   parser.add_run_flags()
@@ -88,10 +87,3 @@ def _scale(text: str) -> float:
   if not 0 <= value < math.inf:
     raise argparse.ArgumentTypeError(f"must be finite and at least 0, got {text!r}")
   return value
-
-
-def _shard(text: str) -> tuple[int, int]:
-  match = re.fullmatch(r"(\d+)/(\d+)", text)
-  if match is None or not int(match[1]) < int(match[2]):
-    raise argparse.ArgumentTypeError(f"must be I/N with I below N, such as 0/4 (got {text})")
-  return int(match[1]), int(match[2])

@@ -15,7 +15,7 @@ def check_only(folder: Path, names: Collection[str]) -> None:
   """Refuses a folder with other visible files than these, which would be judged, too.
 
   Raises:
-    UserError: it has others.
+    UserError: the folder has others.
   """
   there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
   if others := sorted(name for name in there - {*names} if not name.startswith(".")):

@@ -70,6 +70,16 @@ def at_least_1(text: str) -> int:
   return int(text)
 
 
+def share(text: str) -> tuple[int, int]:
+  """Parses 'I/N', the share I of N, counted from 0."""
+  match = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
+  if match is None or not int(match[1]) < int(match[2]):
+    raise argparse.ArgumentTypeError(
+      f"must be I/N with I from 0 to N-1, such as 0/4, got {text!r}"
+    )
+  return int(match[1]), int(match[2])
+
+
 def size(text: str) -> tuple[int, int]:
   """Parses 'WIDTHxHEIGHT' or one number for both; returns height and width."""
   match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)

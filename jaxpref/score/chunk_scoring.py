@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxpref import scorers
 from jaxpref.data.image_scores import Facts
-from jaxpref.errors import UserError
 from jaxpref.runtime import progress
 from jaxpref.score import image_reader, score_parts
 from jaxpref.score.image_reader import ImageReader, Item
@@ -88,18 +88,13 @@ def score_batch(name: str, function: Scorer, batch: Sequence[Item]) -> np.ndarra
     float64 [N]; NaN for an image that could not be read, or whose score is not finite.
 
   Raises:
-    UserError: the scorer does not return one number for each image.
+    UserError: see `scorers.call`.
   """
   scores = np.full(len(batch), np.nan)
   if not (good := [i for i, item in enumerate(batch) if item.image is not None]):
     return scores
   images: Any = [batch[i].image for i in good]  # of any sizes
-  found = np.asarray(function(images, [batch[i].prompt for i in good]), np.float64)
-  if found.shape != (len(good),):
-    raise UserError(
-      f"scorer {name!r} must return one number for each of {len(good)} images (got an array "
-      f"of shape {found.shape})"
-    )
+  found = scorers.call(name, function, images, [batch[i].prompt for i in good])
   scores[good] = np.where(np.isfinite(found), found, np.nan)
   return scores
 

@@ -7,7 +7,7 @@ DIR is a data set of `python -m jaxpref.data build`, whose scores lie in DIR/sco
 `<scorer>-<version>.parquet`. A run of training chooses experts by it:
 `--config.data.score=pickscore.v1 --config.data.num_experts=500`.
 
-Images are scored in chunks. An interrupted run goes on with the next chunk and ends with the
+Images are scored in chunks. An interrupted run resumes with the next chunk and ends with the
 same bytes, and several processes can share the chunks (`--shard=I/N`): the last one joins them.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxpref import scorers
-from jaxpref.data import image_scores, sources
+from jaxpref.data import image_scores, source_flags, sources
 from jaxpref.data.bad_rows import Tally
 from jaxpref.data.image_scores import Facts
 from jaxpref.errors import UserError
@@ -34,7 +34,8 @@ def _score(argv: list[str]) -> None:
   flags = _parser().parse_args(argv)
   names = tuple(dict.fromkeys(name.strip() for name in flags.scorers.split(",")))
   functions = scorers.load_scorers(names)
-  images, out = _open(flags)
+  with source_flags.flags_in_errors():
+    images, out = _open(flags)
   if not len(images):
     raise UserError(f"{flags.path} has no images")
   number, total = flags.shard or distributed.launched()
@@ -68,26 +69,17 @@ def _parser() -> cli.Parser:
   add = parser.add_argument
   add("--path", default="", help="a built data set, or the source's files")
   add("--source", default="", help=f"for other files: {', '.join(sources.OWN)}, or a module")
-  add("--table", choices=tuple(sources.TABLES), help="default: the first that the files have")
-  add("--split", default="train", help="split to read; 'all': all of them")
-  add("--follow-links", action="store_true", help="follow links that lead out of a folder")
+  source_flags.add_flags(parser)
   add("--scorers", required=True, metavar="NAMES", help="FAMILY.NAME, separated by commas")
   add("--out", default="", help="directory of the scores; default: PATH/scores of a built set")
   add("--batch-size", type=cli.at_least_1, default=256, metavar="N", help="images read at once")
   add(
     "--shard",
-    type=_share,
+    type=cli.share,
     metavar="I/N",
     help="score the share I, from 0, of N; default: that of a launcher's process, else all",
   )
   return parser
-
-
-def _share(text: str) -> tuple[int, int]:
-  number, slash, total = text.partition("/")
-  if not (slash and number.isdecimal() and total.isdecimal() and int(number) < int(total)):
-    raise argparse.ArgumentTypeError(f"must be I/N with I from 0 to N-1, got {text!r}")
-  return int(number), int(total)
 
 
 def _open(flags: argparse.Namespace) -> tuple[Any, Path]:
@@ -104,13 +96,9 @@ def _open(flags: argparse.Namespace) -> tuple[Any, Path]:
     raise UserError(
       f"--path={flags.path} is not a built data set; name what its files are with --source"
     )
-  if flags.source != "shapes" and flags.source in sources.OWN and not flags.path:
-    raise UserError(f"--path is missing: the files of --source={flags.source}")
+  tables = source_flags.tables_of(flags)
   if not flags.out:
     raise UserError("--out is missing: the directory of the scores")
-  tables = sources.tables_of(sources.find_source(flags.source))
-  if flags.table and flags.table not in tables:
-    raise UserError(f"--source={flags.source} has {', '.join(tables)}, not {flags.table}")
   plan = build.Plan(
     source=flags.source,
     path=flags.path,

@@ -44,7 +44,7 @@ def is_finished(out: Path, facts: Facts) -> bool:
 
 
 def missing(out: Path, facts: Facts) -> set[int]:
-  """Returns the numbers of the chunks that no part is there of."""
+  """Returns the numbers of the chunks without a part."""
   there = {path.name for path in _parts_of(out, facts).glob("*.parquet")}
   return {i for i in range(len(chunks_of(facts))) if _part_name(i) not in there}
 

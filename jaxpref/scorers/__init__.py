@@ -122,6 +122,21 @@ def load_features(name: str) -> Callable[[Images], np.ndarray]:
 
 
 def score(name: str, function: Scorer, images: Images, prompts: Sequence[str]) -> np.ndarray:
+  """Scores images, and refuses scores that are not finite.
+
+  The arguments and the result are those of `call`.
+
+  Raises:
+    UserError: a score is not finite, or see `call`.
+  """
+  found = call(name, function, images, prompts)
+  if not np.isfinite(found).all():
+    bad = int(np.flatnonzero(~np.isfinite(found))[0])
+    raise UserError(f"scorer {name!r} gives {found[bad]} for the prompt {prompts[bad]!r}")
+  return found
+
+
+def call(name: str, function: Scorer, images: Images, prompts: Sequence[str]) -> np.ndarray:
   """Scores images.
 
   Args:
@@ -134,8 +149,8 @@ def score(name: str, function: Scorer, images: Images, prompts: Sequence[str]) -
     float64 [N].
 
   Raises:
-    UserError: the scorer does not return N finite numbers, or a scorer of another package
-      raises an exception.
+    UserError: the scorer does not return N numbers, or a scorer of another package raises an
+      exception.
   """
   what = f"scorer {name!r}"
   with plugins.one_line_errors(what, function):
@@ -147,9 +162,6 @@ def score(name: str, function: Scorer, images: Images, prompts: Sequence[str]) -
     raise UserError(f"{must} (got {returned!r})") from error
   if found.shape != (len(images),):
     raise UserError(f"{must} (got an array of shape {found.shape})")
-  if not np.isfinite(found).all():
-    bad = int(np.flatnonzero(~np.isfinite(found))[0])
-    raise UserError(f"scorer {name!r} gives {found[bad]} for the prompt {prompts[bad]!r}")
   return found
 
 

@@ -57,7 +57,7 @@ class Rounds:
     return self._state
 
   def set_state(self, state: Mapping[str, Any]) -> None:
-    """Continues after a round."""
+    """Sets the state, as from `get_state`."""
     self._state, self._left = dict(state), []
 
   def close(self) -> None:
@@ -83,7 +83,7 @@ class Rounds:
       base: the base's parameters if the policy needs them, else None.
 
     Raises:
-      UserError: a scorer fails, or no group has different rewards for many rounds.
+      UserError: a scorer fails, or in many rounds no prompt has images of different rewards.
       DivergedError: an image is not finite.
     """
     if self._left:
@@ -91,7 +91,10 @@ class Rounds:
     for _ in range(_MOST_EQUAL):
       if self._sample_round(program, state, base):
         return
-      _log.warning("all rewards of a prompt are equal, for each prompt of the round")
+      _log.warning(
+        "round %d has no pairs: all images of each prompt have equal rewards",
+        self._state["round"] - 1,
+      )
     raise UserError(
       f"in {_MOST_EQUAL} rounds all images of a prompt had equal rewards, so that no pair can "
       "be formed: choose other rounds.scorers, or a larger rounds.images_per_prompt"

@@ -20,7 +20,7 @@ def check(config: ConfigDict, needs: Needs) -> None:
     needs: of its loss.
 
   Raises:
-    UserError: they do not fit.
+    UserError: two settings contradict each other, or the loss.
   """
   if "rounds" not in config:
     if needs.old or needs.rows in ("scored", "groups"):
@@ -86,7 +86,7 @@ def check_scorers(settings: Any, captions: Sequence[str]) -> None:
     captions: the prompts.
 
   Raises:
-    UserError: see above.
+    UserError: a scorer is unknown, or cannot judge one of the prompts.
   """
   for name in settings.scorers:
     scorers.load_scorers([name])

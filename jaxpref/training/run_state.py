@@ -20,7 +20,7 @@ class RunState(NamedTuple):
 
   Attributes:
     program: the run's programs.
-    state: the `TrainState` to go on from.
+    state: the `TrainState` to train further.
     done: number of updates done.
     base: parameters of `model.path`, in `model.frozen_dtype`.
     frozen: what the train step needs of `base`, see `programs.kept_base`.

@@ -105,7 +105,7 @@ def check_data(checked: Checked, rows: RowSet) -> None:
     rows: of the run.
 
   Raises:
-    UserError: they do not.
+    UserError: a setting does not suit the rows or another setting.
   """
   config, data = checked.config, checked.config.data
   is_built = isinstance(rows.images, built_rows.StoredImages)
