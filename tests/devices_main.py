@@ -12,10 +12,12 @@ import numpy as np
 
 from jaxpref import losses, sharding
 from jaxpref.data import rows as rows_lib
+from jaxpref.diffusion import sampler as sampler_lib
+from jaxpref.diffusion import timesteps as timesteps_lib
 from jaxpref.diffusion.schedule import make_schedule
 from jaxpref.plan import tpu_compiler
 from jaxpref.training import batch as batch_lib
-from jaxpref.training import optimizer, train_step
+from jaxpref.training import optimizer, step_rows, train_step
 from jaxpref.training import rollout as rollout_lib
 
 CHANNELS, SIZE, TOKENS, WIDTH, ROWS = 4, 4, 3, 8, 16
@@ -39,6 +41,13 @@ HYPER = {  # each method's settings, chosen so that they matter in this toy prob
   "kto": {"beta": 20.0, "utility": "kt", "weight_desirable": 1.0, "weight_undesirable": 2.0},
   "listwise": {"beta": 20.0},
   "mapo": {"beta": 0.1, "snr": 0.5},
+  "ppo": {
+    "variant": "clipped",
+    "clip": 1e-3,
+    "density": "gaussian",
+    "tie": "step",
+    "weight_reference": 0.2,
+  },
   "sdpo": {"beta": 20.0, "mu": 0.2, "guarded": "dpo"},
   "sft": {},
   "simpo": {"beta": 20.0, "target_margin": 0.5},
@@ -55,7 +64,7 @@ def initial(kind="experts", seed=0):
     "cond": draw(WIDTH, 16),
     "out": 0.3 * draw(16, CHANNELS),
   }
-  arms = len(rows_lib.arms_of(kind, 3))
+  arms = 2 if kind == "steps" else len(rows_lib.arms_of(kind, 3))
   rows = {
     "latents": draw(ROWS, arms, CHANNELS, SIZE, SIZE),
     "cond": draw(ROWS, TOKENS, WIDTH),
@@ -63,7 +72,20 @@ def initial(kind="experts", seed=0):
   }
   if kind in ("scored", "groups"):
     rows["labels"] = {"advantage": draw(*((ROWS, arms) if kind == "groups" else (ROWS,)))}
+  if kind == "steps":
+    rows["labels"] = {"advantage": draw(ROWS), **step_labels()}
   return params, rows, draw(1, TOKENS, WIDTH)
+
+
+def step_labels():
+  """Returns the coefficients of the first steps of DDIM with noise."""
+  grid = timesteps_lib.uniform_grid(make_schedule(), 20, 1, visit_lowest=True)
+  table = sampler_lib.coefficients(grid, solver="ddim", eta=1.0)
+  taken = step_rows.take(
+    *(jnp.zeros((20, 1, 1, 1, 1)), jnp.zeros((1, 1, 1, 1)), grid, table),
+    *(make_schedule(), jnp.arange(ROWS)[None]),
+  )
+  return jax.tree.map(lambda x: np.asarray(x[0]), taken.labels)
 
 
 def train(
@@ -86,7 +108,7 @@ def train(
 ):
   """Trains for a few updates; returns the metrics of each update and the parameters."""
   mesh = sharding.make_mesh(data=data, fsdp=fsdp)
-  loss = losses.make_loss({"name": name, **HYPER[name], **hyper})
+  loss = losses.make_loss({"name": name, **HYPER[name], **hyper}, updates=refresh_every)
   needs = loss.needs
   params, rows, empty = initial(needs.rows)
   arms = rows_lib.arms_of(needs.rows, 3) + (("p",) if needs.rollout else ())
@@ -122,6 +144,7 @@ def train(
     refresh_every=refresh_every,
     copy_decay=(lambda done: 0.1 * done) if needs.old else None,
     own_targets=own,
+    guidance=2.0 if name == "ppo" else 1.0,
     **shared,
   )
   rollout = rollout_lib.make_rollout(
@@ -161,7 +184,8 @@ def train(
       policy = state.policy_copy if lagging else state.params
       drawn = rollout(policy, state.seed, state.update, batch["cond"], empty)
     start = params if name == "spin" else None
-    state, metrics = step(state, params, empty, batch, drawn, start)
+    guide = empty if name == "ppo" else None
+    state, metrics = step(state, params, empty, batch, drawn, start, guide)
     history.append({k: float(v) for k, v in metrics.items()})
   pieces = {len({str(s.index) for s in x.addressable_shards}) for x in jax.tree.leaves(state)}
   assert max(pieces) == fsdp, (pieces, fsdp)

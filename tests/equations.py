@@ -124,6 +124,29 @@ def nft(p, r, old, advantage, beta, clip, weight_reference, sizes=None):
   return fit + weight_reference * err(p["x"] - r["x"])
 
 
+def ppo(
+  p, r, advantage, std, gain, length, variant, clip, density, tie, weight_reference, old=None
+):
+  def log_prob(residual):
+    if density == "square":
+      return -err(residual)
+    return -err(residual) / (2 * std**2) - np.log(std * np.sqrt(2 * np.pi))
+
+  now = log_prob(p["x"])
+  if variant == "score":
+    fit = -advantage * now
+  else:
+    ratio = np.exp((now - log_prob(old["x"])).clip(-20.0, 20.0))
+    inside = -advantage * ratio.clip(1 - clip, 1 + clip)
+    fit = inside if variant == "dpok" else np.maximum(-advantage * ratio, inside)
+  factor = {
+    "step": 1 / (2 * std**2),
+    "scaled": length / (2 * std**2),
+    "prediction": 1 / gain**2,
+  }
+  return fit + weight_reference * factor[tie] * err(p["x"] - r["x"])
+
+
 def by_group(residual):
   return np.stack([err(residual[k]) for k in sorted(residual)], 1)
 

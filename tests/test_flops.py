@@ -91,9 +91,15 @@ PASSES = {
   "awm": 3 + 1 + 1,
   "nft": 3 + 1 + 1,
   "dgpo": 4 * (3 + 1 + 1),
+  "ppo": 3,
 }
 OPTIONS = {
   "dro": [("rollout.batch_size=4", 3 + 2), ("rollout.refresh_every=2", 6 + 2)],
+  "ppo": [
+    ("rollout.guidance=3.0", 2 * 3),
+    ("loss.weight_reference=0.1", 3 + 1),
+    ("rounds.updates=2", 3 + 1),
+  ],
   "dpo": [("data.noise_draws=2", 6), ("lora.rank=2", 2 * 2 + 2)],
 }
 CASES = [(name, "", passes) for name, passes in PASSES.items()]

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpref.rewards import flow_steps, likelihood
+from jaxpref.diffusion import flow_steps
+from jaxpref.rewards import likelihood
 
 MEAN, SPREAD = 0.7, 0.4  # of the data
 

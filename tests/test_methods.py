@@ -17,7 +17,7 @@ from jaxpref.training import setup
 
 METHODS = (
   *("csft", "dpo", "dro", "dspo", "improver", "kto", "listwise", "mapo", "sdpo", "sft"),
-  *("simpo", "awm", "best_of", "dgpo", "nft", "online_dpo", "rwr"),
+  *("simpo", "awm", "best_of", "dgpo", "nft", "online_dpo", "rwr", "ppo"),
 )
 ITERATIVE = ("iterative_dpo", "spin")  # see test_iterate
 # What further options there are, run by one method each.
@@ -61,7 +61,7 @@ def test_twenty_updates(name, tiny_pipeline, tfds_dir, tmp_path, monkeypatch, ca
   unknown = [metric for metric in logged if not glossary.find_metric(metric)]
   assert not unknown, "give these metrics a meaning in jaxpref/evaluation/glossary.py"
   config = config_lib.load_config(f"{name}:tiny")
-  needs = losses.load_loss(config.loss.name).NEEDS
+  needs = losses.make_loss(config.loss).needs
   arms = needs.arms or rows_lib.arms_of(needs.rows, setup.list_size(config))
   arms += ("p",) if needs.rollout else ()
   for arm in arms:

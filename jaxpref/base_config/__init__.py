@@ -24,6 +24,7 @@ ATTENTION = ("stock", "xla", "cudnn", "splash")  # or 'auto'
 NORMS = ("stock", "lean")  # or 'auto'
 REMAT = ("none", "attention", "transformer", "blocks", "full")  # from fast to small
 SOLVERS = ("dpm_solver", "ddim", "ddpm")
+FLOW_STEPS = ("flow_sde", "dance_sde", "cps")  # stochastic steps of flow-matching models
 # Densities of a flow's training levels, with the fields of `noise` that they read.
 DENSITIES = {"uniform": (), "logit_normal": ("mean", "std"), "mode": ("scale",)}
 SPACES = ("model", "v", "eps", "x0")
@@ -248,6 +249,22 @@ def rounds(c: ConfigDict) -> None:
     c.rollout.num_steps = 20
 
 
+def steps(c: ConfigDict) -> None:
+  """Adds the section for training on steps of the policy's sampler; call `rounds` first.
+
+  The section `rollout` says how images are sampled, also with which guidance.
+  """
+  c.data.prompt_dropout = 0.0  # steps keep the prompts that have sampled them
+  c.loss.space = "model"
+  c.rollout.solver = "ddim"  # or 'flow_sde', 'dance_sde', 'cps' for flow-matching models
+  c.steps = ConfigDict()
+  c.steps.eta = 1.0  # strength of a step's noise: DDIM's eta, or that of a flow's solver
+  c.steps.trained = 0  # steps of each image to train on, random ones; 0: all with noise
+  c.steps.window = 0  # consecutive steps that have noise in a round; 0: all
+  c.steps.hold = 0  # rounds until the window moves by a step; 0: random in the first half
+  c.steps.guided = True  # train the guided prediction, which has sampled, or the plain one
+
+
 def train_on_experts(c: ConfigDict) -> None:
   """Sets the Diffusion-DRO paper's recipe for SD 1.5, which it also uses for SFT.
 
@@ -348,7 +365,9 @@ RULES: Rules = {
   **dict.fromkeys(("rounds.eps", "rounds.clip", "rounds.old_rate"), _NOT_NEGATIVE),
   **dict.fromkeys(("rounds.window", "rounds.window_least", "rounds.old_start"), _at_least(0)),
   "rounds.old_decay": _DECAY,
-  "rollout.solver": _one_of(*SOLVERS),
+  "steps.eta": _POSITIVE,
+  **dict.fromkeys(("steps.trained", "steps.window", "steps.hold"), _at_least(0)),
+  "rollout.solver": _one_of(*SOLVERS, *FLOW_STEPS),
   "optim.schedule": _one_of(*SCHEDULES),
   "rollout.order": (lambda value: value in (1, 2, 3), "1, 2 or 3"),
   "optim.clip_norm": (lambda value: value > 0, "positive"),

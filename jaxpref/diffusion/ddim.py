@@ -11,19 +11,21 @@ from jaxpref.diffusion.timesteps import Coefficients, Grid
 from jaxpref.errors import UserError
 
 
-def coefficients(grid: Grid, *, eta: float | Sequence[float] = 0.0) -> Coefficients:
+def coefficients(grid: Grid, *, eta: float | Sequence[float] | jax.Array = 0.0) -> Coefficients:
   """Computes the coefficients of DDIM's steps on a grid.
 
   Args:
     grid: N steps of B samples.
     eta: noise added at each step, in [0, 1]: 0 is deterministic, 1 has the same distribution
-      of steps as DDPM. A sequence has one number for each step.
+      of steps as DDPM. A sequence has one number for each step, and so has a JAX array,
+      whose values are not checked because they may be traced.
 
   Raises:
     UserError: eta is not in [0, 1], or a sequence is not as long as the grid.
   """
-  amount = np.asarray(eta, np.float32)
-  if not ((amount >= 0) & (amount <= 1)).all():
+  traced = isinstance(eta, jax.Array)
+  amount = eta if traced else np.asarray(eta, np.float32)
+  if not (traced or ((amount >= 0) & (amount <= 1)).all()):
     raise UserError(f"eta must be in [0, 1] (got {eta})")
   if amount.ndim and amount.shape != (grid.num_steps,):
     raise UserError(f"eta must have {grid.num_steps} numbers, one for each step (got {eta})")
@@ -35,7 +37,8 @@ def coefficients(grid: Grid, *, eta: float | Sequence[float] = 0.0) -> Coefficie
   kept = sigma_t * jnp.sqrt(jnp.maximum(1.0 - by_step**2 * beta / sigma_s**2, 0.0))
   state = kept / sigma_s
   data = alpha_t - alpha_s * state
-  noise = by_step * sigma_t / sigma_s * jnp.sqrt(beta) if amount.any() else None
+  noisy = traced or amount.any()
+  noise = by_step * sigma_t / sigma_s * jnp.sqrt(beta) if noisy else None
   return Coefficients(state=state, data=data[:, None], noise=noise)
 
 

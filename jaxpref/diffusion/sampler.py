@@ -9,9 +9,10 @@ from collections.abc import Sequence
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxpref.base_config import SOLVERS
-from jaxpref.diffusion import ddim, ddpm, dpm_solver
+from jaxpref.base_config import FLOW_STEPS, SOLVERS
+from jaxpref.diffusion import ddim, ddpm, dpm_solver, flow_steps
 from jaxpref.diffusion.flow import FlowSchedule
 from jaxpref.diffusion.guidance import Denoise
 from jaxpref.diffusion.schedule import Schedule, per_sample, split_at, timestep_input
@@ -43,7 +44,7 @@ def sample(
   solver: str = "dpm_solver",
   order: int = 2,
   lower_order_final: bool = True,
-  eta: float | Sequence[float] = 0.0,
+  eta: float | Sequence[float] | jax.Array = 0.0,
   key: jax.Array | None = None,
   trajectory: bool = False,
 ):
@@ -55,11 +56,12 @@ def sample(
     x_T: standard normal noise [B, ...].
     grid: the noise levels to visit, per sample.
     schedule: its `prediction_type` says how to read predictions; the levels are the grid's.
-    solver: 'dpm_solver', 'ddim' or 'ddpm'; a flow has only the first.
+    solver: 'dpm_solver', 'ddim' or 'ddpm'; a flow has the first, and the stochastic steps of
+      `flow_steps.coefficients`.
     order: order of DPM-Solver++, 1, 2 or 3.
     lower_order_final: for DPM-Solver++, see `dpm_solver.coefficients`.
-    eta: for DDIM, see `ddim.coefficients`.
-    key: typed keys [B], one per sample, for ddpm and for ddim with eta > 0. A sample's noise
+    eta: for DDIM, see `ddim.coefficients`, and for the stochastic steps of a flow.
+    key: typed keys [B], one per sample, for solvers with noise. A sample's noise
       depends only on its key and the step, not on the rest of the batch (with JAX's default
       threefry keys).
     trajectory: also return every step's input and prediction; otherwise memory does not grow
@@ -96,7 +98,7 @@ def sample_until(
   solver: str = "dpm_solver",
   order: int = 2,
   lower_order_final: bool = True,
-  eta: float | Sequence[float] = 0.0,
+  eta: float | Sequence[float] | jax.Array = 0.0,
   key: jax.Array | None = None,
 ) -> Trajectory:
   """Samples up to the last step in `kept`, and returns the kept steps.
@@ -161,24 +163,44 @@ def check_solver(schedule: Schedule, solver: str) -> None:
   """Refuses solvers that a schedule does not have.
 
   Raises:
-    UserError: the schedule is a flow's, and the solver is for variance-preserving schedules.
+    UserError: the schedule is a flow's, and the solver is for variance-preserving schedules,
+      or the other way round.
   """
-  if isinstance(schedule, FlowSchedule) and solver in ("ddim", "ddpm"):
+  is_flow = isinstance(schedule, FlowSchedule)
+  if is_flow and solver in ("ddim", "ddpm"):
     raise UserError(
       f"the solver {solver} is for variance-preserving models, and this model is trained with "
       "flow matching: use dpm_solver, whose order 1 is Euler's method"
     )
+  if not is_flow and solver in FLOW_STEPS:
+    raise UserError(
+      f"the solver {solver} is for flow-matching models, and this model is not one: use "
+      "ddim, whose eta is the strength of its noise"
+    )
 
 
-def _coefficients(
-  grid: Grid, solver: str, order: int, lower_order_final: bool, eta: float | Sequence[float]
+def coefficients(
+  grid: Grid,
+  *,
+  solver: str,
+  order: int = 2,
+  lower_order_final: bool = True,
+  eta: float | Sequence[float] | jax.Array = 0.0,
 ) -> Coefficients:
-  if solver not in SOLVERS:
-    raise UserError(f"solver must be one of {', '.join(SOLVERS)} (got {solver!r})")
-  if eta and solver != "ddim":
-    raise UserError(f"eta is a setting of the solver ddim, not of {solver}: set eta to 0")
+  """Computes a solver's coefficients on a grid; the arguments are those of `sample`.
+
+  Raises:
+    UserError: the solver is unknown or not the grid's, or the order or eta is out of range.
+  """
+  if solver not in (known := (*SOLVERS, *FLOW_STEPS)):
+    raise UserError(f"solver must be one of {', '.join(known)} (got {solver!r})")
+  if solver in FLOW_STEPS:
+    by_step = jnp.broadcast_to(jnp.asarray(eta, jnp.float32), (grid.num_steps,))
+    return flow_steps.coefficients(grid, solver, eta=by_step)
   if solver == "ddim":
     return ddim.coefficients(grid, eta=eta)
+  if isinstance(eta, jax.Array) or np.any(eta):
+    raise UserError(f"eta is a setting of the solver ddim, not of {solver}: set eta to 0")
   if solver == "ddpm":
     return ddpm.coefficients(grid)
   return dpm_solver.coefficients(grid, order=order, lower_order_final=lower_order_final)
@@ -193,7 +215,9 @@ def _prepare(denoise, x_T, grid, schedule, solver, order, lower_order_final, eta
   if grid.timesteps.shape[1] != batch:
     raise ValueError(f"grid of {grid.timesteps.shape[1]} samples for a batch of {batch}")
   check_solver(schedule, solver)
-  table = _coefficients(grid, solver, order, lower_order_final, eta)
+  table = coefficients(
+    grid, solver=solver, order=order, lower_order_final=lower_order_final, eta=eta
+  )
   if table.noise is not None and (key is None or key.shape != (batch,)):
     raise ValueError(f"{solver} with noise needs one key per sample, shape ({batch},)")
 

@@ -37,7 +37,10 @@ METRICS: dict[str, Metric] = {
     f"{_ERROR} the model on the images not preferred. It may rise, but images degrade if it "
     "rises steeply."
   ),
-  "err/policy_x": Metric(f"{_ERROR} the model on the images of the batch."),
+  "err/policy_x": Metric(
+    f"{_ERROR} the model on the images of the batch. With ppo: mean square of the "
+    "noise that the model must have added in the sampled steps."
+  ),
   "err/policy_[0-9]*": Metric(f"{_ERROR} the model on the images of that rank; 1 is the best."),
   "err/reference_e": Metric(f"{_ERROR} the fixed reference on expert images."),
   "err/reference_p": Metric(
@@ -56,6 +59,17 @@ METRICS: dict[str, Metric] = {
     "Mean square of the difference between the predictions of the model and of its lagging "
     "average."
   ),
+  "distance/steps": Metric(
+    "Distance of the sampled steps of the model and of the reference, as loss.tie says. If it "
+    "keeps growing, look for reward hacking."
+  ),
+  "ratio/mean": Metric(
+    "Mean ratio of the probabilities of sampled steps, of the model and of the model that has "
+    "sampled them. It is 1 in the first update of a round."
+  ),
+  "ratio/approx_kl": Metric("Half the mean square of the logarithm of that ratio."),
+  "ratio/clipped_high": Metric("Share of steps whose ratio is above 1 + loss.clip.", "share"),
+  "ratio/clipped_low": Metric("Share of steps whose ratio is below 1 - loss.clip.", "share"),
   "reward/mean": Metric("Mean reward of the round's images. Should rise."),
   "reward/std": Metric("Standard deviation of the rewards of the round's images."),
   "reward/spread": Metric(

@@ -87,7 +87,7 @@ def make_generator(
   latent_shape = latent_shape_of(pipeline, size)
   rows = sharding.round_up(batch_size, mesh)
   sampler_lib.check_solver(schedule, solver)
-  _grid(pipeline, latent_shape, num_steps, solver, 1)  # raises before anything runs
+  grid_of(pipeline, latent_shape, num_steps, solver, 1)  # raises before anything runs
 
   @jax.jit
   def program(params, vae_params, cond, uncond, seeds):
@@ -138,7 +138,8 @@ def sample_seeds(
   num_steps: int,
   solver: str,
   order: int,
-) -> jax.Array:
+  **options: Any,
+) -> Any:
   """Samples the latents of seeds, float32 [B, C, h, w]; to be called inside `jax.jit`.
 
   Args:
@@ -149,22 +150,25 @@ def sample_seeds(
     num_steps: solver steps.
     solver: 'dpm_solver', 'ddim' or 'ddpm'.
     order: order of the DPM-Solver.
+    **options: `eta` and `trajectory` of `sampler.sample`, which may return more.
   """
   keys = jax.vmap(lambda s: rng.key_of(0, "generate", s))(seeds)
   return sampler_lib.sample(
     denoise,
     sampler_lib.initial_noise(keys, latent_shape),
-    _grid(pipeline, latent_shape, num_steps, solver, len(seeds)),
+    grid_of(pipeline, latent_shape, num_steps, solver, len(seeds)),
     pipeline.schedule,
     solver=solver,
     order=order,
     key=keys,
+    **options,
   )
 
 
-def _grid(
+def grid_of(
   pipeline: Pipeline, latent_shape: tuple[int, int, int], num_steps: int, solver: str, rows: int
 ) -> timesteps_lib.Grid:
+  """Returns the levels that a solver visits by default, for `rows` samples."""
   return timesteps_lib.uniform_grid(
     *(pipeline.schedule, num_steps, rows),
     **pipeline.spacing(solver),

@@ -1,6 +1,6 @@
 """The interface of a loss module, and how losses are looked up.
 
-A method is a module with two names, and perhaps a third or fourth:
+A method is a module with two names, and perhaps some of the others:
 
   NEEDS: a `Needs`, the inputs that the train step must provide.
   objective(terms, *, ...) -> (loss [B], metrics): from a micro-batch's `Terms`. Metrics are
@@ -9,6 +9,8 @@ A method is a module with two names, and perhaps a third or fourth:
     inside the step. Without it, the step trains on the images as the rows have them.
   label(rewards [N], *, ...) -> dict of [N]: makes further labels of a round's scored rows from
     their rewards, in numpy, once for each round.
+  refine(needs, updates, *, ...) -> Needs: what hyper-parameters, and the number of updates on a
+    round's samples, change of `NEEDS`.
 
 Keyword-only parameters of these are hyper-parameters. They come from the fields of the same
 name in the configuration's `loss` section, which must be there unless the parameter has a
@@ -39,6 +41,7 @@ _ARGUMENTS = {
   "objective": ("terms",),
   "arrange": ("x0", "cond", "uncond", "key"),
   "label": ("rewards",),
+  "refine": ("needs", "updates"),
 }
 
 
@@ -53,6 +56,9 @@ class Needs:
       'singles': one image ('x') and whether it is `desirable`,
       'lists': `data.list_size` images from best to worst ('1', '2', ...),
       'scored': one sample of the policy ('x') with its `advantage` and `reward`,
+      'steps': one step of the policy's sampler ('x'), whose error is the difference of the
+        step's output and its mean, with `advantage`, `reward`, and `std`, `gain` and `length`
+        of `jaxpref.training.step_rows`,
       'groups': all samples of a prompt ('1', '2', ...), with the same labels [B, G].
     rollout: 'states' adds the arm 'p': states of the policy's own sampling trajectories, with
       its predictions there as targets. None adds nothing.
@@ -69,7 +75,7 @@ class Needs:
     arms: names of the errors, if `arrange` changes those of the rows.
   """
 
-  rows: Literal["experts", "pairs", "singles", "lists", "scored", "groups"]
+  rows: Literal["experts", "pairs", "singles", "lists", "scored", "steps", "groups"]
   rollout: Literal["states"] | None = None
   reference: bool = False
   old: bool = False
@@ -150,7 +156,7 @@ class Loss:
 
   Attributes:
     name: from the configuration.
-    needs: its module's `NEEDS`.
+    needs: its module's `NEEDS`, as `refine` makes them.
     objective: (terms) -> (loss [B], metrics).
     arrange: (x0, cond, uncond, key) -> `Arranged`, or None.
     label: (rewards) -> further labels of a round's rows, or None.
@@ -163,11 +169,12 @@ class Loss:
   label: Callable[[np.ndarray], dict[str, np.ndarray]] | None = None
 
 
-def make_loss(settings: Mapping[str, Any]) -> Loss:
+def make_loss(settings: Mapping[str, Any], *, updates: int = 1) -> Loss:
   """Makes a loss from the configuration's `loss` section.
 
   Args:
     settings: its `name` and its hyper-parameters.
+    updates: number of updates on the same samples.
 
   Raises:
     UserError: no loss has this name, a hyper-parameter is missing, or one is unknown.
@@ -194,8 +201,9 @@ def make_loss(settings: Mapping[str, Any]) -> Loss:
     taken = {name: settings[name] for name in _takes(function) if name in settings}
     return functools.partial(function, **taken)
 
-  arrange, label = (function and bind(function) for function in functions[1:])
-  return Loss(name, module.NEEDS, bind(module.objective), arrange, label)
+  arrange, label, refine = (function and bind(function) for function in functions[1:])
+  needs = refine(module.NEEDS, updates) if refine else module.NEEDS
+  return Loss(name, needs, bind(module.objective), arrange, label)
 
 
 def load_loss(name: str) -> ModuleType:
@@ -280,9 +288,11 @@ def _example_labels(loss: Loss, images: int) -> dict[str, jax.Array]:
   """
   kind = loss.needs.rows
   labels = {"desirable": jnp.zeros(2, bool)} if kind == "singles" else {}
-  if kind in ("scored", "groups"):
-    of_row = jnp.zeros(2) if kind == "scored" else jnp.zeros((2, images))
+  if kind in ("scored", "groups", "steps"):
+    of_row = jnp.zeros((2, images)) if kind == "groups" else jnp.zeros(2)
     labels = {"advantage": of_row, "reward": of_row}
+    if kind == "steps":
+      labels |= dict.fromkeys(("std", "gain", "length"), of_row)
     if loss.label:
       what = f"loss {loss.name!r}: label"
       with plugins.one_line_errors(what, loss.label, own=True):

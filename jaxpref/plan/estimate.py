@@ -270,13 +270,15 @@ def _memory(checked: Any, arguments: Any, model: _Model) -> dict[str, float]:
   import jax  # noqa: PLC0415
 
   from jaxpref.plan import memory  # noqa: PLC0415
-  from jaxpref.training import programs  # noqa: PLC0415
+  from jaxpref.training import programs, step_rows  # noqa: PLC0415
 
   config, mesh, state = checked.config, checked.mesh, arguments.state
   on = lambda tree: memory.bytes_on_device(tree, mesh)  # noqa: E731
   arms = len(checked.arms) - programs.has_own_targets(checked)
   states = config.rollout.states if checked.loss.needs.rollout else 1
   latents = config.train.batch_size * states * arms / config.train.accumulate / mesh.size
+  if step_rows.training_guidance(config) > 1:
+    latents *= 2
   wide = on(state.params)
   sums = wide if config.train.accumulate > 1 else 0
   rows = (arguments.batch, arguments.rollout)

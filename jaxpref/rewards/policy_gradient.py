@@ -11,6 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+_MOST = 20.0  # largest absolute log-ratio: beyond it, the exponential overflows
+
 
 class Recipe(NamedTuple):
   """Constants of a published method, from its authors' code.
@@ -67,7 +69,13 @@ def ppo_loss(
   Returns:
     Losses, [B].
   """
-  return clipped_loss(jnp.exp(log_prob - log_prob_old), advantage, clip=clip, high=clip_high)
+  ratio = ratio_of(log_prob, log_prob_old)
+  return clipped_loss(ratio, advantage, clip=clip, high=clip_high)
+
+
+def ratio_of(log_prob: jax.Array, log_prob_old: jax.Array) -> jax.Array:
+  """Computes the ratio of probabilities, between exp(-20) and exp(20)."""
+  return jnp.exp(jnp.clip(log_prob - log_prob_old, -_MOST, _MOST))
 
 
 def clipped_loss(
@@ -86,7 +94,7 @@ def dpok_loss(
   Without PPO's maximum, a step outside the range has no gradient, whichever way it would move.
   The arguments are those of `ppo_loss`.
   """
-  return -advantage * jnp.clip(jnp.exp(log_prob - log_prob_old), 1 - clip, 1 + clip)
+  return -advantage * jnp.clip(ratio_of(log_prob, log_prob_old), 1 - clip, 1 + clip)
 
 
 def guarded_ratio(
@@ -136,11 +144,11 @@ def ratio_metrics(
   log_prob: jax.Array, log_prob_old: jax.Array, *, clip: float
 ) -> dict[str, jax.Array]:
   """Computes the usual numbers about a policy's distance from the sampling policy, [B] each."""
-  difference = jax.lax.stop_gradient(log_prob - log_prob_old)
-  ratio = jnp.exp(difference)
+  now, old = jax.lax.stop_gradient((log_prob, log_prob_old))
+  ratio = ratio_of(now, old)
   return {
     "ratio/mean": ratio,
-    "ratio/approx_kl": 0.5 * jnp.square(difference),
+    "ratio/approx_kl": 0.5 * jnp.square(now - old),
     "ratio/clipped_high": (ratio > 1 + clip).astype(jnp.float32),
     "ratio/clipped_low": (ratio < 1 - clip).astype(jnp.float32),
   }

@@ -15,6 +15,7 @@ from scipy import stats
 
 from jaxpref.models.pipeline import Pipeline, abstract_params
 from jaxpref.training import rollout as rollout_lib
+from jaxpref.training import step_rows
 from jaxpref.training.programs import has_own_targets
 from jaxpref.training.setup import Checked
 
@@ -70,6 +71,8 @@ def of_update(checked: Checked, forward: float) -> dict[str, float]:
   rows, states = config.train.batch_size, config.rollout.states if needs.rollout else 1
   trained = len(checked.arms) - has_own_targets(checked)
   passes = 2 if config.lora.rank else 3
+  if step_rows.training_guidance(config) > 1:
+    rows *= 2  # each with and without its prompt
   cost = {"policy": passes * rows * states * trained * forward}
   if needs.reference and not config.data.noise_draws:
     cost["reference"] = rows * states * len(checked.arms) * forward

@@ -21,7 +21,7 @@ from jaxpref.models import lora as lora_lib
 from jaxpref.models.pipeline import Pipeline
 from jaxpref.training import batch as batch_lib
 from jaxpref.training import optimizer as optimizer_lib
-from jaxpref.training import policy_sampler
+from jaxpref.training import policy_sampler, step_rows
 from jaxpref.training import rollout as rollout_lib
 from jaxpref.training import train_step as train_step_lib
 from jaxpref.training.setup import Checked, abstract_trained, list_size
@@ -97,6 +97,7 @@ def make_programs(checked: Checked, trained: Any, uncond: Any) -> Programs:
     refresh_every=online.updates if online else config.rollout.refresh_every,
     copy_decay=_make_copy_decay(online) if needs.old else None,
     own_targets=has_own_targets(checked),
+    guidance=step_rows.training_guidance(config),
     space=config.loss.space,
     adapt=adapt,
     prompt_dropout=dropout,
@@ -152,12 +153,15 @@ class Arguments(NamedTuple):
   batch: Any
   rollout: Any
   start: Any
+  guide: Any
 
 
 def abstract_rows(checked: Checked, count: int) -> dict[str, Any]:
   """Returns the shapes of `count` encoded rows, see `encode.encode_rows`."""
   pipeline, needs = checked.pipeline, checked.loss.needs
   images = len(rows_lib.arms_of(needs.rows, list_size(checked.config)))
+  if needs.rows == "steps":
+    images = 2  # a step's input and output
   latents = jax.ShapeDtypeStruct((count, images, *pipeline.latent_shape), jnp.float32)
   return {
     "latents": latents,
@@ -169,12 +173,14 @@ def abstract_rows(checked: Checked, count: int) -> dict[str, Any]:
 
 def _abstract_labels(checked: Checked, count: int, images: int) -> dict[str, Any]:
   kind = checked.loss.needs.rows
-  if kind not in ("scored", "groups"):
+  if kind not in ("scored", "groups", "steps"):
     return {"desirable": jax.ShapeDtypeStruct((count,), bool)}
   more = checked.loss.label(np.zeros(1)) if checked.loss.label else {}
-  shape = (count,) if kind == "scored" else (count, images)
+  shape = (count, images) if kind == "groups" else (count,)
   names = ("advantage", "reward", *more)
-  return dict.fromkeys(names, jax.ShapeDtypeStruct(shape, jnp.float32))
+  found = dict.fromkeys(names, jax.ShapeDtypeStruct(shape, jnp.float32))
+  of_steps = step_rows.abstract_labels(count, checked.schedule) if kind == "steps" else {}
+  return found | of_steps
 
 
 def abstract_programs(checked: Checked) -> tuple[Programs, Arguments]:
@@ -199,6 +205,7 @@ def abstract_programs(checked: Checked) -> tuple[Programs, Arguments]:
   if checked.reference == "start":
     start = trained if config.lora.rank else jax.eval_shape(freeze, trained)
   kept = kept_base(checked, base)
+  guide = uncond if step_rows.training_guidance(config) > 1 else None
   whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
   return program, Arguments(
     state=_placed(state, program.placement),
@@ -207,6 +214,7 @@ def abstract_programs(checked: Checked) -> tuple[Programs, Arguments]:
     batch=_placed(batch, jax.tree.map(lambda _: rows, batch)),
     rollout=_placed(drawn, jax.tree.map(lambda _: rows, drawn)),
     start=_placed(start, sharding.params_sharding(mesh, start)),
+    guide=_placed(guide, jax.tree.map(lambda _: whole, guide)),
   )
 
 

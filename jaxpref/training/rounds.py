@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxpref import scorers, sharding
@@ -21,7 +22,7 @@ from jaxpref.errors import DivergedError, UserError
 from jaxpref.rewards import advantages as advantages_lib
 from jaxpref.runtime import distributed, watchdog
 from jaxpref.runtime import workdir as workdir_lib
-from jaxpref.training import programs
+from jaxpref.training import programs, step_rows
 from jaxpref.training.batch_maker import BatchRows
 from jaxpref.training.inputs import Part
 from jaxpref.training.setup import Prepared
@@ -47,6 +48,9 @@ class Rounds:
     rows, pipeline, mesh = prepared.rows, prepared.pipeline, prepared.mesh
     self._captions = [rows.caption_of(i) for i in range(len(rows))]
     self._cond = encode.encode_prompts(pipeline, mesh, self._captions)
+    self._plan: step_rows.Plan | None = None
+    if "steps" in prepared.config:
+      self._plan = step_rows.plan_steps(prepared.config, pipeline)
     self._vae = sharding.place_params(pipeline.params["vae"], mesh)
     self._state: dict[str, Any] = {"round": 0, "cursor": 0, "windows": {}}
     self._left: list[tuple[BatchRows, np.ndarray]] = []
@@ -111,7 +115,7 @@ class Rounds:
     seed = seeds.integers(2**31, 2**32, size=count * images).astype(np.uint32)
     prompt = np.repeat(chosen, images)
     captions = [self._captions[i] for i in prompt]
-    latents, pixels = self._sample(program, state, base, prompt, seed)
+    latents, pixels, steps = self._sample(program, state, base, prompt, seed)
     scores = distributed.first(functools.partial(_score, settings.scorers, pixels, captions))
     group = np.repeat(np.arange(count), images)
     by_scorer = np.array(scores)
@@ -132,7 +136,7 @@ class Rounds:
     labels = {"reward": reward, "advantage": advantage}
     if label := self._prepared.loss.label:
       labels |= label(reward)
-    rows = make_rows(self._prepared.loss.needs.rows, latents, labels, group, reward)
+    rows = make_rows(self._prepared.loss.needs.rows, latents, labels, group, reward, steps)
     if not len(rows["latents"]):
       return False
     cond = {name: Gather(of, chosen[rows["group"]]) for name, of in self._cond.items()}
@@ -140,7 +144,11 @@ class Rounds:
     texts = [row_set.Row((), self._captions[chosen[g]]) for g in rows["group"]]
     part = Part(row_set.collect(texts), tree)
     size = config.train.batch_size
-    order = shuffle(len(texts), size * settings.updates, [config.seed, number, _ORDER])
+    # The steps of an image stay together, so that an update sees whole trajectories.
+    whole = 1 if self._plan is None else self._plan.trained
+    trained = size * settings.updates // whole
+    order = shuffle(len(texts) // whole, trained, [config.seed, number, _ORDER])
+    order = (order[:, None] * whole + np.arange(whole)).ravel()
     self._left = [(BatchRows(part, i), i) for i in order.reshape(-1, size)]
     return True
 
@@ -151,29 +159,42 @@ class Rounds:
     base: Any,
     prompt: np.ndarray,
     seed: np.ndarray,
-  ) -> tuple[np.ndarray, np.ndarray]:
-    """Samples an image for each prompt's number and seed; returns latents and pixels."""
+  ) -> tuple[np.ndarray, np.ndarray, step_rows.Steps | None]:
+    """Samples an image for each prompt's number and seed.
+
+    Returns:
+      Latents, pixels and, if the loss learns from them, steps of the trajectories.
+    """
     config, mesh = self._prepared.config, self._prepared.mesh
     lagging = config.rounds.sampler == "old"
     assert program.sample is not None  # a run with rounds has it
     params = program.adapt(state.policy_copy if lagging else state.params, base)
     cond = {name: Gather(of, prompt) for name, of in self._cond.items()}
     size = sharding.round_up(min(config.rollout.batch_size or len(seed), len(seed)), mesh)
+    eta = picks = None
+    if plan := self._plan:
+      number = self._state["round"]
+      eta, first = step_rows.etas(config, plan, number)
+      eta = sharding.replicate(eta, mesh)
+      picks = step_rows.pick(plan, first, len(seed), [config.seed, number])
     found: list[Any] = []
     for start in range(0, len(seed), size):
       index = np.arange(start, start + size).clip(max=len(seed) - 1)
-      placed = sharding.place_batch((cond, seed), mesh, index)
-      sampled = program.sample(params, self._vae, placed[0], self._guide, placed[1])
+      texts, seeds, chosen = sharding.place_batch((cond, seed, picks), mesh, index)
+      sampled = program.sample(
+        *(params, self._vae, texts, self._guide, seeds),
+        *([(eta, chosen)] if self._plan else []),
+      )
       real = min(size, len(seed) - start)  # the last batch is padded
-      found.append([x[:real] for x in sharding.to_host((sampled[0], *sampled[1]))])
+      found.append(jax.tree.map(lambda x, n=real: x[:n], sharding.to_host(sampled)))
       watchdog.beat()
-    latents, pixels, finite = (np.concatenate(of) for of in zip(*found, strict=True))
+    latents, (pixels, finite), steps = jax.tree.map(lambda *of: np.concatenate(of), *found)
     if not (finite.all() and np.isfinite(latents).all()):
       raise DivergedError(
         f"{np.sum(~finite)} of {len(finite)} samples of the policy are not finite: lower "
         "optim.lr or rollout.guidance, or compute in float32; checkpoints are intact"
       )
-    return latents, pixels
+    return latents, pixels, steps
 
 
 def make_rows(
@@ -182,11 +203,13 @@ def make_rows(
   labels: Mapping[str, np.ndarray],
   group: np.ndarray,
   reward: np.ndarray,
+  steps: step_rows.Steps | None = None,
 ) -> dict[str, Any]:
   """Makes rows of a kind from a round's images.
 
-  'scored' rows are single images, 'groups' all images of a prompt, 'pairs' the best and the
-  worst of a prompt's images if their rewards differ, and 'experts' the best.
+  'steps' are single steps, those of an image after each other, 'scored' rows are single
+  images, 'groups' all images of a prompt, 'pairs' the best and the worst of a prompt's images
+  if their rewards differ, and 'experts' the best.
 
   Args:
     kind: see `losses.Needs`.
@@ -194,12 +217,20 @@ def make_rows(
     labels: of the images by name, [P G].
     group: number of their prompt, int [P G].
     reward: of the images, [P G].
+    steps: of the images' trajectories, for rows of the kind 'steps'.
 
   Returns:
-    'latents' [R, A, C, h, w], 'group' int [R], and 'labels' [R] or, of groups, [R, G].
+    'latents' [R, A, C, h, w], of steps with their inputs and outputs for A, 'group' int [R],
+    and 'labels' [R] or, of groups, [R, G].
   """
   count = int(group[-1]) + 1
   single = {name: np.asarray(of, np.float32) for name, of in labels.items()}
+  if steps is not None:
+    chosen = steps.latents.shape[1]
+    flat = jax.tree.map(lambda of: of.reshape(-1, *of.shape[2:]), steps)
+    repeated = {name: np.repeat(of, chosen) for name, of in single.items()}
+    by_step = {"group": np.repeat(group, chosen), "labels": repeated | flat.labels}
+    return {"latents": flat.latents, **by_step}
   if kind == "scored":
     return {"latents": latents[:, None], "group": group, "labels": single}
   if kind == "groups":

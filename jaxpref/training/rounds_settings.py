@@ -9,7 +9,7 @@ from jaxpref import scorers
 from jaxpref.errors import UserError
 from jaxpref.losses import Needs
 
-KINDS = ("scored", "groups", "pairs", "experts")
+KINDS = ("scored", "steps", "groups", "pairs", "experts")
 
 
 def check(config: ConfigDict, needs: Needs) -> None:
@@ -23,7 +23,7 @@ def check(config: ConfigDict, needs: Needs) -> None:
     UserError: two settings contradict each other, or the loss.
   """
   if "rounds" not in config:
-    if needs.old or needs.rows in ("scored", "groups"):
+    if needs.old or needs.rows in ("scored", "groups", "steps"):
       raise UserError(
         f"loss {config.loss.name!r} learns from scored samples: its config file must call "
         "base_config.rounds(c)"
@@ -40,13 +40,13 @@ def check(config: ConfigDict, needs: Needs) -> None:
       f"rounds.scorers and rounds.weights need one entry for each scorer (got "
       f"{len(settings.scorers)} and {len(settings.weights)})"
     )
-  images = settings.num_prompts * (settings.images_per_prompt if kind == "scored" else 1)
-  trained = settings.updates * config.train.batch_size
-  if trained < images:
+  if (kind == "steps") != ("steps" in config):
     raise UserError(
-      f"a round has {images} rows, and its rounds.updates x train.batch_size = {trained} rows "
-      "would leave some out: raise one of these, or lower rounds.num_prompts"
+      f"loss {config.loss.name!r} learns from {kind}: the section steps is for losses that "
+      "learn from steps, whose config files call base_config.steps(c)"
     )
+  if kind != "steps":
+    check_rows(config, settings.images_per_prompt if kind == "scored" else 1)
   if config.train.num_updates % settings.updates:
     raise UserError(
       f"train.num_updates = {config.train.num_updates} must be a multiple of rounds.updates = "
@@ -75,6 +75,25 @@ def check(config: ConfigDict, needs: Needs) -> None:
   if settings.sampler == "old" and not needs.old:
     raise UserError(
       f"rounds.sampler = 'old', but loss {config.loss.name!r} keeps no average of the policy"
+    )
+
+
+def check_rows(config: Any, of_prompt: int) -> None:
+  """Refuses rounds whose updates do not use every row.
+
+  Args:
+    config: of the run.
+    of_prompt: number of a prompt's rows.
+
+  Raises:
+    UserError: rows would be left out.
+  """
+  rows = config.rounds.num_prompts * of_prompt
+  trained = config.rounds.updates * config.train.batch_size
+  if trained < rows:
+    raise UserError(
+      f"a round has {rows} rows, and its rounds.updates x train.batch_size = {trained} rows "
+      "would leave some out: raise one of these, or lower rounds.num_prompts"
     )
 
 

@@ -25,7 +25,7 @@ from jaxpref.models import denoiser
 from jaxpref.models import lora as lora_lib
 from jaxpref.models import pipeline as pipeline_lib
 from jaxpref.runtime import checkpoint, jax_setup
-from jaxpref.training import load_run, rounds_settings
+from jaxpref.training import load_run, rounds_settings, step_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +186,9 @@ def check(config: ConfigDict, *, mesh: Any = None) -> Checked:
     _check_attention(config.model.attention)
     checkpoint.directory_of(Path(), config)  # refuses an unusable train.checkpoints
   sharding.check_batch(config.train.batch_size, mesh, accumulate=config.train.accumulate)
-  loss = losses.make_loss(config.loss)
+  loss = losses.make_loss(
+    config.loss, updates=config.rounds.updates if "rounds" in config else 1
+  )
   of_rows = rows_lib.arms_of(loss.needs.rows, list_size(config))
   arms = (*(loss.needs.arms or of_rows), *(("p",) if loss.needs.rollout else ()))
   _check_needs(loss, config)
@@ -240,6 +242,9 @@ def _check_levels(
       "the levels of its rollouts, which are uniform before the shift"
     )
   sampler.check_solver(schedule, config.rollout.solver)
+  if loss.needs.rows == "steps":
+    plan = step_rows.check(config, pipeline)
+    rounds_settings.check_rows(config, config.rounds.images_per_prompt * plan.trained)
   # Refuses more steps than the schedule has here, not at the first rollout.
   timesteps_lib.offset_grid(
     *(schedule, config.rollout.num_steps, jnp.zeros(1, jnp.int32)),

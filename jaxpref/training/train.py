@@ -31,7 +31,7 @@ from jaxpref.runtime import (
   watchdog,
 )
 from jaxpref.runtime import workdir as workdir_lib
-from jaxpref.training import anomalies, batch_maker, flops, programs, run_state
+from jaxpref.training import anomalies, batch_maker, flops, programs, run_state, step_rows
 from jaxpref.training import inputs as inputs_lib
 from jaxpref.training.rounds import Rounds
 from jaxpref.training.run_evaluator import RunEvaluator
@@ -72,6 +72,7 @@ def run(
   distributed.first(lambda: _write_start(workdir, prepared, identity, start, state.params))
   evaluator = RunEvaluator(prepared, workdir, ckptr, known)
   evaluator.keep_best()
+  guides = step_rows.training_guidance(config) > 1
   models_of = lambda state: {"base": base, "tuned": program.adapt(state.ema, base)}  # noqa: E731
 
   writer = _open_writer(workdir, config, start)
@@ -111,7 +112,9 @@ def run(
           )
           wait(states)
       with clock("update"):
-        state, values = program.train_step(state, frozen, uncond, batch, states, reference)
+        state, values = program.train_step(
+          state, frozen, uncond, batch, states, reference, guide if guides else None
+        )
         wait(state)
       values = values | (rounds.metrics if rounds else {})
       meter.add(train.batch_size)

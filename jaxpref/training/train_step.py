@@ -7,7 +7,7 @@ the same `denoise`, each with all arms of a batch in one call.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -23,6 +23,7 @@ from jaxpref.models.denoiser import Denoise
 from jaxpref.training import batch as batch_lib
 from jaxpref.training import optimizer as optimizer_lib
 from jaxpref.training import rollout as rollout_lib
+from jaxpref.training import step_rows
 from jaxpref.training.rollout import States
 
 
@@ -51,6 +52,22 @@ class TrainState:
   update: jax.Array
   skipped: jax.Array
   replay: Any = None
+
+
+class _Fixed(NamedTuple):
+  """What a gradient holds constant.
+
+  Attributes:
+    base: the base's parameters, or None.
+    start: trained parameters at the start if they are the reference, else None.
+    old: those of the lagging policy if the loss needs it, else None.
+    guide: conditioning that guidance leads away from if guided steps are trained, else None.
+  """
+
+  base: Any
+  start: Any
+  old: Any
+  guide: Any
 
 
 def needs_copy(needs: Needs, refresh_every: int) -> bool:
@@ -96,6 +113,7 @@ def make_train_step(
   refresh_every: int = 1,
   copy_decay: optax.Schedule | None = None,
   own_targets: bool = False,
+  guidance: float = 1.0,
   space: str = "model",
   adapt: Callable[[Any, Any], Any] = lambda trained, base: trained,
 ) -> Callable:
@@ -120,37 +138,51 @@ def make_train_step(
     own_targets: whether the rollout's targets are the policy's own predictions at this
       update (refreshed at every update, without guidance). The error there is 0 and so is
       its gradient: neither is computed, which halves the policy's part of the work.
+    guidance: scale of the guidance of trained steps, see `step_rows.residuals`.
     space: of the errors, see `schedule.error_scale`.
     adapt: (trained parameters, base) -> the policy's parameters for `denoise`.
 
   Returns:
-    `step(state, base, uncond, batch, rollout, start=None) -> (state, metrics)`. `base` are the
-    base's parameters, or None if neither `adapt` nor the reference needs them. `batch` is the
-    input of `batch.make_arms`. `rollout` is a `States` or None. `start` are the trained
-    parameters at the start if they are the reference, else None. Metrics are scalars. If the
-    loss or its gradient is not finite, only the state's counts change.
+    `step(state, base, uncond, batch, rollout, start=None, guide=None) -> (state, metrics)`.
+    `base` are the base's parameters, or None if neither `adapt` nor the reference needs them.
+    `batch` is the input of `batch.make_arms` or `step_rows.make_arms`. `rollout` is a `States`
+    or None. `start` are the trained parameters at the start if they are the reference, else
+    None. `guide` is the conditioning that the guidance of trained steps leads away from.
+    Metrics are scalars. If the loss or its gradient is not finite, only the state's counts
+    change.
   """
-  residuals_of = functools.partial(_residuals, denoise, schedule, space)
+  of_steps = loss.needs.rows == "steps"
+
+  def residuals_of(params, guide, rows, arms):
+    if of_steps:
+      return step_rows.residuals(denoise, schedule, guidance, params, guide, rows)
+    return _residuals(denoise, schedule, space, params, rows, arms)
+
   loss_of = functools.partial(_micro_loss, residuals_of, loss, tuple(arms), own_targets, adapt)
   gradients = _reduced(functools.partial(_mean_gradients, loss_of, accumulate), mesh)
 
   @functools.partial(
     jax.jit, donate_argnums=0, out_shardings=(state_sharding, sharding.replicated(mesh))
   )
-  def step(state: TrainState, base, uncond, batch, rollout: States | None, start=None):
-    rows = batch_lib.make_arms(
-      *(schedule, loss.needs, batch, rollout, uncond),
-      seed=state.seed,
-      update=state.update,
-      prompt_dropout=prompt_dropout,
-      arrange=loss.arrange,
-    )
+  def step(
+    state: TrainState, base, uncond, batch, rollout: States | None, start=None, guide=None
+  ):
+    if of_steps:
+      rows = step_rows.make_arms(batch)
+    else:
+      rows = batch_lib.make_arms(
+        *(schedule, loss.needs, batch, rollout, uncond),
+        seed=state.seed,
+        update=state.update,
+        prompt_dropout=prompt_dropout,
+        arrange=loss.arrange,
+      )
     replay = state.replay
     if replay is not None:
       key = rng.key_of(state.seed, "replay", state.update)
       rows, replay = rollout_lib.replay(replay, rows, state.update, key)
     old = state.policy_copy if loss.needs.old else None
-    grads, metrics = gradients(state.params, base, start, old, rows)
+    grads, metrics = gradients(state.params, _Fixed(base, start, old, guide), rows)
     norm = optax.global_norm(grads)
     new = jax.lax.cond(
       jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm),
@@ -184,23 +216,23 @@ def _micro_loss(
   own_targets: bool,
   adapt: Callable[[Any, Any], Any],
   trained: Any,
-  base: Any,
-  start: Any,
-  old: Any,
+  fixed: _Fixed,
   rows: batch_lib.Arms,
   mean: Callable[[jax.Array], jax.Array],
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Returns the mean loss of a micro-batch and the means of its metrics."""
-  residuals = residuals_of(adapt(trained, base), rows, arms[:-1] if own_targets else arms)
+  base, start, old, guide = fixed
+  computed = arms[:-1] if own_targets else arms
+  residuals = residuals_of(adapt(trained, base), guide, rows, computed)
   if own_targets:
     residuals[arms[-1]] = jnp.zeros_like(residuals[arms[0]])
   of_reference, known = {}, dict(rows.ref)
   if loss.needs.reference and not known:
     reference = base if start is None else adapt(start, base)
-    of_reference = jax.lax.stop_gradient(residuals_of(reference, rows, arms))
+    of_reference = jax.lax.stop_gradient(residuals_of(reference, guide, rows, arms))
   of_old = {}
   if loss.needs.old:
-    of_old = jax.lax.stop_gradient(residuals_of(adapt(old, base), rows, arms))
+    of_old = jax.lax.stop_gradient(residuals_of(adapt(old, base), guide, rows, arms))
   err, err_old = to_errors(residuals), to_errors(of_old)
   err_ref = known or to_errors(of_reference)
   if loss.needs.residuals:
@@ -222,26 +254,24 @@ def _mean_gradients(
   loss_of: Callable,
   accumulate: int,
   trained: Any,
-  base: Any,
-  start: Any,
-  old: Any,
+  fixed: _Fixed,
   rows: batch_lib.Arms,
   mean: Callable[[jax.Array], jax.Array] = jnp.mean,
 ) -> tuple[Any, dict[str, jax.Array]]:
   """Returns gradients and metrics of one device's rows, averaged over micro-batches."""
   gradients = jax.grad(functools.partial(loss_of, mean=mean), has_aux=True)
   if accumulate == 1:
-    return gradients(trained, base, start, old, rows)
+    return gradients(trained, fixed, rows)
 
   def add(total, micro):
-    return jax.tree.map(jnp.add, total, gradients(trained, base, start, old, micro)), None
+    return jax.tree.map(jnp.add, total, gradients(trained, fixed, micro)), None
 
   # Strided, not contiguous, rows: micro-batches are then the same on any mesh.
   micros = jax.tree.map(
     lambda x: x.reshape((-1, accumulate, *x.shape[1:])).swapaxes(0, 1), rows
   )
   first = jax.tree.map(lambda x: x[0], micros)
-  shapes = jax.eval_shape(gradients, trained, base, start, old, first)
+  shapes = jax.eval_shape(gradients, trained, fixed, first)
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
   total, _ = jax.lax.scan(add, zeros, micros)
   return jax.tree.map(lambda x: x / accumulate, total)
@@ -258,11 +288,11 @@ def _reduced(mean_gradients: Callable, mesh: Mesh) -> Callable:
     return jax.lax.pmean(jnp.mean(x), "data")
 
   return jax.shard_map(
-    lambda trained, base, start, old, rows: jax.lax.pmean(
-      mean_gradients(trained, base, start, old, rows, mean=mean_of_all), "data"
+    lambda trained, fixed, rows: jax.lax.pmean(
+      mean_gradients(trained, fixed, rows, mean=mean_of_all), "data"
     ),
     mesh=mesh,
-    in_specs=(P(), P(), P(), P(), P("data")),
+    in_specs=(P(), P(), P("data")),
     out_specs=P(),
     axis_names={"data"},
     # With the check, parameters would count as replicated, and JAX would add an all-reduce

@@ -48,8 +48,54 @@ CASES = {
     ("1", "2", "3", "4"),
     {"beta": 7.0, "clip": 0.1, "weight_reference": 0.3},
   ),
+  "ppo": (
+    "ppo",
+    ("x",),
+    {
+      "variant": "clipped",
+      "clip": 0.02,
+      "density": "gaussian",
+      "tie": "step",
+      "weight_reference": 0.3,
+    },
+  ),
+  "ppo-dpok": (
+    "ppo",
+    ("x",),
+    {
+      "variant": "dpok",
+      "clip": 0.2,
+      "density": "gaussian",
+      "tie": "prediction",
+      "weight_reference": 0.3,
+    },
+  ),
+  "ppo-cps": (
+    "ppo",
+    ("x",),
+    {
+      "variant": "clipped",
+      "clip": 0.02,
+      "density": "square",
+      "tie": "scaled",
+      "weight_reference": 3.0,
+    },
+  ),
+  "ppo-score": (
+    "ppo",
+    ("x",),
+    {
+      "variant": "score",
+      "clip": 0.02,
+      "density": "gaussian",
+      "tie": "step",
+      "weight_reference": 0.0,
+    },
+  ),
 }
-SCORED = ("rwr", "awm", "nft", "dgpo")
+PPO = ("ppo", "ppo-dpok", "ppo-cps", "ppo-score")
+SCORED = ("rwr", "awm", "nft", "dgpo", *PPO)
+FRESH = ("rwr", "ppo-score")  # without a lagging policy
 ROWS, SHAPE = 6, (2, 3)
 
 
@@ -68,13 +114,17 @@ def scored(case, policy):
   labels = {"advantage": rng.standard_normal(shape), "weight": rng.random(shape)}
   old = {a: v + 0.15 * rng.standard_normal(v.shape) for a, v in policy.items()}
   names = ("weight",) if case == "rwr" else ("advantage",)
-  return {name: labels[name] for name in names}, {} if case == "rwr" else old
+  if case in PPO:
+    ranges = {"std": (0.3, 1.0), "gain": (0.5, 2.0), "length": (0.05, 0.2)}
+    labels |= {name: rng.uniform(*of, shape) for name, of in ranges.items()}
+    names = ("advantage", *ranges)
+  return {name: labels[name] for name in names}, {} if case in FRESH else old
 
 
 def values_of(case, policy, reference, desirable, **fixed):
   """Losses [B] by the equations; `extra` has what `scored` made of the unmoved policy."""
   name, _, hyper = CASES[case]
-  if name in SCORED:
+  if case in SCORED:
     more, old = fixed.pop("extra", None) or scored(case, policy)
     given = {**more, **({"old": old} if old else {}), **hyper, **fixed}
     return getattr(equations, name)(policy, reference, **given)

@@ -1,0 +1,238 @@
+"""Rows that are single steps of the policy's own stochastic trajectories.
+
+A row has a step's input, its output, and the step's coefficients from the solver's own table,
+so that the train step knows neither the solver nor its grid. The residual of a row is the
+output less the mean that a model gives the step: for the model that has sampled, it is the
+step's noise.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpref.base_config import FLOW_STEPS
+from jaxpref.diffusion import guidance as guidance_lib
+from jaxpref.diffusion import sampler as sampler_lib
+from jaxpref.diffusion import schedule as schedule_lib
+from jaxpref.diffusion.timesteps import Coefficients, Grid
+from jaxpref.errors import UserError
+from jaxpref.evaluation import sampling
+from jaxpref.models.denoiser import Denoise
+from jaxpref.models.pipeline import Pipeline
+from jaxpref.rewards import likelihood
+from jaxpref.training.batch import Arms
+
+SOLVERS = ("ddim", *FLOW_STEPS)  # whose noise has a strength for each step
+# Labels of a row besides those of its image; see `take`.
+LABELS = ("t", "log_snr", "state", "data", "std", "gain", "length")
+_WINDOW, _STEPS = 0x57494E44, 0x53544550  # purposes of random numbers
+
+
+class Plan(NamedTuple):
+  """How many steps a trajectory has.
+
+  Attributes:
+    steps: of the solver.
+    noisy: the first steps, which may have noise: all, or all but one to a clean image.
+    window: consecutive steps that have noise in a round.
+    trained: steps among these that become rows.
+  """
+
+  steps: int
+  noisy: int
+  window: int
+  trained: int
+
+
+@flax.struct.dataclass
+class Steps:
+  """S steps of each of B trajectories.
+
+  Attributes:
+    latents: inputs and outputs, float32 [B, S, 2, C, h, w].
+    labels: `LABELS` of the steps, [B, S] each.
+  """
+
+  latents: jax.Array
+  labels: dict[str, jax.Array]
+
+
+def plan_steps(config: Any, pipeline: Pipeline) -> Plan:
+  """Counts the steps of a run's trajectories.
+
+  Args:
+    config: of the run.
+    pipeline: its schedule and spacing of timesteps.
+
+  Raises:
+    UserError: the solver has no noise of a chosen strength, or fewer steps than asked for.
+  """
+  rollout, steps = config.rollout, config.steps
+  if rollout.solver not in SOLVERS:
+    raise UserError(
+      f"rollout.solver = {rollout.solver!r} has no noise of a chosen strength: loss "
+      f"{config.loss.name!r} needs ddim or, for flow-matching models, {', '.join(FLOW_STEPS)}"
+    )
+  sampler_lib.check_solver(pipeline.schedule, rollout.solver)
+  if rollout.solver in ("ddim", "cps") and steps.eta > 1:
+    raise UserError(f"steps.eta must be at most 1 for {rollout.solver} (got {steps.eta:g})")
+  grid = sampling.grid_of(pipeline, pipeline.latent_shape, rollout.num_steps, rollout.solver, 1)
+  table = sampler_lib.coefficients(grid, solver=rollout.solver, eta=1.0)
+  noisy = int(np.sum(np.asarray(table.noise) > 0))
+  window = steps.window or noisy
+  trained = steps.trained or window
+  if not trained <= window <= noisy:
+    raise UserError(
+      f"steps.trained = {steps.trained} of steps.window = {steps.window} steps cannot be "
+      f"chosen: {noisy} of the {rollout.num_steps} steps of {rollout.solver} have noise"
+    )
+  return Plan(rollout.num_steps, noisy, window, trained)
+
+
+def check(config: Any, pipeline: Pipeline) -> Plan:
+  """Refuses settings of the section `steps` that do not fit others; returns `plan_steps`.
+
+  Raises:
+    UserError: they do not fit.
+  """
+  plan, name = plan_steps(config, pipeline), config.loss.name
+  if config.data.prompt_dropout:
+    raise UserError(
+      f"data.prompt_dropout must be 0: loss {name!r} trains the steps that its prompts sampled"
+    )
+  if (
+    schedule_lib.error_scale(pipeline.schedule, config.loss.space, jnp.zeros(1, int))
+    is not None
+  ):
+    raise UserError(f"loss.space must be 'model': loss {name!r} has no errors of predictions")
+  if config.train.batch_size % plan.trained:
+    raise UserError(
+      f"train.batch_size must be a multiple of the {plan.trained} steps that each image is "
+      f"trained on (got {config.train.batch_size})"
+    )
+  return plan
+
+
+def etas(config: Any, plan: Plan, number: int) -> tuple[np.ndarray, int]:
+  """Returns the strength of each step's noise in a round, float32 [N], and the window's start.
+
+  Args:
+    config: of the run. `steps.hold` is the number of rounds between moves of the window.
+    plan: from `plan_steps`.
+    number: of the round.
+  """
+  last = plan.noisy - plan.window
+  if config.steps.hold:
+    start = number // config.steps.hold % (last + 1)
+  else:
+    rng = np.random.default_rng([config.seed, number, _WINDOW])
+    start = int(rng.integers(min(last, plan.noisy // 2) + 1))
+  found = np.zeros(plan.steps, np.float32)
+  found[start : start + plan.window] = config.steps.eta
+  return found, start
+
+
+def pick(plan: Plan, start: int, rows: int, seed: Sequence[int]) -> np.ndarray:
+  """Chooses the trained steps of each trajectory within the window, int32 [rows, S]."""
+  if plan.trained == plan.window:
+    inside = np.broadcast_to(np.arange(plan.window), (rows, plan.window))
+  else:
+    order = np.random.default_rng([*seed, _STEPS]).random((rows, plan.window)).argsort(axis=1)
+    inside = np.sort(order[:, : plan.trained], axis=1)
+  return (start + inside).astype(np.int32)
+
+
+def take(
+  states: jax.Array,
+  x0: jax.Array,
+  grid: Grid,
+  table: Coefficients,
+  schedule: schedule_lib.Schedule,
+  picks: jax.Array,
+) -> Steps:
+  """Takes steps out of trajectories.
+
+  The labels of a step are its level `t` and `log_snr`, its coefficients `state` and `data`, the
+  deviation `std` of its noise, its `gain` (how much its mean changes with the prediction), and
+  its `length` (how much the amplitude of the noise falls).
+
+  Args:
+    states: inputs of N steps, [N, B, C, h, w].
+    x0: output of the last one, [B, C, h, w].
+    grid: of the trajectories.
+    table: the solver's coefficients, of order 1 and with noise.
+    schedule: how predictions are read.
+    picks: numbers of the steps, int [B, S].
+  """
+  chosen = lambda of: jnp.take_along_axis(of.T, picks, axis=1)  # noqa: E731
+  after = jnp.concatenate([states[1:], x0[None]])
+  rows = jnp.arange(picks.shape[0])[:, None]
+  latents = jnp.stack([states[picks, rows], after[picks, rows]], axis=2)
+  assert table.noise is not None  # of a stochastic solver
+  _, levels = schedule_lib.scales(grid.log_snr, is_flow=grid.is_flow)
+  log_snr, data = chosen(grid.log_snr[:-1]), chosen(table.data[:, 0])
+  of_one, _ = schedule_lib.split_at(
+    schedule.prediction_type, jnp.ones_like(log_snr), jnp.zeros_like(log_snr), log_snr
+  )
+  labels = {
+    "t": chosen(grid.timesteps),
+    "log_snr": log_snr,
+    "state": chosen(table.state),
+    "data": data,
+    "std": chosen(table.noise),
+    "gain": jnp.abs(data * of_one),
+    "length": chosen(levels[:-1] - levels[1:]),
+  }
+  return Steps(latents, labels)
+
+
+def make_arms(batch: Any) -> Arms:
+  """Makes the train step's rows of a batch; a step's output is the target."""
+  latents, labels = batch["latents"], batch["labels"]
+  return Arms(latents[:, :1], latents[:, 1:], labels["t"], batch["cond"], labels, {})
+
+
+def residuals(
+  denoise: Denoise,
+  schedule: schedule_lib.Schedule,
+  guidance: float,
+  params: Any,
+  guide: Any,
+  rows: Arms,
+) -> dict[str, jax.Array]:
+  """Computes the steps' outputs less a model's means, {'x': float32 [R, C, h, w]}.
+
+  Args:
+    denoise: (params, x_t, t, cond) -> prediction.
+    schedule: how predictions are read.
+    guidance: scale of the guidance that is part of the policy; at most 1: none.
+    params: of the model.
+    guide: conditioning that guidance leads away from, a tree of [1, ...], or None.
+    rows: from `make_arms`.
+  """
+  x_t, labels = rows.x_t[:, 0], rows.labels
+  guided = guidance_lib.classifier_free(
+    lambda x, t, c: denoise(params, x, t, c), rows.cond, guide, guidance
+  )
+  prediction = guided(x_t, schedule_lib.timestep_input(schedule, rows.t))
+  x0, _ = schedule_lib.split_at(schedule.prediction_type, prediction, x_t, labels["log_snr"])
+  step = Coefficients(labels["state"], labels["data"][None], labels["std"])
+  mean, _ = likelihood.step_moments(step, x_t, x0)
+  return {"x": rows.target[:, 0] - mean}
+
+
+def abstract_labels(rows: int, schedule: schedule_lib.Schedule) -> dict[str, Any]:
+  """Returns the shapes of `LABELS` of a batch."""
+  found = dict.fromkeys(LABELS, jax.ShapeDtypeStruct((rows,), jnp.float32))
+  level = jax.ShapeDtypeStruct((rows,), schedule_lib.level_dtype(schedule))
+  return found | {"t": level}
+
+
+def training_guidance(config: Any) -> float:
+  """Returns the guidance scale of the trained predictions; 1 where there is none."""
+  guided = "steps" in config and config.steps.guided and config.rollout.guidance > 1
+  return config.rollout.guidance if guided else 1.0
