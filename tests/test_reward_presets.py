@@ -3,17 +3,36 @@
 import json
 
 import families
+import flow_networks
 import numpy as np
 import pytest
 
-from jaxpref import main
+from jaxpref import config as config_lib
+from jaxpref import losses, main
 from jaxpref.shapes import prompts
 
 
+def _write(preset, directory):
+  if preset.startswith("sd35m"):
+    return flow_networks.write_sd3(directory / "model", t5=False)
+  return families.write_pipeline(preset, directory, shallow=True)
+
+
+# Four images of a round; of `ppo`, with four steps of each, or fewer that have noise.
+CASES = [
+  ("awm", "sd15", {"train.batch_size": 4}),
+  ("dgpo", "sdxl", {"train.batch_size": 2}),
+  ("ppo", "sd15", {"train.batch_size": 8, "rounds.updates": 2, "train.num_updates": 2}),
+  ("ppo", "sdxl", {"train.batch_size": 16, "rounds.updates": 1}),
+  ("ppo", "sd35m", {"train.batch_size": 12, "rounds.updates": 1}),
+  ("ppo", "sd35m_mix", {"train.batch_size": 8, "rounds.updates": 1, "steps.window": 2}),
+]
+
+
 @pytest.mark.long
-@pytest.mark.parametrize(("method", "preset"), [("awm", "sd15"), ("dgpo", "sdxl")])
-def test_presets_train_models_of_reduced_width(method, preset, tmp_path, capsys):
-  base = families.write_pipeline(preset, tmp_path, shallow=True)
+@pytest.mark.parametrize(("method", "preset", "more"), CASES)
+def test_presets_train_models_of_reduced_width(method, preset, more, tmp_path, capsys):
+  base = _write(preset, tmp_path)
   (tmp_path / "prompts.txt").write_text("\n".join(prompts.held_out(2)) + "\n")
   small = {
     "model.path": base,
@@ -24,18 +43,45 @@ def test_presets_train_models_of_reduced_width(method, preset, tmp_path, capsys)
     "rounds.num_prompts": 2,
     "rounds.images_per_prompt": 2,
     "rounds.scorers": "('toy_scorers.red',)",
-    "rollout.num_steps": 2,
-    "train.batch_size": 4 if method == "awm" else 2,
+    "rollout.num_steps": 4 if method == "ppo" else 2,
     "train.accumulate": 1,
     "train.num_updates": 1,
     "evaluate.num_steps": 2,
     "evaluate.images_per_prompt": 1,
     "evaluate.num_prompts": 2,
+    **more,
   }
   flags = [f"--config.{name}={value}" for name, value in small.items()]
   workdir = tmp_path / "run"
   arguments = [f"--config={method}:{preset}", f"--workdir={workdir}", *flags]
   assert main.main(arguments) == 0, capsys.readouterr().err
-  (line,) = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+  *_, line = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
   assert np.isfinite(line["loss"]) and line["optim/grad_norm"] > 0
   assert line["reward/mean"] == line["reward/toy_scorers.red"] > 0
+
+
+# Ratio's clip, largest advantage, whose deviation, tie to the base; from the authors' code.
+CONSTANTS = {
+  "sd15": (1e-4, 5.0, "group", 0.0),
+  "sd15_dpok": (1e-4, 0.0, "none", 0.01 / 100),
+  "sd15_dance": (1e-4, 5.0, "group", 0.0),
+  "sd35m": (1e-4, 5.0, "global", 0.01),
+  "sd35m_fast": (1e-5, 5.0, "global", 0.0),
+  "sd35m_dance": (1e-4, 5.0, "group", 0.0),
+  "sd35m_mix": (1e-4, 5.0, "group", 0.0),
+}
+
+
+@pytest.mark.parametrize("preset", CONSTANTS)
+def test_published_constants_of_policy_gradients(preset):
+  config = config_lib.load_config(f"ppo:{preset}")
+  config_lib.validate(config)
+  loss, rounds, train = config.loss, config.rounds, config.train
+  found = (loss.clip, rounds.clip, rounds.scale, loss.weight_reference)
+  assert found == pytest.approx(CONSTANTS[preset])
+  images = rounds.num_prompts * rounds.images_per_prompt
+  steps = rounds.updates * train.batch_size / images
+  usual = {"sd15": 50, "sd35m": 9}.get(preset)
+  assert steps == (config.steps.trained or config.steps.window or usual)
+  assert train.num_updates % rounds.updates == train.batch_size % train.accumulate == 0
+  assert losses.make_loss(loss, updates=rounds.updates).needs.old

@@ -263,6 +263,7 @@ def steps(c: ConfigDict) -> None:
   c.steps.window = 0  # consecutive steps that have noise in a round; 0: all
   c.steps.hold = 0  # rounds until the window moves by a step; 0: random in the first half
   c.steps.guided = True  # train the guided prediction, which has sampled, or the plain one
+  c.steps.common_start = False  # sample all images of a prompt from the same noise
 
 
 def train_on_experts(c: ConfigDict) -> None:

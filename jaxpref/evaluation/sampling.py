@@ -138,6 +138,7 @@ def sample_seeds(
   num_steps: int,
   solver: str,
   order: int,
+  starts: jax.Array | None = None,
   **options: Any,
 ) -> Any:
   """Samples the latents of seeds, float32 [B, C, h, w]; to be called inside `jax.jit`.
@@ -150,12 +151,16 @@ def sample_seeds(
     num_steps: solver steps.
     solver: 'dpm_solver', 'ddim' or 'ddpm'.
     order: order of the DPM-Solver.
+    starts: seeds of the noise to start from, uint32 [B]; by default `seeds`.
     **options: `eta` and `trajectory` of `sampler.sample`, which may return more.
   """
-  keys = jax.vmap(lambda s: rng.key_of(0, "generate", s))(seeds)
+  keys, first = (
+    jax.vmap(lambda s: rng.key_of(0, "generate", s))(of)
+    for of in (seeds, seeds if starts is None else starts)
+  )
   return sampler_lib.sample(
     denoise,
-    sampler_lib.initial_noise(keys, latent_shape),
+    sampler_lib.initial_noise(first, latent_shape),
     grid_of(pipeline, latent_shape, num_steps, solver, len(seeds)),
     pipeline.schedule,
     solver=solver,

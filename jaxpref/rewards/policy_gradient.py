@@ -6,39 +6,10 @@ gradient of the expected reward only where both policies are equal. With one upd
 batch of samples they are, and `log_prob_old` is `stop_gradient(log_prob)`.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
 _MOST = 20.0  # largest absolute log-ratio: beyond it, the exponential overflows
-
-
-class Recipe(NamedTuple):
-  """Constants of a published method, from its authors' code.
-
-  Attributes:
-    clip: the ratio's range is 1 - clip to 1 + clip.
-    advantage_clip: largest absolute advantage; None: no clip.
-    scale: whose deviation divides rewards, see `advantages`; 'window': that of the prompt's
-      last rewards; 'none': a learned value is subtracted instead.
-    kl: weight of the tie to the reference.
-  """
-
-  clip: float
-  advantage_clip: float | None
-  scale: str
-  kl: float
-
-
-RECIPES = {
-  "ddpo": Recipe(1e-4, 10.0, "window", 0.0),
-  "dpok": Recipe(1e-4, None, "none", 0.01),
-  "dance_grpo": Recipe(1e-4, 5.0, "group", 0.0),
-  "flow_grpo": Recipe(1e-4, 5.0, "global", 0.04),
-  "flow_grpo_fast": Recipe(1e-5, 5.0, "global", 0.0),
-  "mix_grpo": Recipe(1e-4, 5.0, "group", 0.0),
-}
 
 
 def score_function_loss(log_prob: jax.Array, advantage: jax.Array) -> jax.Array:

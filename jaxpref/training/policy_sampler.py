@@ -37,8 +37,8 @@ def make_policy_sampler(
   Returns:
     `sample(params, vae_params, cond, uncond, seeds, chosen=None) -> (latents [B, C, h, w],
     Decoded, Steps or None)`. `cond` is a tree of [B, ...], `uncond` of [1, ...], and `seeds`
-    uint32 [B]. `chosen` are the strength of each step's noise, [N], and the steps to return,
-    int [B, S].
+    uint32 [B]. `chosen` are the strength of each step's noise, [N], the steps to return,
+    int [B, S], and the seeds of the noise to start from, uint32 [B].
   """
   shape, schedule = pipeline.latent_shape, pipeline.schedule
 
@@ -52,9 +52,9 @@ def make_policy_sampler(
     if chosen is None:
       latents = sampling.sample_seeds(guided, seeds, pipeline, shape, **settings)
     else:
-      eta, picks = chosen
+      eta, picks, starts = chosen
       latents, seen = sampling.sample_seeds(
-        *(guided, seeds, pipeline, shape), **settings, eta=eta, trajectory=True
+        *(guided, seeds, pipeline, shape), **settings, starts=starts, eta=eta, trajectory=True
       )
       grid = sampling.grid_of(pipeline, shape, num_steps, solver, len(seeds))
       table = sampler_lib.coefficients(grid, solver=solver, eta=eta)

@@ -171,19 +171,22 @@ class Rounds:
     params = program.adapt(state.policy_copy if lagging else state.params, base)
     cond = {name: Gather(of, prompt) for name, of in self._cond.items()}
     size = sharding.round_up(min(config.rollout.batch_size or len(seed), len(seed)), mesh)
-    eta = picks = None
+    eta = picks = starts = None
     if plan := self._plan:
       number = self._state["round"]
       eta, first = step_rows.etas(config, plan, number)
       eta = sharding.replicate(eta, mesh)
       picks = step_rows.pick(plan, first, len(seed), [config.seed, number])
+      images = config.rounds.images_per_prompt
+      starts = seed[::images].repeat(images) if config.steps.common_start else seed
     found: list[Any] = []
     for start in range(0, len(seed), size):
       index = np.arange(start, start + size).clip(max=len(seed) - 1)
-      texts, seeds, chosen = sharding.place_batch((cond, seed, picks), mesh, index)
+      host = (cond, seed, picks, starts)
+      texts, seeds, taken, begins = sharding.place_batch(host, mesh, index)
       sampled = program.sample(
         *(params, self._vae, texts, self._guide, seeds),
-        *([(eta, chosen)] if self._plan else []),
+        *([(eta, taken, begins)] if self._plan else []),
       )
       real = min(size, len(seed) - start)  # the last batch is padded
       found.append(jax.tree.map(lambda x, n=real: x[:n], sharding.to_host(sampled)))
