@@ -21,6 +21,7 @@ from jaxpref.training import optimizer, step_rows, train_step
 from jaxpref.training import rollout as rollout_lib
 
 CHANNELS, SIZE, TOKENS, WIDTH, ROWS = 4, 4, 3, 8, 16
+STEPS = 5  # of a trajectory
 
 
 def denoise(params, x_t, t, cond):
@@ -48,6 +49,7 @@ HYPER = {  # each method's settings, chosen so that they matter in this toy prob
     "tie": "step",
     "weight_reference": 0.2,
   },
+  "prdp": {"beta": 3.0},
   "sdpo": {"beta": 20.0, "mu": 0.2, "guarded": "dpo"},
   "sft": {},
   "simpo": {"beta": 20.0, "target_margin": 0.5},
@@ -64,16 +66,22 @@ def initial(kind="experts", seed=0):
     "cond": draw(WIDTH, 16),
     "out": 0.3 * draw(16, CHANNELS),
   }
-  arms = 2 if kind == "steps" else len(rows_lib.arms_of(kind, 3))
+  inner = {"steps": (2,), "paths": (2, STEPS, 2)}.get(kind)
+  inner = inner or (len(rows_lib.arms_of(kind, 3)),)
   rows = {
-    "latents": draw(ROWS, arms, CHANNELS, SIZE, SIZE),
+    "latents": draw(ROWS, *inner, CHANNELS, SIZE, SIZE),
     "cond": draw(ROWS, TOKENS, WIDTH),
     "labels": {"desirable": rng.random(ROWS) < 0.7},
   }
   if kind in ("scored", "groups"):
-    rows["labels"] = {"advantage": draw(*((ROWS, arms) if kind == "groups" else (ROWS,)))}
+    rows["labels"] = {"advantage": draw(ROWS, *(inner if kind == "groups" else ()))}
   if kind == "steps":
     rows["labels"] = {"advantage": draw(ROWS), **step_labels()}
+  if kind == "paths":
+    of = {
+      name: np.broadcast_to(x[:STEPS], (ROWS, 2, STEPS)) for name, x in step_labels().items()
+    }
+    rows["labels"] = {"advantage": draw(ROWS, 2), **of}
   return params, rows, draw(1, TOKENS, WIDTH)
 
 
@@ -144,7 +152,7 @@ def train(
     refresh_every=refresh_every,
     copy_decay=(lambda done: 0.1 * done) if needs.old else None,
     own_targets=own,
-    guidance=2.0 if name == "ppo" else 1.0,
+    guidance=2.0 if needs.of_steps else 1.0,
     **shared,
   )
   rollout = rollout_lib.make_rollout(
@@ -184,7 +192,7 @@ def train(
       policy = state.policy_copy if lagging else state.params
       drawn = rollout(policy, state.seed, state.update, batch["cond"], empty)
     start = params if name == "spin" else None
-    guide = empty if name == "ppo" else None
+    guide = empty if needs.of_steps else None
     state, metrics = step(state, params, empty, batch, drawn, start, guide)
     history.append({k: float(v) for k, v in metrics.items()})
   pieces = {len({str(s.index) for s in x.addressable_shards}) for x in jax.tree.leaves(state)}

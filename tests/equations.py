@@ -147,6 +147,11 @@ def ppo(
   return fit + weight_reference * factor[tie] * err(p["x"] - r["x"])
 
 
+def prdp(p, r, advantage, beta):
+  """Of log-ratios, for which errors stand here."""
+  return (beta * (err(p["a"]) - err(p["b"])) - (advantage[:, 0] - advantage[:, 1])) ** 2
+
+
 def by_group(residual):
   return np.stack([err(residual[k]) for k in sorted(residual)], 1)
 

@@ -10,6 +10,7 @@ import pytest
 from jaxpref import config as config_lib
 from jaxpref import sharding
 from jaxpref.models import pipeline as pipeline_lib
+from jaxpref.models import vae as vae_lib
 from jaxpref.training import flops, programs, setup
 
 SHAPE = jax.ShapeDtypeStruct
@@ -92,6 +93,7 @@ PASSES = {
   "nft": 3 + 1 + 1,
   "dgpo": 4 * (3 + 1 + 1),
   "ppo": 3,
+  "prdp": 2 * 3 * (1 + 3 + 1),  # two trajectories of three steps, in two passes
 }
 OPTIONS = {
   "dro": [("rollout.batch_size=4", 3 + 2), ("rollout.refresh_every=2", 6 + 2)],
@@ -134,6 +136,31 @@ def test_a_step_costs_what_its_method_says(name, option, passes, monkeypatch):
       )
     )
     assert one_step == pytest.approx(rows * forward, rel=0.001)
+
+
+@pytest.mark.long
+def test_a_round_costs_its_samplers_calls(monkeypatch):
+  """The sampler that keeps steps as it is traced, without the decoder, and what is counted."""
+  monkeypatch.chdir(conftest.ROOT)
+  fields = ["--config=configs/ppo.py:tiny", "--config.model.path=shapes"]
+  fields += ["--config.rollout.guidance=3.0"]
+  config, _ = config_lib.parse_args(fields, flags={})
+  checked = setup.check(config, mesh=sharding.make_mesh())
+  pipeline, images = checked.pipeline, 8
+  program, arguments = programs.abstract_programs(checked)
+  vae = pipeline_lib.abstract_params(pipeline.modules["vae"])
+  numbers = lambda *shape: SHAPE(shape, jnp.uint32)  # noqa: E731
+  chosen = (SHAPE((4,), jnp.float32), SHAPE((images, 3), jnp.int32), numbers(images))
+  traced = flops.count(
+    jax.make_jaxpr(program.sample)(
+      *(arguments.state.params, vae, pipeline.abstract_cond(images), arguments.uncond),
+      *(numbers(images), chosen),
+    )
+  )
+  decode = jax.make_jaxpr(lambda *a: vae_lib.decode(pipeline.modules["vae"], *a))
+  traced -= flops.count(decode(vae, SHAPE((images, *pipeline.latent_shape), jnp.float32)))
+  cost = flops.of_update(checked, flops.of_forward(pipeline))
+  assert traced == pytest.approx(cost["rollout"], rel=0.02)
 
 
 @pytest.mark.parametrize("states", [1, 3])

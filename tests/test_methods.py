@@ -17,7 +17,7 @@ from jaxpref.training import setup
 
 METHODS = (
   *("csft", "dpo", "dro", "dspo", "improver", "kto", "listwise", "mapo", "sdpo", "sft"),
-  *("simpo", "awm", "best_of", "dgpo", "nft", "online_dpo", "rwr", "ppo"),
+  *("simpo", "awm", "best_of", "dgpo", "nft", "online_dpo", "rwr", "ppo", "prdp"),
 )
 ITERATIVE = ("iterative_dpo", "spin")  # see test_iterate
 # What further options there are, run by one method each.
@@ -32,7 +32,7 @@ OPTIONS = {
 # own has it: test_improver and test_steps.
 _ALIKE = (
   *("csft", "dpo", "dspo", "improver", "kto", "listwise", "mapo", "sdpo", "sft"),
-  *("simpo", "awm", "best_of", "dgpo", "nft", "online_dpo", "rwr"),
+  *("simpo", "awm", "best_of", "dgpo", "nft", "online_dpo", "rwr", "prdp"),
 )
 
 
@@ -62,9 +62,12 @@ def test_twenty_updates(name, tiny_pipeline, tfds_dir, tmp_path, monkeypatch, ca
   assert not unknown, "give these metrics a meaning in jaxpref/evaluation/glossary.py"
   config = config_lib.load_config(f"{name}:tiny")
   needs = losses.make_loss(config.loss).needs
+  if needs.rows == "paths":  # log-ratios instead of errors
+    assert len({line["prdp/log_ratio"] for line in lines}) == 20
+    assert lines[0]["prdp/log_ratio"] == 0 < lines[-1]["prdp/log_ratio"]
   arms = needs.arms or rows_lib.arms_of(needs.rows, setup.list_size(config))
   arms += ("p",) if needs.rollout else ()
-  for arm in arms:
+  for arm in arms if needs.rows != "paths" else ():
     errors = [line[f"err/policy_{arm}"] for line in lines]
     if arm == "p":
       assert errors == [0.0] * 20  # its own prediction is the target

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpref.rewards import likelihood, policy_gradient, prdp, step_pairs
+from jaxpref import losses
+from jaxpref.rewards import likelihood, policy_gradient, step_pairs, two_pass
 
 A, B, C, S = (
   np.array(of) for of in ((0.9, 0.8, 0.85), (1.0, 0.7, 0.5), (0.3, -0.2, 0.4), (0.5, 0.6, 0.4))
@@ -247,10 +248,14 @@ def pairs(count=6):
   return jax.tree.map(jnp.asarray, steps), *(SLOPE * states[-1, side, :, 0] for side in (0, 1))
 
 
+def prdp_of(reward_a, reward_b):
+  return lambda u: (losses.prdp_loss(*u, reward_a, reward_b, beta=BETA), None)
+
+
 def test_prdp_is_zero_at_the_optimum_of_the_regularised_reward():
   steps, r_a, r_b = pairs()
-  loss, slope = prdp.two_pass_gradient(
-    pair_log_ratios, jnp.array(SHIFT), steps, r_a, r_b, beta=BETA
+  loss, _, slope = two_pass.two_pass_gradient(
+    pair_log_ratios, jnp.array(SHIFT), steps, prdp_of(r_a, r_b)
   )
   np.testing.assert_allclose(loss, 0.0, atol=1e-20)
   np.testing.assert_allclose(slope, 0.0, atol=1e-10)
@@ -268,10 +273,10 @@ def test_two_passes_give_prdps_gradient(wrong):
 
   def naive(shift):
     u = sum(pair_log_ratios(shift, jax.tree.map(lambda x, k=k: x[k], steps)) for k in range(3))
-    return prdp.prdp_loss(*u, r_a, r_b, beta=BETA).mean()
+    return losses.prdp_loss(*u, r_a, r_b, beta=BETA).mean()
 
-  loss, slope = prdp.two_pass_gradient(
-    pair_log_ratios, jnp.array(wrong), steps, r_a, r_b, beta=BETA
+  loss, _, slope = two_pass.two_pass_gradient(
+    pair_log_ratios, jnp.array(wrong), steps, prdp_of(r_a, r_b)
   )
   np.testing.assert_allclose(loss.mean(), naive(jnp.array(wrong)), rtol=1e-12)
   np.testing.assert_allclose(slope, jax.grad(naive)(jnp.array(wrong)), rtol=1e-10)

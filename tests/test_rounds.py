@@ -14,7 +14,7 @@ from jaxpref.errors import UserError
 from jaxpref.evaluation import sampling
 from jaxpref.models import load_pipeline
 from jaxpref.shapes import prompts
-from jaxpref.training import policy_sampler, rounds, rounds_settings
+from jaxpref.training import policy_sampler, rounds, rounds_settings, step_rows
 
 LATENTS = np.arange(6.0).reshape(6, 1, 1, 1)
 GROUP, REWARD = np.array([0, 0, 0, 1, 1, 1]), np.array([0.1, 0.9, 0.5, 0.3, 0.3, 0.3])
@@ -154,6 +154,33 @@ def test_a_run_in_two_parts_ends_with_the_bits_of_a_whole_one(
   assert line["reward/shapes.quality"] == line["reward/mean"]
 
 
+def test_rows_of_trajectories():
+  count = np.arange(6.0)
+  steps = step_rows.Steps(
+    np.broadcast_to(count[:, None, None, None, None, None], (6, 3, 2, 1, 1, 1)),
+    {"std": np.broadcast_to(count[:, None], (6, 3))},
+  )
+  group = np.array([0, 0, 1, 1, 2, 2])
+  made = {
+    kind: rounds.make_rows(kind, LATENTS, {"advantage": count}, group, REWARD, steps)
+    for kind in ("steps", "paths")
+  }
+  single, paths = made["steps"], made["paths"]
+  assert single["latents"].shape == (18, 2, 1, 1, 1)
+  by_row = single["latents"][:, 0, 0, 0, 0]
+  np.testing.assert_array_equal(by_row, np.repeat(count, 3))
+  np.testing.assert_array_equal(single["labels"]["advantage"], by_row)
+  np.testing.assert_array_equal(single["labels"]["std"], by_row)
+  np.testing.assert_array_equal(single["group"], np.repeat(group, 3))
+  assert paths["latents"].shape == (3, 2, 3, 2, 1, 1, 1) and paths["group"].tolist() == [
+    0,
+    1,
+    2,
+  ]
+  assert paths["labels"]["advantage"].tolist() == [[0, 1], [2, 3], [4, 5]]
+  np.testing.assert_array_equal(paths["labels"]["std"][:, 1, 2], [1, 3, 5])
+
+
 @pytest.mark.long
 def test_steps_resumed_between_rounds_end_with_the_same_bits(
   surroundings, tiny_pipeline, tmp_path
@@ -176,6 +203,14 @@ def test_steps_resumed_between_rounds_end_with_the_same_bits(
   assert all(line["ratio/approx_kl"] > 0 for line in lines[1::2])
   assert lines[0]["distance/steps"] == 0 < lines[-1]["distance/steps"]
   assert lines[-1]["err/old_x"] != lines[-1]["err/policy_x"]
+
+
+@pytest.mark.long
+def test_pairs_of_trajectories_resume_to_the_same_bits(surroundings, tiny_pipeline, tmp_path):
+  fields = {"rounds.updates": 2, "evaluate.num_prompts": 1, "optim.lr": 0.01}
+  whole, _ = runs.check_resumed(tiny_pipeline, tmp_path, "prdp", updates=(2, 4), **fields)
+  lines = runs.lines(whole)
+  assert lines[0]["prdp/log_ratio"] == 0 < lines[-1]["prdp/log_ratio"]
 
 
 @pytest.mark.long

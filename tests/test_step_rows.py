@@ -179,12 +179,15 @@ def test_trained_steps_are_distinct_and_random(tiny_pipeline):
     ({"data__prompt_dropout": 0.1}, "data.prompt_dropout must be 0"),
     ({"loss__space": "eps"}, "loss.space must be 'model'"),
     ({"train__batch_size": 8}, "must be a multiple of the 3 steps"),
+    ({"steps__trained": 2}, "loss 'ppo' learns from whole trajectories"),
+    ({"rounds__images_per_prompt": 3}, "rounds.images_per_prompt must be even"),
   ],
 )
 def test_settings_of_steps_that_do_not_fit_are_refused(tiny_pipeline, fields, message):
   config, pipeline = tiny(tiny_pipeline, **fields)
+  kind = "paths" if "whole trajectories" in message or "even" in message else "steps"
   with pytest.raises(UserError) as error:
-    step_rows.check(config, pipeline)
+    step_rows.check(config, pipeline, kind)
   assert message in str(error.value)
 
 
@@ -206,53 +209,48 @@ def linear(params, x_t, t, cond):
   return params["slope"][:, None, None] * x_t + told
 
 
-def closed_form(params, base, rows, empty, labels, scale, weight):
-  """The loss's gradient by hand, in float64: all means are linear in the parameters."""
-  x, after = np.float64(rows["latents"]).swapaxes(0, 1)
+def mean_of(labels, rows, empty, scale):
+  """The steps' means as a function of parameters, and its slope; float64, [N, ...]."""
+  x = np.float64(rows["latents"][:, 0])
   empty = np.broadcast_to(empty, rows["cond"].shape)
   without, with_text = (np.float64(of).mean(1) for of in (empty, rows["cond"]))
   told = without + scale * (with_text - without)  # guided text, since the model is linear
   column = lambda name: np.float64(labels[name])[:, None, None, None]  # noqa: E731
-  std, advantage = column("std"), column("advantage")
   alpha = np.sqrt(1 / (1 + np.exp(-column("log_snr"))))
-  sigma = np.sqrt(1 - alpha**2)
-  factor = -column("data") * sigma / alpha  # of a prediction of noise, in the mean
+  factor = -column("data") * np.sqrt(1 - alpha**2) / alpha  # of a prediction of noise
 
   def mean(of):
     predicted = of["slope"][:, None, None] * x + (told @ of["told"])[:, :, None, None]
     return column("state") * x + column("data") * x / alpha + factor * predicted
 
-  size = np.prod(x.shape[1:])
-  residual, apart = after - mean(params), mean(params) - mean(base)
-  # Of -A log p + weight KL by the mean; the ratio is 1.
-  by_mean = (-advantage * residual + weight * apart) / std**2 / size
-  by_prediction = by_mean * factor / len(x)
-  return {
-    "slope": (by_prediction * x).sum((0, 2, 3)),
-    "told": np.einsum("nd,nc->dc", told, by_prediction.sum((2, 3))),
-  }
+  def pull(by_mean):
+    """From derivatives by the means to derivatives by the parameters."""
+    by_prediction = by_mean * factor
+    by_told = np.einsum("nd,nc->dc", told, by_prediction.sum((2, 3)))
+    return {"slope": (by_prediction * x).sum((0, 2, 3)), "told": by_told}
+
+  return mean, pull, column("std")
 
 
-@pytest.mark.parametrize("accumulate", [1, pytest.param(4, marks=LONG)])
-def test_an_updates_gradient_is_that_of_the_equation(accumulate):
-  rng = np.random.default_rng(8)
-  draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
-  params, base = (
-    {"slope": 0.3 * draw(4), "told": 0.3 * draw(devices_main.WIDTH, 4)} for _ in range(2)
-  )
-  _, rows, empty = devices_main.initial("steps")
-  rows["latents"] = draw(*rows["latents"].shape)
-  schedule, scale, weight = schedules.make_schedule(), 3.0, 0.2
-  loss = losses.make_loss(
-    {"name": "ppo", **devices_main.HYPER["ppo"], "weight_reference": weight}
-  )
+def closed_form(params, base, rows, empty, labels, scale, weight):
+  """The gradient of -A log p + weight KL by hand, where the ratio is 1."""
+  mean, pull, std = mean_of(labels, rows, empty, scale)
+  residual = np.float64(rows["latents"][:, 1]) - mean(params)
+  apart = mean(params) - mean(base)
+  advantage = np.float64(labels["advantage"])[:, None, None, None]
+  return pull((-advantage * residual + weight * apart) / std**2 / residual.size)
+
+
+def updated(name, params, base, rows, empty, scale, accumulate, **hyper):
+  """One update of plain gradient descent; returns the gradient and the metrics."""
+  loss = losses.make_loss({"name": name, **devices_main.HYPER[name], **hyper})
   mesh, tx = sharding.make_mesh(), optax.sgd(1.0)
   make_state = lambda p: train_step.init_state(p, tx, seed=0, lagging_copy=False)  # noqa: E731
   step = train_step.make_train_step(
-    *(linear, schedule, loss, tx),
+    *(linear, schedules.make_schedule(), loss, tx),
     mesh=mesh,
     state_sharding=sharding.params_sharding(mesh, jax.eval_shape(make_state, params)),
-    arms=("x",),
+    arms=("a", "b") if name == "prdp" else ("x",),
     learning_rate=optax.constant_schedule(1.0),
     ema_decay=0.9,
     prompt_dropout=0.0,
@@ -261,8 +259,53 @@ def test_an_updates_gradient_is_that_of_the_equation(accumulate):
   )
   batch = sharding.place_batch(rows, mesh)
   state, metrics = step(make_state(params), base, None, batch, None, None, empty)
+  return {name: params[name] - state.params[name] for name in params}, metrics
+
+
+def linear_models():
+  rng = np.random.default_rng(8)
+  draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+  return ({"slope": 0.3 * draw(4), "told": 0.3 * draw(devices_main.WIDTH, 4)} for _ in "ab")
+
+
+@pytest.mark.parametrize("accumulate", [1, pytest.param(4, marks=LONG)])
+def test_an_updates_gradient_is_that_of_the_equation(accumulate):
+  params, base = linear_models()
+  _, rows, empty = devices_main.initial("steps")
+  scale, weight = 3.0, 0.2
+  got, metrics = updated(
+    *("ppo", params, base, rows, empty, scale, accumulate), weight_reference=weight
+  )
   want = closed_form(params, base, rows, empty, rows["labels"], scale, weight)
   for name, of in want.items():
-    np.testing.assert_allclose(params[name] - state.params[name], of, rtol=2e-4, atol=1e-6)
+    np.testing.assert_allclose(got[name], of, rtol=2e-4, atol=1e-6)
   assert metrics["ratio/mean"] == 1 and metrics["distance/steps"] > 0
   assert np.abs(want["slope"]).min() > 1e-3
+
+
+@pytest.mark.parametrize("accumulate", [1, pytest.param(4, marks=LONG)])
+def test_a_pairs_gradient_is_that_of_the_equation(accumulate):
+  """Of (beta (u_a - u_b) - (A_a - A_b))^2, with u the sum of five steps' log-ratios."""
+  params, base = linear_models()
+  _, rows, empty = devices_main.initial("paths")
+  scale, beta = 3.0, 0.8
+  got, metrics = updated(*("prdp", params, base, rows, empty, scale, accumulate), beta=beta)
+  count, steps = len(rows["cond"]), devices_main.STEPS
+  flat = {
+    "latents": rows["latents"].reshape(-1, *rows["latents"].shape[3:]),
+    "cond": np.repeat(rows["cond"], 2 * steps, axis=0),
+  }
+  labels = {k: v.reshape(-1) for k, v in rows["labels"].items() if k != "advantage"}
+  mean, pull, std = mean_of(labels, flat, empty, scale)
+  after = np.float64(flat["latents"][:, 1])
+  residual, other = after - mean(params), after - mean(base)
+  log_ratio = ((other**2 - residual**2) / (2 * std**2)).mean((1, 2, 3))
+  u = log_ratio.reshape(count, 2, steps).sum(2)
+  advantage = np.float64(rows["labels"]["advantage"])
+  gap = beta * (u[:, 0] - u[:, 1]) - (advantage[:, 0] - advantage[:, 1])
+  sign = np.repeat(np.stack([gap, -gap], 1).reshape(-1), steps)[:, None, None, None]
+  want = pull(2 * beta * sign / count * residual / std**2 / residual[0].size)
+  assert metrics["loss"] == pytest.approx((gap**2).mean(), rel=1e-4)
+  for name, of in want.items():
+    np.testing.assert_allclose(got[name], of, rtol=5e-4, atol=1e-4 * np.abs(of).max())
+  assert metrics["prdp/log_ratio"] > 0.1

@@ -28,7 +28,8 @@ def arms_of(kind: str, list_size: int) -> tuple[str, ...]:
   if kind in ("lists", "groups"):
     return tuple(str(number) for number in range(1, list_size + 1))
   single = {"experts": "e", "singles": "x", "scored": "x", "steps": "x"}
-  return ("w", "l") if kind == "pairs" else (single[kind],)
+  pairs = {"pairs": ("w", "l"), "paths": ("a", "b")}
+  return pairs[kind] if kind in pairs else (single[kind],)
 
 
 def load_rows(

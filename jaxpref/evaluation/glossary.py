@@ -88,6 +88,14 @@ METRICS: dict[str, Metric] = {
   "dgpo/stopped": Metric(
     "Share of images without a gradient, because the model has moved far enough.", "share"
   ),
+  "prdp/log_ratio": Metric(
+    "Mean absolute difference of the log-ratios of a pair's trajectories, times beta. It "
+    "should come near the mean difference of their rewards."
+  ),
+  "prdp/agreement": Metric(
+    "Share of pairs whose log-ratios differ in the direction of their rewards. Should rise.",
+    "share",
+  ),
   "rwr/square_weight": Metric(
     "Mean square of the weights, whose mean is 1. The number of images divided by it is the "
     "number that effectively count."

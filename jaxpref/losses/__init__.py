@@ -26,6 +26,7 @@ from jaxpref.losses.kto import kto_loss
 from jaxpref.losses.listwise import plackett_luce_loss
 from jaxpref.losses.mapo import mapo_loss
 from jaxpref.losses.nft import nft_loss
+from jaxpref.losses.prdp import prdp_loss
 from jaxpref.losses.rwr import rwr_loss
 from jaxpref.losses.sdpo import safeguard, sdpo_scale
 from jaxpref.losses.sft import sft_loss
@@ -51,6 +52,7 @@ __all__ = [
   "mapo_loss",
   "nft_loss",
   "plackett_luce_loss",
+  "prdp_loss",
   "rwr_loss",
   "safeguard",
   "sdpo_scale",

@@ -59,6 +59,8 @@ class Needs:
       'steps': one step of the policy's sampler ('x'), whose error is the difference of the
         step's output and its mean, with `advantage`, `reward`, and `std`, `gain` and `length`
         of `jaxpref.training.step_rows`,
+      'paths': two trajectories of a prompt's samples ('a', 'b'): instead of errors, their
+        log-ratios of policy and reference, with labels [B, 2],
       'groups': all samples of a prompt ('1', '2', ...), with the same labels [B, G].
     rollout: 'states' adds the arm 'p': states of the policy's own sampling trajectories, with
       its predictions there as targets. None adds nothing.
@@ -75,7 +77,7 @@ class Needs:
     arms: names of the errors, if `arrange` changes those of the rows.
   """
 
-  rows: Literal["experts", "pairs", "singles", "lists", "scored", "steps", "groups"]
+  rows: Literal["experts", "pairs", "singles", "lists", "scored", "steps", "paths", "groups"]
   rollout: Literal["states"] | None = None
   reference: bool = False
   old: bool = False
@@ -104,6 +106,11 @@ class Needs:
         raise UserError(f"Needs: {field} must be {one_of} (got {given!r})")
     if not (isinstance(self.arms, tuple) and all(isinstance(arm, str) for arm in self.arms)):
       raise UserError(f"Needs: arms must be a tuple of names (got {self.arms!r})")
+
+  @property
+  def of_steps(self) -> bool:
+    """Whether rows are steps of the policy's own sampler."""
+    return self.rows in ("steps", "paths")
 
 
 class Arranged(NamedTuple):
@@ -288,8 +295,8 @@ def _example_labels(loss: Loss, images: int) -> dict[str, jax.Array]:
   """
   kind = loss.needs.rows
   labels = {"desirable": jnp.zeros(2, bool)} if kind == "singles" else {}
-  if kind in ("scored", "groups", "steps"):
-    of_row = jnp.zeros((2, images)) if kind == "groups" else jnp.zeros(2)
+  if kind in ("scored", "groups", "steps", "paths"):
+    of_row = jnp.zeros((2, images)) if kind in ("groups", "paths") else jnp.zeros(2)
     labels = {"advantage": of_row, "reward": of_row}
     if kind == "steps":
       labels |= dict.fromkeys(("std", "gain", "length"), of_row)

@@ -74,6 +74,10 @@ def of_update(checked: Checked, forward: float) -> dict[str, float]:
   if step_rows.training_guidance(config) > 1:
     rows *= 2  # each with and without its prompt
   cost = {"policy": passes * rows * states * trained * forward}
+  if needs.rows == "paths":  # the first of two passes over all steps has no gradient
+    passes += 1
+    rows *= step_rows.plan_steps(config, checked.pipeline).trained
+    cost["policy"] = passes * rows * trained * forward
   if needs.reference and not config.data.noise_draws:
     cost["reference"] = rows * states * len(checked.arms) * forward
   if needs.old:

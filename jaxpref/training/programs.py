@@ -160,9 +160,10 @@ def abstract_rows(checked: Checked, count: int) -> dict[str, Any]:
   """Returns the shapes of `count` encoded rows, see `encode.encode_rows`."""
   pipeline, needs = checked.pipeline, checked.loss.needs
   images = len(rows_lib.arms_of(needs.rows, list_size(checked.config)))
-  if needs.rows == "steps":
-    images = 2  # a step's input and output
-  latents = jax.ShapeDtypeStruct((count, images, *pipeline.latent_shape), jnp.float32)
+  shape: tuple[int, ...] = (count, images)
+  if needs.of_steps:
+    shape = (*_shape_of_steps(checked, count), 2)  # a step's input and output
+  latents = jax.ShapeDtypeStruct((*shape, *pipeline.latent_shape), jnp.float32)
   return {
     "latents": latents,
     **({"std": latents} if checked.config.data.latents == "sample" else {}),
@@ -171,16 +172,25 @@ def abstract_rows(checked: Checked, count: int) -> dict[str, Any]:
   }
 
 
+def _shape_of_steps(checked: Checked, count: int) -> tuple[int, ...]:
+  """Returns the shape of the steps of `count` rows: [B], or of whole trajectories [B, 2, S]."""
+  if checked.loss.needs.rows == "steps":
+    return (count,)
+  plan = step_rows.plan_steps(checked.config, checked.pipeline)
+  return (count, len(checked.arms), plan.trained)
+
+
 def _abstract_labels(checked: Checked, count: int, images: int) -> dict[str, Any]:
   kind = checked.loss.needs.rows
-  if kind not in ("scored", "groups", "steps"):
+  if kind not in ("scored", "groups", "steps", "paths"):
     return {"desirable": jax.ShapeDtypeStruct((count,), bool)}
   more = checked.loss.label(np.zeros(1)) if checked.loss.label else {}
-  shape = (count, images) if kind == "groups" else (count,)
+  shape = (count, images) if kind in ("groups", "paths") else (count,)
   names = ("advantage", "reward", *more)
   found = dict.fromkeys(names, jax.ShapeDtypeStruct(shape, jnp.float32))
-  of_steps = step_rows.abstract_labels(count, checked.schedule) if kind == "steps" else {}
-  return found | of_steps
+  if checked.loss.needs.of_steps:
+    found |= step_rows.abstract_labels(_shape_of_steps(checked, count), checked.schedule)
+  return found
 
 
 def abstract_programs(checked: Checked) -> tuple[Programs, Arguments]:

@@ -136,7 +136,8 @@ class Rounds:
     labels = {"reward": reward, "advantage": advantage}
     if label := self._prepared.loss.label:
       labels |= label(reward)
-    rows = make_rows(self._prepared.loss.needs.rows, latents, labels, group, reward, steps)
+    kind = self._prepared.loss.needs.rows
+    rows = make_rows(kind, latents, labels, group, reward, steps)
     if not len(rows["latents"]):
       return False
     cond = {name: Gather(of, chosen[rows["group"]]) for name, of in self._cond.items()}
@@ -145,7 +146,7 @@ class Rounds:
     part = Part(row_set.collect(texts), tree)
     size = config.train.batch_size
     # The steps of an image stay together, so that an update sees whole trajectories.
-    whole = 1 if self._plan is None else self._plan.trained
+    whole = self._plan.trained if self._plan and kind == "steps" else 1
     trained = size * settings.updates // whole
     order = shuffle(len(texts) // whole, trained, [config.seed, number, _ORDER])
     order = (order[:, None] * whole + np.arange(whole)).ravel()
@@ -210,9 +211,9 @@ def make_rows(
 ) -> dict[str, Any]:
   """Makes rows of a kind from a round's images.
 
-  'steps' are single steps, those of an image after each other, 'scored' rows are single
-  images, 'groups' all images of a prompt, 'pairs' the best and the worst of a prompt's images
-  if their rewards differ, and 'experts' the best.
+  'steps' are single steps, those of an image after each other, 'paths' pairs of trajectories
+  of a prompt, 'scored' rows are single images, 'groups' all images of a prompt, 'pairs' the
+  best and the worst of a prompt's images if their rewards differ, and 'experts' the best.
 
   Args:
     kind: see `losses.Needs`.
@@ -220,14 +221,21 @@ def make_rows(
     labels: of the images by name, [P G].
     group: number of their prompt, int [P G].
     reward: of the images, [P G].
-    steps: of the images' trajectories, for rows of the kind 'steps'.
+    steps: of the images' trajectories, for rows of the kinds 'steps' and 'paths'.
 
   Returns:
-    'latents' [R, A, C, h, w], of steps with their inputs and outputs for A, 'group' int [R],
+    'latents' [R, A, C, h, w], of steps with their inputs and outputs for A, of paths
+    [R, 2, S, 2, C, h, w], 'group' int [R],
     and 'labels' [R] or, of groups, [R, G].
   """
   count = int(group[-1]) + 1
   single = {name: np.asarray(of, np.float32) for name, of in labels.items()}
+  if kind == "paths":
+    # The two sides of a row are images of one prompt.
+    pairs = lambda of: of.reshape(-1, 2, *of.shape[1:])  # noqa: E731
+    paths = jax.tree.map(pairs, steps)
+    both = {name: pairs(of) for name, of in single.items()}
+    return {"latents": paths.latents, "group": group[::2], "labels": both | paths.labels}
   if steps is not None:
     chosen = steps.latents.shape[1]
     flat = jax.tree.map(lambda of: of.reshape(-1, *of.shape[2:]), steps)

@@ -9,7 +9,7 @@ from jaxpref import scorers
 from jaxpref.errors import UserError
 from jaxpref.losses import Needs
 
-KINDS = ("scored", "steps", "groups", "pairs", "experts")
+KINDS = ("scored", "steps", "paths", "groups", "pairs", "experts")
 
 
 def check(config: ConfigDict, needs: Needs) -> None:
@@ -23,7 +23,7 @@ def check(config: ConfigDict, needs: Needs) -> None:
     UserError: two settings contradict each other, or the loss.
   """
   if "rounds" not in config:
-    if needs.old or needs.rows in ("scored", "groups", "steps"):
+    if needs.old or needs.rows in ("scored", "groups") or needs.of_steps:
       raise UserError(
         f"loss {config.loss.name!r} learns from scored samples: its config file must call "
         "base_config.rounds(c)"
@@ -40,12 +40,12 @@ def check(config: ConfigDict, needs: Needs) -> None:
       f"rounds.scorers and rounds.weights need one entry for each scorer (got "
       f"{len(settings.scorers)} and {len(settings.weights)})"
     )
-  if (kind == "steps") != ("steps" in config):
+  if needs.of_steps != ("steps" in config):
     raise UserError(
       f"loss {config.loss.name!r} learns from {kind}: the section steps is for losses that "
       "learn from steps, whose config files call base_config.steps(c)"
     )
-  if kind != "steps":
+  if not needs.of_steps:
     check_rows(config, settings.images_per_prompt if kind == "scored" else 1)
   if config.train.num_updates % settings.updates:
     raise UserError(

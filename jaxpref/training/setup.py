@@ -242,9 +242,10 @@ def _check_levels(
       "the levels of its rollouts, which are uniform before the shift"
     )
   sampler.check_solver(schedule, config.rollout.solver)
-  if loss.needs.rows == "steps":
-    plan = step_rows.check(config, pipeline)
-    rounds_settings.check_rows(config, config.rounds.images_per_prompt * plan.trained)
+  if loss.needs.of_steps:
+    plan = step_rows.check(config, pipeline, loss.needs.rows)
+    of_image = plan.trained if loss.needs.rows == "steps" else 0.5
+    rounds_settings.check_rows(config, int(config.rounds.images_per_prompt * of_image))
   # Refuses more steps than the schedule has here, not at the first rollout.
   timesteps_lib.offset_grid(
     *(schedule, config.rollout.num_steps, jnp.zeros(1, jnp.int32)),

@@ -93,8 +93,13 @@ def plan_steps(config: Any, pipeline: Pipeline) -> Plan:
   return Plan(rollout.num_steps, noisy, window, trained)
 
 
-def check(config: Any, pipeline: Pipeline) -> Plan:
+def check(config: Any, pipeline: Pipeline, kind: str) -> Plan:
   """Refuses settings of the section `steps` that do not fit others; returns `plan_steps`.
+
+  Args:
+    config: of the run.
+    pipeline: its base.
+    kind: of the rows, 'steps' or 'paths'.
 
   Raises:
     UserError: they do not fit.
@@ -109,6 +114,18 @@ def check(config: Any, pipeline: Pipeline) -> Plan:
     is not None
   ):
     raise UserError(f"loss.space must be 'model': loss {name!r} has no errors of predictions")
+  if kind == "paths":
+    if plan.trained < plan.noisy:
+      raise UserError(
+        f"steps.window and steps.trained must be 0: loss {name!r} learns from whole "
+        "trajectories"
+      )
+    if config.rounds.images_per_prompt % 2:
+      raise UserError(
+        f"rounds.images_per_prompt must be even: loss {name!r} learns from pairs of a prompt's "
+        f"images (got {config.rounds.images_per_prompt})"
+      )
+    return plan
   if config.train.batch_size % plan.trained:
     raise UserError(
       f"train.batch_size must be a multiple of the {plan.trained} steps that each image is "
@@ -225,10 +242,12 @@ def residuals(
   return {"x": rows.target[:, 0] - mean}
 
 
-def abstract_labels(rows: int, schedule: schedule_lib.Schedule) -> dict[str, Any]:
+def abstract_labels(
+  shape: tuple[int, ...], schedule: schedule_lib.Schedule
+) -> dict[str, jax.ShapeDtypeStruct]:
   """Returns the shapes of `LABELS` of a batch."""
-  found = dict.fromkeys(LABELS, jax.ShapeDtypeStruct((rows,), jnp.float32))
-  level = jax.ShapeDtypeStruct((rows,), schedule_lib.level_dtype(schedule))
+  found = dict.fromkeys(LABELS, jax.ShapeDtypeStruct(shape, jnp.float32))
+  level = jax.ShapeDtypeStruct(shape, schedule_lib.level_dtype(schedule))
   return found | {"t": level}
 
 

@@ -22,8 +22,8 @@ from jaxpref.losses import Loss, Needs, Terms, to_errors
 from jaxpref.models.denoiser import Denoise
 from jaxpref.training import batch as batch_lib
 from jaxpref.training import optimizer as optimizer_lib
+from jaxpref.training import path_rows, step_rows
 from jaxpref.training import rollout as rollout_lib
-from jaxpref.training import step_rows
 from jaxpref.training.rollout import States
 
 
@@ -145,21 +145,26 @@ def make_train_step(
   Returns:
     `step(state, base, uncond, batch, rollout, start=None, guide=None) -> (state, metrics)`.
     `base` are the base's parameters, or None if neither `adapt` nor the reference needs them.
-    `batch` is the input of `batch.make_arms` or `step_rows.make_arms`. `rollout` is a `States`
-    or None. `start` are the trained parameters at the start if they are the reference, else
-    None. `guide` is the conditioning that the guidance of trained steps leads away from.
+    `batch` is the input of `make_arms` in `batch`, `step_rows` or `path_rows`. `rollout` is a
+    `States` or None. `start` are the trained parameters at the start if they are the reference,
+    else None. `guide` is the conditioning that the guidance of trained steps leads away from.
     Metrics are scalars. If the loss or its gradient is not finite, only the state's counts
     change.
   """
-  of_steps = loss.needs.rows == "steps"
+  needs = loss.needs
 
   def residuals_of(params, guide, rows, arms):
-    if of_steps:
+    if needs.of_steps:
       return step_rows.residuals(denoise, schedule, guidance, params, guide, rows)
     return _residuals(denoise, schedule, space, params, rows, arms)
 
   loss_of = functools.partial(_micro_loss, residuals_of, loss, tuple(arms), own_targets, adapt)
-  gradients = _reduced(functools.partial(_mean_gradients, loss_of, accumulate), mesh)
+  gradients_of = functools.partial(_gradients, loss_of)
+  if needs.rows == "paths":
+    gradients_of = functools.partial(
+      path_rows.gradients, residuals_of, loss, tuple(arms), adapt
+    )
+  gradients = _reduced(functools.partial(_mean_gradients, gradients_of, accumulate), mesh)
 
   @functools.partial(
     jax.jit, donate_argnums=0, out_shardings=(state_sharding, sharding.replicated(mesh))
@@ -167,8 +172,8 @@ def make_train_step(
   def step(
     state: TrainState, base, uncond, batch, rollout: States | None, start=None, guide=None
   ):
-    if of_steps:
-      rows = step_rows.make_arms(batch)
+    if needs.of_steps:
+      rows = (path_rows if needs.rows == "paths" else step_rows).make_arms(batch)
     else:
       rows = batch_lib.make_arms(
         *(schedule, loss.needs, batch, rollout, uncond),
@@ -250,8 +255,22 @@ def _micro_loss(
   return per_sample.mean(), jax.tree.map(jnp.mean, metrics)
 
 
-def _mean_gradients(
+def _gradients(
   loss_of: Callable,
+  trained: Any,
+  fixed: _Fixed,
+  rows: batch_lib.Arms,
+  mean: Callable[[jax.Array], jax.Array],
+) -> tuple[Any, dict[str, jax.Array]]:
+  """Returns gradients and metrics of a micro-batch."""
+  found: tuple[Any, dict[str, jax.Array]] = jax.grad(
+    lambda trained: loss_of(trained, fixed, rows, mean=mean), has_aux=True
+  )(trained)
+  return found
+
+
+def _mean_gradients(
+  gradients_of: Callable,
   accumulate: int,
   trained: Any,
   fixed: _Fixed,
@@ -259,7 +278,7 @@ def _mean_gradients(
   mean: Callable[[jax.Array], jax.Array] = jnp.mean,
 ) -> tuple[Any, dict[str, jax.Array]]:
   """Returns gradients and metrics of one device's rows, averaged over micro-batches."""
-  gradients = jax.grad(functools.partial(loss_of, mean=mean), has_aux=True)
+  gradients = functools.partial(gradients_of, mean=mean)
   if accumulate == 1:
     return gradients(trained, fixed, rows)
 

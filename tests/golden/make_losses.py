@@ -92,10 +92,11 @@ CASES = {
       "weight_reference": 0.0,
     },
   ),
+  "prdp": ("prdp", ("a", "b"), {"beta": 2.5}),
 }
 PPO = ("ppo", "ppo-dpok", "ppo-cps", "ppo-score")
-SCORED = ("rwr", "awm", "nft", "dgpo", *PPO)
-FRESH = ("rwr", "ppo-score")  # without a lagging policy
+SCORED = ("rwr", "awm", "nft", "dgpo", "prdp", *PPO)
+FRESH = ("rwr", "prdp", "ppo-score")  # without a lagging policy
 ROWS, SHAPE = 6, (2, 3)
 
 
@@ -110,7 +111,7 @@ def residuals(arms):
 def scored(case, policy):
   """Labels and the lagging policy's residuals, for losses on scored samples."""
   rng = np.random.default_rng(21)
-  shape = (ROWS, 4) if case == "dgpo" else ROWS
+  shape = {"dgpo": (ROWS, 4), "prdp": (ROWS, 2)}.get(case, ROWS)
   labels = {"advantage": rng.standard_normal(shape), "weight": rng.random(shape)}
   old = {a: v + 0.15 * rng.standard_normal(v.shape) for a, v in policy.items()}
   names = ("weight",) if case == "rwr" else ("advantage",)
