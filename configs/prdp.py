@@ -2,8 +2,8 @@
 
   python -m jaxpref.main --config=configs/prdp.py
 
-After Deng et al. 2024 (https://arxiv.org/abs/2402.08714), who train Stable Diffusion 1.4. There
-is no public code, and all numbers here are ours: DDIM with eta 1 and all of its steps, as in
+After Deng et al. 2024 (https://arxiv.org/abs/2402.08714), who train Stable Diffusion 1.4. Their
+code is unpublished, and all numbers here are ours: DDIM with eta 1 and all of its steps, as in
 DDPO, pairs of images of a prompt, and a beta for rewards that are divided by the deviation of
 all of them. Log-probabilities are means over a latent's elements, so a beta of 5000 for Stable
 Diffusion's 16,384 elements stands for 0.3 of their sum. Log-ratios are not clipped.

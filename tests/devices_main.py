@@ -123,8 +123,7 @@ def train(
   schedule = make_schedule()
   learning_rate = optimizer.make_schedule("constant", lr=1e-2, warmup_updates=0, num_updates=9)
   tx = optimizer.make_optimizer(learning_rate)
-  lagging = train_step.needs_copy(needs, refresh_every)
-  shared = {"prompt_dropout": 0.2}
+  lagging, shared = train_step.needs_copy(needs, refresh_every), {"prompt_dropout": 0.2}
 
   def make_state(p):
     buffer = None
@@ -192,8 +191,7 @@ def train(
       policy = state.policy_copy if lagging else state.params
       drawn = rollout(policy, state.seed, state.update, batch["cond"], empty)
     start = params if name == "spin" else None
-    guide = empty if needs.of_steps else None
-    state, metrics = step(state, params, empty, batch, drawn, start, guide)
+    state, metrics = step(state, params, empty, batch, drawn, start, empty)
     history.append({k: float(v) for k, v in metrics.items()})
   pieces = {len({str(s.index) for s in x.addressable_shards}) for x in jax.tree.leaves(state)}
   assert max(pieces) == fsdp, (pieces, fsdp)

@@ -252,6 +252,6 @@ def abstract_labels(
 
 
 def training_guidance(config: Any) -> float:
-  """Returns the guidance scale of the trained predictions; 1 where there is none."""
+  """Returns the guidance scale of the trained predictions; 1 without guidance."""
   guided = "steps" in config and config.steps.guided and config.rollout.guidance > 1
   return config.rollout.guidance if guided else 1.0

@@ -31,7 +31,7 @@ from jaxpref.runtime import (
   watchdog,
 )
 from jaxpref.runtime import workdir as workdir_lib
-from jaxpref.training import anomalies, batch_maker, flops, programs, run_state, step_rows
+from jaxpref.training import anomalies, batch_maker, flops, programs, run_state
 from jaxpref.training import inputs as inputs_lib
 from jaxpref.training.rounds import Rounds
 from jaxpref.training.run_evaluator import RunEvaluator
@@ -72,7 +72,6 @@ def run(
   distributed.first(lambda: _write_start(workdir, prepared, identity, start, state.params))
   evaluator = RunEvaluator(prepared, workdir, ckptr, known)
   evaluator.keep_best()
-  guides = step_rows.training_guidance(config) > 1
   models_of = lambda state: {"base": base, "tuned": program.adapt(state.ema, base)}  # noqa: E731
 
   writer = _open_writer(workdir, config, start)
@@ -103,18 +102,16 @@ def run(
       profiler.before(done, state)
       renewal = functools.partial(rounds.renew, program, state, frozen) if rounds else None
       taken, batch = _next_batch(loader, encode_batch, renewal, clock, wait)
-      states = None
+      seen = None
       if program.rollout:
         with clock("rollout"):
-          states = program.rollout(
+          seen = program.rollout(
             *programs.rollout_arguments(program, state, frozen, batch["cond"], uncond, guide),
             latent_shape=batch["latents"].shape[2:],
           )
-          wait(states)
+          wait(seen)
       with clock("update"):
-        state, values = program.train_step(
-          state, frozen, uncond, batch, states, reference, guide if guides else None
-        )
+        state, values = program.train_step(state, frozen, uncond, batch, seen, reference, guide)
         wait(state)
       values = values | (rounds.metrics if rounds else {})
       meter.add(train.batch_size)

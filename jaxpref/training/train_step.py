@@ -151,19 +151,8 @@ def make_train_step(
     Metrics are scalars. If the loss or its gradient is not finite, only the state's counts
     change.
   """
-  needs = loss.needs
-
-  def residuals_of(params, guide, rows, arms):
-    if needs.of_steps:
-      return step_rows.residuals(denoise, schedule, guidance, params, guide, rows)
-    return _residuals(denoise, schedule, space, params, rows, arms)
-
-  loss_of = functools.partial(_micro_loss, residuals_of, loss, tuple(arms), own_targets, adapt)
-  gradients_of = functools.partial(_gradients, loss_of)
-  if needs.rows == "paths":
-    gradients_of = functools.partial(
-      path_rows.gradients, residuals_of, loss, tuple(arms), adapt
-    )
+  residuals_of = _make_residuals(denoise, schedule, loss.needs, space, guidance)
+  gradients_of = _make_gradients(residuals_of, loss, tuple(arms), own_targets, adapt)
   gradients = _reduced(functools.partial(_mean_gradients, gradients_of, accumulate), mesh)
 
   @functools.partial(
@@ -172,16 +161,12 @@ def make_train_step(
   def step(
     state: TrainState, base, uncond, batch, rollout: States | None, start=None, guide=None
   ):
-    if needs.of_steps:
-      rows = (path_rows if needs.rows == "paths" else step_rows).make_arms(batch)
-    else:
-      rows = batch_lib.make_arms(
-        *(schedule, loss.needs, batch, rollout, uncond),
-        seed=state.seed,
-        update=state.update,
-        prompt_dropout=prompt_dropout,
-        arrange=loss.arrange,
-      )
+    rows = _make_rows(
+      *(schedule, loss, batch, rollout, uncond),
+      seed=state.seed,
+      update=state.update,
+      prompt_dropout=prompt_dropout,
+    )
     replay = state.replay
     if replay is not None:
       key = rng.key_of(state.seed, "replay", state.update)
@@ -212,6 +197,37 @@ def make_train_step(
     }
 
   return step
+
+
+def _make_residuals(
+  denoise: Denoise,
+  schedule: schedule_lib.Schedule,
+  needs: Needs,
+  space: str,
+  guidance: float,
+) -> Callable[..., dict[str, jax.Array]]:
+  """Returns the function (params, guide, rows, arms) -> residuals by arm."""
+  if needs.of_steps:
+    of_steps = functools.partial(step_rows.residuals, denoise, schedule, guidance)
+    return lambda params, guide, rows, arms: of_steps(params, guide, rows)
+  of_images = functools.partial(_residuals, denoise, schedule, space)
+  return lambda params, guide, rows, arms: of_images(params, rows, arms)
+
+
+def _make_rows(
+  schedule: schedule_lib.Schedule,
+  loss: Loss,
+  batch: Any,
+  rollout: States | None,
+  uncond: Any,
+  **options: Any,
+) -> batch_lib.Arms:
+  """Returns the rows of a batch, see `batch.make_arms` for the arguments."""
+  if loss.needs.of_steps:
+    return (path_rows if loss.needs.rows == "paths" else step_rows).make_arms(batch)
+  return batch_lib.make_arms(
+    *(schedule, loss.needs, batch, rollout, uncond), **options, arrange=loss.arrange
+  )
 
 
 def _micro_loss(
@@ -255,18 +271,22 @@ def _micro_loss(
   return per_sample.mean(), jax.tree.map(jnp.mean, metrics)
 
 
-def _gradients(
-  loss_of: Callable,
-  trained: Any,
-  fixed: _Fixed,
-  rows: batch_lib.Arms,
-  mean: Callable[[jax.Array], jax.Array],
-) -> tuple[Any, dict[str, jax.Array]]:
-  """Returns gradients and metrics of a micro-batch."""
-  found: tuple[Any, dict[str, jax.Array]] = jax.grad(
-    lambda trained: loss_of(trained, fixed, rows, mean=mean), has_aux=True
-  )(trained)
-  return found
+def _make_gradients(
+  residuals_of: Callable[..., dict[str, jax.Array]],
+  loss: Loss,
+  arms: tuple[str, ...],
+  own_targets: bool,
+  adapt: Callable[[Any, Any], Any],
+) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
+  """Returns the function of a micro-batch's gradient and metrics."""
+  if loss.needs.rows == "paths":
+    return functools.partial(path_rows.gradients, residuals_of, loss, arms, adapt)
+  loss_of = functools.partial(_micro_loss, residuals_of, loss, arms, own_targets, adapt)
+
+  def gradients_of(trained, fixed, rows, mean):
+    return jax.grad(functools.partial(loss_of, mean=mean), has_aux=True)(trained, fixed, rows)
+
+  return gradients_of
 
 
 def _mean_gradients(
