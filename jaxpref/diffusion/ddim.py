@@ -1,6 +1,7 @@
 """The DDIM solver: Song et al. 2020, arXiv 2010.02502, eq. 12 and 16."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ def coefficients(grid: Grid, *, eta: float | Sequence[float] | jax.Array = 0.0) 
     UserError: eta is not in [0, 1], or a sequence is not as long as the grid.
   """
   traced = isinstance(eta, jax.Array)
-  amount = eta if traced else np.asarray(eta, np.float32)
+  amount: Any = eta if traced else np.asarray(eta, np.float32)
   if not (traced or ((amount >= 0) & (amount <= 1)).all()):
     raise UserError(f"eta must be in [0, 1] (got {eta})")
   if amount.ndim and amount.shape != (grid.num_steps,):

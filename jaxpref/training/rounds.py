@@ -232,9 +232,9 @@ def make_rows(
   single = {name: np.asarray(of, np.float32) for name, of in labels.items()}
   if kind == "paths":
     # The two sides of a row are images of one prompt.
-    pairs = lambda of: of.reshape(-1, 2, *of.shape[1:])  # noqa: E731
-    paths = jax.tree.map(pairs, steps)
-    both = {name: pairs(of) for name, of in single.items()}
+    by_two = lambda of: of.reshape(-1, 2, *of.shape[1:])  # noqa: E731
+    paths = jax.tree.map(by_two, steps)
+    both = {name: by_two(of) for name, of in single.items()}
     return {"latents": paths.latents, "group": group[::2], "labels": both | paths.labels}
   if steps is not None:
     chosen = steps.latents.shape[1]
