@@ -10,6 +10,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,29 +22,25 @@ import jax
 import numpy as np
 import pandas as pd
 import records as records_lib
+import scoring
 
 from jaxpref import config as config_lib
-from jaxpref import main, sharding
-from jaxpref.data import encode
+from jaxpref import main
 from jaxpref.errors import DivergedError
-from jaxpref.evaluation import sampling, vendi
+from jaxpref.evaluation import prompt_sets, score_rows
 from jaxpref.models import pipeline
 from jaxpref.runtime import workdir as workdir_lib
 from jaxpref.scorers import load_scorers
 from jaxpref.shapes import prompts as shapes_prompts
 from jaxpref.training import load_run
 
-ALIKE, PROMPTS = 16, 10  # images per prompt for the diversity score, and number of prompts
 TEST_PROMPTS, TEST_SEED = 150, 3000  # as in the configurations' evaluation
-VALIDATION_PROMPTS = 75  # for the choice of settings
-SCORERS = ("shapes.correct", "shapes.quality")  # as in the configurations' evaluation
-FIRST_SCORERS = dict.fromkeys(SCORERS, "1")  # for records without versions
-BASE = "base.json"  # the record of the base's diversity
+VALIDATION_PROMPTS, VALIDATION_SEED = 75, 2000  # for the choice of settings
+SCORERS = ("shapes.correct", "shapes.quality")  # their sum chooses settings
+BASE = "base"  # name of the base's model and record
+# Cuts a run's own evaluation short: `scoring` generates what counts, and the base's once.
+_UNJUDGED = ("--config.evaluate.num_prompts=1", "--config.evaluate.images_per_prompt=1")
 _BEGIN, _END = "<!-- measured: -->", "<!-- until here. -->"
-DIVERSITY = (
-  f"Vendi scores are of {ALIKE} images of a prompt ({ALIKE} would be most diverse), by the "
-  f"cosine of their latents, mean over {PROMPTS} prompts."
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,17 +51,21 @@ class Campaign:
     records: directory of the records that finished runs leave.
     packed: the same records in one file beside the tables, which is committed.
     runs: directory of workdirs; they can be deleted once the records exist.
-    base: digest of the weights that every run begins with.
+    model: the base that every run begins with.
+    base: digest of its weights.
     report_only: make no runs.
-    scorers: versions by name; records with other versions do not count.
+    scorers: versions of those that choose settings, by name.
+    judged: what the test's scores depend on, see `scoring.settings_of`.
   """
 
   records: Path
   packed: Path
   runs: Path
+  model: str
   base: str
   report_only: bool
   scorers: dict[str, str]
+  judged: dict[str, Any]
 
 
 def make_parser(description: str, name: str) -> argparse.ArgumentParser:
@@ -80,34 +81,22 @@ def make_parser(description: str, name: str) -> argparse.ArgumentParser:
   return parser
 
 
-def model_of(arguments: Sequence[str]) -> str:
-  """Returns the base that a run with these arguments tunes."""
-  config, _ = config_lib.parse_args(list(arguments), flags={})
-  return config.model.path
-
-
 def open_campaign(options: argparse.Namespace, arguments: Sequence[str]) -> Campaign:
-  """Opens a campaign whose runs tune the same base as a run with these arguments."""
-  base = pipeline.load_pipeline(model_of(arguments)).digest
+  """Opens a campaign whose runs have the base and the evaluation of these arguments."""
+  config, _ = config_lib.parse_args(list(arguments), flags={})
   records = options.runs / "records"
   packed = options.out / "records.parquet"
   records_lib.unpack(packed, records)
-  scorers = _recorded_scorers(records) if options.report else {}
-  scorers = scorers or _current_scorers()
-  return Campaign(records, packed, options.runs, base, options.report, scorers)
-
-
-def _current_scorers() -> dict[str, str]:
-  return {name: version for name, (version, _) in load_scorers(SCORERS).items()}
-
-
-def _recorded_scorers(records: Path) -> dict[str, str]:
-  """Returns the versions that all records were scored with, empty without records."""
-  found = [json.loads(f.read_text(encoding="utf-8")) for f in sorted(records.glob("*.json"))]
-  versions = [r.get("scorers", FIRST_SCORERS) for r in found if "means" in r]
-  if any(v != versions[0] for v in versions):
-    sys.exit(f"{records} has records of several versions of the scorers: they do not compare")
-  return versions[0] if versions else {}
+  return Campaign(
+    records=records,
+    packed=packed,
+    runs=options.runs,
+    model=config.model.path,
+    base=pipeline.load_pipeline(config.model.path).digest,
+    report_only=options.report,
+    scorers={name: version for name, (version, _) in load_scorers(SCORERS).items()},
+    judged=scoring.settings_of(config.evaluate),
+  )
 
 
 def run(workdir: Path, arguments: Sequence[str]) -> bool:
@@ -122,7 +111,7 @@ def run(workdir: Path, arguments: Sequence[str]) -> bool:
     rate. Any other failure, which the run reports on the terminal, ends the program.
   """
   print(f"\n== {workdir}: {' '.join(arguments)}", flush=True)
-  status = main.main([f"--workdir={workdir}", *arguments])
+  status = main.main([f"--workdir={workdir}", *arguments, *_UNJUDGED])
   jax.clear_caches()  # the next run has other programs
   if status not in (0, DivergedError.status):
     sys.exit(status)
@@ -130,14 +119,13 @@ def run(workdir: Path, arguments: Sequence[str]) -> bool:
 
 
 def read_record(campaign: Campaign, name: str, arguments: Sequence[str]) -> dict | None:
-  """Reads the record of a finished run, if it was made with these arguments."""
+  """Reads the record of a finished run, if it was made and judged in the same way."""
   file = campaign.records / f"{name}.json"
   if not file.exists():
     return None
   record = json.loads(file.read_text(encoding="utf-8"))
-  asked = _asked(campaign, arguments)
-  record.setdefault("scorers", FIRST_SCORERS)
-  return record if {key: record[key] for key in asked} == asked else None
+  asked = _judged(campaign, arguments)
+  return record if {key: record.get(key) for key in asked} == asked else None
 
 
 def _asked(campaign: Campaign, arguments: Sequence[str]) -> dict[str, Any]:
@@ -149,25 +137,34 @@ def _asked(campaign: Campaign, arguments: Sequence[str]) -> dict[str, Any]:
   }
 
 
+def _judged(campaign: Campaign, arguments: Sequence[str]) -> dict[str, Any]:
+  """Returns the entries in which records of compared models must agree."""
+  return {**_asked(campaign, arguments), "judged": campaign.judged}
+
+
 def record_run(
   campaign: Campaign,
   name: str,
   arguments: Sequence[str],
-  measure: Callable[[Path], dict[str, Any]] = lambda workdir: {},
+  measure: Callable[[Path, pd.DataFrame], dict[str, Any]] = lambda workdir, images: {},
+  *,
+  improves: str = "",
 ) -> dict | None:
   """Returns the record of a run; makes the run if the record is missing.
 
   Args:
     campaign: the campaign.
-    name: of the run in the campaign.
+    name: of the run in the campaign, which ends with its seed, as in "dro-0".
     arguments: of `jaxpref.main`, without the workdir.
-    measure: (workdir) -> further entries, for a run that has just finished.
+    measure: (workdir, images) -> further entries, for a run that has just finished.
+    improves: "base" if the run trains an improver, which is shown the base's images.
 
   Returns:
-    'arguments', 'base', 'scorers' (versions by name), 'minutes' (with the evaluation; only the
-    last part of a resumed run), 'means' (by '<model>/<scorer>'), 'metrics' (means over logged
-    updates) and the result of `measure`. The scores by image are beside it, see `scores_of`.
-    None if the record is missing and no run may be made. A run that fails ends the program.
+    'arguments', 'base', 'scorers' (versions by name), 'judged' (see `scoring.settings_of`),
+    'minutes' (of training; only the last part of a resumed run), 'means' (by scorer), 'metrics'
+    (means over logged updates) and the result of `measure`. The scores by image are beside it,
+    see `scores_of`. None if the record is missing and no run may be made. A run that fails ends
+    the program.
   """
   if (found := read_record(campaign, name, arguments)) or campaign.report_only:
     return found
@@ -176,22 +173,63 @@ def record_run(
   if not run(workdir, arguments):
     sys.exit(1)
   minutes = (time.perf_counter() - began) / 60
-  scores = pd.read_parquet(newest_evaluation(workdir) / "scores.parquet")
   lines = (
     (load_run.trained_in(workdir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
   )
   logged = pd.DataFrame(map(json.loads, lines)).drop(columns=["step", "time"])
+  images, rows = _judge(campaign, seeded(name), str(workdir), improves)
   record = {
-    **_asked(campaign, arguments),
+    **_judged(campaign, arguments),
     "minutes": round(minutes, 2),
-    "means": means_of(scores),
+    "means": means_of(rows),
     "metrics": logged.mean().to_dict(),
-    **measure(workdir),
+    **measure(workdir, images),
   }
-  campaign.records.mkdir(parents=True, exist_ok=True)
-  scores.to_parquet(campaign.records / f"{name}.parquet", index=False)
+  _write_scores(campaign, name, rows)
   _write_record(campaign, campaign.records / f"{name}.json", record)
   return record
+
+
+def record_base(
+  campaign: Campaign, measure: Callable[[pd.DataFrame], Any] = lambda images: None
+) -> dict | None:
+  """Returns the record of the base, as of a run without arguments.
+
+  Args:
+    campaign: the campaign.
+    measure: (images), called for images that have just been made.
+  """
+  if (found := read_record(campaign, BASE, ())) or campaign.report_only:
+    return found
+  images, rows = _judge(campaign, BASE, campaign.model, "")
+  measure(images)
+  record = {**_judged(campaign, ()), "means": means_of(rows)}
+  _write_scores(campaign, BASE, rows)
+  _write_record(campaign, campaign.records / f"{BASE}.json", record)
+  return record
+
+
+def seeded(name: str) -> str:
+  """Returns the name of a run's model in comparisons: "dro/seed0" for "dro-0"."""
+  return re.sub(r"-(\d+)$", r"/seed\1", name)
+
+
+def _judge(
+  campaign: Campaign, name: str, model: str, improves: str
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+  """Generates and scores a model's test images; returns the images and the rows."""
+  flags = scoring.flags_of(campaign.runs / "comparison", campaign.judged)
+  if improves:  # its images may be of a campaign that went on elsewhere
+    scoring.generate(improves, campaign.model, flags)
+  images = scoring.generate(name, model, flags, improves=improves)
+  if bad := sum(not file.exists() for file in images["file"]):
+    sys.exit(f"{model} gives {bad} images with non-finite pixels: it cannot be compared")
+  return images, pd.concat([scoring.score(images, flags), scoring.spread(images)])
+
+
+def _write_scores(campaign: Campaign, name: str, rows: pd.DataFrame) -> None:
+  campaign.records.mkdir(parents=True, exist_ok=True)
+  score_rows.write_rows(campaign.records / f"{name}.parquet", rows)
 
 
 def _write_record(campaign: Campaign, file: Path, record: Mapping[str, Any]) -> None:
@@ -241,22 +279,14 @@ def _validate(
   record, key = campaign.records / "grid" / f"{name}.json", " ".join(setting)
   asked = _asked(campaign, arguments)
   stored = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
-  stored.setdefault("scorers", FIRST_SCORERS)
   if {k: stored.get(k) for k in asked} != asked:
     stored = {**asked, "scores": {}}
   if key in stored["scores"] or campaign.report_only:
     return stored["scores"].get(key)
   workdir = campaign.runs / "grid" / name / "-".join(s.split("=")[1] for s in setting)
-  for_validation = (
-    f"evaluate.prompts={_validation_file(campaign)}",
-    "evaluate.seed=2000",
-    f"evaluate.num_prompts={VALIDATION_PROMPTS}",
-  )
   score = -1.0
-  fields = (f"--config.{f}" for f in (*setting, *for_validation))
-  if run(workdir, [*arguments, *fields]):
-    scores = pd.read_parquet(newest_evaluation(workdir) / "scores.parquet")
-    score = float(scores[scores.model == "tuned"].groupby("scorer").score.mean().sum())
+  if run(workdir, [*arguments, *(f"--config.{field}" for field in setting)]):
+    score = _validation_score(campaign, workdir, arguments)
   # Another process that tries other settings may have added scores meanwhile.
   newest = json.loads(record.read_text(encoding="utf-8")) if record.exists() else stored
   if {k: newest.get(k) for k in asked} == asked:
@@ -266,71 +296,40 @@ def _validate(
   return score
 
 
+def _validation_score(campaign: Campaign, workdir: Path, arguments: Sequence[str]) -> float:
+  """Returns correctness plus quality of a run's images of validation prompts; -1 for NaN."""
+  config, _ = config_lib.parse_args(list(arguments), flags={})
+  settings = scoring.settings_of(config.evaluate, SCORERS) | {"seed": VALIDATION_SEED}
+  flags = scoring.flags_of(workdir / "validation", settings)
+  prompts = [
+    prompt_sets.Prompt(text, shapes_prompts.parse(text).category, {})
+    for text in validation_prompts()
+  ]
+  order = np.random.default_rng(VALIDATION_SEED).permutation(len(prompts))
+  images = scoring.generate("tuned", str(workdir), flags, prompts=[prompts[i] for i in order])
+  if not all(file.exists() for file in images["file"]):
+    return -1.0
+  return sum(means_of(scoring.score(images, flags)).values())
+
+
 def validation_prompts() -> list[str]:
-  """Returns held-out prompts that are not in the runs' evaluations."""
+  """Returns held-out prompts that are not in the test."""
   test = set(shapes_prompts.held_out(TEST_PROMPTS, seed=TEST_SEED))
-  others = [p for p in shapes_prompts.held_out(2 * TEST_PROMPTS, seed=2000) if p not in test]
-  return others[:VALIDATION_PROMPTS]
-
-
-def _validation_file(campaign: Campaign) -> Path:
-  file = campaign.runs.resolve() / "validation.txt"
-  if not file.exists():
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("\n".join(validation_prompts()) + "\n", encoding="utf-8")
-  return file
-
-
-def newest_evaluation(workdir: Path) -> Path:
-  """Returns the directory of a run's last evaluation."""
-  evaluations = load_run.trained_in(workdir) / "evaluation"
-  return max(evaluations.iterdir(), key=lambda p: int(p.name))
+  others = shapes_prompts.held_out(2 * TEST_PROMPTS, seed=VALIDATION_SEED)
+  return [p for p in others if p not in test][:VALIDATION_PROMPTS]
 
 
 def scores_of(campaign: Campaign, name: str) -> pd.DataFrame:
-  """Reads the scores of a recorded run's evaluation, one row per image and scorer."""
+  """Reads the rows of a recorded run or of the base, see `score_rows`.
+
+  The model's name is "dro/seed0" or `BASE`; diversity is a scorer with a row for each prompt.
+  """
   return pd.read_parquet(campaign.records / f"{name}.parquet")
 
 
-def means_of(scores: pd.DataFrame) -> dict[str, float]:
-  """Computes mean scores by '<model>/<scorer>'."""
-  means = scores.groupby(["model", "scorer"]).score.mean()
-  return {f"{model}/{scorer}": float(value) for (model, scorer), value in means.items()}
-
-
-def record_base(campaign: Campaign, model: str) -> None:
-  """Records the diversity of the base; its scores are in every run's record."""
-  file = campaign.records / BASE
-  stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-  if stored.get("base") != campaign.base and not campaign.report_only:
-    found = {"base": campaign.base, "vendi": diversity_of(model)}
-    _write_record(campaign, file, found)
-
-
-def base_diversity(campaign: Campaign) -> float:
-  """Reads the result of `record_base`."""
-  return json.loads((campaign.records / BASE).read_text(encoding="utf-8"))["vendi"]
-
-
-def diversity_of(model: str) -> float:
-  """Computes the Vendi score of images of one prompt, by latents, mean over test prompts.
-
-  Args:
-    model: a run's workdir or a pipeline.
-  """
-  mesh = sharding.make_mesh()
-  pipe = load_run.load(model, mesh=mesh)
-  generator = sampling.make_generator(pipe, mesh, num_steps=20, guidance=2.0, batch_size=40)
-  prefix = load_run.prompt_prefix(model)
-  prompts = [
-    prefix + p for p in shapes_prompts.held_out(TEST_PROMPTS, seed=TEST_SEED)[:PROMPTS]
-  ]
-  cond = encode.encode_prompts(pipe, mesh, prompts)
-  cond = jax.tree.map(lambda x: np.repeat(x, ALIKE, axis=0), cond)
-  images = generator(pipe.params["unet"], cond, np.arange(PROMPTS * ALIKE) + 9000)
-  latents = encode.encode_images(pipe, mesh, list(images)).reshape(PROMPTS, ALIKE, -1)
-  jax.clear_caches()
-  return float(np.mean([vendi.vendi_score(of) for of in latents]))
+def means_of(rows: pd.DataFrame) -> dict[str, float]:
+  """Computes a model's mean score by scorer."""
+  return {str(scorer): float(of) for scorer, of in rows.groupby("scorer").score.mean().items()}
 
 
 def write_into(file: Path, text: str) -> None:
@@ -360,8 +359,15 @@ def provenance(
 ) -> str:
   """Describes machine, date, versions, seeds, scorers, and fields set in all runs."""
   changes = f" Changed: {', '.join(changed)}." if changed else ""
-  scorers = ", ".join(f"{name}-{version}" for name, version in campaign.scorers.items())
-  return f"{made_by(command)}; seeds {', '.join(map(str, seeds))}. Scorers: {scorers}.{changes}"
+  judged = campaign.judged
+  scorers = ", ".join(f"{name}-{version}" for name, version in judged["scorers"].items())
+  return (
+    f"{made_by(command)}; seeds {', '.join(map(str, seeds))}.{changes} Each model's images, "
+    f"{judged['images per prompt']} of each of {judged['prompts']} held-out prompts "
+    f"(DPM-Solver++, {judged['steps']} steps, guidance {judged['guidance']:g}), have the same "
+    f"noise, and are scored and compared by the functions of `python -m jaxpref.evaluate`: "
+    f"{scorers}; Vendi scores of each prompt's images, by their pixels."
+  )
 
 
 def made_by(command: str) -> str:

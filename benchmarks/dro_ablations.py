@@ -12,10 +12,12 @@ the folder.
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import campaign
+import comparison
 import numpy as np
+import pandas as pd
 
 from jaxpref.runtime import workdir as workdir_lib
 
@@ -116,7 +118,7 @@ def main(argv: list[str]) -> None:
   runs = campaign.open_campaign(options, _arguments(options))
   records = {
     (name, variant, seed): campaign.record_run(
-      runs, _name(name, variant, seed), _arguments(options, f"seed={seed}", *fields)
+      runs, f"{_name(name, variant)}-{seed}", _arguments(options, f"seed={seed}", *fields)
     )
     for seed in options.seeds
     for name in options.only
@@ -130,10 +132,10 @@ def _arguments(options: argparse.Namespace, *fields: str) -> list[str]:
   return [f"--config=configs/dro.py:{options.preset}", *settings]
 
 
-def _name(name: str, variant: str, seed: int) -> str:
+def _name(name: str, variant: str) -> str:
+  """Returns the name of a variant's runs, without the seed."""
   changed = ABLATIONS[name].variants[variant]
-  place = f"{name}-{variant.replace(' ', '')}" if changed else DEFAULT
-  return f"{place}-{seed}"
+  return f"{name}-{variant.replace(' ', '')}" if changed else DEFAULT
 
 
 def report(
@@ -145,14 +147,17 @@ def report(
   text = [
     campaign.provenance("python benchmarks/dro_ablations.py", runs, options.seeds, options.set),
     "",
-    "Each run is `configs/dro.py` with one thing changed. Correctness and quality of the "
-    "tuned model's images on held-out prompts, mean +- standard deviation over seeds; "
+    "Each run is `configs/dro.py` with one thing changed; mean +- standard deviation over "
+    "seeds. `likeness` is minus the distance of an image's patches from those of clean "
+    "renders, in 1/255. "
     "`active` is the share of samples that the hinge still counted, `own error` the policy's "
     "on its own samples (against the sampling copy's predictions: 0 if that copy is renewed at "
     "every update, as is its part of the gradient); both are means over logged updates. "
-    "Minutes are of whole runs with their evaluation, on a machine that may have been "
-    "shared. Whether the trend is the paper's (Wu et al. 2025, SD 1.5 on Pick-a-Pic) is judged "
-    "by the sum of correctness and quality.",
+    "Minutes are of training, on a machine that may have been "
+    "shared. Below each table, the variants against the default: mean differences, with "
+    "p-values of paired t-tests over prompts, whose values are means over images and seeds, "
+    "adjusted for all tests of the table by Holm's method. Whether the trend is the paper's "
+    "(Wu et al. 2025, SD 1.5 on Pick-a-Pic) is judged by the sum of correctness and quality.",
   ]
   results = {}
   for name in options.only:
@@ -162,27 +167,24 @@ def report(
     if not seeds:
       print(f"{name}: no seed is finished yet")
       continue
+    measured = {v: [_measure(of[v, s]) for s in seeds] for v in ablation.variants}
+    compared = _against_default(name, seeds, runs)
+    results[name] = {"seeds": seeds, "runs": measured, "against default": compared}
     text += ["", f"### {ablation.title}", "", f"Seeds {', '.join(map(str, seeds))}.", ""]
-    text += ["| | correct | quality | active | own error | minutes |", "|---|" + "---|" * 5]
-    sums = {}
+    text += [f"| | {' | '.join(_FORMS)} |", "|---" * (len(_FORMS) + 1) + "|"]
     for variant, fields in ablation.variants.items():
-      runs = [_measure(of[variant, seed]) for seed in seeds]
-      results[f"{name}/{variant}"] = runs
-      sums[variant] = float(np.mean([r["correct"] + r["quality"] for r in runs]))
       cells = (
-        campaign.spread([r[key] for r in runs], form)
-        for key, form in (
-          ("correct", "{:.3f}"),
-          ("quality", "{:.3f}"),
-          ("active", "{:.2f}"),
-          ("own error", "{:.4f}"),
-          ("minutes", "{:.1f}"),
-        )
+        campaign.spread([r[key] for r in measured[variant]], form)
+        for key, form in _FORMS.items()
       )
       mark = "" if fields else " (default)"
       text.append(f"| {variant}{mark} | {' | '.join(cells)} |")
-    text += ["", f"Paper: {ablation.paper}."]
+    text += ["", *comparison.table(compared), "", f"Paper: {ablation.paper}."]
     if ablation.agrees:
+      sums = {
+        variant: float(np.mean([r["correct"] + r["quality"] for r in found]))
+        for variant, found in measured.items()
+      }
       text[-1] += " Here: " + ("agrees." if ablation.agrees(sums) else "does not.")
   if not results:
     sys.exit("no seed is finished yet")
@@ -191,14 +193,33 @@ def report(
   print("\n".join(text))
 
 
+_FORMS = {
+  **dict.fromkeys(comparison.TITLES.values(), "{:.3f}"),
+  "active": "{:.2f}",
+  "own error": "{:.4f}",
+  "minutes": "{:.1f}",
+}
+
+
 def _measure(record: dict) -> dict[str, float]:
   return {
-    "correct": record["means"]["tuned/shapes.correct"],
-    "quality": record["means"]["tuned/shapes.quality"],
+    **{title: record["means"][s] for s, title in comparison.TITLES.items()},
     "active": record["metrics"]["dro/active"],
     "own error": record["metrics"]["err/policy_p"],
     "minutes": record["minutes"],
   }
+
+
+def _against_default(
+  name: str, seeds: Sequence[int], runs: campaign.Campaign
+) -> dict[str, comparison.Entries]:
+  """Compares an ablation's variants with the default, over these seeds together."""
+  named = {variant: _name(name, variant) for variant in ABLATIONS[name].variants}
+  rows = comparison.together(
+    pd.concat(campaign.scores_of(runs, f"{of}-{s}") for of in named.values() for s in seeds)
+  )
+  found = comparison.against(rows, DEFAULT)
+  return {variant: found[of] for variant, of in named.items() if of != DEFAULT}
 
 
 if __name__ == "__main__":

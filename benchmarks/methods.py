@@ -3,12 +3,12 @@
   python benchmarks/methods.py --out=docs/methods
 
 The script first chooses each method's learning rate and strength from a grid of six runs, with
-one seed, on validation prompts. The chosen settings then train with every seed and are compared
-on test prompts, which do not include validation prompts. All see equal numbers of training
-images: rows x images per row x updates. Finished runs leave records in `docs/methods/`, so an
-interrupted campaign resumes. The script writes the tables of `docs/methods.md`, and
-`results.json` and `grid.png` into the folder; `--report` writes them from the runs that are
-finished.
+one seed, on validation prompts. The chosen settings then train with every seed. All models are
+compared on test prompts, which do not include validation prompts, by `jaxpref.evaluate`'s
+functions, see scoring.py and comparison.py. All see equal numbers of training images: rows x
+images per row x updates. Finished runs leave records in `docs/methods/`, so an interrupted
+campaign resumes. The script writes the tables of `docs/methods.md`, and `results.json` and
+`grid.png` into the folder; `--report` writes them from the runs that are finished.
 """
 
 import argparse
@@ -16,14 +16,16 @@ import dataclasses
 import functools
 import json
 import sys
-from pathlib import Path
+from typing import Any
 
 import campaign
+import comparison
 import numpy as np
 import pandas as pd
+import scoring
 from PIL import Image
 
-from jaxpref.evaluation import image_grid, statistics
+from jaxpref.evaluation import image_grid
 from jaxpref.runtime import workdir as workdir_lib
 
 RATES = (1e-4, 3e-4, 1e-3)
@@ -75,26 +77,33 @@ def main(argv: list[str]) -> None:
   """Tunes, makes missing runs, then compares."""
   options = _parser().parse_args(argv)
   runs = campaign.open_campaign(options, _arguments(options.methods[0], options))
-  campaign.record_base(runs, campaign.model_of(_arguments(options.methods[0], options)))
-  finished = {}
+  keep = functools.partial(_keep_pictures, runs)
+  base = campaign.record_base(runs, lambda images: keep(campaign.BASE, images))
+  settings, records = {}, {}
   for name in options.methods:
-    setting = choose(name, runs, options)
-    if not setting:
+    settings[name] = choose(name, runs, options)
+    if not settings[name]:
       continue
-    records = [
-      campaign.record_run(
+    for seed in options.seeds:
+      records[name, seed] = campaign.record_run(
         runs,
         f"{name}-{seed}",
-        _arguments(name, options, f"seed={seed}", *setting),
-        functools.partial(_diversity_and_pictures, runs, f"{name}-{seed}"),
+        _arguments(name, options, f"seed={seed}", *settings[name]),
+        lambda workdir, images, of=f"{name}-{seed}": keep(of, images),
       )
-      for seed in options.seeds
-    ]
-    if all(records):
-      finished[name] = records
-  if not finished:
+  lacking = {n: [s for s in options.seeds if not records.get((n, s))] for n in options.methods}
+  finished = [name for name, seeds in lacking.items() if not seeds]
+  if not finished or not base:
     sys.exit("no method is finished yet")
-  report(finished, runs, options)
+  about = {
+    name: {
+      "setting": list(settings[name] or ()),
+      "tuned over": campaign.grid_scores(runs, name),
+      "minutes": [(records[name, seed] or {})["minutes"] for seed in options.seeds],
+    }
+    for name in finished
+  }
+  report(about, {n: seeds for n, seeds in lacking.items() if seeds}, runs, options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -141,17 +150,13 @@ def choose(
   return campaign.choose(runs, name, _arguments(name, options), grid_of(name))
 
 
-def _diversity_and_pictures(
-  runs: campaign.Campaign, name: str, workdir: Path
-) -> dict[str, float]:
-  """Saves strips of the tuned model's and the base's images; returns the diversity."""
-  evaluation = campaign.newest_evaluation(workdir)
-  for model, file in (("base", "base.png"), ("tuned", f"{name}.png")):
-    paths = sorted((evaluation / "images" / model).glob("*.png"))
-    shown = [np.asarray(Image.open(paths[i])) for i in shown_of(len(paths))]
-    runs.records.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.concatenate(shown, axis=1)).save(runs.records / file)
-  return {"vendi": campaign.diversity_of(str(workdir))}
+def _keep_pictures(runs: campaign.Campaign, name: str, images: pd.DataFrame) -> dict:
+  """Saves a strip of a model's images beside its record; has no further entries for it."""
+  files = list(images["file"])
+  shown = [np.asarray(Image.open(files[i])) for i in shown_of(len(files))]
+  runs.records.mkdir(parents=True, exist_ok=True)
+  Image.fromarray(np.concatenate(shown, axis=1)).save(runs.records / f"{name}.png")
+  return {}
 
 
 def shown_of(count: int) -> np.ndarray:
@@ -160,108 +165,132 @@ def shown_of(count: int) -> np.ndarray:
 
 
 def report(
-  finished: dict[str, list[dict]], runs: campaign.Campaign, options: argparse.Namespace
+  about: dict[str, dict[str, Any]],
+  lacking: dict[str, list[int]],
+  runs: campaign.Campaign,
+  options: argparse.Namespace,
 ) -> None:
-  """Writes the document's tables, results.json and grid.png from records."""
-  numbers = {name: _measure(name, records, runs, options) for name, records in finished.items()}
-  first = campaign.scores_of(runs, f"{next(iter(finished))}-{options.seeds[0]}")
-  base = first[first.model == "base"]
-  numbers["base"] = {
-    **{s: [float(v)] for s, v in base.groupby("scorer").score.mean().items()},
-    "categories": _by_category(base),
-    "vendi": [campaign.base_diversity(runs)],
+  """Writes the document's tables, results.json and grid.png from records.
+
+  Args:
+    about: of each finished method, its setting, what it was tuned over, minutes.
+    lacking: seeds of which other methods have no record.
+    runs: the campaign.
+    options: of the command line.
+  """
+  names = [campaign.BASE, *(f"{name}-{seed}" for name in about for seed in options.seeds)]
+  rows = pd.concat(campaign.scores_of(runs, name) for name in names)
+  methods = comparison.together(rows)
+  results = {
+    "base": campaign.means_of(methods[methods.model == campaign.BASE]),
+    "methods": about,
+    "missing": lacking,
+    "over runs": comparison.over_runs(rows, campaign.BASE),
+    "against base": comparison.against(methods, campaign.BASE),
+    "each other": comparison.each_other(methods, campaign.BASE),
+    "categories": comparison.by_category(methods),
+    "judged": runs.judged,
   }
-  workdir_lib.write_json(options.out / "results.json", numbers)
-  text = _text(numbers, runs, options)
+  workdir_lib.write_json(options.out / "results.json", results)
+  text = _text(results, runs, options)
   campaign.write_into(campaign.document_of(options.out), text)
-  prompts = list(base.drop_duplicates("seed").sort_values("seed").prompt)
-  _save_grid(list(finished), prompts, runs, options)
+  of_base = rows[(rows.model == campaign.BASE) & (rows.scorer == scoring.HELD_OUT)]
+  _save_grid(list(about), list(of_base.sort_values("seed").prompt), runs, options)
   print(text)
 
 
-def _measure(
-  name: str, records: list[dict], runs: campaign.Campaign, options: argparse.Namespace
-) -> dict:
-  scores = [campaign.scores_of(runs, f"{name}-{seed}") for seed in options.seeds]
-  tuned_rows = [s[s.model == "tuned"] for s in scores]
-  # Pairs of different seeds are different pairs.
-  together = pd.concat(s.assign(seed=s.seed + i * 10**6) for i, s in enumerate(scores))
-  wins = statistics.compare(together)
-  key = next(k for k in wins if k.startswith("shapes.quality"))
-  setting = choose(name, runs, options)
-  return {
-    "setting": list(setting or ()),
-    "tuned over": campaign.grid_scores(runs, name),
-    **{
-      s: [record["means"][f"tuned/{s}"] for record in records]
-      for s in sorted(set(tuned_rows[0].scorer))
-    },
-    "categories": _by_category(pd.concat(tuned_rows)),
-    "quality win rate": [wins[key]["win_rate"], *wins[key]["interval"]],
-    "vendi": [record["vendi"] for record in records],
-    "minutes": [record["minutes"] for record in records],
-  }
-
-
-def _by_category(rows: pd.DataFrame) -> dict[str, float]:
-  correct = rows[rows.scorer == "shapes.correct"]
-  return {str(k): float(v) for k, v in correct.groupby("category").score.mean().items()}
-
-
-def _text(numbers: dict, runs: campaign.Campaign, options: argparse.Namespace) -> str:
-  base = numbers["base"]
-  names = sorted(
-    (n for n in numbers if n != "base"), key=lambda n: -np.mean(numbers[n]["shapes.correct"])
-  )
-  spread = campaign.spread
+def _text(results: dict, runs: campaign.Campaign, options: argparse.Namespace) -> str:
+  over = results["over runs"]
+  names = sorted(over, key=lambda name: -over[name][scoring.JUDGES[0]]["mean"])
+  command = f"python benchmarks/methods.py --updates={options.updates}"
   lines = [
-    campaign.provenance(
-      f"python benchmarks/methods.py --updates={options.updates}",
-      *(runs, options.seeds, options.set),
-    ),
+    campaign.provenance(command, runs, options.seeds, options.set),
     "",
     f"Each run tunes the bundled pipeline with {IMAGES} training images at each update - rows "
     f"times the images of a row that the loss compares - and {options.updates} updates, spin's "
     "in three iterations. Before that, six settings of each method were tried, with the same "
-    "number of updates and seed 0, on 75 validation prompts, and the one with the largest sum "
-    "of correctness and quality was taken; the test prompts below had no part in it. Mean +- "
-    "standard deviation over seeds. The win rate is that of the tuned model's images over "
-    "the base's by quality, all seeds together, with a 95 % interval "
-    f"over prompts. {campaign.DIVERSITY} An update's time, with the samples that it generates, "
-    "is measured separately, see below.",
+    f"number of updates and seed 0, on {campaign.VALIDATION_PROMPTS} validation prompts, and "
+    "the one with the largest sum of correctness and quality was taken; the test prompts below "
+    "had no part in it. `likeness` had no part in any choice: it is minus the distance of an "
+    "image's patches from those of clean renders, in 1/255 (`benchmarks/patches.py`). An "
+    "update's time, with the samples that it generates, is measured separately, see below.",
+    *_missing(results["missing"]),
     "",
-    "| method | correct | quality | win rate | Vendi | time / SFT's | lr, strength |",
-    "|---|---|---|---|---|---|---|",
-    f"| base | {spread(base['shapes.correct'])} | {spread(base['shapes.quality'])} | | "
-    f"{base['vendi'][0]:.2f} | | |",
+    "Mean +- standard deviation over training runs:",
+    "",
+    *_means_table(names, results, _times(options)),
+    "",
+    "Against the base: mean differences, with p-values of paired t-tests that are adjusted for "
+    "all tests of the table by Holm's method. The unit is the prompt; its value is the mean "
+    "over its images and the training runs. So these tests hold for the methods' runs above, "
+    "and the spread of other runs is that of the table above. The rate counts the prompts that "
+    "win by quality, with a 95 % interval. A method is mixed if scorers or Vendi disagree.",
+    "",
+    *comparison.table({name: results["against base"][name] for name in names}),
+    "",
+    *_parted({name: results["against base"][name] for name in names}),
+    "",
+    "Each against each other, by the three scorers, with Holm's p-values over these: + the "
+    "row's method is better, - worse, m scorers disagree, . undecided.",
+    "",
+    *comparison.matrix(results["each other"], [campaign.BASE, *names]),
+    "",
+    "Correct by category:",
+    "",
+    *_category_table([campaign.BASE, *names], results["categories"]),
   ]
-  file = options.out / "times.json"
-  times = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-  ratios = times.get("time / SFT's", {})
-  for name in names:
-    n = numbers[name]
-    rate, low, high = n["quality win rate"]
-    lines.append(
-      f"| {name} | {spread(n['shapes.correct'])} | {spread(n['shapes.quality'])} "
-      f"| {rate:.3f} [{low:.3f}, {high:.3f}] | {spread(n['vendi'], '{:.2f}')} "
-      f"| {ratios.get(name, np.nan):.2f} | {', '.join(n['setting'])} |"
-    )
-  categories = list(base["categories"])
-  lines += ["", "Correct by category:", "", "| method | " + " | ".join(categories) + " |"]
-  lines.append("|---|" + "---|" * len(categories))
-  for name in ("base", *names):
-    cells = (f"{numbers[name]['categories'][c]:.2f}" for c in categories)
-    lines.append(f"| {name} | " + " | ".join(cells) + " |")
-  if "made" in times:
-    lines += ["", f"Times: {times['made']}, {times['devices']}. {_TIMES}"]
+  if made := _times(options).get("made"):
+    lines += ["", f"Times: {made}, {_times(options)['devices']}. {_TIMES}"]
   lines += [
     "",
-    "Images of the first seed, same prompts and noise:",
+    f"Images of seed {options.seeds[0]}, same prompts and noise:",
     "",
     f"![]({options.out.name}/grid.png)",
     "",
   ]
   return "\n".join(lines)
+
+
+def _missing(lacking: dict[str, list[int]]) -> list[str]:
+  if not lacking:
+    return []
+  seeds = (f"{name} (seeds {', '.join(map(str, of))})" for name, of in lacking.items())
+  return ["", f"Not finished, and not in the tables: {', '.join(seeds)}."]
+
+
+def _parted(against: dict[str, comparison.Entries]) -> list[str]:
+  said = comparison.parted(against, campaign.SCORERS)
+  if not said:
+    return ["No method wins by a scorer that chose its setting and loses by another measure."]
+  return [f"Where the scorers that chose the settings part from another: {'; '.join(said)}."]
+
+
+def _means_table(names: list[str], results: dict, times: dict[str, Any]) -> list[str]:
+  ratios, base = times.get("time / SFT's", {}), results["base"]
+  lines = [
+    f"| method | {' | '.join(comparison.TITLES.values())} | time / SFT's | lr, strength |",
+    "|---" * 7 + "|",
+    f"| base | {' | '.join(f'{base[s]:.3f}' for s in comparison.SHOWN)} | | |",
+  ]
+  for name in names:
+    means = (comparison.spread(results["over runs"][name][s]) for s in comparison.SHOWN)
+    time = f"{ratios[name]:.2f}" if name in ratios else ""
+    setting = ", ".join(results["methods"][name]["setting"])
+    lines.append(f"| {name} | {' | '.join(means)} | {time} | {setting} |")
+  return lines
+
+
+def _category_table(names: list[str], categories: dict[str, dict[str, float]]) -> list[str]:
+  lines = [f"| method | {' | '.join(categories)} |", "|---" * (len(categories) + 1) + "|"]
+  for name in names:
+    lines.append(f"| {name} | {' | '.join(f'{of[name]:.2f}' for of in categories.values())} |")
+  return lines
+
+
+def _times(options: argparse.Namespace) -> dict[str, Any]:
+  """Reads what benchmarks/method_times.py has measured; empty without it."""
+  file = options.out / "times.json"
+  return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def _save_grid(

@@ -24,15 +24,17 @@ from pathlib import Path
 from typing import Any
 
 import campaign
+import comparison
 import jax
 import numpy as np
 import pandas as pd
+import scoring
 from PIL import Image
 
 from jaxpref import scorers, sharding
 from jaxpref.data import encode, top_k
 from jaxpref.data import generated_pairs as pairs_lib
-from jaxpref.evaluation import sampling, score_text, statistics
+from jaxpref.evaluation import sampling
 from jaxpref.runtime import workdir as workdir_lib
 from jaxpref.shapes import builder
 from jaxpref.shapes import prompts as shapes_prompts
@@ -42,7 +44,7 @@ SCALES = {  # (s_T, s_I)
   "s_I": [(3.5, s) for s in (0.0, 1.0, 2.0, 3.0, 5.0)],
   "s_T": [(s, 3.0) for s in (0.0, 1.0, 2.0, 3.5, 5.0)],
 }
-CHOSEN = (3.5, 3.0)  # the scales of improvers in iterative DPO and the evaluation
+CHOSEN = scoring.SCALES  # the scales of improvers in iterative DPO and the evaluation
 SIZES = (20, 100, 500)  # pairs generated per iteration; the last is compared with others
 UPDATES, ITERATIONS = 50, 3  # updates per iteration; offline DPO makes all in one iteration
 RATES, BETAS = (3e-5, 1e-4, 3e-4), (200.0, 2000.0)
@@ -103,7 +105,7 @@ def main(argv: list[str]) -> None:
   options = parser.parse_args(argv)
   runs = campaign.open_campaign(options, _arguments("improver", options))
   records: dict[tuple[str, int], Any] = {}
-  campaign.record_base(runs, campaign.model_of(_arguments("improver", options)))
+  base = campaign.record_base(runs)
   for seed in options.seeds:
     for name in IMPROVERS:
       records[name, seed] = _improver(runs, name, options, seed)
@@ -118,8 +120,9 @@ def main(argv: list[str]) -> None:
     records[name, seed] = arguments and campaign.record_run(
       runs, run_of(name, seed), arguments, _measure_policy
     )
-  if not all(records.values()):
-    missing = (f"{name} {seed}" for (name, seed), record in records.items() if not record)
+  missing = [] if base else [campaign.BASE]
+  missing += [f"{name} {seed}" for (name, seed), record in records.items() if not record]
+  if missing:
     sys.exit("not finished yet: " + ", ".join(missing))
   report(records, runs, options)
 
@@ -184,7 +187,8 @@ def _improver(
   fields = (updates, *_by_scales(), f"seed={seed}", *IMPROVERS[name])
   file = run_of(name, seed)
   measure = functools.partial(_measure_improver, runs, file)
-  return campaign.record_run(runs, file, _arguments("improver", options, *fields), measure)
+  arguments = _arguments("improver", options, *fields)
+  return campaign.record_run(runs, file, arguments, measure, improves=campaign.BASE)
 
 
 def _arguments(config: str, options: argparse.Namespace, *fields: str) -> list[str]:
@@ -202,13 +206,12 @@ def train_prompts(count: int) -> list[str]:
   return [c for several in zip(*by_category.values(), strict=False) for c in several][:count]
 
 
-def _measure_policy(workdir: Path) -> dict[str, Any]:
-  """Measures scores on training prompts and of generated pairs, and the diversity."""
+def _measure_policy(workdir: Path, images: pd.DataFrame) -> dict[str, Any]:
+  """Measures scores on training prompts and of generated pairs."""
   prompts = train_prompts(PICTURES)
   _, images = _draw(str(workdir), prompts, np.arange(len(prompts)) + 5000)
   return {
     "train prompts": _scores(images, prompts),
-    "vendi": campaign.diversity_of(str(workdir)),
     "pairs": [_scores_of_pairs(pairs) for pairs in sorted(workdir.glob("pairs/*"))],
   }
 
@@ -225,7 +228,9 @@ def _scores_of_pairs(directory: Path) -> dict[str, dict[str, float]]:
   return scores
 
 
-def _measure_improver(runs: campaign.Campaign, name: str, workdir: Path) -> dict[str, Any]:
+def _measure_improver(
+  runs: campaign.Campaign, name: str, workdir: Path, drawn: pd.DataFrame
+) -> dict[str, Any]:
   """Measures the influence of the scales, and scores on training prompts."""
   model = json.loads((workdir / "config.json").read_text(encoding="utf-8"))["model"]["path"]
   prompts = list(itertools.islice(itertools.cycle(campaign.validation_prompts()), PICTURES))
@@ -300,20 +305,22 @@ def report(
   """Writes the document's tables, results.json and improver.png from records."""
   of = lambda name: [records[name, seed] for seed in options.seeds]  # noqa: E731
   first = options.seeds[0]
+  names, tried = (*IMPROVERS, *options.only), (*options.only, *options.tried)
+  rows = _rows(names, runs, options.seeds)
+  of_first = _rows(tried, runs, [first])
+  beside = [(name, other) for name in options.tried for other in ("dpo", "spin", LARGEST)]
   results: dict[str, Any] = {
-    name: _summary(_scores_of(name, runs, options.seeds), of(name))
-    for name in (*IMPROVERS, *options.only)
+    "base": campaign.means_of(campaign.scores_of(runs, campaign.BASE))
+    | {"train": of(next(iter(IMPROVERS)))[0]["base, train prompts"]},
+    "means": {name: _summary(of(name)) for name in names},
+    "against base": comparison.against(rows, campaign.BASE),
+    "duels": _duels(rows, duels(), options.only),
+    "first seed": {
+      "means": {name: _summary([records[name, first]]) for name in tried},
+      "against base": comparison.against(of_first, campaign.BASE),
+      "duels": _duels(of_first, beside, tried),
+    },
   }
-  results["first seed"] = {
-    name: _summary(_scores_of(name, runs, [first]), [records[name, first]])
-    for name in (*options.only, *options.tried)
-  }
-  results["base's diversity"] = campaign.base_diversity(runs)
-  results["duels"] = _duels(duels(), options.only, runs, options.seeds)
-  tried = [(name, other) for name in options.tried for other in ("dpo", "spin", LARGEST)]
-  results["first seed's duels"] = _duels(
-    tried, [*options.only, *options.tried], runs, options.seeds[:1]
-  )
   results["tuned over"] = campaign.grid_scores(runs, "iterative")
   results["scales"] = {
     name: _over_seeds([record["scales"] for record in of(name)]) for name in IMPROVERS
@@ -325,21 +332,20 @@ def report(
   print(text)
 
 
-def _scores_of(name: str, runs: campaign.Campaign, seeds: Sequence[int]) -> pd.DataFrame:
-  """Returns the scores of several runs; images of different runs get different seeds."""
-  scores = [campaign.scores_of(runs, run_of(name, seed)) for seed in seeds]
-  return pd.concat(s.assign(seed=s.seed + i * 10**6) for i, s in enumerate(scores))
+def _rows(names: Sequence[str], runs: campaign.Campaign, seeds: Sequence[int]) -> pd.DataFrame:
+  """Returns the rows of the base and of improvers or kinds, as means over their seeds."""
+  tables = [campaign.scores_of(runs, campaign.BASE)]
+  for name in names:
+    of = pd.concat(campaign.scores_of(runs, run_of(name, seed)) for seed in seeds)
+    tables.append(comparison.together(of).assign(model=name))
+  return pd.concat(tables)
 
 
-def _summary(scores: pd.DataFrame, found: list[dict]) -> dict[str, Any]:
+def _summary(found: list[dict]) -> dict[str, Any]:
   return {
-    "base": {s: found[0]["means"][f"base/{s}"] for s in campaign.SCORERS},
-    **{s: [record["means"][f"tuned/{s}"] for record in found] for s in campaign.SCORERS},
+    **{s: [record["means"][s] for record in found] for s in comparison.SHOWN},
     "train": {s: [record["train prompts"][s] for record in found] for s in campaign.SCORERS},
-    "base, train": found[0].get("base, train prompts", {}),
-    "vendi": [record["vendi"] for record in found if "vendi" in record],
     "pairs": _mean_pairs([pairs for record in found for pairs in record.get("pairs", [])]),
-    "compared": _compared(scores),
     "minutes": [record["minutes"] for record in found],
   }
 
@@ -353,32 +359,12 @@ def _mean_pairs(pairs: list[dict[str, dict[str, float]]]) -> dict[str, dict[str,
 
 
 def _duels(
-  duels: list[tuple[str, str]],
-  there: Sequence[str],
-  runs: campaign.Campaign,
-  seeds: Sequence[int],
-) -> list[dict[str, Any]]:
-  """Compares a kind's images with another kind's, of the same prompts, noise and seeds."""
-  found = []
-  for name, other in duels:
-    if name in there and other in there:
-      ours, theirs = (_scores_of(n, runs, seeds) for n in (name, other))
-      theirs = theirs[theirs.model == "tuned"].assign(model="base")
-      compared = _compared(pd.concat([ours[ours.model == "tuned"], theirs]))
-      found.append({"of": name, "against": other, **compared})
-  return found
-
-
-def _compared(scores: pd.DataFrame) -> dict[str, Any]:
-  """Returns by scorer: win rate and interval, mean difference, and p of a paired t-test."""
-  return {
-    key.rpartition("-")[0]: {
-      "win rate": [entry["win_rate"], *entry["interval"]],
-      "difference": entry["difference"],
-      "p": entry["p_value"],
-    }
-    for key, entry in statistics.compare(scores).items()
-  }
+  rows: pd.DataFrame, pairs: list[tuple[str, str]], there: Sequence[str]
+) -> dict[str, comparison.Entries]:
+  """Compares those pairs of kinds that are there, on the same prompts and noise."""
+  chosen = [pair for pair in pairs if set(pair) <= set(there)]
+  compared = comparison.compare_pairs(rows, chosen)
+  return {f"{name} against {other}": entries for (name, other), entries in compared.items()}
 
 
 def _over_seeds(found: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
@@ -390,10 +376,8 @@ def _over_seeds(found: list[dict[str, dict[str, float]]]) -> dict[str, dict[str,
 
 
 def _text(results: dict, runs: campaign.Campaign, options: argparse.Namespace) -> str:
-  correct, quality = campaign.SCORERS
-  base, on_train = (results["improver"][name] for name in ("base", "base, train"))
-  diversity = results["base's diversity"]
   setting = max(results["tuned over"], key=results["tuned over"].__getitem__)
+  first = results["first seed"]
   lines = [
     campaign.provenance("python benchmarks/online.py", runs, options.seeds, options.set),
     "",
@@ -401,19 +385,17 @@ def _text(results: dict, runs: campaign.Campaign, options: argparse.Namespace) -
     f"{UPDATES * ITERATIONS} of 32 pairs, {UPDATES} in each of {ITERATIONS} iterations where "
     "there are any, with the learning rate and beta that were best on validation prompts "
     f"(iterative DPO: {setting}, of {len(results['tuned over'])} settings; those of the others "
-    "in methods.md, of six). Mean +- "
-    "standard deviation over seeds. Test prompts are held out; the training prompts "
-    f"are {PICTURES} captions of the data. Win rates are of pairs of images of the same "
-    "prompt and noise against the base, by quality, all seeds together, with a 95 % interval "
-    "over prompts; p is of a paired t-test on prompts, of correctness and of quality. "
-    f"{campaign.DIVERSITY}",
+    "in methods.md, of six). Mean +- standard deviation over seeds. `likeness` is minus the "
+    "distance of an image's patches from those of clean renders, in 1/255. The training "
+    f"prompts are {PICTURES} captions of the data.",
     "",
-    *_HEAD,
-    f"| base | {base[correct]:.3f} | {base[quality]:.3f} | {on_train[correct]:.3f} "
-    f"| {on_train[quality]:.3f} | | | {diversity:.2f} |",
-  ]
-  lines += [_line(name, results[name]) for name in (*IMPROVERS, *options.only)]
-  lines += [
+    *_means_table(results["base"], results["means"]),
+    "",
+    "Against the base: mean differences, with p-values of paired t-tests over prompts, whose "
+    "values are means over images and seeds, adjusted by Holm's method for all tests of the "
+    "table. The rate counts the prompts that win by quality, with a 95 % interval.",
+    "",
+    *comparison.table(results["against base"]),
     "",
     "`iterative-N` generates N pairs in each iteration, all others the same number as the "
     "largest. Runs that start from spin's model make the same number of updates again. "
@@ -421,15 +403,15 @@ def _text(results: dict, runs: campaign.Campaign, options: argparse.Namespace) -
     f"`{WITHOUT}`, was trained only for the other two tasks, and generates the last run's "
     "winners.",
     "",
-    "One against another, same prompts, noise and seeds:",
+    "One against another, in the same way:",
     "",
-    *_duels_table(results["duels"]),
+    *comparison.table(results["duels"]),
     "",
     "### What was trained on",
     "",
     "Scores of the pairs that runs generated, mean over iterations and seeds.",
     "",
-    *_pairs_table({name: results[name]["pairs"] for name in options.only}),
+    *_pairs_table({name: results["means"][name]["pairs"] for name in options.only}),
   ]
   if options.tried:
     lines += [
@@ -438,17 +420,20 @@ def _text(results: dict, runs: campaign.Campaign, options: argparse.Namespace) -
       "",
       f"{4 * UPDATES} updates in each iteration, beside the same seed's runs of above.",
       "",
-      *_HEAD,
-      *(_line(name, r) for name, r in results["first seed"].items()),
+      *_means_table(results["base"], first["means"]),
       "",
-      *_duels_table(results["first seed's duels"]),
+      *comparison.table(first["against base"] | first["duels"]),
       "",
       "Their pairs:",
       "",
-      *_pairs_table({name: results["first seed"][name]["pairs"] for name in options.tried}),
+      *_pairs_table({name: first["means"][name]["pairs"] for name in options.tried}),
     ]
-  lines += [
-    "",
+  return "\n".join([*lines, "", *_scales_text(results["scales"], options), ""])
+
+
+def _scales_text(scales: dict, options: argparse.Namespace) -> list[str]:
+  correct, quality = campaign.SCORERS
+  lines = [
     "### What the scales do",
     "",
     f"Improvers on {PICTURES} of the base's images of validation prompts; means over seeds. "
@@ -458,9 +443,9 @@ def _text(results: dict, runs: campaign.Campaign, options: argparse.Namespace) -
     "| s_T | s_I | correct | quality | distance | to another |",
     "|---|---|---|---|---|---|",
   ]
-  shown = results["scales"]["improver"]["base"]
+  shown = scales["improver"]["base"]
   lines.append(f"| the base | | {shown[correct]:.3f} | {shown[quality]:.3f} | 0 | |")
-  for name, table in results["scales"].items():
+  for name, table in scales.items():
     title = "" if name == "improver" else "without: "
     for of in SCALES.values():
       for s_t, s_i in of:
@@ -469,42 +454,23 @@ def _text(results: dict, runs: campaign.Campaign, options: argparse.Namespace) -
           f"| {title}{s_t:g} | {s_i:g} | {r[correct]:.3f} | {r[quality]:.3f} "
           f"| {r['distance']:.3f} | {r['distance to another']:.3f} |"
         )
-  lines += [
+  return [
+    *lines,
     "",
     f"The base's images above, the first improver's versions below (s_T = {CHOSEN[0]:g}, "
     f"s_I = {CHOSEN[1]:g}):",
     "",
     f"![]({options.out.name}/improver.png)",
-    "",
   ]
-  return "\n".join(lines)
 
 
-_HEAD = (
-  "| | correct | quality | correct, train | quality, train | win rate | p | Vendi |",
-  "|---|---|---|---|---|---|---|---|",
-)
-
-
-def _line(name: str, r: dict[str, Any]) -> str:
-  spread = campaign.spread
-  numbers = [spread(part[s]) for part in (r, r["train"]) for s in campaign.SCORERS]
-  diversity = spread(r["vendi"], "{:.2f}") if r["vendi"] else ""
-  compared = f"{_rate(r['compared'])} | {_p_values(r['compared'])}"
-  return f"| {name} | {' | '.join(numbers)} | {compared} | {diversity} |"
-
-
-def _duels_table(duels: list[dict[str, Any]]) -> list[str]:
-  correct, quality = campaign.SCORERS
-  lines = [
-    "| | against | correct, difference | quality, difference | win rate | p |",
-    "|---|---|---|---|---|---|",
-  ]
-  for duel in duels:
-    lines.append(
-      f"| {duel['of']} | {duel['against']} | {duel[correct]['difference']:+.3f} "
-      f"| {duel[quality]['difference']:+.3f} | {_rate(duel)} | {_p_values(duel)} |"
-    )
+def _means_table(base: dict[str, Any], means: dict[str, dict[str, Any]]) -> list[str]:
+  titles = [*comparison.TITLES.values(), "correct, train", "quality, train"]
+  lines = [f"| | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
+  for name, of in {"base": base, **means}.items():
+    values = [*(of[s] for s in comparison.SHOWN), *(of["train"][s] for s in campaign.SCORERS)]
+    cells = (campaign.spread(np.atleast_1d(value)) for value in values)
+    lines.append(f"| {name} | {' | '.join(cells)} |")
   return lines
 
 
@@ -519,15 +485,6 @@ def _pairs_table(by_kind: dict[str, dict[str, Any]]) -> list[str]:
       numbers = [f"{pairs[side][s]:.3f}" for side in sides for s in campaign.SCORERS]
       lines.append(f"| {name} | {' | '.join(numbers)} |")
   return lines
-
-
-def _rate(compared: dict[str, Any]) -> str:
-  rate, low, high = compared[campaign.SCORERS[1]]["win rate"]
-  return f"{rate:.3f} [{low:.3f}, {high:.3f}]"
-
-
-def _p_values(compared: dict[str, Any]) -> str:
-  return ", ".join(score_text.p_text(compared[name]["p"]) for name in campaign.SCORERS)
 
 
 def _save_grid(strip: Path, path: Path) -> None:

@@ -2,8 +2,8 @@
 
   python benchmarks/quality_versions.py
 
-The images that benchmarks/methods.py keeps of each method are in docs/methods/records.parquet,
-with their scores by version 1. The script scores them again and writes a table into
+docs/shapes/records.parquet has images of each method from a campaign of benchmarks/methods.py
+that was scored by version 1. The script scores them again and writes a table into
 docs/shapes.md.
 """
 
@@ -21,7 +21,7 @@ from PIL import Image
 
 from jaxpref.scorers import load_scorers
 
-RECORDS, DOCUMENT = Path("docs/methods/records.parquet"), Path("docs/shapes.md")
+RECORDS, DOCUMENT = Path("docs/shapes/records.parquet"), Path("docs/shapes.md")
 SCORER, FIRST = "shapes.quality", "1"
 
 
@@ -41,9 +41,10 @@ def main() -> None:
   best = rows[rows.method == "sft"].set_index(["seed", "place"])
   lines = [
     f"Made by `python benchmarks/quality_versions.py` on {datetime.date.today()}: mean of "
-    f"{SCORER} by version over the same images of [methods.md](methods.md), {methods.SHOWN} "
-    "test prompts by seed; +- is the standard error over images. The last column is version "
-    f"{version}'s mean difference from SFT's image of the same prompt, noise and seed.",
+    f"{SCORER} by version over the same images of a campaign of 2026-11-25 "
+    f"([every method](methods.md)), {methods.SHOWN} test prompts by seed; +- is the standard "
+    f"error over images. The last column is version {version}'s mean difference from SFT's "
+    "image of the same prompt, noise and seed.",
     "",
     f"| method | n | version {FIRST} | version {version} | to SFT |",
     "|---|---|---|---|---|",
