@@ -27,6 +27,7 @@ def get_config(preset: str = "shapes") -> ConfigDict:
   c = ConfigDict()
   c.name = "shapes_base"
   c.preset = preset
+  c.family = "stable_diffusion"  # kind of pipeline; or 'sd3', see configs/shapes_mmdit.py
   c.seed = 0
 
   c.corpus = ConfigDict()

@@ -93,7 +93,7 @@ def _copied(source: Path) -> str:
 def _configuration() -> str:
   """Returns the configuration reference: a table for each section, and one for each method."""
   methods = sorted(file.stem for file in (ROOT / "configs").glob("[!_]*.py"))
-  methods = [name for name in methods if name != "shapes_base"]
+  methods = [name for name in methods if name not in ("shapes_base", "shapes_mmdit")]
   common = set.intersection(*({path for path, _ in _fields(name)} for name in methods))
   lines = [
     "# Configuration",

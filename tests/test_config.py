@@ -287,12 +287,13 @@ def test_a_loss_of_another_package_has_no_rules_but_its_own():
 
 
 CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.py"))}
+PRETRAINED = ("shapes_base", "shapes_mmdit")  # configurations of jaxpref.pretrain
 
 
 @pytest.mark.parametrize("name", [n for n in CONFIGS if n not in ("__init__", "common")])
 def test_absurd_numbers_are_refused_in_every_field(name):
   """Before anything is read: in fields that only an evaluation or LoRA uses, too."""
-  rules = pretrain_run.RULES if name == "shapes_base" else base_config.RULES
+  rules = pretrain_run.RULES if name in PRETRAINED else base_config.RULES
   argument = str(CONFIGS[name])
   config, _ = parse(argument)
   config_lib.validate(config, rules)

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from jaxpref import config as config_lib
 from jaxpref.errors import UserError
 from jaxpref.models import pipeline, save, text, torch_layout, unet, vae, weights
-from jaxpref.pretrain import train_denoiser
+from jaxpref.pretrain import unet_base
 
 
 @pytest.fixture(scope="module")
@@ -300,7 +300,7 @@ def test_configurations_of_another_kind(copy, file, fields, message):
 def test_parts_of_different_models(copy):
   settings = config_lib.load_config("shapes_base:tiny")
   settings.text.width = 24
-  config = train_denoiser.denoiser_config(settings)
+  config = unet_base.denoiser_config(settings)
   other = pipeline.abstract_params(unet.build_unet(config, dtype=jnp.float32))
   zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), other)
   tensors = torch_layout.export_tensors(zeros, np.float32)

@@ -1,1 +1,1 @@
-"""Training of the bundled base pipeline from scratch, with configs/shapes_base.py."""
+"""Training of the shapes world's base pipelines from scratch: a UNet's and an MMDiT's."""

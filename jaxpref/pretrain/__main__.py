@@ -1,4 +1,4 @@
-"""`python -m jaxpref.pretrain --config=configs/shapes_base.py [--workdir=W]`."""
+"""`python -m jaxpref.pretrain --config=shapes_base [--workdir=W]`."""
 
 from jaxpref.pretrain.run import main
 from jaxpref.runtime import cli

@@ -35,8 +35,19 @@ def check_plots() -> None:
     )
 
 
-def write_card(pipeline: Path, workdir: Path, config: ConfigDict) -> None:
-  """Writes README.md, history.json and the training curves into the pipeline's directory."""
+def write_card(
+  pipeline: Path, workdir: Path, config: ConfigDict, *, trained: str, predicts: str, note: str
+) -> None:
+  """Writes README.md, history.json and the training curves into the pipeline's directory.
+
+  Args:
+    pipeline: its directory.
+    workdir: of the training run.
+    config: the run's configuration.
+    trained: what the second stage trains, in words.
+    predicts: what the denoiser predicts.
+    note: further text, Markdown.
+  """
   history = _history(pipeline, config)
   number = len(history) + 1
   stages = [stage for stage in ("vae", "denoiser") if config[stage].num_updates]
@@ -48,7 +59,8 @@ def write_card(pipeline: Path, workdir: Path, config: ConfigDict) -> None:
     {
       "command": _command(config),
       "vae": _summary(config.vae, "its decoder trained on for "),
-      "denoiser": _summary(config.denoiser, "trained on for "),
+      "trained": trained,
+      "denoiser": _summary(config.denoiser, "trained on for ") + _start_of_text(config),
       "corpus": f"{config.corpus.num_images} images, seed {config.seed}",
       "made with": made,
       "curves": curves,
@@ -63,12 +75,12 @@ def write_card(pipeline: Path, workdir: Path, config: ConfigDict) -> None:
 
 A text-to-image latent diffusion pipeline of {size:.1f} MB, in diffusers' layout, for images
 of coloured shapes, {config.corpus.image_size} pixels wide and high; predicts
-{config.unet.prediction_type}.
+{predicts}.
 
 Its purpose is to be tuned: its corpus is flawed, as data from the web is, and so are its
 images. It knows only the captions of `jaxpref.shapes.prompts`. It contains no person,
 photograph or text of others; weights and images may be used freely.
-
+{note}
 Flaws of the corpus, each added at random where a prompt allows it; an image has at most one
 flaw of meaning:
 
@@ -85,7 +97,7 @@ How it was made:
 
 def _history(pipeline: Path, config: ConfigDict) -> list[dict[str, str]]:
   """Reads the history of the pipeline that training began from, and copies its curves."""
-  source = config.denoiser.path or config.vae.path
+  source = config.denoiser.path
   if not source or not (path := hub.find_pipeline(source) / HISTORY).exists():
     return []
   history = json.loads(path.read_text(encoding="utf-8"))
@@ -95,7 +107,7 @@ def _history(pipeline: Path, config: ConfigDict) -> list[dict[str, str]]:
 
 
 def _command(config: ConfigDict) -> str:
-  words = [f"python -m jaxpref.pretrain --config=configs/shapes_base.py:{config.preset}"]
+  words = [f"python -m jaxpref.pretrain --config=configs/{config.name}.py:{config.preset}"]
   words.append(f"--config.seed={config.seed}")
   for stage in ("vae", "denoiser"):
     words.append(f"--config.{stage}.path={config[stage].path}")
@@ -109,6 +121,11 @@ def _summary(stage: Any, on: str) -> str:
     return trained
   kept = f"the weights of `{stage.path}`"
   return f"{kept}, {on}{trained}" if stage.num_updates else kept
+
+
+def _start_of_text(config: ConfigDict) -> str:
+  path = "" if config.denoiser.path else config.text.get("path")
+  return f"; a text encoder begins as that of `{path}`" if path else ""
 
 
 def _plot(workdir: Path, stages: list[str], target: Path) -> None:
@@ -135,7 +152,7 @@ def _round(number: int, entry: dict[str, str]) -> str:
 | | |
 |---|---|
 | VAE | {entry["vae"]} |
-| UNet and text encoder | {entry["denoiser"]} |
+| {entry["trained"]} | {entry["denoiser"]} |
 | corpus | {entry["corpus"]}, of 64 pixels averaged down |
 | made with | {entry["made with"]} |
 

@@ -1,7 +1,6 @@
-"""The pretraining run: corpus, tokenizer, VAE, latents, denoiser, export; all resumable."""
+"""The pretraining run: corpus, tokenizers, VAE, latents, denoiser, export; all resumable."""
 
 import dataclasses
-import functools
 import hashlib
 import math
 import shutil
@@ -19,12 +18,14 @@ from ml_collections import ConfigDict
 from jaxpref import base_config, sharding
 from jaxpref import config as config_lib
 from jaxpref.data import encode
+from jaxpref.diffusion import flow
 from jaxpref.diffusion import schedule as schedule_lib
 from jaxpref.errors import UserError
+from jaxpref.models import denoiser as denoiser_lib
 from jaxpref.models import pipeline as pipeline_lib
 from jaxpref.models import save, text
 from jaxpref.models import vae as vae_lib
-from jaxpref.pretrain import card
+from jaxpref.pretrain import card, clip_encoder, mmdit_base, unet_base
 from jaxpref.pretrain import train_denoiser as train_denoiser_lib
 from jaxpref.pretrain import train_vae as vae_stage
 from jaxpref.runtime import checkpoint, cli, jax_setup, metrics
@@ -33,6 +34,9 @@ from jaxpref.shapes import corpus, prompts
 from jaxpref.training import optimizer
 
 STAGES = ("vae", "denoiser")
+# Until the learning rate falls, a run does not depend on the number of its updates.
+RESUME_SAFE = ("log_every", "save_every", "denoiser.num_updates")
+BASES: Mapping[str, Any] = {"stable_diffusion": unet_base, "sd3": mmdit_base}
 _SHARES = ("vae.decay", "denoiser.decay", "denoiser.prompt_dropout", "denoiser.ema_decay")
 RULES: config_lib.Rules = {
   **dict.fromkeys(
@@ -47,13 +51,15 @@ RULES: config_lib.Rules = {
     (
       *("tokenizer.vocab_size", "tokenizer.max_length", "text.width", "text.layers"),
       *("text.heads", "vae.latent_channels", "vae.norm_groups", "unet.layers_per_block"),
+      *("text.head_dim", "mmdit.head_dim", "mmdit.heads", "mmdit.layers", "mmdit.patch_size"),
     ),
     (lambda value: 1 <= value <= 65_536, "between 1 and 65,536"),
   ),
   **dict.fromkeys(
-    ("vae.channels", "unet.channels", "unet.heads"),
+    ("vae.channels", "unet.channels", "unet.heads", "text.widths"),
     (lambda values: all(1 <= n <= 65_536 for n in values), "between 1 and 65,536 each"),
   ),
+  "family": (lambda value: value in BASES, f"one of {', '.join(BASES)}"),
   **dict.fromkeys(
     ("vae.kl_weight", "vae.edge_weight", "vae.lr", "denoiser.lr", "denoiser.weight_decay"),
     (lambda value: 0 <= value < math.inf, "at least 0 and finite"),
@@ -78,7 +84,7 @@ def _main(argv: list[str]) -> None:
   card.check_plots()
   prepared = prepare(config)  # what can be refused is refused before anything is written
   path = flags.get("workdir") or workdir_lib.default_workdir(config)
-  workdir = workdir_lib.open_workdir(path, config, resume_safe=("log_every", "save_every"))
+  workdir = workdir_lib.open_workdir(path, config, resume_safe=RESUME_SAFE)
   workdir_lib.write_config(workdir.path, config)
   try:
     print(f"the pipeline is in {run(prepared, workdir.path)}")
@@ -92,8 +98,10 @@ class Prepared:
 
   config: ConfigDict
   mesh: Mesh
+  base: Any  # module with what is the family's own, one of `BASES`
   vae_from: pipeline_lib.Pipeline | None
   denoiser_from: pipeline_lib.Pipeline | None
+  text_from: pipeline_lib.Pipeline | None
 
 
 def prepare(config: ConfigDict) -> Prepared:
@@ -104,7 +112,8 @@ def prepare(config: ConfigDict) -> Prepared:
       begin from is missing or does not fit.
   """
   jax_setup.cache_programs()
-  train_denoiser_lib.make_schedule(config)  # refuses settings of the levels
+  base = BASES[config.family]
+  make_schedule(config)  # refuses settings of the levels
   mesh = sharding.make_mesh()
   for stage in STAGES:
     if config[stage].num_updates:
@@ -114,13 +123,27 @@ def prepare(config: ConfigDict) -> Prepared:
         f"{stage}.num_updates is 0 and {stage}.path is empty: train the {stage}, or name a "
         "pipeline that has one"
       )
-  vae_from = _load(config, "vae", ["vae"])
-  return Prepared(config, mesh, vae_from, _load(config, "denoiser", train_denoiser_lib.TRAINED))
+  trained = [base.FAMILY.denoiser, *base.ENCODERS]
+  return Prepared(
+    *(config, mesh, base),
+    vae_from=_load(config, "vae", ["vae"]),
+    denoiser_from=_load(config, "denoiser", trained),
+    text_from=_load(config, "text", base.ENCODERS[:1]),
+  )
 
 
-def _load(config: ConfigDict, stage: str, parts: Sequence[str]) -> pipeline_lib.Pipeline | None:
-  """Loads the pipeline in the stage's `path`, if set, and checks the stage's parts."""
-  path = config[stage].path
+def make_schedule(config: ConfigDict) -> schedule_lib.Schedule:
+  """Makes the schedule of training levels, see `train_denoiser.make_schedule`."""
+  base = BASES[config.family]
+  scheduler = base.scheduler_config(config)
+  return train_denoiser_lib.make_schedule(base.FAMILY, scheduler, config.noise)
+
+
+def _load(
+  config: ConfigDict, section: str, parts: Sequence[str]
+) -> pipeline_lib.Pipeline | None:
+  """Loads the pipeline in the section's `path`, if set, and checks the parts."""
+  path = config[section].get("path")
   if not path:
     return None
   pipeline = pipeline_lib.load_pipeline(path)
@@ -128,23 +151,25 @@ def _load(config: ConfigDict, stage: str, parts: Sequence[str]) -> pipeline_lib.
     pipeline_configs(config, vocab_size=len(pipeline.tokenizers[0]))
   )
   for part in parts:
-    wanted = pipeline_lib.abstract_params(modules[part])
-    if jax.tree.map(np.shape, pipeline.params[part]) != jax.tree.map(np.shape, wanted):
+    wanted = dict(pipeline_lib.abstract_params(modules[part]))
+    if section == "text":
+      wanted.pop("text_projection", None)  # is new
+    have = pipeline.params.get(part)
+    if jax.tree.map(np.shape, have) != jax.tree.map(np.shape, wanted):
       raise UserError(
-        f"{stage}.path: the {part} of {path!r} has other shapes than this configuration's"
+        f"{section}.path: the {part} of {path!r} has other shapes than this configuration's"
       )
   return pipeline
 
 
 def pipeline_configs(config: ConfigDict, *, vocab_size: int) -> dict[str, dict[str, Any]]:
   """Returns the configuration files of the parts; the VAE's scaling factor is set later."""
-  family, encoder = train_denoiser_lib.FAMILY, train_denoiser_lib.ENCODER
+  base = BASES[config.family]
   return {
-    "model_index": dict(family.index),
+    "model_index": dict(base.FAMILY.index),
     "vae": vae_stage.vae_config(config),
-    family.denoiser: train_denoiser_lib.denoiser_config(config),
-    encoder: train_denoiser_lib.text_config(config, vocab_size=vocab_size),
-    "scheduler": train_denoiser_lib.scheduler_config(config),
+    **base.part_configs(config, vocab_size=vocab_size),
+    "scheduler": base.scheduler_config(config),
   }
 
 
@@ -162,19 +187,8 @@ def run(prepared: Prepared, workdir: Path) -> Path:
     size=config.corpus.image_size,
     seed=config.seed,
   )
-  tokenizer_dir = workdir / "tokenizer"
-  if prepared.denoiser_from:  # its text encoder needs its own tokenizer
-    source = prepared.denoiser_from.path / "tokenizer"
-    shutil.copytree(source, tokenizer_dir, dirs_exist_ok=True)
-  else:
-    text.train_tokenizer(
-      [prompts.caption(s) for specs in prompts.all_prompts("train").values() for s in specs],
-      tokenizer_dir,
-      vocab_size=config.tokenizer.vocab_size,
-      max_length=config.tokenizer.max_length,
-    )
-  tokenizer = text.load_tokenizer(tokenizer_dir)
-  configs = pipeline_configs(config, vocab_size=len(tokenizer))
+  tokenizers = write_tokenizers(prepared, workdir)
+  configs = pipeline_configs(config, vocab_size=len(tokenizers[0]))
   modules = pipeline_lib.build_modules(configs)
   identity = {"corpus": _fingerprint(images, captions)}
   kept = prepared.vae_from.params["vae"] if prepared.vae_from else None
@@ -195,9 +209,8 @@ def run(prepared: Prepared, workdir: Path) -> Path:
     first,
     workdir / "denoiser",
     latents,
-    text.tokenize([tokenizer], captions)[0],
-    schedule=train_denoiser_lib.make_schedule(config),
-    empty_ids=text.tokenize([tokenizer], [""])[0],
+    text.tokenize(tokenizers, captions),
+    empty_ids=text.tokenize(tokenizers, [""]),
     mesh=mesh,
     identity=identity | {"first": pipeline_lib.fingerprint(first | {"vae": vae_params})},
   )
@@ -205,8 +218,34 @@ def run(prepared: Prepared, workdir: Path) -> Path:
   save.save_pipeline(
     target, params | {"vae": vae_params}, configs=configs, tokenizers_from=workdir
   )
-  card.write_card(target, workdir, config)
+  base = prepared.base
+  predicts = configs["scheduler"].get("prediction_type", flow.PREDICTION_TYPE)
+  card.write_card(
+    target, workdir, config, trained=base.TITLE, predicts=predicts, note=base.NOTE
+  )
   return target
+
+
+def write_tokenizers(prepared: Prepared, workdir: Path) -> list[Any]:
+  """Writes one tokenizer into the folders of all text encoders, and loads it for each.
+
+  Text encoders whose training goes on need the tokenizer that they were trained with.
+  """
+  config = prepared.config
+  parts = prepared.base.ENCODERS
+  first, *others = (workdir / t.folder for t in prepared.base.FAMILY.tokenizers(parts).values())
+  if source := prepared.denoiser_from or prepared.text_from:
+    shutil.copytree(source.path / first.name, first, dirs_exist_ok=True)
+  else:
+    text.train_tokenizer(
+      [prompts.caption(s) for specs in prompts.all_prompts("train").values() for s in specs],
+      first,
+      vocab_size=config.tokenizer.vocab_size,
+      max_length=config.tokenizer.max_length,
+    )
+  for other in others:
+    shutil.copytree(first, other, dirs_exist_ok=True)
+  return [text.load_tokenizer(folder) for folder in (first, *others)]
 
 
 def _fingerprint(images: np.ndarray, captions: Sequence[str]) -> str:
@@ -268,16 +307,19 @@ def encode_corpus(
 
 
 def _first_params(prepared: Prepared, modules: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the initial weights of text encoder and denoiser: others', or random."""
-  denoiser, encoder = train_denoiser_lib.TRAINED
+  """Returns the initial weights of text encoders and denoiser: others', or random."""
+  base = prepared.base
   if prepared.denoiser_from:
-    return {part: prepared.denoiser_from.params[part] for part in (denoiser, encoder)}
+    parts = (base.FAMILY.denoiser, *base.ENCODERS)
+    return {part: prepared.denoiser_from.params[part] for part in parts}
   key = jax.random.key(prepared.config.seed)
-  init = functools.partial(train_denoiser_lib.init_text_encoder, modules[encoder])
-  return {
-    denoiser: jax.jit(modules[denoiser].init_weights)(jax.random.fold_in(key, 3)),
-    encoder: jax.jit(init)(jax.random.fold_in(key, 4)),
-  }
+  first = {base.FAMILY.denoiser: base.init_denoiser(modules, jax.random.fold_in(key, 3))}
+  for i, part in enumerate(base.ENCODERS):
+    first[part] = clip_encoder.init(modules[part], jax.random.fold_in(key, 4 + i))
+  if prepared.text_from:  # all of the encoder but the projection, which is new
+    part = base.ENCODERS[0]
+    first[part] = {**first[part], **prepared.text_from.params[part]}
+  return first
 
 
 def train_denoiser(
@@ -286,37 +328,43 @@ def train_denoiser(
   first: dict[str, Any],
   directory: Path,
   latents: np.ndarray,
-  ids: np.ndarray,
+  ids: Sequence[np.ndarray],
   *,
-  schedule: schedule_lib.Schedule,
-  empty_ids: np.ndarray,
+  empty_ids: Sequence[np.ndarray],
   mesh: Mesh,
   identity: dict[str, str],
 ) -> dict[str, Any]:
-  """Trains denoiser and text encoder together, from `first`; returns their EMA weights."""
-  settings = config.denoiser
+  """Trains denoiser and text encoders together, from `first`; returns their EMA weights."""
+  settings, family = config.denoiser, BASES[config.family].FAMILY
+  denoiser = family.denoiser
+  network, fixed = denoiser_lib.split_fixed(first[denoiser], family.fixed)
+  first = {**first, denoiser: network}
   tx = _optimizer(settings, weight_decay=settings.weight_decay, clip_norm=settings.clip_norm)
   ema = jax.tree.map(jnp.copy, first)
   state = train_denoiser_lib.DenoiserState(first, ema, tx.init(first), jnp.int32(0))
   state = jax.device_put(state, sharding.replicated(mesh))
   step = train_denoiser_lib.make_denoiser_step(
+    family,
     modules,
-    schedule,
+    make_schedule(config),
     tx,
-    jnp.asarray(empty_ids),
+    list(map(jnp.asarray, empty_ids)),
     jax.random.fold_in(jax.random.key(config.seed), 5),
+    fixed=fixed,
     prompt_dropout=settings.prompt_dropout,
     ema_decay=settings.ema_decay,
   )
 
   def update(state, rows):
-    return step(state, *sharding.place_batch((latents[rows], ids[rows]), mesh))
+    batch = (latents[rows], [of[rows] for of in ids])
+    return step(state, *sharding.place_batch(batch, mesh))
 
   rows = len(latents)
-  return _fit(config, settings, directory, state, update, rows, identity, purpose=2).ema
+  ema = _fit(config, settings, directory, state, update, rows, identity, purpose=2).ema
+  return {**ema, denoiser: denoiser_lib.join_fixed(ema[denoiser], fixed, family.fixed)}
 
 
-def _optimizer(settings: Any, *, weight_decay: float, clip_norm: float):
+def _optimizer(settings: ConfigDict, *, weight_decay: float, clip_norm: float):
   schedule = optimizer.make_schedule(
     "trapezoid",
     lr=settings.lr,
@@ -329,7 +377,7 @@ def _optimizer(settings: Any, *, weight_decay: float, clip_norm: float):
 
 def _fit(
   config: ConfigDict,
-  settings: Any,
+  settings: ConfigDict,
   directory: Path,
   state: Any,
   update: Callable[[Any, np.ndarray], tuple[Any, Mapping[str, jax.Array]]],

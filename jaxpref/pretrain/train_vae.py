@@ -41,6 +41,7 @@ def vae_config(config: ConfigDict) -> dict[str, Any]:
     "norm_num_groups": settings.norm_groups,
     "sample_size": config.corpus.image_size,
     "scaling_factor": 1.0,
+    "shift_factor": 0.0,  # diffusers' pipeline of SD3 needs it
   }
 
 

@@ -16,6 +16,8 @@ from jaxpref.models.dit.joint_attention import AttentionOptions
 from jaxpref.models.dit.joint_block import JointBlock
 from jaxpref.models.dit.layers import Modulation, dense, modulate
 
+T5_TOKENS = 256  # the default of diffusers' pipeline, with or without T5
+
 
 class SD3Transformer(nn.Module):
   """The transformer; fields that are not described are those of diffusers' class.
@@ -26,6 +28,10 @@ class SD3Transformer(nn.Module):
     pos_embed_max_size: height and width, in patches, of the table of positions.
     dual_attention_layers: blocks whose image also attends to itself alone.
     qk_norm: None or 'rms_norm'.
+    t5_tokens: length of T5's part of the text, which comes after CLIP's and is zeros where a
+      pipeline does without T5; 0 for a transformer that was trained without this part. The
+      file's field is `_t5_tokens`: diffusers' classes ignore names with an underscore, and its
+      pipeline has the number as an argument, `max_sequence_length`.
     options: how attention is computed.
     remat: recompute the inside of blocks in the backward pass instead of storing it.
     dtype: of the computation; parameters are float32.
@@ -44,6 +50,7 @@ class SD3Transformer(nn.Module):
   pos_embed_max_size: int = 96
   dual_attention_layers: tuple[int, ...] = ()
   qk_norm: str | None = None
+  t5_tokens: int = T5_TOKENS
   options: AttentionOptions = AttentionOptions()
   remat: bool = False
   dtype: Any = jnp.float32
@@ -127,7 +134,8 @@ def build_sd3_transformer(config: Mapping[str, Any], *, dtype: Any) -> SD3Transf
   Raises:
     UserError: a field has a value that diffusers' class or this module does not take.
   """
-  m = SD3Transformer(**transformer_fields.read(SD3Transformer, config), dtype=dtype)
+  fields = transformer_fields.read(SD3Transformer, config)
+  m = SD3Transformer(**fields, t5_tokens=config.get("_t5_tokens", T5_TOKENS), dtype=dtype)
   width = m.num_attention_heads * m.attention_head_dim
   transformer_fields.require(
     config,
@@ -135,6 +143,7 @@ def build_sd3_transformer(config: Mapping[str, Any], *, dtype: Any) -> SD3Transf
     ("attention_head_dim", width % 4 == 0, "a multiple of 4"),
     ("caption_projection_dim", m.caption_projection_dim == width, f"{width}, the width"),
     ("out_channels", m.out_channels in (None, m.in_channels), f"in_channels, {m.in_channels}"),
+    ("_t5_tokens", m.t5_tokens in (0, T5_TOKENS), f"0 or {T5_TOKENS}"),
     ("sample_size", m.sample_size % m.patch_size == 0, f"a multiple of {m.patch_size}"),
     (
       "dual_attention_layers",

@@ -8,8 +8,8 @@ import flax.linen as nn
 from jaxpref.errors import UserError
 from jaxpref.models import config_files
 
-# Fields of the modules that are not of a configuration.
-_OWN = {"options", "remat", "dtype", "parent", "name"}
+# Fields of the modules that a configuration does not have, or by another name.
+_OWN = {"t5_tokens", "options", "remat", "dtype", "parent", "name"}
 
 
 def of_module(module: type[nn.Module]) -> frozenset[str]:

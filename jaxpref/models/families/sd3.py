@@ -15,7 +15,6 @@ from jaxpref.models.families.family import Family, Modules, Part, Tokenizer
 
 _CLIPS = ("text_encoder", "text_encoder_2")
 _T5 = "text_encoder_3"
-_T5_TOKENS = 256  # the default of diffusers' pipeline, with or without T5
 # Where ComfyUI finds the text encoders in a single file.
 _ENCODERS_IN_FILE = {
   "text_encoder": "text_encoders.clip_l.transformer.",
@@ -30,18 +29,19 @@ def _encode(modules: Modules, params: Any, ids: Any, *, clip_skip: int) -> dict[
   if _T5 in modules:
     long = t5.encode(modules[_T5], params[_T5], ids[2])
   else:
-    width = modules["transformer"].joint_attention_dim
-    long = jnp.zeros((len(clip), _T5_TOKENS, width), clip.dtype)
+    network = modules["transformer"]
+    shape = (len(clip), network.t5_tokens, network.joint_attention_dim)
+    long = jnp.zeros(shape, clip.dtype)
   return {"text": text.join_texts(clip, long), "pooled": pooled}
 
 
 def _abstract_cond(modules: Modules, rows: int) -> dict[str, Any]:
   clips = [modules[part] for part in _CLIPS]
-  tokens = clips[0].config.max_position_embeddings + _T5_TOKENS
-  width = modules["transformer"].joint_attention_dim
+  network = modules["transformer"]
+  tokens = clips[0].config.max_position_embeddings + network.t5_tokens
   pooled = sum(clip.config.projection_dim for clip in clips)
   shape = lambda *of: jax.ShapeDtypeStruct((rows, *of), clips[0].dtype)  # noqa: E731
-  return {"text": shape(tokens, width), "pooled": shape(pooled)}
+  return {"text": shape(tokens, network.joint_attention_dim), "pooled": shape(pooled)}
 
 
 def _check_fit(places: Mapping[str, Path], modules: Modules) -> None:
@@ -56,6 +56,11 @@ def _check_fit(places: Mapping[str, Path], modules: Modules) -> None:
     raise UserError(
       f"{where} takes texts of width {width}, but text_encoder_3 makes {made}: they do not "
       "belong together"
+    )
+  if _T5 in modules and not network.t5_tokens:
+    raise UserError(
+      f"{where} was trained without T5 (_t5_tokens is 0), but there is a text_encoder_3: they "
+      "do not belong together"
     )
   if hidden > width or pooled != network.pooled_projection_dim:
     raise UserError(
@@ -75,7 +80,8 @@ def _attentions(
 ) -> list[tuple[int, int]]:
   """Returns (heads, tokens) of the joint attention; CLIP's part of the text has 77 tokens."""
   patches = [n // config["patch_size"] for n in latent_shape[1:]]
-  return [(config["num_attention_heads"], patches[0] * patches[1] + 77 + _T5_TOKENS)]
+  text = 77 + config.get("_t5_tokens", sd3_transformer.T5_TOKENS)
+  return [(config["num_attention_heads"], patches[0] * patches[1] + text)]
 
 
 def _to_single_file(
@@ -123,7 +129,9 @@ FAMILY = Family(
       stem=parts.TRANSFORMERS_STEM,
       is_optional=True,
       tokenizer=Tokenizer(
-        "tokenizer_3", parts.piece_loader("t5", max_length=_T5_TOKENS), parts.tokenize
+        "tokenizer_3",
+        parts.piece_loader("t5", max_length=sd3_transformer.T5_TOKENS),
+        parts.tokenize,
       ),
     ),
   },
