@@ -129,9 +129,9 @@ def read_record(campaign: Campaign, name: str, arguments: Sequence[str]) -> dict
 
 
 def _asked(campaign: Campaign, arguments: Sequence[str]) -> dict[str, Any]:
-  """Returns the entries in which records must agree."""
+  """Returns the entries in which records must agree, wherever the workdirs are."""
   return {
-    "arguments": list(arguments),
+    "arguments": [text.replace(f"={campaign.runs}/", "=RUNS/") for text in arguments],
     "base": campaign.base,
     "scorers": campaign.scorers,
   }

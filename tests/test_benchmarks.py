@@ -1,5 +1,6 @@
 """The campaigns under benchmarks/, in small."""
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -375,7 +376,12 @@ def test_records_of_other_versions_of_the_scorers_are_not_used(tmp_path, monkeyp
   runs = campaign.open_campaign(options, ["--config=configs/sft.py:shapes"])
   assert runs.judged["scorers"].keys() == set(scoring.JUDGES)
   runs.records.mkdir(parents=True)
-  as_asked = campaign._judged(runs, ["a"])
+  elsewhere = dataclasses.replace(runs, runs=tmp_path / "elsewhere")
+  as_asked, same = (
+    campaign._judged(of, [f"--config.model.start={of.runs}/spin-0"]) for of in (runs, elsewhere)
+  )
+  assert as_asked == same  # a campaign can go on in another directory
+  as_asked |= {"arguments": ["a"]}
   older = dict(as_asked["judged"], scorers=dict.fromkeys(scoring.JUDGES, "0"))
   for name, of in (
     ("same", as_asked),
