@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from ml_collections import ConfigDict
 
 from jaxpref.data import bad_rows, buckets, image_scores, images
 from jaxpref.data.bad_rows import BadRow, Tally
@@ -101,7 +102,7 @@ def derive(
   kind: str,
   table: str,
   source: BuiltTable,
-  data: Any,
+  data: ConfigDict,
   *,
   image_size: int,
   seed: int,

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from ml_collections import ConfigDict
 
 from jaxpref.data import shards
 from jaxpref.errors import UserError
@@ -123,7 +124,7 @@ def changes(directory: Path) -> np.ndarray:
   return changed
 
 
-def count_kept(changes: np.ndarray, data: Any) -> int:
+def count_kept(changes: np.ndarray, data: ConfigDict) -> int:
   """Counts the pairs to train on, by the configuration's `data` section."""
   count = int(np.sum(changes >= data.min_change))
   return min(count, data.num_rows or count)

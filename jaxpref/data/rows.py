@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from jaxpref.data import bad_rows, built_rows, images, remote, sources, top_k
 from jaxpref.data.bad_rows import Tally
@@ -33,7 +34,7 @@ def arms_of(kind: str, list_size: int) -> tuple[str, ...]:
 
 
 def load_rows(
-  kind: str, data: Any, *, image_size: int, seed: int, tally: Tally | None = None
+  kind: str, data: ConfigDict, *, image_size: int, seed: int, tally: Tally | None = None
 ) -> RowSet:
   """Loads the rows that a loss learns from.
 
@@ -99,12 +100,12 @@ def load_rows(
   return rows
 
 
-def make_tally(data: Any) -> Tally:
+def make_tally(data: ConfigDict) -> Tally:
   """Makes a tally that allows the configuration's share of bad rows."""
   return Tally(data.max_bad_share)
 
 
-def _check_source(name: str, kind: str, data: Any) -> str:
+def _check_source(name: str, kind: str, data: ConfigDict) -> str:
   """Returns the table from which the rows are derived; refuses what the source cannot do."""
   source = sources.find_source(name)
   if not getattr(source, "SORTED", False) and data.split != "train":
@@ -128,7 +129,7 @@ def _check_source(name: str, kind: str, data: Any) -> str:
 
 
 def _derive(
-  kind: str, table: str, source: sources.Table, data: Any, options: dict[str, Any]
+  kind: str, table: str, source: sources.Table, data: ConfigDict, options: dict[str, Any]
 ) -> list[Row]:
   """Derives rows of a kind from an opened table."""
   limit = data.num_experts if kind in ("experts", "captions") else data.num_rows

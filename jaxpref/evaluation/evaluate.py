@@ -81,13 +81,13 @@ def evaluate(
   pipeline: Pipeline,
   models: Mapping[str, Any],
   prompts: Sequence[str],
-  settings: Any,
+  settings: ConfigDict,
   *,
   scorer_names: Sequence[str],
   mesh: Mesh,
   directory: Path,
   prefix: str = "",
-  improve: Any = None,
+  improve: ConfigDict | None = None,
   known: Mapping[str, np.ndarray] | None = None,
   selected_by: Collection[str] = (),
 ) -> dict[str, np.ndarray]:
@@ -126,7 +126,7 @@ def evaluate(
 
 
 def read_images(
-  directory: Path, model: str, num_prompts: int, settings: Any
+  directory: Path, model: str, num_prompts: int, settings: ConfigDict
 ) -> np.ndarray | None:
   """Reads a model's images of an earlier evaluation; None if one is missing or damaged.
 
@@ -149,10 +149,10 @@ def _generate(
   models: Mapping[str, Any],
   prompts: Sequence[str],
   seeds: np.ndarray,
-  settings: Any,
+  settings: ConfigDict,
   mesh: Mesh,
   prefix: str,
-  improve: Any,
+  improve: ConfigDict | None,
   base_images: np.ndarray | None,
 ) -> dict[str, np.ndarray]:
   """Generates the images of each model.
@@ -201,7 +201,7 @@ def _judge(
   images: Mapping[str, np.ndarray],
   prompts: Sequence[str],
   seeds: np.ndarray,
-  settings: Any,
+  settings: ConfigDict,
   scorer_names: Sequence[str],
   directory: Path,
   selected_by: Collection[str],

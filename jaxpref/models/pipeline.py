@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from jaxpref import sharding
 from jaxpref.diffusion import schedule as schedule_lib
@@ -277,7 +278,7 @@ def describe_pipeline(
   return _describe(_find(name, variant, unet, vae, configs_only=True), dtype, clip_skip)[0]
 
 
-def source_of(model: Any) -> dict[str, Any]:
+def source_of(model: ConfigDict) -> dict[str, Any]:
   """Returns arguments of `load_pipeline`, without the name, from the section `model`."""
   texts = {name: str(model.get(name) or "") for name in ("variant", "unet", "vae")}
   return {**texts, "clip_skip": model.get("clip_skip") or 0}

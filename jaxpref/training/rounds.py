@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from jaxpref import scorers, sharding
 from jaxpref.data import encode, row_set
@@ -288,7 +289,7 @@ def _compare(
   scores: np.ndarray,
   group: np.ndarray,
   captions: Sequence[str],
-  settings: Any,
+  settings: ConfigDict,
   state: Mapping[str, Any],
 ) -> tuple[np.ndarray, dict[Any, list[float]]]:
   """Returns advantages [N] for scores [N, K], and the new windows."""

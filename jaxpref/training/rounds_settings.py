@@ -1,7 +1,6 @@
 """Checks of the section `rounds`, before a run writes anything."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -78,7 +77,7 @@ def check(config: ConfigDict, needs: Needs) -> None:
     )
 
 
-def check_rows(config: Any, of_prompt: int) -> None:
+def check_rows(config: ConfigDict, of_prompt: int) -> None:
   """Refuses rounds whose updates do not use every row.
 
   Args:
@@ -97,7 +96,7 @@ def check_rows(config: Any, of_prompt: int) -> None:
     )
 
 
-def check_scorers(settings: Any, captions: Sequence[str]) -> None:
+def check_scorers(settings: ConfigDict, captions: Sequence[str]) -> None:
   """Refuses scorers that are unknown or cannot judge a prompt.
 
   Args:

@@ -33,6 +33,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from jaxpref import plugins
 from jaxpref.data.bad_rows import BadRow
 from jaxpref.errors import UserError
@@ -74,7 +76,7 @@ def is_built(path: str | os.PathLike) -> bool:
     return False
 
 
-def name_of(data: Any) -> str:
+def name_of(data: ConfigDict) -> str:
   """Returns `data.source`, or 'built' if only `data.path` names a built data set."""
   return "built" if data.source == "shapes" and is_built(data.path) else data.source
 
@@ -104,7 +106,7 @@ def find_source(name: str) -> ModuleType:
   return found
 
 
-def tables_of(source: ModuleType, data: Any = None) -> tuple[str, ...]:
+def tables_of(source: ModuleType, data: ConfigDict | None = None) -> tuple[str, ...]:
   """Returns the tables that a source can open, with `data` those that its files have.
 
   Raises:
@@ -120,7 +122,7 @@ def tables_of(source: ModuleType, data: Any = None) -> tuple[str, ...]:
   return tuple(table for table in TABLES if hasattr(source, f"open_{table}"))
 
 
-def table_for(source: ModuleType, kind: str, data: Any = None) -> str | None:
+def table_for(source: ModuleType, kind: str, data: ConfigDict | None = None) -> str | None:
   """Returns the table from which a source's rows of a kind are derived, or None."""
   tables = tables_of(source, data)
   if kind in tables:
@@ -130,7 +132,7 @@ def table_for(source: ModuleType, kind: str, data: Any = None) -> str | None:
   return next((table for table in order if kind in TABLES[table]), None)
 
 
-def open_table(name: str, table: str, data: Any, tally: Any, kind: str) -> Table:
+def open_table(name: str, table: str, data: ConfigDict, tally: Any, kind: str) -> Table:
   """Opens a table of a source.
 
   Args:

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ml_collections import ConfigDict
+
 from jaxpref.data.bad_rows import Tally
 from jaxpref.data.sources import COMPLETE, Table, is_built
 from jaxpref.errors import UserError
@@ -16,12 +18,12 @@ SORTED = True
 _ADVICE = "build the data set again"
 
 
-def tables_in(data: Any) -> tuple[str, ...]:
+def tables_in(data: ConfigDict) -> tuple[str, ...]:
   """Returns the table that the data set at `data.path` has."""
   return (read_facts(data.path)["plan"]["table"],)
 
 
-def open_pairs(data: Any, tally: Tally, kind: str) -> Table:
+def open_pairs(data: ConfigDict, tally: Tally, kind: str) -> Table:
   """Opens the rows of a data set of pairs."""
   del tally, kind
   return open_set(data.path)

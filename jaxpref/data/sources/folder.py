@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from jaxpref.data import folder_scan, splits, top_k
 from jaxpref.data.bad_rows import Tally
 from jaxpref.data.top_k import Example
@@ -150,7 +152,7 @@ class FolderPairs(Sequence[Mapping[str, Any]]):
     return self._pairs[index].winner.relative_to(self._root).as_posix()
 
 
-def open_images(data: Any, tally: Tally, kind: str = "experts") -> FolderImages:
+def open_images(data: ConfigDict, tally: Tally, kind: str = "experts") -> FolderImages:
   """Opens the images of the folder `data.path` that have captions, sorted by path.
 
   Raises:
@@ -161,12 +163,12 @@ def open_images(data: Any, tally: Tally, kind: str = "experts") -> FolderImages:
   return _captioned(root, data.split, data.follow_links, tally)
 
 
-def open_captions(data: Any, tally: Tally, kind: str = "captions") -> FolderImages:
+def open_captions(data: ConfigDict, tally: Tally, kind: str = "captions") -> FolderImages:
   """Opens the captions of the folder's images, which are not read."""
   return open_images(data, tally, kind)
 
 
-def open_pairs(data: Any, tally: Tally, kind: str = "pairs") -> FolderPairs:
+def open_pairs(data: ConfigDict, tally: Tally, kind: str = "pairs") -> FolderPairs:
   """Opens the pairs of the folder `data.path`.
 
   Raises:

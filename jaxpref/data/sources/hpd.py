@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ijson
+from ml_collections import ConfigDict
 
 from jaxpref.data.bad_rows import BadRow, Tally, number_of
 from jaxpref.data.sources import Table
@@ -20,7 +21,7 @@ SORTED = True
 _FIELDS = ("prompt", "file_path", "human_preference", "image_path", "rank")
 
 
-def open_pairs(data: Any, tally: Tally, kind: str) -> Table:
+def open_pairs(data: ConfigDict, tally: Tally, kind: str) -> Table:
   """Opens the pairs of a file.
 
   Raises:
@@ -30,7 +31,7 @@ def open_pairs(data: Any, tally: Tally, kind: str) -> Table:
   return _open(data, "human_preference", _pair, "pairs: they are in train.json")
 
 
-def open_lists(data: Any, tally: Tally, kind: str) -> Table:
+def open_lists(data: ConfigDict, tally: Tally, kind: str) -> Table:
   """Opens the ranked lists of a file.
 
   Raises:
@@ -41,14 +42,14 @@ def open_lists(data: Any, tally: Tally, kind: str) -> Table:
   return _open(data, "rank", _list, where)
 
 
-def open_captions(data: Any, tally: Tally, kind: str) -> Table:
+def open_captions(data: ConfigDict, tally: Tally, kind: str) -> Table:
   """Opens the prompts of a file of either kind."""
   del tally, kind
   file, entries = _read(data)
   return Listing(entries, lambda entry: {"caption": entry.get("prompt")}, file.name)
 
 
-def _open(data: Any, field: str, row_of: Callable[..., Any], lacking: str) -> Listing:
+def _open(data: ConfigDict, field: str, row_of: Callable[..., Any], lacking: str) -> Listing:
   """Opens a file whose entries have a field; `row_of(file, entry)` makes a row of one."""
   file, entries = _read(data)
   if field not in entries[0]:
@@ -56,7 +57,7 @@ def _open(data: Any, field: str, row_of: Callable[..., Any], lacking: str) -> Li
   return Listing(entries, functools.partial(row_of, file), file.name)
 
 
-def _read(data: Any) -> tuple[Path, list[dict[str, Any]]]:
+def _read(data: ConfigDict) -> tuple[Path, list[dict[str, Any]]]:
   file = find_listing(data.path, f"{data.split}.json", "a JSON file of HPDv2")
   try:
     with file.open("rb") as stream:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from ml_collections import ConfigDict
 
 from jaxpref.data.bad_rows import BadRow, Tally
 from jaxpref.data.sources import Table
@@ -22,7 +23,7 @@ _COLUMNS = ("file_name", "caption", "split")
 _LIKED = {"exclusive_win": True, "intersections": True, "exclusive_lose": False}
 
 
-def open_singles(data: Any, tally: Tally, kind: str) -> Table:
+def open_singles(data: ConfigDict, tally: Tally, kind: str) -> Table:
   """Opens the labelled images, in the order of the file.
 
   Raises:

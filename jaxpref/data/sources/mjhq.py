@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import ijson
+from ml_collections import ConfigDict
 
 from jaxpref.data.bad_rows import BadRow, Tally
 from jaxpref.data.sources import Table
@@ -18,7 +19,7 @@ from jaxpref.errors import UserError, first_line
 SORTED = True
 
 
-def open_images(data: Any, tally: Tally, kind: str) -> Table:
+def open_images(data: ConfigDict, tally: Tally, kind: str) -> Table:
   """Opens the images with their prompts, in the order of the file.
 
   Raises:

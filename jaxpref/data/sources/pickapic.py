@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from jaxpref.data import parquet, splits
 from jaxpref.data.bad_rows import BadRow, Tally
 from jaxpref.errors import UserError
@@ -128,7 +130,7 @@ def _content(value: tuple[bytes | None, bytes | None], beside: Path, column: str
   raise BadRow(f"{column} is a path that leads out of the folder")
 
 
-def open_pairs(data: Any, tally: Tally, kind: str = "pairs") -> "PickAPic":
+def open_pairs(data: ConfigDict, tally: Tally, kind: str = "pairs") -> "PickAPic":
   """Opens the parquet files in `data.path`; see `open_pickapic`."""
   columns = {"singles": "pairs"}.get(kind, kind)
   return open_pickapic(data.path, columns, split=data.split, tally=tally)

@@ -1,6 +1,6 @@
 """A text file with one prompt per line."""
 
-from typing import Any
+from ml_collections import ConfigDict
 
 from jaxpref.data import prompt_files
 from jaxpref.data.bad_rows import Tally
@@ -8,7 +8,7 @@ from jaxpref.data.sources import Table
 from jaxpref.runtime.paths import user_path
 
 
-def open_captions(data: Any, tally: Tally, kind: str) -> Table:
+def open_captions(data: ConfigDict, tally: Tally, kind: str) -> Table:
   """Opens the prompts of the file `data.path`."""
   del tally, kind
   return [

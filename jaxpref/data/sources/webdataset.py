@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from jaxpref.data import splits
 from jaxpref.data.bad_rows import BadRow, Tally
@@ -31,7 +32,7 @@ _MEMBERS = {
 _COLUMNS = tuple(_MEMBERS.values())
 
 
-def open_pairs(data: Any, tally: Tally, kind: str) -> Table:
+def open_pairs(data: ConfigDict, tally: Tally, kind: str) -> Table:
   """Opens the pairs of all tar files, in the order of the files.
 
   Raises:
