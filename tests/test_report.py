@@ -205,6 +205,9 @@ def test_verdict_undecided():
     "the tuned model in 51 % of the pairs (95 % interval 46 to 56 %, p = 0.62); images "
     "judged correct by verifier-1 go from 48 % to 49 %, which may be chance (p = 0.4)."
   )
+  equal = entry(0.5, [0.5, 0.5], base=0.48, tuned=0.48, p=1.0, binary=True)
+  text = report.verdict({"quality-1": even, "verifier-1": equal})
+  assert text.endswith("images judged correct by verifier-1 stay at 48 % (p = 1).")
 
 
 def test_verdict_on_one_prompt_and_on_mixed_evidence(tmp_path):

@@ -273,6 +273,8 @@ def _tie(text: str) -> str:
 def _correctness(key: str, entry: dict[str, Any], change: str) -> str:
   before, after = percent(entry["base"]["mean"]), percent(entry["tuned"]["mean"])
   verb = {"won": "rise", "lost": "fall", "undecided": "go"}[change]
+  if change == "undecided" and before == after:
+    return f"images judged correct by {key} stay at {after} ({_p(entry)})"
   text = f"images judged correct by {key} {verb} from {before} to {after}"
   return text if change != "undecided" else f"{text}, which may be chance ({_p(entry)})"
 
