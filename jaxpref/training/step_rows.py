@@ -13,6 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from jaxpref.base_config import FLOW_STEPS
 from jaxpref.diffusion import guidance as guidance_lib
@@ -61,7 +62,7 @@ class Steps:
   labels: dict[str, jax.Array]
 
 
-def plan_steps(config: Any, pipeline: Pipeline) -> Plan:
+def plan_steps(config: ConfigDict, pipeline: Pipeline) -> Plan:
   """Counts the steps of a run's trajectories.
 
   Args:
@@ -93,7 +94,7 @@ def plan_steps(config: Any, pipeline: Pipeline) -> Plan:
   return Plan(rollout.num_steps, noisy, window, trained)
 
 
-def check(config: Any, pipeline: Pipeline, kind: str) -> Plan:
+def check(config: ConfigDict, pipeline: Pipeline, kind: str) -> Plan:
   """Refuses settings of the section `steps` that do not fit others; returns `plan_steps`.
 
   Args:
@@ -134,7 +135,7 @@ def check(config: Any, pipeline: Pipeline, kind: str) -> Plan:
   return plan
 
 
-def etas(config: Any, plan: Plan, number: int) -> tuple[np.ndarray, int]:
+def etas(config: ConfigDict, plan: Plan, number: int) -> tuple[np.ndarray, int]:
   """Returns the strength of each step's noise in a round, float32 [N], and the window's start.
 
   Args:
@@ -251,7 +252,7 @@ def abstract_labels(
   return found | {"t": level}
 
 
-def training_guidance(config: Any) -> float:
+def training_guidance(config: ConfigDict) -> float:
   """Returns the guidance scale of the trained predictions; 1 without guidance."""
   guided = "steps" in config and config.steps.guided and config.rollout.guidance > 1
   return config.rollout.guidance if guided else 1.0
