@@ -128,7 +128,7 @@ def parted(found: Mapping[str, Entries], chosen_by: Collection[str]) -> list[str
 def table(found: Mapping[str, Entries]) -> list[str]:
   """Formats the results of `against` as a table: differences with Holm's p, quality's wins."""
   heads = [f"{TITLES[s]}, p" for s in SHOWN]
-  lines = [f"| | {' | '.join(heads)} | wins by quality | by all |", "|---" * 7 + "|"]
+  lines = [f"| | {' | '.join(heads)} | wins by quality | scorers |", "|---" * 7 + "|"]
   for model, entries in found.items():
     cells = [difference(entries[s]) if s in entries else "" for s in SHOWN]
     verdict = result(outcomes(entries))
@@ -138,8 +138,11 @@ def table(found: Mapping[str, Entries]) -> list[str]:
 
 
 def result(by: Mapping[str, str]) -> str:
-  """Sums up outcomes by scorer: better, worse, mixed or undecided."""
-  said = set(by.values()) - {"undecided"}
+  """Sums up the outcomes by the judges: better, worse, mixed or undecided.
+
+  Diversity has no part in it: noise raises it too. Its losses are in `parted`.
+  """
+  said = {of for scorer, of in by.items() if scorer in scoring.JUDGES} - {"undecided"}
   if len(said) > 1:
     return "mixed"
   return {"won": "better", "lost": "worse"}.get(next(iter(said), ""), "undecided")

@@ -224,7 +224,8 @@ def _text(results: dict, runs: campaign.Campaign, options: argparse.Namespace) -
     "all tests of the table by Holm's method. The unit is the prompt; its value is the mean "
     "over its images and the training runs. So these tests hold for the methods' runs above, "
     "and the spread of other runs is that of the table above. The rate counts the prompts that "
-    "win by quality, with a 95 % interval. A method is mixed if scorers or Vendi disagree.",
+    "win by quality, with a 95 % interval. The last column sums up the three scorers; a higher "
+    "Vendi score alone is not better, since noise raises it too.",
     "",
     *comparison.table({name: results["against base"][name] for name in names}),
     "",

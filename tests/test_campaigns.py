@@ -53,9 +53,12 @@ def test_methods_are_compared_by_prompts_and_p_values_are_holms(monkeypatch):
   results = {n: comparison.result(comparison.outcomes(e)) for n, e in compared.items()}
   assert results == {"a": "better", "b": "undecided", "c": "worse"}
   assert not comparison.parted(compared, campaign.SCORERS)
+  compared["a"][scoring.VENDI] = compared["c"][scoring.VENDI]
+  assert comparison.result(comparison.outcomes(compared["a"])) == "better"
   compared["a"][scoring.HELD_OUT] = compared["c"][scoring.HELD_OUT]
+  assert comparison.result(comparison.outcomes(compared["a"])) == "mixed"
   assert comparison.parted(compared, campaign.SCORERS) == [
-    "a wins by correct and quality and loses by likeness"
+    "a wins by correct and quality and loses by likeness and Vendi"
   ]
   # Runs are apart from prompts: the spread is that of their means.
   over = comparison.over_runs(rows, "base")["a"]["shapes.quality"]
