@@ -16,6 +16,7 @@ from jaxpref.diffusion import sampler as sampler_lib
 from jaxpref.diffusion import schedule as schedules
 from jaxpref.diffusion import timesteps as timesteps_lib
 from jaxpref.errors import UserError
+from jaxpref.evaluation import sampling
 from jaxpref.losses import ppo
 from jaxpref.models import load_pipeline
 from jaxpref.training import step_rows, train_step
@@ -81,12 +82,16 @@ def test_log_probabilities_from_stored_steps_are_the_samplers(solver, schedule, 
       *(devices_main.denoise, schedule, 3.0, params, empty), step_rows.make_arms(batch)
     )["x"]
   )(params)
-  got = ppo.log_prob_of(residual, flat.labels["std"], density="gaussian")
+  density = "square" if solver == "cps" else "gaussian"  # as these methods compare steps
+  got = ppo.log_prob_of(residual, flat.labels["std"], density=density)
   noise = np.stack([sampler_lib.step_noise(keys, k, SHAPE) for k in range(STEPS)])
   z = np.float64(noise[np.array(picks), np.arange(4)[:, None]])
   std = np.float64(table.noise[np.array(picks), np.arange(4)[:, None]])
   assert (std > 0).all()
-  want = -np.square(z).mean((2, 3, 4)) / 2 - np.log(std) - np.log(2 * np.pi) / 2
+  square = np.square(z).mean((2, 3, 4))
+  want = -square / 2 - np.log(std) - np.log(2 * np.pi) / 2
+  if density == "square":
+    want = -square * std**2
   np.testing.assert_allclose(got, want.ravel(), rtol=1e-6, atol=1e-6)
   # The gain is the change of the mean with the prediction.
   moved = lambda p, *a: devices_main.denoise(p, *a) + 0.1  # noqa: E731
@@ -178,6 +183,8 @@ def test_trained_steps_are_distinct_and_random(tiny_pipeline):
     ({"steps__window": 2, "steps__trained": 3}, "steps.trained = 3 of steps.window = 2"),
     ({"data__prompt_dropout": 0.1}, "data.prompt_dropout must be 0"),
     ({"loss__space": "eps"}, "loss.space must be 'model'"),
+    ({"noise__density": "mode"}, "the section noise has no effect"),
+    ({"rounds__old_decay": 0.5}, "rounds.old_decay must be 0 unless rounds.sampler = 'old'"),
     ({"train__batch_size": 8}, "must be a multiple of the 3 steps"),
     ({"steps__trained": 2}, "loss 'ppo' learns from whole trajectories"),
     ({"rounds__images_per_prompt": 3}, "rounds.images_per_prompt must be even"),
@@ -189,6 +196,35 @@ def test_settings_of_steps_that_do_not_fit_are_refused(tiny_pipeline, fields, me
   with pytest.raises(UserError) as error:
     step_rows.check(config, pipeline, kind)
   assert message in str(error.value)
+
+
+def test_images_of_a_prompt_may_start_from_one_noise(tiny_pipeline):
+  config, pipeline = tiny(tiny_pipeline, rounds__images_per_prompt=2)
+  seeds = np.array([3, 5, 7, 9], np.uint32)
+  assert step_rows.start_seeds(config, seeds).tolist() == [3, 5, 7, 9]
+  with config.unlocked():
+    config.steps.common_start = True
+  starts = step_rows.start_seeds(config, seeds)
+  assert starts.tolist() == [3, 3, 7, 7]
+  settings = {"num_steps": 2, "solver": "ddim", "order": 2, "starts": starts}
+
+  def sampled(eta):
+    nothing = lambda x, t: 0 * x  # noqa: E731
+    return sampling.sample_seeds(
+      *(nothing, seeds, pipeline, SHAPE), **settings, eta=jnp.array(eta)
+    )
+
+  plain, noisy = sampled([0.0, 0.0]), sampled([1.0, 0.0])
+  np.testing.assert_array_equal(plain[0], plain[1])
+  assert (plain[0] != plain[2]).all() and (noisy[0] != noisy[1]).all()
+
+
+def test_guidance_is_trained_if_it_samples():
+  config = config_lib.load_config("ppo:sd15")
+  assert step_rows.training_guidance(config) == 5.0
+  with config.unlocked():
+    config.steps.guided = False
+  assert step_rows.training_guidance(config) == 1.0
 
 
 def test_what_is_needed_follows_from_the_settings():

@@ -256,6 +256,7 @@ def steps(c: ConfigDict) -> None:
   """
   c.data.prompt_dropout = 0.0  # steps keep the prompts that have sampled them
   c.loss.space = "model"
+  c.noise.density = "uniform"  # the levels are the sampler's
   c.rollout.solver = "ddim"  # or 'flow_sde', 'dance_sde', 'cps' for flow-matching models
   c.steps = ConfigDict()
   c.steps.eta = 1.0  # strength of a step's noise: DDIM's eta, or that of a flow's solver

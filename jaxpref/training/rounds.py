@@ -179,8 +179,7 @@ class Rounds:
       eta, first = step_rows.etas(config, plan, number)
       eta = sharding.replicate(eta, mesh)
       picks = step_rows.pick(plan, first, len(seed), [config.seed, number])
-      images = config.rounds.images_per_prompt
-      starts = seed[::images].repeat(images) if config.steps.common_start else seed
+      starts = step_rows.start_seeds(config, seed)
     found: list[Any] = []
     for start in range(0, len(seed), size):
       index = np.arange(start, start + size).clip(max=len(seed) - 1)

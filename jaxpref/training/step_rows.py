@@ -115,6 +115,15 @@ def check(config: ConfigDict, pipeline: Pipeline, kind: str) -> Plan:
     is not None
   ):
     raise UserError(f"loss.space must be 'model': loss {name!r} has no errors of predictions")
+  if config.noise.density != "uniform" or config.noise.shift:
+    raise UserError(
+      f"the section noise has no effect: loss {name!r} trains its sampler's levels"
+    )
+  if config.rounds.old_decay and config.rounds.sampler == "policy":
+    raise UserError(
+      f"rounds.old_decay must be 0 unless rounds.sampler = 'old': loss {name!r} compares the "
+      "policy with the one that has sampled, not with an average"
+    )
   if kind == "paths":
     if plan.trained < plan.noisy:
       raise UserError(
@@ -162,6 +171,12 @@ def pick(plan: Plan, start: int, rows: int, seed: Sequence[int]) -> np.ndarray:
     order = np.random.default_rng([*seed, _STEPS]).random((rows, plan.window)).argsort(axis=1)
     inside = np.sort(order[:, : plan.trained], axis=1)
   return (start + inside).astype(np.int32)
+
+
+def start_seeds(config: Any, seed: np.ndarray) -> np.ndarray:
+  """Returns the seeds of the noise that a round's images start from, [P G]."""
+  images = config.rounds.images_per_prompt
+  return seed[::images].repeat(images) if config.steps.common_start else seed
 
 
 def take(
