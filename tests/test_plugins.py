@@ -124,6 +124,12 @@ CONTENTS = [
     "arrange must return a jaxpref.losses.Arranged .got .*Array",
   ),
   (OBJECTIVE + "def arrange(x0, cond, uncond, key): x0.y", "line 5: AttributeError: .* 'y'"),
+  (OBJECTIVE + "def refine(needs): return needs", r"refine is called with \(needs, updates\)"),
+  (OBJECTIVE + "def refine(needs, updates): return 1", "refine must return a .*Needs .got int"),
+  (
+    OBJECTIVE + "def refine(needs, updates): needs.x",
+    "refine: .*line 5: AttributeError: .*'x'",
+  ),
 ]
 
 

@@ -184,7 +184,8 @@ def make_loss(settings: Mapping[str, Any], *, updates: int = 1) -> Loss:
     updates: number of updates on the same samples.
 
   Raises:
-    UserError: no loss has this name, a hyper-parameter is missing, or one is unknown.
+    UserError: no loss has this name, a hyper-parameter is missing or unknown, or `refine` does
+      not return a `Needs`.
   """
   name = settings["name"]
   module = load_loss(name)
@@ -209,8 +210,18 @@ def make_loss(settings: Mapping[str, Any], *, updates: int = 1) -> Loss:
     return functools.partial(function, **taken)
 
   arrange, label, refine = (function and bind(function) for function in functions[1:])
-  needs = refine(module.NEEDS, updates) if refine else module.NEEDS
+  needs = _refined(name, module.NEEDS, refine, updates) if refine else module.NEEDS
   return Loss(name, needs, bind(module.objective), arrange, label)
+
+
+def _refined(name: str, needs: Needs, refine: Callable, updates: int) -> Needs:
+  """Returns what `refine` makes of the needs; refuses anything else than a `Needs`."""
+  what = f"loss {name!r}: refine"
+  with plugins.one_line_errors(what, refine, own=True):
+    found = refine(needs, updates)
+  if not isinstance(found, Needs):
+    raise UserError(f"{what} must return a jaxpref.losses.Needs (got {type(found).__name__})")
+  return found
 
 
 def load_loss(name: str) -> ModuleType:
