@@ -18,7 +18,7 @@ from conftest import ROOT
 from PIL import Image
 
 from jaxpref import base_config
-from jaxpref.data import build, commands, journal, row_index, row_set, shards
+from jaxpref.data import build, build_report, commands, journal, row_index, row_set, shards
 from jaxpref.data import rows as rows_lib
 from jaxpref.errors import UserError
 
@@ -127,6 +127,20 @@ def test_what_is_stored_of_pairs(pickapic, tmp_path):
     "CMYK to RGB": 1,
   }
   assert "a.parquet row 10 (caption is null)" in report["named"]
+
+
+@pytest.mark.parametrize(
+  ("counts", "sentence"),
+  [
+    ({"3": 5}, "captions: 3 words each"),
+    ({"1": 2}, "captions: 1 word each"),
+    ({"2": 1, "4": 1, "9": 1}, "captions: 2 to 9 words, half have at most 4"),
+  ],
+)
+def test_lengths_of_captions(counts, sentence):
+  report = dict.fromkeys(("left_out", "files", "labels", "converted", "sizes", "read"), {})
+  report |= {"stored": 5, "rows": 5, "words": counts, "named": []}
+  assert build_report.report_lines({"table": "images"}, report)[-1] == sentence
 
 
 def test_a_built_set_has_the_rows_of_its_source(pickapic, tmp_path):

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from jaxpref.errors import count
+
 
 def report_lines(plan: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:
   """Returns the report of a build as lines of text."""
@@ -43,4 +45,7 @@ def _words(counts: Mapping[str, int]) -> str:
     if 2 * seen >= total:
       middle = words
       break
-  return f"captions: {ordered[0][0]} to {ordered[-1][0]} words, half have at most {middle}"
+  shortest, longest = ordered[0][0], ordered[-1][0]
+  if shortest == longest:
+    return f"captions: {count(longest, 'word')} each"
+  return f"captions: {shortest} to {longest} words, half have at most {middle}"

@@ -60,7 +60,11 @@ def make_parser() -> argparse.ArgumentParser:
     default="pixels",
     help="what diversity is measured by: pixels (32 x 32), clip.l14 or clip.h14",
   )
-  add("--unit", default="mean", help="what a prompt counts with: mean, single, median:SCORER")
+  add(
+    "--unit",
+    default="mean",
+    help="a prompt's score: the mean of its images, single, or median:SCORER",
+  )
   add("--out", required=True, type=Path, help="directory of images, scores and report")
   add("--images-per-prompt", type=cli.at_least_1, default=5, metavar="N")
   add("--seed", type=int, default=0, help="of the first image; it increases by 1 per image")

@@ -66,7 +66,7 @@ def write(
       judge=judge,
       verdicts=verdicts(results),
       warnings=warnings,
-      unit=unit_words(results["unit"]),
+      unit=unit_sentence(results["unit"]),
       results=results,
       scorers=[(key, _against_baseline(results, key)) for key in keys],
       matrices=[(key, _matrix(results, key)) for key in keys] if len(models) > 2 else [],
@@ -107,14 +107,14 @@ def order_scorers(results: Mapping[str, Any]) -> list[str]:
   )
 
 
-def unit_words(unit: str) -> str:
-  """Says what a prompt counts with."""
+def unit_sentence(unit: str) -> str:
+  """Says what the compared values are."""
   kind, _, scorer = unit.partition(":")
   return {
-    "image": "each image",
-    "mean": "the mean over the prompt's images",
-    "single": "the prompt's first image",
-    "median": f"the image whose {scorer} is the median of the prompt's images",
+    "image": "Each image counts by itself.",
+    "mean": "A prompt's score is the mean over its images.",
+    "single": "A prompt's score is that of its first image.",
+    "median": f"A prompt's score is that of its image of median {scorer}.",
   }[kind]
 
 

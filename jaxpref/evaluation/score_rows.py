@@ -1,4 +1,4 @@
-"""Rows of scores: their columns, their checks, and the value that a prompt counts with.
+"""Rows of scores: their columns, their checks, and the compared values.
 
 A row is one score of one image, `(model, prompt_id, seed, scorer, version, score)`, with the
 image's `prompt` and `category`; higher scores are better. `check_rows` adds two columns: `key`,
