@@ -84,6 +84,17 @@ def test_blocks_begin_as_the_identity():
   assert jnp.abs(apply(params) - one).max() > 0.1
 
 
+def test_the_corpus_is_encoded_once(tmp_path, monkeypatch):
+  encoded = [3.0 * np.random.default_rng(0).standard_normal((5, 4, 2, 2), np.float32)]
+  monkeypatch.setattr(pretrain.encode, "in_batches", lambda *_: encoded.pop())
+  first, again = (
+    pretrain.encode_corpus(None, None, None, None, tmp_path / "latents.npy") for _ in range(2)
+  )
+  assert not encoded and first[1] == again[1]
+  np.testing.assert_array_equal(first[0], again[0])
+  assert abs(first[0].std() - 1) < 1e-5
+
+
 def _run(workdir, capsys, *extra, config=f"{CONFIG}:tiny"):
   arguments = [f"--config={config}", f"--workdir={workdir}", *extra]
   assert pretrain.main(arguments) == 0, capsys.readouterr().err

@@ -197,7 +197,9 @@ def run(prepared: Prepared, workdir: Path) -> Path:
     vae_params = train_vae(
       config, modules["vae"], kept, workdir / "vae", images, mesh=mesh, identity=identity
     )
-  latents, scaling = encode_corpus(modules["vae"], vae_params, images, mesh)
+  digest = pipeline_lib.fingerprint(vae_params, of=identity["corpus"])
+  file = workdir / f"latents-{digest}.npy"
+  latents, scaling = encode_corpus(modules["vae"], vae_params, images, mesh, file)
   if prepared.denoiser_from and prepared.vae_from:  # its denoiser expects their old scale
     before = prepared.vae_from.configs["vae"]["scaling_factor"]
     latents, scaling = latents * np.float32(before / scaling), before
@@ -297,11 +299,18 @@ def train_vae(
 
 
 def encode_corpus(
-  vae: Any, params: Any, images: np.ndarray, mesh: Mesh
+  vae: Any, params: Any, images: np.ndarray, mesh: Mesh, file: Path
 ) -> tuple[np.ndarray, float]:
-  """Encodes images to latents of unit variance [N, C, h, w]; also returns their scale."""
-  run = jax.jit(lambda p, x: vae_lib.encode(vae, p, x))
-  latents = encode.in_batches(run, params, images, 200, mesh)
+  """Encodes images to latents of unit variance [N, C, h, w]; also returns their scale.
+
+  A resumed run reads the latents from `file`, whose name tells the images and parameters.
+  """
+  if not file.exists():
+    run = jax.jit(lambda p, x: vae_lib.encode(vae, p, x))
+    partial = file.with_suffix(".partial.npy")
+    np.save(partial, encode.in_batches(run, params, images, 200, mesh))
+    partial.replace(file)
+  latents = np.load(file)
   scaling = round(float(1.0 / latents.std()), 6)
   return latents * np.float32(scaling), scaling
 
