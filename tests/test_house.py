@@ -45,3 +45,13 @@ def test_functions_are_short(folder):
       if isinstance(node, ast.FunctionDef) and (n := node.end_lineno - node.lineno + 1) > 100:
         long[f"{path.relative_to(ROOT)}:{node.name}"] = n
   assert long == {}
+
+
+def test_configurations_are_typed():
+  found = []
+  for path in MODULES:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+      kind = ast.unparse(node.annotation or node) if isinstance(node, ast.arg) else ""
+      if kind == "Any" and node.arg == "config":
+        found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+  assert found == []

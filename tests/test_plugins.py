@@ -229,6 +229,20 @@ def test_a_reward_with_a_mistake(module, reward, message):
   refused(message, scorers.load_reward, "theirs.s")
 
 
+@pytest.mark.parametrize(
+  ("features", "message"),
+  [
+    ("lambda: 1", r"features 'theirs.s' is called with \(images\)"),
+    ("lambda images: [1.0, 2.0]", r"must be an array \[N, D\] for 2 images .got shape \(2,\)"),
+    ("lambda images: [[1.0, 2.0]]", r"for 2 images .got shape \(1, 2\)"),
+    ("lambda images: images.x", "theirs.py, line 1: AttributeError"),
+  ],
+)
+def test_features_with_a_mistake(module, features, message):
+  module(f"FEATURES = {{'s': {features}}}")
+  refused(message, lambda: scorers.load_features("theirs.s")(IMAGES))
+
+
 def test_errors_of_this_package_keep_their_traceback():
   from jaxpref.scorers import shapes
 

@@ -110,15 +110,26 @@ def load_features(name: str) -> Callable[[Images], np.ndarray]:
     name: "<family>.<name>", such as "clip.l14".
 
   Raises:
-    UserError: no family has features of this name.
+    UserError: no family has features of this name. The function raises it if it does not
+      return an array [N, D] for N images.
   """
   family, _, short = name.rpartition(".")
   features = _entries(family, "FEATURES")
   if short not in features:
     known = [f"{f}.{n}" for f in plugins.own_names(__name__) for n in _entries(f, "FEATURES")]
     raise UserError(f"{name!r} is not a name of features; known are {', '.join(known)}")
-  plugins.check_function(f"features {name!r}", features[short], ("images",))
-  return features[short]
+  what, function = f"features {name!r}", features[short]
+  plugins.check_function(what, function, ("images",))
+
+  def checked(images: Images) -> np.ndarray:
+    with plugins.one_line_errors(what, function):
+      found = function(images)
+    if np.ndim(found) != 2 or len(found) != len(images):
+      shape = f"shape {np.shape(found)}"
+      raise UserError(f"{what} must be an array [N, D] for {len(images)} images (got {shape})")
+    return found
+
+  return checked
 
 
 def score(name: str, function: Scorer, images: Images, prompts: Sequence[str]) -> np.ndarray:

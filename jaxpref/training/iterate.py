@@ -220,8 +220,8 @@ def _check_filters(config: ConfigDict, workdir: Path) -> None:
       )
 
 
-def _has_filters(config: Any) -> bool:
-  data = config.get("data") if isinstance(config, dict) else None
+def _has_filters(found: Any) -> bool:
+  data = found.get("data") if isinstance(found, dict) else None
   names = {name.removeprefix("data.") for name in _FILTERS}
   return isinstance(data, dict) and names <= data.keys()
 

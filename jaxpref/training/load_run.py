@@ -176,25 +176,25 @@ def _read_config(workdir: Path) -> dict[str, Any]:
     raise UserError(f"{workdir / CONFIG} is not a run's configuration: {error}") from error
 
 
-def _is_config(config: Any) -> bool:
+def _is_config(found: Any) -> bool:
   """Tells whether the fields that are read here have the types that a run writes."""
-  if not (isinstance(config, dict) and all(isinstance(config.get(s), dict) for s in _NEEDED)):
+  if not (isinstance(found, dict) and all(isinstance(found.get(s), dict) for s in _NEEDED)):
     return False
   for path, kind in _READ.items():
     section, name = path.split(".")
-    values = config.get(section, {})
+    values = found.get(section, {})
     if not isinstance(values, dict) or not isinstance(values.get(name, kind()), kind):
       return False
   for path in _NUMBERS:
     section, name = path.split(".")
-    values = config.get(section, {})
+    values = found.get(section, {})
     number = values.get(name, 0.0) if isinstance(values, dict) else None
     if not isinstance(number, int | float) or not math.isfinite(number):
       return False
-  rank = config.get("lora", {}).get("rank", 0)
-  if not 0 <= rank < 2**31 or (rank and not {"alpha", "targets"} <= config["lora"].keys()):
+  rank = found.get("lora", {}).get("rank", 0)
+  if not 0 <= rank < 2**31 or (rank and not {"alpha", "targets"} <= found["lora"].keys()):
     return False
-  return "path" in config["model"]
+  return "path" in found["model"]
 
 
 def _load_base(

@@ -173,7 +173,7 @@ def pick(plan: Plan, start: int, rows: int, seed: Sequence[int]) -> np.ndarray:
   return (start + inside).astype(np.int32)
 
 
-def start_seeds(config: Any, seed: np.ndarray) -> np.ndarray:
+def start_seeds(config: ConfigDict, seed: np.ndarray) -> np.ndarray:
   """Returns the seeds of the noise that a round's images start from, [P G]."""
   images = config.rounds.images_per_prompt
   return seed[::images].repeat(images) if config.steps.common_start else seed

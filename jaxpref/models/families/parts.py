@@ -74,7 +74,7 @@ def _load_clip_tokenizer(path: Path, entry: Any, encoder: Any) -> Any:
   """
   tokenizer = text.load_tokenizer(path, fast="CLIPTokenizerFast" in entry)
   config = encoder.config
-  _check_vocabulary(path, tokenizer, config)
+  _check_vocabulary(path, tokenizer, config.vocab_size)
   if tokenizer.model_max_length > config.max_position_embeddings:
     raise UserError(
       f"{path} makes {tokenizer.model_max_length} tokens, but its text encoder takes "
@@ -95,16 +95,16 @@ def piece_loader(
 
   def load(path: Path, entry: Any, encoder: Any) -> Any:  # noqa: ARG001
     tokenizer = piece_tokenizers.load_piece_tokenizer(path, kind, max_length=max_length)
-    _check_vocabulary(path, tokenizer, encoder.config)
+    _check_vocabulary(path, tokenizer, encoder.config.vocab_size)
     return tokenizer
 
   return load
 
 
-def _check_vocabulary(path: Path, tokenizer: Any, config: Any) -> None:
+def _check_vocabulary(path: Path, tokenizer: Any, vocab_size: int) -> None:
   # More embeddings than tokens are fine: some programs round their number up.
-  if len(tokenizer) > config.vocab_size:
+  if len(tokenizer) > vocab_size:
     raise UserError(
-      f"{path} has {len(tokenizer)} tokens, but its text encoder {config.vocab_size}: "
+      f"{path} has {len(tokenizer)} tokens, but its text encoder {vocab_size}: "
       "they do not belong together"
     )
