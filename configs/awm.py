@@ -8,7 +8,8 @@ images, sampled without guidance, advantages by the deviation of all rewards, cl
 divided by 5, the ratio's clip of 1, the weights 0.001 of the reference and 1 of the average,
 whose decay is 0.3, and LoRA with the learning rate 3e-4. They train several timesteps of each
 image and weight errors by the noise level; here each image has one random timestep at each
-update, and no weight. Number of updates, scorer and LoRA's rank are our choices.
+update, and no weight. Number of updates, scorer, LoRA's rank and the scale 3.5 that Flux is
+given are our choices.
 """
 
 from ml_collections import ConfigDict

@@ -5,7 +5,7 @@
 This is a baseline of the KTO papers. The evaluation and `jaxpref.generate` then use the good
 prefix; in other programs, add it to the prompts of an exported model. On the shapes world,
 whose tokenizer has no words for quality, the prefixes are single signs. `sd15` and `sdxl` use
-Diffusion-DPO's optimizer; `sd35m` and `sana` that of their preset, because no recipe is
+Diffusion-DPO's optimizer; `sd35m`, `sana` and `flux` that of their preset, because no recipe is
 published. An image is good if it ever won a pair; half of the sampled images are good
 (`data.desirable_share`).
 """

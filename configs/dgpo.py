@@ -3,12 +3,12 @@
   python -m jaxpref.main --config=configs/dgpo.py
 
 After Luo et al. 2025 (https://arxiv.org/abs/2510.08425), who train SD 3.5 Medium; no numbers
-for SD 1.5, SDXL and SANA are published. From the authors' code are 24 groups of 24, timestep
-and noise shared within a group, samples with guidance 4.5 and training without, beta 100, the
-ratio's clip of 0.01, the weight 0.001 of the reference, and the average's decay of 0.001 times
-the updates done, at most 0.3. They train 4 of the noisiest timesteps; here each group has one
-random timestep at each update. Learning rate, LoRA's rank, number of updates and scorer are our
-choices.
+for SD 1.5, SDXL, SANA and Flux are published. From the authors' code are 24 groups of 24,
+timestep and noise shared within a group, samples with guidance 4.5 and training without, beta
+100, the ratio's clip of 0.01, the weight 0.001 of the reference, and the average's decay of
+0.001 times the updates done, at most 0.3. They train 4 of the noisiest timesteps; here each
+group has one random timestep at each update. Learning rate, LoRA's rank, number of updates and
+scorer are our choices; Flux is given the scale 3.5 in both.
 """
 
 from ml_collections import ConfigDict
@@ -26,7 +26,9 @@ def get_config(preset: str = "shapes") -> ConfigDict:
   c.loss.clip = 0.01  # half the width of the ratio's range
   c.loss.weight_reference = 0.001  # of the squared distance to the reference's predictions
   c.rounds.old_decay = 0.3
-  c.rollout.guidance = 4.5 if preset in base_config.PUBLISHED else c.evaluate.guidance
+  c.rollout.guidance = c.evaluate.guidance
+  if preset in base_config.PUBLISHED and preset != "flux":
+    c.rollout.guidance = 4.5
   if preset == "shapes":
     c.train.batch_size = 8  # groups per update, over all devices and micro-batches
   if preset in base_config.PUBLISHED:

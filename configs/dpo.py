@@ -15,8 +15,9 @@ the base.
 
 `sd35m` is Flow-GRPO's DPO (https://github.com/yifan123/flow_grpo): beta 100 on errors of the
 velocity. At noise level sigma these are 1 / (1 - sigma)^2 times those of the noise, so 5000
-does not carry over. `sana` has no published recipe: beta is that of `sd35m`, the optimizer
-Diffusion-DPO's. `jaxpref.base_config.presets` has the other numbers.
+does not carry over. `sana` and `flux` have no published recipe: beta is that of `sd35m`, the
+optimizer Diffusion-DPO's for `sana` and that of `sd35m` for `flux`.
+`jaxpref.base_config.presets` has the other numbers.
 """
 
 from ml_collections import ConfigDict

@@ -22,8 +22,8 @@ differ (docs/dro.md). The paper's experts are Pick-a-Pic's best images by HPSv2:
 experts in the paper are the best 500 images of MJHQ-30k by PickScore:
 `--config.data.source=folder`.
 
-`sd35m` and `sana`: no published recipe, because the paper has none for flow matching. They use
-the paper's numbers for SD 1.5; the learning rate of LoRA for `sd35m` is Flow-GRPO's. Errors are
+`sd35m`, `sana` and `flux`: no published recipe, because the paper has none for flow matching.
+They use the paper's numbers for SD 1.5; the learning rate of LoRA is Flow-GRPO's. Errors are
 those of the noise, in which the loss is the paper's and its margin has a meaning; those of the
 velocity (`--config.loss.space=v`) need a larger one, because they are not damped at high noise.
 """

@@ -7,7 +7,8 @@ After Zhu et al., ICLR 2025, in the form and with the beta of 1e-3 of Fu et al.'
 whose `sdxl` learning rate is 1e-9 a row. (For SDXL that code trains another, thresholded
 form; it is not taken over.)
 
-`sd35m` and `sana`: no published recipe. Beta is that of `sd15`, the optimizer the preset's.
+`sd35m`, `sana` and `flux`: no published recipe. Beta is that of `sd15`, the optimizer the
+preset's.
 """
 
 from ml_collections import ConfigDict

@@ -13,7 +13,8 @@ first task is our choice. The input's latents are scaled like all others; Instru
 not scale its own, which are then 5.5 times larger for SD 1.5. Rows need no prompt dropout: two
 of the tasks have no prompt.
 
-The presets `sd35m` and `sana` are missing, because the inputs of these models are not widened.
+The presets `sd35m`, `sana` and `flux` are missing, because the inputs of these models are not
+widened.
 """
 
 from ml_collections import ConfigDict

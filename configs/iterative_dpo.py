@@ -12,9 +12,9 @@ as the paper does with SPIN's third iterate; without it, training begins with th
 1e-4, beta 2000, s_T = 3.5 and s_I = 3.0 are the paper's. `data.min_change` and the guidance
 for the losers are our choices.
 
-`sd35m` and `sana`: no published recipe, and no improver. Their winners are the images of the
-data (`iterate.winners=data`), beta is that of `configs/dpo.py`, the number of pairs and updates
-the paper's, and the learning rate the preset's.
+`sd35m`, `sana` and `flux`: no published recipe, and no improver. Their winners are the images
+of the data (`iterate.winners=data`), beta is that of `configs/dpo.py`, the number of pairs and
+updates the paper's, and the learning rate the preset's.
 """
 
 from ml_collections import ConfigDict

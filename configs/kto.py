@@ -10,9 +10,9 @@ that four of five are liked (`data.desirable_share`). `loss.utility` is 'kt', 'l
 'risk_seeking'. Their example trains two images on each of four devices; the batch of 128 here
 is ours.
 
-`sd35m` and `sana`: no published recipe. Beta is DPO's on errors of the velocity, as the paper's
-is DPO's on those of the noise. `sana` uses the numbers of the example otherwise, `sd35m` the
-optimizer of its preset.
+`sd35m`, `sana` and `flux`: no published recipe. Beta is DPO's on errors of the velocity, as the
+paper's is DPO's on those of the noise. `sana` uses the numbers of the example otherwise,
+`sd35m` and `flux` the optimizer of the preset.
 """
 
 from ml_collections import ConfigDict

@@ -5,7 +5,7 @@
 This applies Plackett and Luce's model to Diffusion-DPO's rewards. The shapes world has lists
 of four images. `sd15` and `sdxl` use Diffusion-DPO's optimizer and beta, but there is not yet
 a source of ranked lists for them: `data.source=pickapic` has pairs, and refuses lists.
-`sd35m` and `sana`: no published recipe; the numbers are those of `configs/dpo.py`.
+`sd35m`, `sana` and `flux`: no published recipe; the numbers are those of `configs/dpo.py`.
 """
 
 from ml_collections import ConfigDict

@@ -7,8 +7,8 @@ of the authors' code (https://github.com/mapo-t2i/mapo). The learning rate 1e-5 
 and the 2000 updates of 16 rows per device in `sdxl` are those of its README's example, which
 does not drop prompts. The authors tune only SDXL; `sd15` uses the same numbers.
 
-`sd35m` and `sana`: no published recipe. `sana` uses the same numbers, `sd35m` the optimizer of
-its preset.
+`sd35m`, `sana` and `flux`: no published recipe. `sana` uses the same numbers, `sd35m` and
+`flux` the optimizer of the preset.
 """
 
 from ml_collections import ConfigDict

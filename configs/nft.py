@@ -3,13 +3,14 @@
   python -m jaxpref.main --config=configs/nft.py
 
 After Zheng et al. 2025 (https://arxiv.org/abs/2509.16117), who train SD 3.5 Medium; no numbers
-for SD 1.5, SDXL and SANA are published. From the authors' code are 48 prompts of 24 images,
-sampled without guidance in 10 steps by the lagging average, one update of all of them, beta 1,
-the clip of 5, the weight 0.0001 of the reference, the average's decay of 0.001 times the
-updates done, at most 0.5, EMA weights of 0.9, and LoRA with the learning rate 3e-4. They train
-all timesteps of the sampler, with errors of the clean image; here each image has one random
-timestep at each update, and errors are of the network's prediction. Number of updates, scorer,
-LoRA's rank and the deviation of all rewards are our choices.
+for SD 1.5, SDXL, SANA and Flux are published. From the authors' code are 48 prompts of 24
+images, sampled without guidance in 10 steps by the lagging average, one update of all of them,
+beta 1, the clip of 5, the weight 0.0001 of the reference, the average's decay of 0.001 times
+the updates done, at most 0.5, EMA weights of 0.9, and LoRA with the learning rate 3e-4. They
+train all timesteps of the sampler, with errors of the clean image; here each image has one
+random timestep at each update, and errors are of the network's prediction. Number of updates,
+scorer, LoRA's rank and the deviation of all rewards are our choices. Flux is given the scale
+3.5.
 """
 
 from ml_collections import ConfigDict

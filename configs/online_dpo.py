@@ -5,9 +5,9 @@
 Diffusion-DPO's loss on pairs that each round samples and scores. `sd15` and `sdxl`: the best
 and the worst of 24 images, beta 100 and the learning rate 3e-4 of LoRA, with the base as
 reference, are those of Flow-GRPO's code (https://github.com/yifan123/flow_grpo), there for the
-error of the velocity of SD 3.5 Medium: `sd35m`, with 40 solver steps. `sana` has the same
-numbers with 20 steps; no recipe is published for it. Number of prompts, updates and scorer are
-our choices; LoRA's rank is, too, except for `sd35m`.
+error of the velocity of SD 3.5 Medium: `sd35m`, with 40 solver steps. `sana` and `flux` have
+the same numbers with 20 and 28 steps; no recipe is published for them. Number of prompts,
+updates and scorer are our choices; LoRA's rank is, too, except for `sd35m`.
 """
 
 from ml_collections import ConfigDict

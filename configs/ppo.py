@@ -5,7 +5,7 @@
 
 Numbers are from the authors' code unless they are said to be ours. Scorers (but for DPOK and
 DanceGRPO) and numbers of updates are our choices, and so are all of `sdxl`, which has those of
-`sd15`, and of `sana`, which has those of `sd35m`.
+`sd15`, and of `sana` and `flux`, which have those of `sd35m`; Flux is given the scale 3.5.
 
 `sd15` is DDPO (Black et al. 2023, https://arxiv.org/abs/2305.13301), from
 https://github.com/kvablack/ddpo-pytorch for SD 1.4: DDIM of 50 steps with eta 1, guidance 5,
@@ -115,7 +115,7 @@ def _set_flow_grpo(c: ConfigDict) -> None:
   _set_round(c, prompts=48, images=24, updates=2, trained=9, at_once=16)
   c.rollout.solver = "flow_sde"
   c.rollout.num_steps = 10
-  c.rollout.guidance = 4.5
+  c.rollout.guidance = c.evaluate.guidance
   c.steps.eta = 0.7
   c.rounds.scale = "global"
   c.loss.tie = "scaled"

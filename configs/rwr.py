@@ -8,8 +8,8 @@ and beta 0.2 are those of the authors' code for SD 1.4. There, the prediction wi
 is fitted to the noise; here the plain one, as in fine-tuning. Beta has the unit of an inverse
 reward, so it fits the scorer. The batch of 256 is our choice.
 
-`sd35m` and `sana`: no published recipe. They use these numbers, with the steps and guidance of
-their evaluation; `sd35m` trains LoRA at the learning rate of its preset.
+`sd35m`, `sana` and `flux`: no published recipe. They use these numbers, with the steps and
+guidance of their evaluation; `sd35m` and `flux` train LoRA at the learning rate of the preset.
 """
 
 from ml_collections import ConfigDict
@@ -33,7 +33,7 @@ def get_config(preset: str = "shapes") -> ConfigDict:
     c.rounds.updates = 200
     c.rollout.num_steps = c.evaluate.num_steps
     c.rollout.guidance = c.evaluate.guidance if preset in base_config.FLOWS else 5.0
-    if preset != "sd35m":
+    if preset not in base_config.LORA_FLOWS:
       c.lora.rank = 0
       c.optim.lr = 1e-5
     c.train.batch_size, c.train.accumulate = 256, 8

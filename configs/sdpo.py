@@ -7,7 +7,8 @@ After Fu et al. 2025 (https://arxiv.org/abs/2511.03317) and their launchers
 DPO's beta 5000, SDXL's learning rate 1e-9 a row. `loss.guarded=dspo` guards DSPO, there with
 beta 0.001 and mu 0.2.
 
-`sd35m` and `sana`: no published recipe. Beta is that of `configs/dpo.py`, mu that of `sd15`.
+`sd35m`, `sana` and `flux`: no published recipe. Beta is that of `configs/dpo.py`, mu that of
+`sd15`.
 """
 
 from ml_collections import ConfigDict

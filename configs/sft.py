@@ -3,8 +3,8 @@
   python -m jaxpref.main --config=configs/sft.py
 
 The same experts, batch, learning rate and number of updates as configs/dro.py, with the
-denoising error alone as the loss; also for `sd15` and `sdxl`. `sd35m` and `sana`: no published
-recipe, so the same numbers, on errors of the velocity and logit-normal levels.
+denoising error alone as the loss; also for `sd15` and `sdxl`. `sd35m`, `sana` and `flux`: no
+published recipe, so the same numbers, on errors of the velocity and logit-normal levels.
 """
 
 from ml_collections import ConfigDict

@@ -4,7 +4,7 @@
 
 A recipe for diffusion models is not published. `sd15` and `sdxl` use Diffusion-DPO's optimizer
 and beta; the target margin is a first value to tune.
-`sd35m` and `sana`: no published recipe; beta is that of `configs/dpo.py`.
+`sd35m`, `sana` and `flux`: no published recipe; beta is that of `configs/dpo.py`.
 """
 
 from ml_collections import ConfigDict

@@ -11,8 +11,8 @@ cards give no beta: 2000 in all iterations is our choice (2000 in the first and 
 ones could not be confirmed). Guidance 7.5 and 50 steps of DPM-Solver++ for the losers, the
 number of pairs, and `data.min_change` are our choices, too.
 
-`sd35m` and `sana`: no published recipe. Beta is that of `configs/dpo.py`, and `sd35m` has the
-batch and learning rate of its preset; all other numbers are those of `sd15`.
+`sd35m`, `sana` and `flux`: no published recipe. Beta is that of `configs/dpo.py`; `sd35m` and
+`flux` have the batch and learning rate of the preset; all other numbers are those of `sd15`.
 """
 
 from ml_collections import ConfigDict
@@ -36,7 +36,7 @@ def get_config(preset: str = "shapes") -> ConfigDict:
   if preset in base_config.PUBLISHED:
     c.data.experts = "winners"
     c.data.num_experts = 0  # 0 reads all; set what memory holds, see docs/losses.md
-    if preset != "sd35m":
+    if preset not in base_config.LORA_FLOWS:
       c.optim.lr = 2e-5
     c.optim.schedule = "linear"  # starts again in each iteration
     c.optim.warmup_updates = 200

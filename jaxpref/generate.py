@@ -49,9 +49,10 @@ def _parser() -> argparse.ArgumentParser:
     "--guidance",
     type=float,
     help="classifier-free guidance scale; at most 1 means no guidance, only the prompt's "
-    "prediction, as Turbo models need it (0 and 1 are the same); default: the scale of the "
-    "run's evaluation, otherwise the usual one of the model's family, such as 7.5, and 3.5 for "
-    "improvers; for an improver it is the weight of the prompt, where 0 ignores the prompt",
+    "prediction, as Turbo models need it (0 and 1 are the same); Flux.1-dev is given the scale "
+    "instead; default: the scale of the run's evaluation, otherwise the usual one of the "
+    "model's family, such as 7.5, and 3.5 for improvers; for an improver it is the weight of "
+    "the prompt, where 0 ignores the prompt",
   )
   add(
     "--image-guidance",
@@ -109,7 +110,7 @@ def _run(argv: list[str]) -> None:
   jax_setup.cache_programs()
   mesh = sharding.make_mesh()
   pipeline = _load_model(flags, mesh)
-  _fill_guidance(flags, pipeline.family.guidance)
+  _fill_guidance(flags, pipeline.family.guidance(pipeline.denoiser))
   prefix = load_run.prompt_prefix(flags.improver or flags.model)
   wanted = _list_images(flags, out, pipeline, prefix)
   of_images = _describe_left_out(flags, len(wanted) // flags.images_per_prompt)

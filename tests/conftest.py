@@ -78,6 +78,14 @@ def tiny_pipeline(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def flux_directory(tmp_path_factory) -> Path:
+  """Writes a narrow pipeline of Flux.1-dev with random weights."""
+  import flow_networks
+
+  return flow_networks.write_flux(tmp_path_factory.mktemp("flux"), "flux.1-dev")
+
+
+@pytest.fixture(scope="session")
 def tfds_dir(tmp_path_factory) -> Path:
   """The shapes world's data sets, a tenth of their default size, built once for all workers.
 

@@ -89,6 +89,7 @@ COUNTS = {  # parameters without the table of positions
   "sd3-vae": 83_819_683,
   "flux-vae": 83_819_683,
 }
+_TOKENIZERS = Path(__file__).parent / "golden" / "tokenizers"
 _BUILD = {
   "SD3Transformer2DModel": build_sd3_transformer,
   "FluxTransformer2DModel": build_flux_transformer,
@@ -239,12 +240,37 @@ def sd3_configs(vocab_size: int, *, t5: bool) -> dict[str, Any]:
     },
   }
   if t5:
-    configs["text_encoder_3"] = {
-      **{"architectures": ["T5EncoderModel"], "model_type": "t5", "vocab_size": 1000},
-      **{"d_model": 96, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
-      **{"feed_forward_proj": "gated-gelu", "eos_token_id": 1, "pad_token_id": 0},
-    }
+    configs["text_encoder_3"] = _T5
   return configs
+
+
+_T5 = {
+  **{"architectures": ["T5EncoderModel"], "model_type": "t5", "vocab_size": 1000},
+  **{"d_model": 96, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
+  **{"feed_forward_proj": "gated-gelu", "eos_token_id": 1, "pad_token_id": 0},
+}
+
+
+def flux_configs(name: str, vocab_size: int) -> dict[str, Any]:
+  """Configurations of a narrow pipeline of 'flux.1-dev' or 'flux.1-schnell', by part."""
+  encoder = families.reduced_configs("sdxl", vocab_size=vocab_size)["text_encoder"]
+  published = families.real_configs("flux" if name == "flux.1-dev" else "flux_schnell")
+  inputs = {"in_channels": 64, "pooled_projection_dim": families.WIDTHS[0], "sample_size": 16}
+  return {
+    "transformer": reduced(name) | inputs,
+    "vae": reduced("flux-vae"),
+    "text_encoder": encoder,
+    "text_encoder_2": _T5 | {"d_model": 24},
+    "scheduler": published["scheduler"],
+  }
+
+
+def write_flux(directory: Path, name: str) -> Path:
+  """Writes a narrow pipeline of 'flux.1-dev' or 'flux.1-schnell'; returns its path."""
+  text.train_tokenizer(families.PROMPTS, directory / "tokenizer", vocab_size=560, max_length=77)
+  vocab_size = len(text.load_tokenizer(directory / "tokenizer"))
+  shutil.copytree(_TOKENIZERS / "t5", directory / "tokenizer_2")
+  return _write(directory, name, flux_configs(name, vocab_size))
 
 
 def write_sd3(directory: Path, *, t5: bool) -> Path:
@@ -255,15 +281,18 @@ def write_sd3(directory: Path, *, t5: bool) -> Path:
   file.write_text(json.dumps(json.loads(file.read_text()) | {"pad_token": "!"}))
   vocab_size = len(text.load_tokenizer(directory / "tokenizer"))
   if t5:
-    golden = Path(__file__).parent / "golden" / "tokenizers" / "t5"
-    shutil.copytree(golden, directory / "tokenizer_3")
-  configs = sd3_configs(vocab_size, t5=t5)
+    shutil.copytree(_TOKENIZERS / "t5", directory / "tokenizer_3")
+  return _write(directory, "sd3", sd3_configs(vocab_size, t5=t5))
+
+
+def _write(directory: Path, name: str, configs: dict[str, Any]) -> Path:
+  """Writes a pipeline with random weights, and tokenizers that are in the directory."""
   modules = pipeline.build_modules(configs)
   save.save_pipeline(
-    directory / "sd3",
+    directory / name,
     {part: random_params(module) for part, module in modules.items()},
     configs=configs,
     tokenizers_from=directory,
     dtype=np.float32,
   )
-  return directory / "sd3"
+  return directory / name

@@ -17,16 +17,17 @@ from conftest import ROOT
 from jaxpref import base_config, main
 from jaxpref.errors import UserError
 from jaxpref.models import denoiser, families, hub, pipeline, save
-from jaxpref.models.families import parts, sana, sd3, sdxl, stable_diffusion
+from jaxpref.models.families import flux, parts, sana, sd3, sdxl, stable_diffusion
 from jaxpref.training import load_run
 
 INDEX = Path("model_index.json")
 
 
-@pytest.mark.parametrize("name", (*reduced.FAMILIES, *base_config.FLOWS))
+@pytest.mark.parametrize("name", (*reduced.FAMILIES, "sd35m", "sana", "flux", "flux_schnell"))
 def test_published_pipelines_have_a_family(name):
   configs = reduced.real_configs(name)
   others = {"sdxl": sdxl.FAMILY, "sd35m": sd3.FAMILY, "sana": sana.FAMILY}
+  others |= {"flux": flux.FAMILY, "flux_schnell": flux.FAMILY}
   want = others.get(name, stable_diffusion.FAMILY)
   index = configs.pop("model_index")
   assert families.of_index(index, where=INDEX) is want
@@ -35,9 +36,23 @@ def test_published_pipelines_have_a_family(name):
   assert families.of_index(unnamed, where=INDEX) is want
 
 
+def test_parts_of_one_name_are_told_apart_by_their_class():
+  """SD 3 without T5 has parts of the names of Flux'."""
+  configs = reduced.real_configs("sd35m")
+  del configs["text_encoder_3"], configs["model_index"]
+  assert configs.keys() == reduced.real_configs("flux").keys() - {"model_index"}
+  assert families.of_configs(configs) is sd3.FAMILY
+  index = {k: v for k, v in sd3.FAMILY.index.items() if k != "_class_name"}
+  index |= dict.fromkeys(("text_encoder_3", "tokenizer_3"), [None, None])
+  assert families.of_index(index, where=INDEX) is sd3.FAMILY
+
+
 @pytest.mark.parametrize(
   ("name", "part", "tested"),
   [
+    ("flux", "transformer", flow_networks.PUBLISHED["flux.1-dev"]),
+    ("flux_schnell", "transformer", flow_networks.PUBLISHED["flux.1-schnell"]),
+    ("flux", "vae", flow_networks.PUBLISHED["flux-vae"]),
     ("sd35m", "transformer", flow_networks.PUBLISHED["sd3.5-medium"]),
     ("sd35m", "vae", flow_networks.PUBLISHED["sd3-vae"]),
     ("sana", "transformer", sana_models.PUBLISHED["sana-0.6b"] | {"sample_size": 16}),
@@ -71,7 +86,7 @@ def test_other_tasks_are_refused(name):
 @pytest.mark.parametrize("preset", base_config.PRESETS)
 def test_lora_targets_of_the_presets_are_those_of_the_record(preset):
   config = importlib.import_module("configs.dpo").get_config(preset)
-  records = {"sd35m": sd3.FAMILY, "sana": sana.FAMILY}
+  records = {"sd35m": sd3.FAMILY, "sana": sana.FAMILY, "flux": flux.FAMILY}
   assert config.lora.targets == records.get(preset, stable_diffusion.FAMILY).lora_targets
 
 

@@ -1,4 +1,4 @@
-"""The presets `sd35m` and `sana`: their values, and runs on such models of reduced width."""
+"""Presets of flow-matching models: their values, and runs on such models of reduced width."""
 
 import families
 import flow_networks
@@ -39,6 +39,18 @@ def test_sana_trains_all_parameters_with_its_pipelines_sampler():
   assert (config.evaluate.num_steps, config.evaluate.guidance) == (20, 4.5)
 
 
+def test_flux_is_told_guidance_with_its_pipelines_sampler():
+  config = config_lib.load_config("dpo:flux")
+  assert (config.evaluate.num_steps, config.evaluate.guidance) == (28, 3.5)
+  assert config.model.guidance == config.rollout.guidance == 1.0
+  assert (config.lora.rank, config.model.frozen_dtype) == (32, "bfloat16")
+  for method in ("awm", "best_of", "dgpo", "nft", "online_dpo", "ppo", "prdp", "rwr"):
+    config = config_lib.load_config(f"{method}:flux")
+    assert config.model.guidance == config.rollout.guidance == 3.5
+  for method in ("dgpo", "ppo"):
+    assert config_lib.load_config(f"{method}:sd35m").rollout.guidance == 4.5
+
+
 @pytest.mark.parametrize("preset", base_config.FLOWS)
 def test_strengths_are_those_of_velocities(preset):
   assert {config_lib.load_config(f"{n}:{preset}").loss.beta for n in LIKE_DPO} == {100.0}
@@ -48,16 +60,26 @@ def test_strengths_are_those_of_velocities(preset):
 
 
 @pytest.mark.long
-def test_a_plan_counts_the_published_model():
-  """PyTorch's count, with the table of positions; 191 layers have additions of rank 32."""
-  numbers = estimate.plan(config_lib.load_config("dpo:sd35m"), "h200:1", search=False)
-  assert numbers["parameters"] == 2_243_171_520 + 384**2 * 1536
-  assert numbers["trained"] == 191 * 32 * 2 * 1536
+@pytest.mark.parametrize(
+  ("preset", "parameters", "layers", "width"),
+  [
+    ("sd35m", 2_243_171_520 + 384**2 * 1536, 191, 1536),  # with the table of positions
+    # The eight projections of 19 blocks of two streams, and three of 38 blocks of one.
+    ("flux", 11_901_408_320, 19 * 8 + 38 * 3, 3072),
+  ],
+)
+def test_a_plan_counts_the_published_model(preset, parameters, layers, width):
+  """PyTorch's count; the layers have additions of rank 32."""
+  numbers = estimate.plan(config_lib.load_config(f"dpo:{preset}"), "h200:1", search=False)
+  assert numbers["parameters"] == parameters
+  assert numbers["trained"] == layers * 32 * 2 * width
 
 
 def _write(preset, directory):
   if preset == "sana":
     return sana_models.write_sana(directory)
+  if preset == "flux":
+    return flow_networks.write_flux(directory, "flux.1-dev")
   return flow_networks.write_sd3(directory, t5=False)
 
 
@@ -103,6 +125,7 @@ def test_dro_trains_resumes_evaluates_and_exports(preset, tmp_path):
   assert any(jax.tree.leaves(changed))
   if preset == "sd35m":
     assert not changed["pos_embed"]["pos_embed"]
+  if preset in base_config.LORA_FLOWS:
     lora = tmp_path / "lora.safetensors"
     assert export.main([f"--workdir={parts}", f"--out={lora}", "--lora"]) == 0
     assert lora.is_file()

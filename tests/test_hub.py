@@ -148,5 +148,5 @@ def test_planning_a_published_model_needs_no_network(preset, monkeypatch):
   found = hub.find_pipeline(name, configs_only=True)
   assert found.name == preset
   described = pipeline.describe_pipeline(str(found))
-  sizes = {"sd15": 512, "sdxl": 1024, "sd35m": 1024, "sana": 512}
+  sizes = {"sd15": 512, "sdxl": 1024, "sd35m": 1024, "sana": 512, "flux": 1024}
   assert described.image_size == sizes[preset]

@@ -17,6 +17,7 @@ from jaxpref.errors import UserError
 PRESETS = presets.PRESETS
 PUBLISHED = presets.PUBLISHED
 FLOWS = presets.FLOWS
+LORA_FLOWS = presets.LORA_FLOWS
 
 # Choices of fields; the modules that implement them import them from here.
 DTYPES = ("float32", "bfloat16")
@@ -61,6 +62,7 @@ def _add_model(c: ConfigDict) -> None:
   c.model.unet = ""  # a directory or Hub id: replaces the pipeline's denoiser
   c.model.vae = ""  # a directory or Hub id: replaces the pipeline's VAE
   c.model.clip_skip = 0  # last text encoder layers to skip for prompts, as in diffusers
+  c.model.guidance = 1.0  # scale that Flux.1-dev is given in training; others do not take one
   c.model.start = ""  # run or pipeline that training starts from; '': the base
   c.model.dtype = "float32"  # dtype of the computation; trained parameters, moments: float32
   c.model.frozen_dtype = "float32"  # dtype of the frozen weights, base and reference
@@ -113,7 +115,7 @@ def _add_loss(c: ConfigDict) -> None:
   c.rollout.solver = "dpm_solver"  # 'dpm_solver' (++, multistep), 'ddim' or 'ddpm'
   c.rollout.order = 2  # order of the DPM-Solver, 1 to 3
   c.rollout.num_steps = 10  # solver steps from noise to image
-  c.rollout.guidance = 1.0  # classifier-free guidance scale; at most 1: no guidance
+  c.rollout.guidance = 1.0  # guidance scale; at most 1: none; Flux.1-dev is given it instead
   c.rollout.refresh_every = 1  # updates between refreshes of the sampling copy of the policy
   c.rollout.states = 1  # states per trajectory to train on, evenly spaced
   c.rollout.batch_size = 8  # rows per chunk, which stops at its last kept state; 0: all rows
@@ -164,7 +166,7 @@ def _add_evaluate(c: ConfigDict) -> None:
   c.evaluate.images_per_prompt = 2  # of each model, from the same noise for both models
   c.evaluate.scorers = ("shapes.correct", "shapes.quality")  # FAMILY.NAME, see jaxpref/scorers
   c.evaluate.num_steps = 20  # solver steps of DPM-Solver++ (2M)
-  c.evaluate.guidance = 2.0  # classifier-free guidance scale; at most 1: no guidance
+  c.evaluate.guidance = 2.0  # guidance scale; at most 1: none; Flux.1-dev is given it instead
   c.evaluate.batch_size = 50  # images generated at once
   c.evaluate.seed = 3000  # seed of the noise and of the choice of prompts
   c.evaluate.num_examples = 24  # pairs of images shown in the report
@@ -247,6 +249,8 @@ def rounds(c: ConfigDict) -> None:
     c.train.batch_size, c.train.accumulate = 576, 9
     c.train.num_updates = 1000
     c.rollout.num_steps = 20
+  if c.preset == "flux":  # as MixGRPO, in sampling and training
+    c.model.guidance = c.rollout.guidance = 3.5
 
 
 def steps(c: ConfigDict) -> None:
@@ -379,7 +383,8 @@ RULES: Rules = {
   **dict.fromkeys(("seed", "evaluate.seed"), _SEED),
   **dict.fromkeys(("evaluate.num_examples", "evaluate.every"), _at_least(0)),
   **dict.fromkeys(
-    ("rollout.guidance", "evaluate.guidance", "optim.weight_decay"), _NOT_NEGATIVE
+    ("model.guidance", "rollout.guidance", "evaluate.guidance", "optim.weight_decay"),
+    _NOT_NEGATIVE,
   ),
   "optim.warmup_updates": _at_least(0),
   "train.num_updates": _at_least(0),
@@ -399,7 +404,8 @@ RULES: Rules = {
 # Largest numbers by type, and smaller limits where more would fill the memory or fail late.
 LARGEST = {int: 2**31 - 1, float: 1e9}
 LIMITS: Mapping[str, float] = {
-  **dict.fromkeys(("rollout.guidance", "evaluate.guidance", "iterate.guidance"), 1000),
+  **dict.fromkeys(("model.guidance", "rollout.guidance", "evaluate.guidance"), 1000),
+  "iterate.guidance": 1000,
   **dict.fromkeys(("improve.text_guidance", "improve.image_guidance"), 1000),
   **dict.fromkeys(("data.noise_draws", "rollout.replay"), 10_000),
   **dict.fromkeys(("evaluate.images_per_prompt", "iterate.num_iterations"), 10_000),

@@ -1,8 +1,8 @@
 """Presets: the values of fields that differ from `shapes`, for all methods.
 
-`sd15` and `sdxl` train Stable Diffusion 1.5 and SDXL, `sd35m` and `sana` the flow-matching
-models Stable Diffusion 3.5 Medium and SANA 0.6B (512 pixels). They are the published recipe of
-a method if it has one; each configuration file names its source.
+`sd15` and `sdxl` train Stable Diffusion 1.5 and SDXL, `sd35m`, `sana` and `flux` the
+flow-matching models Stable Diffusion 3.5 Medium, SANA 0.6B (512 pixels) and Flux.1-dev. They
+are the published recipe of a method if it has one; each configuration file names its source.
 
 Learning rate, batch size, warm-up, number of updates and prompt dropout without a source of
 their own are those of Diffusion-DPO's launchers
@@ -24,18 +24,31 @@ pixels, and this preset at the model's 1024. Batch size and number of updates ar
 with float32 masters. The optimizer is that of `sd15`, the nearest that trains all parameters.
 The levels are those of SANA's pretraining (https://github.com/NVlabs/Sana), logit-normal(0, 1)
 with shift 3; steps and guidance are the defaults of its pipeline.
+
+`flux` has no published recipe of preference training on pairs. LoRA, optimizer, batch and
+density of the levels are those of `sd35m`, the nearest that trains LoRA; its levels are not
+shifted in training, as in diffusers' script for LoRA on this model. The network was distilled
+from guidance and is given the scale: 1 in training, as in that script's documentation
+(https://github.com/huggingface/diffusers/blob/main/examples/dreambooth/README_flux.md); 3.5 in
+sampling, with 28 steps, the defaults of its pipeline. It trains at 1024 pixels.
 """
 
 from ml_collections import ConfigDict
 
-FLOWS = ("sd35m", "sana")  # flow-matching models
+LORA_FLOWS = ("sd35m", "flux")  # flow-matching models of which LoRA is trained
+FLOWS = ("sd35m", "sana", "flux")  # flow-matching models
 PUBLISHED = ("sd15", "sdxl", *FLOWS)  # models to be downloaded
 PRESETS = ("shapes", *PUBLISHED, "tiny")
+_JOINT = (
+  r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0"
+  r"|add_q_proj|add_k_proj|add_v_proj|to_add_out)$"
+)
 _TARGETS = {  # of LoRA, by PyTorch's names
-  "sd35m": r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0"
-  r"|add_q_proj|add_k_proj|add_v_proj|to_add_out)$",
+  "sd35m": _JOINT,
   "sana": r"transformer_blocks\.\d+\.attn[12]\.to_[qkv]$",
+  "flux": _JOINT,
 }
+_SAMPLING = {"sd35m": (40, 4.5), "sana": (20, 4.5), "flux": (28, 3.5)}  # steps and guidance
 
 
 def apply(c: ConfigDict) -> None:
@@ -55,6 +68,7 @@ def _scale_up(c: ConfigDict) -> None:
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
     "sd35m": "stabilityai/stable-diffusion-3.5-medium",
     "sana": "Efficient-Large-Model/Sana_600M_512px_diffusers",
+    "flux": "black-forest-labs/FLUX.1-dev",
   }[c.preset]
   c.model.dtype = c.model.frozen_dtype = "bfloat16"
   c.model.remat = "blocks"  # a fifth more compute, a thirtieth of the memory
@@ -83,12 +97,10 @@ def _match_flows(c: ConfigDict) -> None:
   c.lora.targets = _TARGETS[c.preset]
   c.loss.space = "v"
   c.noise.density = "logit_normal"
-  c.evaluate.guidance = 4.5
+  c.evaluate.num_steps, c.evaluate.guidance = _SAMPLING[c.preset]
   if c.preset == "sana":
     c.data.latents = "mode"  # its VAE has no posterior
-    c.evaluate.num_steps = 20
     return
-  c.evaluate.num_steps = 40
   c.lora.rank, c.lora.alpha = 32, 64.0
   c.optim.lr = 3e-4
   c.optim.warmup_updates = 0

@@ -58,7 +58,8 @@ def make_generator(
     pipeline: all models and parameters except the denoiser's parameters.
     mesh: devices that share a batch.
     num_steps: solver steps.
-    guidance: classifier-free guidance scale towards the prompt; at most 1 means no guidance.
+    guidance: classifier-free guidance scale towards the prompt; at most 1 means no guidance. A
+      denoiser that was distilled from guidance gets the scale as an input instead.
     batch_size: images per program call, rounded up to a multiple of the device count.
     solver: 'dpm_solver' (++, multistep), 'ddim' or 'ddpm', on the timesteps of the pipeline's
       scheduler configuration or, if it sets none, the solver's usual timesteps.
@@ -78,11 +79,17 @@ def make_generator(
     with the image's name, by default its seed.
 
   Raises:
-    UserError: the number of steps, the size or `decode` is invalid.
+    UserError: the number of steps, the size or `decode` is invalid, or the model does not take
+      a negative prompt.
   """
   if decode not in DECODES:
     raise UserError(f"decode must be one of {', '.join(DECODES)} (got {decode!r})")
-  denoise = pipeline.make_denoise(mesh=mesh)
+  if negative and pipeline.takes_guidance:
+    raise UserError(
+      f"{pipeline.family.name} was distilled from guidance and does not take a negative prompt"
+    )
+  denoise = pipeline.make_denoise(mesh=mesh, guidance=guidance)
+  scale = pipeline.classifier_free_scale(guidance)
   vae, schedule = pipeline.modules["vae"], pipeline.schedule
   latent_shape = latent_shape_of(pipeline, size)
   rows = sharding.round_up(batch_size, mesh)
@@ -94,7 +101,7 @@ def make_generator(
     if pipeline.is_improver and image_guidance is None:
       blank = {"image": jnp.zeros((rows, *latent_shape))}
       cond, uncond = {**cond, **blank}, {**uncond, **blank}
-    guided = _guide(functools.partial(denoise, params), cond, uncond, guidance, image_guidance)
+    guided = _guide(functools.partial(denoise, params), cond, uncond, scale, image_guidance)
     latents = sample_seeds(
       *(guided, seeds, pipeline, latent_shape), num_steps=num_steps, solver=solver, order=order
     )

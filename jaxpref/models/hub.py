@@ -20,6 +20,8 @@ _DESCRIBED = {
   "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
   "stabilityai/stable-diffusion-3.5-medium": "sd35m",
   "Efficient-Large-Model/Sana_600M_512px_diffusers": "sana",
+  "black-forest-labs/FLUX.1-dev": "flux",
+  "black-forest-labs/FLUX.1-schnell": "flux_schnell",
 }
 INDEX = "model_index.json"
 _HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w.][\w./-]*))?")

@@ -131,9 +131,25 @@ class Pipeline:
     """
     return self.family.scheduler.spacing(self.configs["scheduler"], solver)
 
-  def make_denoise(self, **options: Any) -> Denoise:
-    """Makes the denoiser's forward pass; the options are those of `Family.make_denoise`."""
-    return self.family.make_denoise(self.denoiser, **options)
+  @property
+  def takes_guidance(self) -> bool:
+    """Whether the scale of guidance is an input of the denoiser, see `Family`."""
+    return self.family.takes_guidance(self.denoiser)
+
+  def classifier_free_scale(self, guidance: float) -> float:
+    """Returns the scale of classifier-free guidance: 1, none, if it is the denoiser's input."""
+    return 1.0 if self.takes_guidance else guidance
+
+  def make_denoise(self, *, guidance: float = 1.0, **options: Any) -> Denoise:
+    """Makes the denoiser's forward pass.
+
+    Args:
+      guidance: the scale that a denoiser is given which was distilled from guidance; others
+        do not take one.
+      **options: those of `Family.make_denoise`.
+    """
+    given = {"guidance": guidance} if self.takes_guidance else {}
+    return self.family.make_denoise(self.denoiser, **given, **options)
 
   def attentions(self) -> Sequence[tuple[int, int]]:
     """Returns (heads, tokens) of the self-attentions whose logits XLA would store."""
@@ -223,7 +239,10 @@ def load_pipeline(
   family = described.family
   index = described.configs["model_index"]
   tokenizers = tuple(
-    of.load(described.path / of.folder, index[of.folder], described.modules[part])
+    of.load(
+      *(described.path / of.folder, index[of.folder]),
+      *(described.modules[part], described.denoiser),
+    )
     for part, of in family.tokenizers(described.modules).items()
   )
 

@@ -90,18 +90,21 @@ def unet_and_vae(
   return out
 
 
-def vae_tensors(tensors: Mapping[str, np.ndarray], vae: Any) -> Tensors:
+def vae_tensors(
+  tensors: Mapping[str, np.ndarray], vae: Any, *, prefix: str = "first_stage_model."
+) -> Tensors:
   """Renames a VAE's tensors to their original names.
 
   Args:
     tensors: PyTorch tensors by diffusers' names.
     vae: the module.
+    prefix: of the names.
   """
   out = {}
   for name, tensor in tensors.items():
     new = _vae_name(name, len(vae.block_out_channels))
     linear = re.search(r"attn_1\.(q|k|v|proj_out)\.weight$", new)
-    out[f"first_stage_model.{new}"] = tensor[:, :, None, None] if linear else tensor
+    out[f"{prefix}{new}"] = tensor[:, :, None, None] if linear else tensor
   return out
 
 

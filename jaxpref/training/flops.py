@@ -71,7 +71,8 @@ def of_update(checked: Checked, forward: float) -> dict[str, float]:
   rows, states = config.train.batch_size, config.rollout.states if needs.rollout else 1
   trained = len(checked.arms) - has_own_targets(checked)
   passes = 2 if config.lora.rank else 3
-  if step_rows.training_guidance(config) > 1:
+  scale_of = checked.pipeline.classifier_free_scale
+  if scale_of(step_rows.training_guidance(config)) > 1:
     rows *= 2  # each with and without its prompt
   cost = {"policy": passes * rows * states * trained * forward}
   if needs.rows == "paths":  # the first of two passes over all steps has no gradient
@@ -82,7 +83,7 @@ def of_update(checked: Checked, forward: float) -> dict[str, float]:
     cost["reference"] = rows * states * len(checked.arms) * forward
   if needs.old:
     cost["old"] = rows * len(checked.arms) * forward
-  guided = 2 if config.rollout.guidance > 1 else 1
+  guided = 2 if scale_of(config.rollout.guidance) > 1 else 1
   if online := config.get("rounds"):
     samples = online.num_prompts * online.images_per_prompt / online.updates
     cost["rollout"] = samples * guided * config.rollout.num_steps * forward

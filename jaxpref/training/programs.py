@@ -4,6 +4,7 @@ These functions only build programs: they read no files, and every array may be 
 ShapeDtypeStruct.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -78,12 +79,16 @@ def make_programs(checked: Checked, trained: Any, uncond: Any) -> Programs:
   placement = sharding.params_sharding(mesh, shapes)
   if mesh.shape["fsdp"] > 1:
     sharding.list_unsharded(shapes, placement)
-  denoise = pipeline.make_denoise(
+  make_denoise = functools.partial(
+    pipeline.make_denoise,
     attention=config.model.attention,
     norm=config.model.norm,
     remat=config.model.remat,
     mesh=mesh,
   )
+  denoise = make_denoise(guidance=config.model.guidance)
+  sampled = make_denoise(guidance=config.rollout.guidance)
+  guidance = pipeline.classifier_free_scale(config.rollout.guidance)
   dropout = config.data.prompt_dropout
   online = config.get("rounds")
   train_step = train_step_lib.make_train_step(
@@ -97,7 +102,7 @@ def make_programs(checked: Checked, trained: Any, uncond: Any) -> Programs:
     refresh_every=online.updates if online else config.rollout.refresh_every,
     copy_decay=_make_copy_decay(online) if needs.old else None,
     own_targets=has_own_targets(checked),
-    guidance=step_rows.training_guidance(config),
+    guidance=pipeline.classifier_free_scale(step_rows.training_guidance(config)),
     space=config.loss.space,
     adapt=adapt,
     prompt_dropout=dropout,
@@ -105,13 +110,13 @@ def make_programs(checked: Checked, trained: Any, uncond: Any) -> Programs:
   rollout = None
   if needs.rollout:
     rollout = rollout_lib.make_rollout(
-      *(denoise, checked.schedule),
+      *(sampled, checked.schedule),
       mesh=mesh,
       latent_shape=pipeline.latent_shape,
       num_steps=config.rollout.num_steps,
       solver=config.rollout.solver,
       order=config.rollout.order,
-      guidance=config.rollout.guidance,
+      guidance=guidance,
       states_per_trajectory=config.rollout.states,
       batch_size=config.rollout.batch_size,
       prompt_dropout=dropout,
@@ -125,11 +130,11 @@ def make_programs(checked: Checked, trained: Any, uncond: Any) -> Programs:
   sample = None
   if online:
     sample = policy_sampler.make_policy_sampler(
-      *(denoise, pipeline),
+      *(sampled, pipeline),
       solver=config.rollout.solver,
       order=config.rollout.order,
       num_steps=config.rollout.num_steps,
-      guidance=config.rollout.guidance,
+      guidance=guidance,
     )
   return Programs(
     *(adapt, make_state, placement, train_step, rollout, sample, reference_errors, lagging)
@@ -215,7 +220,8 @@ def abstract_programs(checked: Checked) -> tuple[Programs, Arguments]:
   if checked.reference == "start":
     start = trained if config.lora.rank else jax.eval_shape(freeze, trained)
   kept = kept_base(checked, base)
-  guide = uncond if step_rows.training_guidance(config) > 1 else None
+  scale = checked.pipeline.classifier_free_scale(step_rows.training_guidance(config))
+  guide = uncond if scale > 1 else None
   whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
   return program, Arguments(
     state=_placed(state, program.placement),
@@ -244,8 +250,10 @@ def kept_base(checked: Checked, base: Any) -> Any:
 
 def has_own_targets(checked: Checked) -> bool:
   """Tells whether a rollout's targets are the policy's predictions, with error 0."""
-  rollout = checked.config.rollout
-  fresh = rollout.refresh_every == 1 and rollout.guidance <= 1 and not rollout.replay
+  rollout, trained_at = checked.config.rollout, checked.config.model.guidance
+  takes_it = checked.pipeline.takes_guidance
+  as_trained = rollout.guidance == trained_at if takes_it else rollout.guidance <= 1
+  fresh = rollout.refresh_every == 1 and as_trained and not rollout.replay
   return bool(checked.loss.needs.rollout) and fresh
 
 

@@ -130,7 +130,8 @@ def check_data(checked: Checked, rows: RowSet) -> None:
       raise UserError("data.buckets cannot be combined with data.noise_draws, rollout.replay")
     if checked.loss.needs.rows == "singles":
       raise UserError("data.buckets is for losses that learn from experts, pairs or lists")
-    if checked.loss.needs.rollout and config.rollout.guidance > 1:
+    scale = checked.pipeline.classifier_free_scale(config.rollout.guidance)
+    if checked.loss.needs.rollout and scale > 1:
       raise UserError("data.buckets needs rollout.guidance = 1")
     if len(rows) * (1 + data.flip) < config.train.batch_size:
       raise UserError(
@@ -206,6 +207,17 @@ def check(config: ConfigDict, *, mesh: Any = None) -> Checked:
   elif pipeline.is_improver:
     raise UserError(
       f"{config.model.path} is an improver: only --config=improver can train it further"
+    )
+  if config.model.guidance != 1 and not pipeline.takes_guidance:
+    raise UserError(
+      f"model.guidance = {config.model.guidance} has no effect: {config.model.path} is not "
+      "given a scale of guidance, as Flux.1-dev is"
+    )
+  both = config.model.guidance, config.rollout.guidance
+  if "steps" in config and pipeline.takes_guidance and both[0] != both[1]:
+    raise UserError(
+      "steps are trained with the guidance that has sampled them: set model.guidance = "
+      f"rollout.guidance (got {both[0]} and {both[1]})"
     )
   _check_levels(loss, config, pipeline)
   check_steps(pipeline, "evaluate.num_steps", config.evaluate.num_steps)

@@ -241,7 +241,7 @@ def _encode_no_prompt(prepared: Prepared) -> tuple[Any, Any]:
   dropped = encode.encode_dropped_prompt(pipeline, mesh, config.data.dropped_prompt)
   guide = None
   samples = prepared.loss.needs.rollout or "rounds" in config
-  if samples and config.rollout.guidance > 1:
+  if samples and pipeline.classifier_free_scale(config.rollout.guidance) > 1:
     guide = sharding.replicate(encode.encode_no_prompt(pipeline, mesh), mesh)
   return sharding.replicate(dropped, mesh), guide
 

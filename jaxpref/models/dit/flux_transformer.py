@@ -61,6 +61,8 @@ class FluxTransformer(nn.Module):
   """The transformer; fields that are not described are those of diffusers' class.
 
   Attributes:
+    sample_size: height and width of a latent at the training size. diffusers' class does not
+      have the field; its pipeline's images are of the default here, 1024 pixels.
     patch_size: must be 1: latents are packed into tokens before.
     in_channels: of a token, 4 times those of a latent.
     guidance_embeds: whether the guidance scale is an input.
@@ -71,6 +73,7 @@ class FluxTransformer(nn.Module):
     dtype: of the computation; parameters are float32.
   """
 
+  sample_size: int = 128
   patch_size: int = 1
   in_channels: int = 64
   out_channels: int | None = None
@@ -177,6 +180,9 @@ def unpack(tokens: jax.Array, rows: int) -> jax.Array:
 
 # Known fields of a configuration; others cause a warning.
 FIELDS = transformer_fields.of_module(FluxTransformer)
+# Fields without which the defaults build another network than was trained. The first files lack
+# out_channels and axes_dims_rope.
+NEEDED = tuple(sorted(FIELDS - {"axes_dims_rope", "out_channels", "sample_size"}))
 
 
 def build_flux_transformer(config: Mapping[str, Any], *, dtype: Any) -> FluxTransformer:
@@ -194,6 +200,7 @@ def build_flux_transformer(config: Mapping[str, Any], *, dtype: Any) -> FluxTran
   transformer_fields.require(
     config,
     ("patch_size", m.patch_size == 1, "1"),
+    ("sample_size", m.sample_size % _PATCH == 0, f"a multiple of {_PATCH}"),
     ("in_channels", m.in_channels % _PATCH**2 == 0, f"a multiple of {_PATCH**2}"),
     ("out_channels", m.out_channels in (None, m.in_channels), f"in_channels, {m.in_channels}"),
     (

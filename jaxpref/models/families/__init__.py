@@ -4,6 +4,7 @@ import importlib
 import pkgutil
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from jaxpref.errors import UserError
@@ -39,7 +40,8 @@ def of_index(index: Mapping[str, Any], *, where: Path) -> Family:
     UserError: no family has such pipelines.
   """
   if "_class_name" not in index:
-    return of_parts(parts_in(index))
+    kinds = {name: of[1] for name, of in index.items() if isinstance(of, list) and len(of) == 2}
+    return of_parts(parts_in(index), kinds)
   name = str(index["_class_name"])
   for family in FAMILIES:
     if name.startswith(family.pipelines) and not any(task in name for task in _OTHER_TASKS):
@@ -48,12 +50,19 @@ def of_index(index: Mapping[str, Any], *, where: Path) -> Family:
   raise UserError(f"{where} is of {name}, and jaxpref has only {known}")
 
 
-def of_parts(parts: Collection[str]) -> Family:
-  """Returns the family that these parts fit best; several may have the same parts."""
+def of_parts(parts: Collection[str], kinds: Mapping[str, Any] = MappingProxyType({})) -> Family:
+  """Returns the family that these parts fit best; several may have the same parts.
 
-  def distance(family: Family) -> tuple[int, int]:
+  Args:
+    parts: names of the parts.
+    kinds: names of the parts' classes in diffusers, of those where they are known.
+  """
+
+  def distance(family: Family) -> tuple[int, bool, int]:
     missing = [part for part in family.required if part not in parts]
-    return len(missing), -len(set(parts) & family.parts.keys())
+    own = family.index[family.denoiser][1]
+    other = kinds.get(family.denoiser, own) != own
+    return len(missing), other, -len(set(parts) & family.parts.keys())
 
   return min(FAMILIES, key=distance)
 
@@ -61,7 +70,10 @@ def of_parts(parts: Collection[str]) -> Family:
 def of_configs(configs: Mapping[str, Mapping[str, Any]]) -> Family:
   """Returns the family of configurations by part, which may have a 'model_index'."""
   index = configs.get("model_index")
-  return of_parts(configs) if index is None else of_index(index, where=Path("model_index"))
+  if index is not None:
+    return of_index(index, where=Path("model_index"))
+  kinds = {part: config.get("_class_name") for part, config in configs.items()}
+  return of_parts(configs, {part: kind for part, kind in kinds.items() if kind})
 
 
 def parts_in(index: Mapping[str, Any]) -> set[str]:

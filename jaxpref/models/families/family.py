@@ -20,15 +20,15 @@ class Tokenizer:
 
   Attributes:
     folder: its name in the pipeline's directory.
-    load: (folder, its entry in `model_index.json`, the encoder) -> the tokenizer; it has a
-      `len`, `model_max_length`, and, for warnings of long prompts, a call like that of
+    load: (folder, its entry in `model_index.json`, the encoder, the denoiser) -> the tokenizer;
+      it has a `len`, `model_max_length`, and, for warnings of long prompts, a call like that of
       transformers' tokenizers.
     tokenize: (tokenizer, texts, negative) -> int32 [N, L]. `negative` tells whether they are
       what guidance moves away from, which some families encode differently.
   """
 
   folder: str
-  load: Callable[[Path, Any, Any], Any]
+  load: Callable[[Path, Any, Any, Any], Any]
   tokenize: Callable[[Any, Sequence[str], bool], np.ndarray]
 
 
@@ -126,7 +126,10 @@ class Family:
     fixed: names of parameters that are never trained, such as tables of positions.
     unrounded: names of parameters that stay float32 where frozen weights are rounded, see
       `denoiser.freeze`.
-    guidance: usual scale of classifier-free guidance.
+    takes_guidance: (denoiser) -> whether it was distilled from guidance. The scale is then its
+      input, and there is not any classifier-free guidance. `make_denoise` takes another
+      argument, `guidance`: the scale where the conditioning does not have 'guidance' [B].
+    guidance: (denoiser) -> usual scale of guidance; at most 1: without guidance.
   """
 
   name: str
@@ -153,7 +156,8 @@ class Family:
   input_layer: str = ""
   fixed: tuple[str, ...] = ()
   unrounded: tuple[str, ...] = ()
-  guidance: float = 7.5
+  takes_guidance: Callable[[Any], bool] = lambda module: False
+  guidance: Callable[[Any], float] = lambda module: 7.5
 
   def tokenizers(self, parts: Collection[str]) -> dict[str, Tokenizer]:
     """Returns the tokenizers of the text encoders among `parts`, by part."""

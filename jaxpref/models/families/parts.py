@@ -66,7 +66,7 @@ def clip_encoder(tokenizer: str, *, projects: bool = False) -> Part:
   )
 
 
-def _load_clip_tokenizer(path: Path, entry: Any, encoder: Any) -> Any:
+def _load_clip_tokenizer(path: Path, entry: Any, encoder: Any, denoiser: Any) -> Any:  # noqa: ARG001
   """Reads the tokenizer of a CLIP text encoder.
 
   Raises:
@@ -85,7 +85,7 @@ def _load_clip_tokenizer(path: Path, entry: Any, encoder: Any) -> Any:
 
 def piece_loader(
   kind: Literal["t5", "gemma"], *, max_length: int
-) -> Callable[[Path, Any, Any], Any]:
+) -> Callable[[Path, Any, Any, Any], Any]:
   """Returns `Tokenizer.load` for tokenizers of word pieces.
 
   Args:
@@ -93,7 +93,7 @@ def piece_loader(
     max_length: number of tokens of a text.
   """
 
-  def load(path: Path, entry: Any, encoder: Any) -> Any:  # noqa: ARG001
+  def load(path: Path, entry: Any, encoder: Any, denoiser: Any) -> Any:  # noqa: ARG001
     tokenizer = piece_tokenizers.load_piece_tokenizer(path, kind, max_length=max_length)
     _check_vocabulary(path, tokenizer, encoder.config.vocab_size)
     return tokenizer

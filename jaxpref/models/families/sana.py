@@ -125,5 +125,5 @@ FAMILY = Family(
   lora_targets=r"transformer_blocks\.\d+\.attn[12]\.to_[qkv]$",
   export_lora=parts.export_transformer_lora,
   unrounded=forward.UNROUNDED,
-  guidance=4.5,
+  guidance=lambda module: 4.5,
 )

@@ -149,5 +149,5 @@ FAMILY = Family(
   skippable=lambda modules: min(modules[part].config.num_hidden_layers for part in _CLIPS),
   fixed=forward.POSITIONS,
   unrounded=forward.POSITIONS,
-  guidance=7.0,
+  guidance=lambda module: 7.0,
 )
