@@ -14,6 +14,7 @@ from conftest import live
 from PIL import Image
 from safetensors.numpy import load_file
 
+from jaxpref import config as config_lib
 from jaxpref import export, main, sharding
 from jaxpref import generate as generate_program
 from jaxpref import rng as rng_lib
@@ -24,7 +25,7 @@ from jaxpref.evaluation import sampling
 from jaxpref.models import lora, pipeline, save
 from jaxpref.models.dit import flux_transformer, original_names
 from jaxpref.models.families import flux
-from jaxpref.training import load_run
+from jaxpref.training import flops, load_run, programs, setup
 
 SIZE = (32, 40)
 SEEDS = np.array([11, 12], np.uint32)
@@ -108,6 +109,33 @@ def test_only_models_that_are_told_guidance_train_with_it(tiny_pipeline, tmp_pat
   fields = {"model.guidance": 3.5}
   assert main.main(runs.arguments(tiny_pipeline, tmp_path / "run", "dpo", **fields)) == 2
   assert "model.guidance = 3.5 has no effect" in capsys.readouterr().err
+
+
+def test_steps_are_trained_with_the_guidance_of_their_sampling(flux_directory):
+  config = config_lib.load_config("ppo:tiny")
+  config.model.path = str(flux_directory)
+  config.rollout.guidance, config.rollout.solver = 3.5, "flow_sde"
+  mesh = sharding.make_mesh()
+  with pytest.raises(UserError, match=r"model.guidance = rollout.guidance \(got 1.0 and 3.5\)"):
+    setup.check(config, mesh=mesh)
+  config.model.guidance = 3.5
+  checked = setup.check(config, mesh=mesh)
+  # The scale is an input: a prediction costs one evaluation in sampling and in training.
+  costs = [flops.of_update(checked, 1.0)]
+  config.model.guidance = config.rollout.guidance = 1.0
+  costs.append(flops.of_update(checked, 1.0))
+  assert costs[0] == costs[1]
+
+
+def test_targets_are_the_policys_own_at_the_guidance_of_training(flux_directory):
+  config = config_lib.load_config("dro:tiny")
+  config.model.path = str(flux_directory)
+  checked = setup.check(config, mesh=sharding.make_mesh())
+  assert programs.has_own_targets(checked)
+  config.rollout.guidance = 3.5
+  assert not programs.has_own_targets(checked)
+  config.model.guidance = 3.5
+  assert programs.has_own_targets(checked)
 
 
 @pytest.mark.long
