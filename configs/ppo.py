@@ -28,13 +28,13 @@ the first ones, here random ones), HPSv2.1, all parameters, 1e-5. `sd35m_dance` 
 publishes for Flux: 16 steps with noise of the constant 0.3, 60 % of which are trained, 12
 images of a prompt, 3 updates; the number of prompts is ours.
 
-`sd35m` is Flow-GRPO (Liu et al. 2025, https://arxiv.org/abs/2505.05470), trained there at 512
-pixels: 10 steps with a = 0.7 and guidance 4.5, 9 of which are trained, 24 images of each of 48
-prompts for 2 updates, advantages by the deviation of all rewards, the weight 0.01 of the
-distance to the base (0.04 for GenEval and OCR), LoRA of rank 32. The last step, to a clean
-image, has noise there and none here. `sd35m_fast` is its later variant: coefficient-preserving
-steps with a = 0.8 without guidance, only 3 of 10 steps with noise, which begin at random in the
-first half, the ratio's clip of 1e-5, and no distance.
+`sd35m` is Flow-GRPO (Liu et al. 2025, https://arxiv.org/abs/2505.05470), at 512 pixels: 10
+steps with a = 0.7 and guidance 4.5, 9 of which are trained, 24 images of each of 48 prompts for
+2 updates, advantages by the deviation of all rewards, the weight 0.01 of the distance to the
+base (0.04 for GenEval and OCR), LoRA of rank 32. The last step, to a clean image, has noise
+there and none here. `sd35m_fast` is its later variant: coefficient-preserving steps with a =
+0.8 without guidance, only 3 of 10 steps with noise, which begin at random in the first half,
+the ratio's clip of 1e-5, and no distance.
 
 `sd35m_mix` is MixGRPO (Li et al. 2025, https://arxiv.org/abs/2507.21802) as published for Flux:
 25 steps, 4 of which have noise and are trained, moved by one every 25 rounds, 12 images of a

@@ -11,6 +11,7 @@ from PIL import Image
 
 from jaxpref import base_config, export
 from jaxpref import config as config_lib
+from jaxpref.errors import UserError
 from jaxpref.models import pipeline
 from jaxpref.plan import estimate
 from jaxpref.training import load_run
@@ -28,6 +29,7 @@ def test_the_published_recipe_of_sd35():
   noise = config.noise
   assert (noise.density, noise.mean, noise.std) == ("logit_normal", 0.0, 1.0)
   assert (noise.shift, config.loss.space) == (0.0, "v")
+  assert config.model.image_size == 512
   assert (config.evaluate.num_steps, config.evaluate.guidance) == (40, 4.5)
   assert config.model.dtype == config.model.frozen_dtype == "bfloat16"
   assert optim.ema_decay**8 == pytest.approx(0.9, abs=1e-3)
@@ -75,6 +77,18 @@ def test_a_plan_counts_the_published_model(preset, parameters, layers, width):
   assert numbers["trained"] == layers * 32 * 2 * width
 
 
+@pytest.mark.parametrize(("preset", "unit"), [("sd35m", 16), ("sana", 32)])
+def test_the_size_of_images_is_chosen(preset, unit):
+  model = config_lib.load_config(f"dpo:{preset}").model.path
+  native, chosen = (pipeline.describe_pipeline(model, image_size=n) for n in (0, 256))
+  assert native.image_size == {"sd35m": 1024, "sana": 512}[preset]
+  channels, *size = chosen.latent_shape
+  assert channels == native.latent_shape[0]
+  assert size == [256 // chosen.vae_factor] * 2 and chosen.image_size == 256
+  with pytest.raises(UserError, match=f"must be a multiple of {unit} .* .got 264"):
+    pipeline.describe_pipeline(model, image_size=264)
+
+
 def _write(preset, directory):
   if preset == "sana":
     return sana_models.write_sana(directory)
@@ -112,6 +126,7 @@ def _fields(directory):
 def test_dro_trains_resumes_evaluates_and_exports(preset, tmp_path):
   base = _write(preset, tmp_path / "model")
   settings = {"updates": (1, 2), "preset": preset, **_fields(tmp_path / "images")}
+  size = settings["model.image_size"] = {"sd35m": 24, "sana": 64, "flux": 32}[preset]
   whole, parts = runs.check_resumed(base, tmp_path, "dro", **settings)
   for workdir in (whole, parts):
     losses = [line["loss"] for line in runs.lines(workdir) if "loss" in line]
@@ -120,7 +135,9 @@ def test_dro_trains_resumes_evaluates_and_exports(preset, tmp_path):
   out = tmp_path / "tuned"
   assert export.main([f"--workdir={parts}", f"--out={out}", "--dtype=float32"]) == 0
   found, start = (pipeline.load_pipeline(str(path)).denoiser_params for path in (out, base))
-  tuned = load_run.load(str(parts)).denoiser_params
+  loaded = load_run.load(str(parts))
+  tuned = loaded.denoiser_params
+  assert loaded.image_size == size
   changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), found, start)
   assert any(jax.tree.leaves(changed))
   if preset == "sd35m":

@@ -36,6 +36,7 @@ def test_presets_train_models_of_reduced_width(method, preset, more, tmp_path, c
   (tmp_path / "prompts.txt").write_text("\n".join(prompts.held_out(2)) + "\n")
   small = {
     "model.path": base,
+    "model.image_size": 0,
     "lora.rank": 2,
     "data.source": "prompts",
     "data.path": tmp_path / "prompts.txt",

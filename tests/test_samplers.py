@@ -138,7 +138,7 @@ def test_a_pipelines_file_means_what_its_diffusers_pipeline_makes_of_it(file, so
   family = (sdxl if xl else stable_diffusion).FAMILY
   configs = family.correct({"model_index": index, "scheduler": stated, "unet": {}}, where="x")
   schedule = schedule_from_config(configs["scheduler"])
-  ours = pipeline.Pipeline(Path(), family, configs, {}, {}, (), schedule, "")
+  ours = pipeline.Pipeline(Path(), family, configs, {}, {}, (), schedule, "", 0, 512)
   levels = timesteps_lib.uniform_grid(schedule, 20, 1, **ours.spacing(solver))
   np.testing.assert_array_equal(levels.timesteps[:, 0], theirs.timesteps)
   if solver == "ddpm":

@@ -63,6 +63,7 @@ def _add_model(c: ConfigDict) -> None:
   c.model.vae = ""  # a directory or Hub id: replaces the pipeline's VAE
   c.model.clip_skip = 0  # last text encoder layers to skip for prompts, as in diffusers
   c.model.guidance = 1.0  # scale that Flux.1-dev is given in training; others do not take one
+  c.model.image_size = 0  # height and width of images in pixels; 0: what the model was made for
   c.model.start = ""  # run or pipeline that training starts from; '': the base
   c.model.dtype = "float32"  # dtype of the computation; trained parameters, moments: float32
   c.model.frozen_dtype = "float32"  # dtype of the frozen weights, base and reference
@@ -315,7 +316,7 @@ FIELDS_OF_ALL_LOSSES = ("name", "reference", "space")
 
 RULES: Rules = {
   **dict.fromkeys(("model.dtype", "model.frozen_dtype"), _one_of(*DTYPES)),
-  "model.clip_skip": _at_least(0),
+  **dict.fromkeys(("model.clip_skip", "model.image_size"), _at_least(0)),
   "model.attention": _one_of("auto", *ATTENTION),
   "model.norm": _one_of("auto", *NORMS),
   "model.remat": _one_of(*REMAT),
@@ -409,6 +410,7 @@ LIMITS: Mapping[str, float] = {
   **dict.fromkeys(("improve.text_guidance", "improve.image_guidance"), 1000),
   **dict.fromkeys(("data.noise_draws", "rollout.replay"), 10_000),
   **dict.fromkeys(("evaluate.images_per_prompt", "iterate.num_iterations"), 10_000),
+  "model.image_size": 16_384,
   "data.list_size": 100,
   "iterate.num_pairs": 10_000_000,
   **dict.fromkeys(("rounds.num_prompts", "rounds.updates", "rounds.window"), 1_000_000),

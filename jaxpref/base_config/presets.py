@@ -17,8 +17,9 @@ training images and with a seed of its own, has no published source.
 trains this model: LoRA of rank 32 with alpha 64 on the eight projections of the joint
 attention, AdamW at 3e-4 with a weight decay of 1e-4, gradients clipped at 1, logit-normal(0, 1)
 levels with the model's shift, errors of the velocity, 40 solver steps with guidance 4.5. Its
-average has the decay 0.9 at every eighth update, which is 0.987 at each. It trains at 512
-pixels, and this preset at the model's 1024. Batch size and number of updates are our choices.
+average has the decay 0.9 at every eighth update, which is 0.987 at each. Images have 512
+pixels there and here; `--config.model.image_size=1024` trains at the model's own size. Batch
+size and number of updates are our choices.
 
 `sana` has no published recipe of preference training. All parameters are trained, in bfloat16
 with float32 masters. The optimizer is that of `sd15`, the nearest that trains all parameters.
@@ -101,6 +102,8 @@ def _match_flows(c: ConfigDict) -> None:
   if c.preset == "sana":
     c.data.latents = "mode"  # its VAE has no posterior
     return
+  if c.preset == "sd35m":
+    c.model.image_size = 512
   c.lora.rank, c.lora.alpha = 32, 64.0
   c.optim.lr = 3e-4
   c.optim.warmup_updates = 0

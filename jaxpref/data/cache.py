@@ -200,6 +200,7 @@ def make_with_model(
   vae: str = "",
   dtype: str = "float32",
   clip_skip: int = 0,
+  image_size: int = 0,
   flip: bool = False,
   crop: str = "center",
   stored_dtype: str = "float16",
@@ -213,6 +214,7 @@ def make_with_model(
     vae: as `model.vae`.
     dtype: as `model.dtype`.
     clip_skip: as `model.clip_skip`.
+    image_size: as `model.image_size`.
     flip: also encodes the mirrored images.
     crop: as `data.crop`, 'center' or 'none'.
     stored_dtype: 'float16' or 'float32'.
@@ -231,6 +233,7 @@ def make_with_model(
     mesh=mesh,
     vae=vae,
     clip_skip=clip_skip,
+    image_size=image_size,
     without_denoiser=True,
   )
   images = StoredImages(built.open_set(str(directory)), (pipeline.image_size,) * 2, crop)

@@ -190,6 +190,7 @@ def _add_cache_flags(parser: cli.Parser) -> None:
   add("--vae", default="", help="directory or Hub id: replaces the model's VAE")
   add("--dtype", choices=base_config.DTYPES, default="float32", help="of the text encoders")
   add("--clip-skip", type=int, default=0, help="last text encoder layers to skip")
+  add("--image-size", type=int, default=0, help="as model.image_size of the run, in pixels")
   add("--crop", choices=("center", "none"), default="center", help="as data.crop of the run")
   add("--flip", action="store_true", help="also encode the mirrored images")
   add(
@@ -212,6 +213,7 @@ def _make_caches(directory: Path, flags: argparse.Namespace) -> None:
     vae=flags.vae,
     dtype=flags.dtype,
     clip_skip=flags.clip_skip,
+    image_size=flags.image_size,
     flip=flags.flip,
     crop=flags.crop,
     stored_dtype=flags.cache_dtype,

@@ -29,6 +29,7 @@ def make_denoise(
   dtype: Any,
   mesh: Mesh | None = None,
   unrounded: Collection[str] = (),
+  tables: Collection[str] = (),
   interceptors: Sequence[Callable] = (),
 ) -> Denoise:
   """Makes a network's forward pass a function of parameters, which may be `lora.Adapted`.
@@ -42,19 +43,23 @@ def make_denoise(
     mesh: the mesh that rows and parameters are sharded over. FSDP parameters are gathered, in
       `dtype`.
     unrounded: see `freeze`.
+    tables: names of parameters that are not gathered, because the network looks up a part of
+      them.
     interceptors: of flax, around every call; the outermost first.
   """
 
   def gathered(params):
     if mesh is None or mesh.shape["fsdp"] == 1:
       return params
-    return sharding.gather_params(freeze(params, dtype, unrounded), mesh)
+    used = split_fixed(params, tables)[0]
+    whole = sharding.gather_params(freeze(used, dtype, unrounded), mesh)
+    return join_fixed(whole, params, tables)
 
   def denoise(params, x_t, t, cond):
     adapted = isinstance(params, lora.Adapted)
     variables = {"params": gathered(params.base if adapted else params)}
     if adapted:
-      variables["lora"] = params.lora
+      variables["lora"] = gathered(params.lora)
     # The stack of interceptors is global and read during tracing, so it is set inside.
     with contextlib.ExitStack() as stack:
       added = [lora.interceptor(params.scale)] if adapted else []

@@ -46,6 +46,7 @@ class Pipeline:
     schedule: the noise schedule that the denoiser was trained with.
     digest: changes with any name or stored value of the weights.
     clip_skip: number of last layers of the text encoders to skip, see `text.encode_text`.
+    image_size: height and width in pixels of the images of training, and by default of others.
   """
 
   path: Path
@@ -56,7 +57,8 @@ class Pipeline:
   tokenizers: tuple[Any, ...]
   schedule: schedule_lib.Schedule
   digest: str
-  clip_skip: int = 0
+  clip_skip: int
+  image_size: int
 
   @property
   def denoiser(self) -> Any:
@@ -85,8 +87,8 @@ class Pipeline:
 
   @property
   def latent_shape(self) -> tuple[int, int, int]:
-    """Channels, height and width of a latent at the denoiser's training size."""
-    size = self.family.sample_size(self.denoiser)
+    """Channels, height and width of a latent of `image_size`."""
+    size = self.image_size // self.vae_factor
     vae: Any = self.modules["vae"]
     return vae.latent_channels, size, size
 
@@ -102,11 +104,6 @@ class Pipeline:
     """Pixels per latent along an axis."""
     vae: Any = self.modules["vae"]
     return vae.factor
-
-  @property
-  def image_size(self) -> int:
-    """Height and width in pixels of an image at the denoiser's training size."""
-    return self.family.sample_size(self.denoiser) * self.vae_factor
 
   @property
   def size_unit(self) -> int:
@@ -213,6 +210,7 @@ def load_pipeline(
   unet: str = "",
   vae: str = "",
   clip_skip: int = 0,
+  image_size: int = 0,
   without_denoiser: bool = False,
 ) -> Pipeline:
   """Reads a pipeline.
@@ -227,6 +225,7 @@ def load_pipeline(
     unet: a denoiser to use instead of the pipeline's, see `hub.find_part`.
     vae: a VAE to use instead of the pipeline's.
     clip_skip: see `Pipeline`.
+    image_size: see `Pipeline`; 0 for the size that the denoiser was trained for.
     without_denoiser: whether the denoiser's trained parameters are only read for the digest,
       and not kept.
 
@@ -235,7 +234,7 @@ def load_pipeline(
   """
   found = _find(name, variant, unet, vae)
   _check_variant(found, variant)
-  described, shapes = _describe(found, dtype, clip_skip)
+  described, shapes = _describe(found, dtype, clip_skip, image_size)
   family = described.family
   index = described.configs["model_index"]
   tokenizers = tuple(
@@ -280,6 +279,7 @@ def describe_pipeline(
   unet: str = "",
   vae: str = "",
   clip_skip: int = 0,
+  image_size: int = 0,
 ) -> Pipeline:
   """Reads a pipeline without its parameters and tokenizers, from its configuration files.
 
@@ -290,17 +290,19 @@ def describe_pipeline(
     unet: as for `load_pipeline`.
     vae: as for `load_pipeline`.
     clip_skip: as for `load_pipeline`.
+    image_size: as for `load_pipeline`.
 
   Raises:
     UserError: a file is missing or invalid.
   """
-  return _describe(_find(name, variant, unet, vae, configs_only=True), dtype, clip_skip)[0]
+  found = _find(name, variant, unet, vae, configs_only=True)
+  return _describe(found, dtype, clip_skip, image_size)[0]
 
 
 def source_of(model: ConfigDict) -> dict[str, Any]:
   """Returns arguments of `load_pipeline`, without the name, from the section `model`."""
   texts = {name: str(model.get(name) or "") for name in ("variant", "unet", "vae")}
-  return {**texts, "clip_skip": model.get("clip_skip") or 0}
+  return {**texts, **{name: model.get(name) or 0 for name in ("clip_skip", "image_size")}}
 
 
 class _Found(NamedTuple):
@@ -352,7 +354,9 @@ def _check_variant(found: _Found, variant: str) -> None:
     )
 
 
-def _describe(found: _Found, dtype: Any, clip_skip: int) -> tuple[Pipeline, dict[str, Any]]:
+def _describe(
+  found: _Found, dtype: Any, clip_skip: int, image_size: int
+) -> tuple[Pipeline, dict[str, Any]]:
   """Returns the pipeline without parameters, and their shapes by part."""
   path, index, family, places = found
   configs = pipeline_configs.read_configs(path, index, family, places)
@@ -379,7 +383,16 @@ def _describe(found: _Found, dtype: Any, clip_skip: int) -> tuple[Pipeline, dict
       f"clip_skip must be at least 0 and below {layers}, the text encoder's number of layers "
       f"(got {clip_skip})"
     )
-  return Pipeline(path, family, configs, modules, {}, (), schedule, "", clip_skip), shapes
+  native = family.sample_size(modules[family.denoiser]) * modules["vae"].factor
+  described = Pipeline(
+    *(path, family, configs, modules, {}, (), schedule, ""),
+    clip_skip=clip_skip,
+    image_size=image_size or native,
+  )
+  unit = described.size_unit
+  if image_size < 0 or image_size % unit:
+    raise UserError(f"image_size must be a multiple of {unit} for {path} (got {image_size})")
+  return described, shapes
 
 
 def widen(pipeline: Pipeline) -> Pipeline:

@@ -302,17 +302,18 @@ def _working_weights(checked: Any, arguments: Any, model: _Model) -> float:
   """Returns the bytes of weights that an update gathers or casts for the denoiser."""
   import jax  # noqa: PLC0415
 
-  from jaxpref.plan import memory  # noqa: PLC0415
+  from jaxpref.models import denoiser  # noqa: PLC0415
 
-  config, mesh = checked.config, checked.mesh
-  trained = model.base if config.lora.rank else arguments.state.params
-  rounds = config.model.dtype == "bfloat16"
-  if mesh.shape["fsdp"] == 1:
-    return memory.bytes_on_device(trained, mesh) / 2 if rounds else 0
-  # The policy's weights, and the reference's if it has its own.
-  others = arguments.base is not None or arguments.start is not None
-  networks = 1 + (others and not config.lora.rank)
-  return networks * sum(x.size for x in jax.tree.leaves(trained)) * (2 if rounds else 4)
+  config, fixed = checked.config, checked.pipeline.family.fixed
+  networks = [model.base if config.lora.rank else arguments.state.params]
+  if not config.lora.rank and checked.reference:
+    networks.append(model.base)  # the reference has weights of its own
+  # Tables that are never trained are looked up where they are.
+  weights = jax.tree.leaves([denoiser.split_fixed(of, fixed)[0] for of in networks])
+  width = 2 if config.model.dtype == "bfloat16" else 4
+  if checked.mesh.shape["fsdp"] == 1:
+    weights = [x for x in weights if x.dtype.itemsize > width]
+  return sum(x.size for x in weights) * width
 
 
 def _search(

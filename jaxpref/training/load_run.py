@@ -26,7 +26,7 @@ _NEEDED = ("model", "train")
 _READ: dict[str, Any] = {
   **dict.fromkeys(("model.path", "model.variant", "train.checkpoints"), str),
   **dict.fromkeys(("lora.targets", "data.good_prefix"), str),
-  "lora.rank": int,
+  **dict.fromkeys(("lora.rank", "model.image_size"), int),
 }
 _NUMBERS = (
   "lora.alpha",

@@ -119,9 +119,12 @@ class PatchEmbedding(nn.Module):
     )
     with nn.intercept_methods(patches_by_product):
       tokens = project(x.transpose(0, 2, 3, 1))
-    square = jax.lax.stop_gradient(table).reshape(self.max_size, self.max_size, self.features)
     top, left = (self.max_size - rows) // 2, (self.max_size - columns) // 2
-    tokens += square[top : top + rows, left : left + columns].astype(self.dtype)
+    places = self.max_size * (top + np.arange(rows)[:, None]) + left + np.arange(columns)
+    # Looked up, not sliced: of a sharded table, each device looks up what it has, and only the
+    # result is communicated.
+    centre = jnp.take(jax.lax.stop_gradient(table)[0], places, axis=0, mode="clip")
+    tokens += centre.astype(self.dtype)
     return tokens.reshape(batch, rows * columns, self.features)
 
 

@@ -9,7 +9,7 @@ from jaxpref.models import denoiser, kernels
 from jaxpref.models.denoiser import Denoise
 from jaxpref.models.dit.joint_attention import AttentionOptions
 
-# Parameters that are tables of positions, which are never trained.
+# Parameters that are tables of positions, which are never trained and never used whole.
 POSITIONS = ("pos_embed",)
 # Parameters that stay float32 where others are rounded; SANA's blocks have tables, too.
 UNROUNDED = (*POSITIONS, "scale_shift_table")
@@ -50,4 +50,6 @@ def make_denoise(
     known = {name: cond[name] for name in _TAKEN if name in cond}
     return network.apply(variables, x_t, t, **known)
 
-  return denoiser.make_denoise(apply, dtype=module.dtype, mesh=mesh, unrounded=UNROUNDED)
+  return denoiser.make_denoise(
+    apply, dtype=module.dtype, mesh=mesh, unrounded=UNROUNDED, tables=POSITIONS
+  )
