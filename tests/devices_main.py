@@ -49,7 +49,7 @@ HYPER = {  # each method's settings, chosen so that they matter in this toy prob
     "tie": "step",
     "weight_reference": 0.2,
   },
-  "prdp": {"beta": 3.0},
+  "prdp": {"beta": 0.5},
   "sdpo": {"beta": 20.0, "mu": 0.2, "guarded": "dpo"},
   "sft": {},
   "simpo": {"beta": 20.0, "target_margin": 0.5},

@@ -344,4 +344,4 @@ def test_a_pairs_gradient_is_that_of_the_equation(accumulate):
   assert metrics["loss"] == pytest.approx((gap**2).mean(), rel=1e-4)
   for name, of in want.items():
     np.testing.assert_allclose(got[name], of, rtol=5e-4, atol=1e-4 * np.abs(of).max())
-  assert metrics["prdp/log_ratio"] > 0.1
+  assert abs(metrics["prdp/log_ratio"]) > 0.01

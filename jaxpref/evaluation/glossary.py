@@ -89,13 +89,10 @@ METRICS: dict[str, Metric] = {
     "Share of images without a gradient, because the model has moved far enough.", "share"
   ),
   "prdp/log_ratio": Metric(
-    "Mean absolute difference of the log-ratios of a pair's trajectories, times beta. It "
-    "should come near the mean difference of their rewards."
+    "How much larger the log-ratio of a pair's better trajectory is than the other's, times "
+    "beta. Starts at 0 and should rise to prdp/reward."
   ),
-  "prdp/agreement": Metric(
-    "Share of pairs whose log-ratios differ in the direction of their rewards. Should rise.",
-    "share",
-  ),
+  "prdp/reward": Metric("Mean absolute difference of the advantages of a pair."),
   "rwr/square_weight": Metric(
     "Mean square of the weights, whose mean is 1. The number of images divided by it is the "
     "number that effectively count."

@@ -39,6 +39,6 @@ def objective(terms: Terms, *, beta):
   reward_a, reward_b = terms.labels["advantage"].T
   gap, wanted = beta * (u_a - u_b), reward_a - reward_b
   return prdp_loss(u_a, u_b, reward_a, reward_b, beta=beta), {
-    "prdp/log_ratio": jnp.abs(gap),
-    "prdp/agreement": (gap * wanted > 0).astype(jnp.float32),
+    "prdp/log_ratio": gap * jnp.sign(wanted),
+    "prdp/reward": jnp.abs(wanted),
   }
