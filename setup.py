@@ -32,7 +32,7 @@ setup(
   package_dir={"jaxpref.configs": "configs"},
   package_data={
     "jaxpref.evaluation": ["*.j2", "prompt_data/**/*"],
-    "jaxpref": ["py.typed", "pipelines/**/*"],
+    "jaxpref": ["py.typed", "pipelines/**/*", "scorers/bundled/**/*"],
   },
   install_requires=[
     "array-record>=0.8.1",

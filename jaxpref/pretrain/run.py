@@ -1,11 +1,11 @@
 """The pretraining run: corpus, tokenizers, VAE, latents, denoiser, export; all resumable."""
 
 import dataclasses
+import functools
 import hashlib
 import math
 import shutil
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,12 @@ from jaxpref.models import denoiser as denoiser_lib
 from jaxpref.models import pipeline as pipeline_lib
 from jaxpref.models import save, text
 from jaxpref.models import vae as vae_lib
-from jaxpref.pretrain import card, clip_encoder, mmdit_base, unet_base
+from jaxpref.pretrain import card, clip_encoder, fit, mmdit_base, preference_run, unet_base
 from jaxpref.pretrain import train_denoiser as train_denoiser_lib
 from jaxpref.pretrain import train_vae as vae_stage
-from jaxpref.runtime import checkpoint, cli, jax_setup, metrics
+from jaxpref.runtime import cli, jax_setup
 from jaxpref.runtime import workdir as workdir_lib
 from jaxpref.shapes import corpus, prompts
-from jaxpref.training import optimizer
 
 STAGES = ("vae", "denoiser")
 # Until the learning rate falls, a run does not depend on the number of its updates.
@@ -80,14 +79,20 @@ def main(argv: list[str]) -> int:
 
 def _main(argv: list[str]) -> None:
   config, flags = config_lib.parse_args(argv, flags=cli.FLAGS)
-  config_lib.validate(config, RULES)
-  card.check_plots()
-  prepared = prepare(config)  # what can be refused is refused before anything is written
+  preference = "preference" in config
+  config_lib.validate(config, preference_run.RULES if preference else RULES)
+  # What can be refused is refused before anything is written.
+  if preference:
+    inputs = preference_run.prepare(config)
+    program, what = functools.partial(preference_run.run, inputs), "model"
+  else:
+    card.check_plots()
+    program, what = functools.partial(run, prepare(config)), "pipeline"
   path = flags.get("workdir") or workdir_lib.default_workdir(config)
   workdir = workdir_lib.open_workdir(path, config, resume_safe=RESUME_SAFE)
   workdir_lib.write_config(workdir.path, config)
   try:
-    print(f"the pipeline is in {run(prepared, workdir.path)}")
+    print(f"the {what} is in {program(workdir.path)}")
   finally:
     workdir_lib.release(workdir)
 
@@ -279,7 +284,7 @@ def train_vae(
     params = {name: kept[name] for name in vae_stage.DECODER}
     frozen = {name: tree for name, tree in kept.items() if name not in params}
     frozen = jax.device_put(frozen, sharding.replicated(mesh))
-  tx = _optimizer(settings, weight_decay=0.0, clip_norm=1.0)
+  tx = fit.make_optimizer(settings, weight_decay=0.0, clip_norm=1.0)
   state = vae_stage.VaeState(params, tx.init(params), jnp.int32(0))
   state = jax.device_put(state, sharding.replicated(mesh))
   step = vae_stage.make_vae_step(
@@ -294,7 +299,7 @@ def train_vae(
     return step(state, frozen, sharding.place_batch(images[rows], mesh))
 
   rows = len(images)
-  state = _fit(config, settings, directory, state, update, rows, identity, purpose=1)
+  state = fit.run_updates(config, settings, directory, state, update, rows, identity, purpose=1)
   return {**frozen, **state.params}
 
 
@@ -348,7 +353,9 @@ def train_denoiser(
   denoiser = family.denoiser
   network, fixed = denoiser_lib.split_fixed(first[denoiser], family.fixed)
   first = {**first, denoiser: network}
-  tx = _optimizer(settings, weight_decay=settings.weight_decay, clip_norm=settings.clip_norm)
+  tx = fit.make_optimizer(
+    settings, weight_decay=settings.weight_decay, clip_norm=settings.clip_norm
+  )
   ema = jax.tree.map(jnp.copy, first)
   state = train_denoiser_lib.DenoiserState(first, ema, tx.init(first), jnp.int32(0))
   state = jax.device_put(state, sharding.replicated(mesh))
@@ -369,68 +376,7 @@ def train_denoiser(
     return step(state, *sharding.place_batch(batch, mesh))
 
   rows = len(latents)
-  ema = _fit(config, settings, directory, state, update, rows, identity, purpose=2).ema
+  ema = fit.run_updates(
+    config, settings, directory, state, update, rows, identity, purpose=2
+  ).ema
   return {**ema, denoiser: denoiser_lib.join_fixed(ema[denoiser], fixed, family.fixed)}
-
-
-def _optimizer(settings: ConfigDict, *, weight_decay: float, clip_norm: float):
-  schedule = optimizer.make_schedule(
-    "trapezoid",
-    lr=settings.lr,
-    warmup_updates=settings.warmup_updates,
-    num_updates=settings.num_updates,
-    decay=settings.decay,
-  )
-  return optimizer.make_optimizer(schedule, weight_decay=weight_decay, clip_norm=clip_norm)
-
-
-def _fit(
-  config: ConfigDict,
-  settings: ConfigDict,
-  directory: Path,
-  state: Any,
-  update: Callable[[Any, np.ndarray], tuple[Any, Mapping[str, jax.Array]]],
-  num_rows: int,
-  identity: dict[str, str],
-  *,
-  purpose: int,
-) -> Any:
-  """Runs a stage's updates, from its newest checkpoint; returns the last state."""
-  ckptr = checkpoint.Checkpointer(directory / "checkpoints", keep=2)
-  start = 0
-  if ckptr.latest_step() is not None:
-    abstract = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-    )
-    restored = ckptr.restore(abstract)
-    start, state = restored.step, restored.state
-    if restored.metadata != identity:
-      raise UserError(
-        f"{directory} was trained on another corpus or from other weights: choose another "
-        "--workdir"
-      )
-  writer = metrics.MetricWriter(
-    directory, total_updates=settings.num_updates, start_step=start or None
-  )
-  since = time.perf_counter()
-  unwritten: list[Mapping[str, jax.Array]] = []
-  try:
-    for done in range(start + 1, settings.num_updates + 1):
-      rng = np.random.default_rng([config.seed, purpose, done - 1])
-      rows = np.sort(rng.integers(num_rows, size=settings.batch_size))
-      state, values = update(state, rows)
-      unwritten.append(values)
-      if done % config.log_every == 0 or done == settings.num_updates:
-        # Means over the interval: the loss of one batch hides a slope over thousands.
-        numbers = {name: float(np.mean([v[name] for v in unwritten])) for name in values}
-        speed = len(unwritten) * settings.batch_size / (time.perf_counter() - since)
-        unwritten, since = [], time.perf_counter()
-        writer.write(done, numbers | {"images_per_second": speed})
-        writer.progress(done, loss=numbers["loss"], images_per_second=speed, shares={})
-      if done % config.save_every == 0 or done == settings.num_updates:
-        ckptr.save(done, state, None, identity)
-  finally:
-    # After an interruption, too: an unfinished checkpoint is completed.
-    writer.close()
-    ckptr.close()
-  return state

@@ -1,10 +1,14 @@
-"""Scorers of the shapes world: its verifier, which sees only pixels and prompts."""
+"""Scorers of the shapes world: its verifier, and a model of its annotator's preferences.
+
+Both see only pixels and prompts. The verifier is exact; the model is learned, from pairs.
+"""
 
 from collections.abc import Sequence
 
 import numpy as np
 
 from jaxpref.errors import UserError
+from jaxpref.scorers import Images, Reward
 from jaxpref.shapes import prompts, verifier
 
 
@@ -53,5 +57,31 @@ def quality(images: np.ndarray, texts: Sequence[str]) -> np.ndarray:
   return np.array([verifier.visual_quality(i) for i, _ in pairs], np.float64)
 
 
+def preference(images: Images, texts: Sequence[str]) -> np.ndarray:
+  """Rates images as a model of the simulated annotator does, for captions of the shapes world.
+
+  Args:
+    images: uint8 [N, H, W, 3], or N images of different sizes.
+    texts: N captions.
+
+  Returns:
+    Scores, float32 [N], comparable for images of one caption.
+  """
+  from jaxpref.scorers.base import preference_scores  # noqa: PLC0415  # imports JAX
+
+  return preference_scores.score(preference_scores.load_preference(), images, texts)
+
+
+def _preference_reward(dtype: str) -> Reward:
+  from jaxpref.scorers.base import preference_scores  # noqa: PLC0415  # imports JAX
+
+  return preference_scores.reward(dtype)
+
+
 # Version 1 of quality measured only grain, in grey and away from objects; it missed blotches.
-SCORERS = {"correct": ("1", correct), "quality": ("2", quality)}
+SCORERS = {
+  "correct": ("1", correct),
+  "quality": ("2", quality),
+  "preference": ("1", preference),
+}
+REWARDS = {"preference": _preference_reward}
