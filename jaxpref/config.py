@@ -359,7 +359,8 @@ def _print_help(
 def _comments(module: ModuleType) -> dict[str, str]:
   """Maps fields to the comment at the end of the line that sets them first.
 
-  Includes modules that the file imports from this package or from its own directory.
+  Includes modules that the file imports from this package or from its own directory; of a
+  package, all its files.
   """
   main = Path(str(module.__file__)).resolve()
   homes = [sys.modules.get(_home(value)) for value in vars(module).values()]
@@ -367,7 +368,11 @@ def _comments(module: ModuleType) -> dict[str, str]:
   places = (main.parent, Path(__file__).resolve().parent)
   found: dict[str, str] = {}
   modules = {f: f.parent if f.name == "__init__.py" else f for f in files}
-  for file in [main, *(file for file, module in modules.items() if module.parent in places)]:
+  inside = [file for file, module in modules.items() if module.parent in places]
+  parts = [
+    part for f in inside if f.name == "__init__.py" for part in sorted(f.parent.glob("*.py"))
+  ]
+  for file in [main, *inside, *parts]:
     source = file.read_text(encoding="utf-8")
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     by_line = {

@@ -62,6 +62,12 @@ class DivergedError(UserError):
   status = 3
 
 
+class HackedError(UserError):
+  """A run whose reward rises while another scorer falls; it is saved. Exit status 4."""
+
+  status = 4
+
+
 class TransientError(UserError):
   """A failure that a restart may fix; exit status 75 asks launchers to retry."""
 

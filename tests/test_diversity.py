@@ -136,6 +136,9 @@ def test_a_rise_that_others_contradict_is_warned_of():
   assert said.startswith("dro against base: chosen-1 (+0.")
   assert "which selected the training data, rises, but clip-1 (-0." in said
   assert " and vendi.pixels-1 (-" in said and "distance" not in said
+  found, _ = hacked(chosen=0.5, held_out=-0.5, spread=0.2)
+  [said] = reward_hacking.find_hacking(found, role="is trained on")
+  assert "which is trained on, rises, but clip-1 (-0." in said and "vendi" not in said
   [said] = reward_hacking.find_hacking(*hacked(chosen=0.5, held_out=0.0, spread=0.2))
   assert "clip-1" not in said and "vendi.pixels-1" in said and ") falls:" in said
 

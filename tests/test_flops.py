@@ -163,6 +163,37 @@ def test_a_round_costs_its_samplers_calls(monkeypatch):
   assert traced == pytest.approx(cost["rollout"], rel=0.02)
 
 
+# Predictions that an update makes for a prompt: 3 steps, guided or not;
+# a step that learns is done twice, and once backwards. The loop of ReFL counts as one step.
+PATHWISE = {
+  "draft": (["pathwise.last=2"], 2 * (1 + 2 * 4)),
+  "draft_lv": (["pathwise.repeats=3"], 2 * (3 + 3 * 4)),
+  "refl": (["pathwise.first=1", "pathwise.end=3"], 2 + 0.5 + 3),
+  "alignprop": (["lora.rank=4", "pathwise.last=2"], 2 * (1 + 2 * 3)),
+}
+
+
+@pytest.mark.parametrize(
+  "name", [n if n == "draft" else pytest.param(n, marks=pytest.mark.long) for n in PATHWISE]
+)
+def test_updates_that_sample_cost_what_is_counted(name, monkeypatch):
+  monkeypatch.chdir(conftest.ROOT)
+  options, evaluations = PATHWISE[name]
+  options = [*options, "rollout.num_steps=3", "model.path=shapes"]
+  fields = [f"--config=configs/{name}.py:tiny", *(f"--config.{o}" for o in options)]
+  config, _ = config_lib.parse_args(fields, flags={})
+  checked = setup.check(config, mesh=sharding.make_mesh())
+  forward, rows = flops.of_forward(checked.pipeline), config.train.batch_size
+  cost = flops.of_update(checked, forward)
+  assert cost["policy"] + cost["rollout"] == evaluations * rows * forward
+  program, arguments = programs.abstract_programs(checked)
+  traced = flops.count(jax.make_jaxpr(program.train_step)(*arguments))
+  looped = 1.5 * rows * forward if name == "refl" else 0.0
+  within = 0.06 if config.lora.rank else 0.02
+  assert traced == pytest.approx(sum(cost.values()) - looped, rel=within)
+  assert cost["judge"] > 0.02 * traced  # or an error of it would not show
+
+
 @pytest.mark.parametrize("states", [1, 3])
 @pytest.mark.parametrize("chunk", [8, 2])
 def test_expected_steps_are_the_mean_of_those_taken(states, chunk):

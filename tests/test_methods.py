@@ -18,7 +18,9 @@ from jaxpref.training import setup
 METHODS = (
   *("csft", "dpo", "dro", "dspo", "improver", "kto", "listwise", "mapo", "sdpo", "sft"),
   *("simpo", "awm", "best_of", "dgpo", "nft", "online_dpo", "rwr", "ppo", "prdp"),
+  *("draft", "draft_lv", "alignprop", "refl"),
 )
+PATHWISE = ("draft", "draft_lv", "alignprop", "refl")  # whose updates sample
 ITERATIVE = ("iterative_dpo", "spin")  # see test_iterate
 # What further options there are, run by one method each.
 OPTIONS = {
@@ -33,6 +35,7 @@ OPTIONS = {
 _ALIKE = (
   *("csft", "dpo", "dspo", "improver", "kto", "listwise", "mapo", "sdpo", "sft"),
   *("simpo", "awm", "best_of", "dgpo", "nft", "online_dpo", "rwr", "prdp"),
+  *("draft", "draft_lv", "alignprop", "refl"),
 )
 
 
@@ -117,7 +120,7 @@ def test_other_ways_to_compute(tiny_pipeline, tfds_dir, tmp_path, monkeypatch, c
 @pytest.mark.parametrize("name", (*METHODS, *ITERATIVE))
 @pytest.mark.parametrize("preset", base_config.PRESETS)
 def test_presets_are_sound(name, preset):
-  if name == "improver" and preset in base_config.FLOWS:
+  if name in ("improver", *PATHWISE) and preset in base_config.FLOWS:
     with pytest.raises(UserError, match=f"has no preset '{preset}'"):
       config_lib.load_config(f"{name}:{preset}")
     return
@@ -125,6 +128,7 @@ def test_presets_are_sound(name, preset):
   config_lib.validate(config)
   assert config.name == name
   other = {"iterative_dpo": "dpo", "online_dpo": "dpo", "best_of": "sft"}
+  other |= dict.fromkeys(PATHWISE, "reward")
   assert config.loss.name == other.get(name, name)
   losses.make_loss(config.loss)
   assert config.train.batch_size % config.train.accumulate == 0

@@ -26,6 +26,8 @@ CASES = [
   ("ppo", "sdxl", {"train.batch_size": 16, "rounds.updates": 1}),
   ("ppo", "sd35m", {"train.batch_size": 12, "rounds.updates": 1}),
   ("ppo", "sd35m_mix", {"train.batch_size": 8, "rounds.updates": 1, "steps.window": 2}),
+  ("alignprop", "sd15", {"train.batch_size": 2}),
+  ("refl", "sdxl", {"train.batch_size": 2}),
 ]
 
 
@@ -41,9 +43,6 @@ def test_presets_train_models_of_reduced_width(method, preset, more, tmp_path, c
     "data.source": "prompts",
     "data.path": tmp_path / "prompts.txt",
     "data.num_experts": 2,
-    "rounds.num_prompts": 2,
-    "rounds.images_per_prompt": 2,
-    "rounds.scorers": "('toy_scorers.red',)",
     "rollout.num_steps": 4 if method == "ppo" else 2,
     "train.accumulate": 1,
     "train.num_updates": 1,
@@ -52,6 +51,12 @@ def test_presets_train_models_of_reduced_width(method, preset, more, tmp_path, c
     "evaluate.num_prompts": 2,
     **more,
   }
+  if method in ("alignprop", "refl"):
+    small |= {"pathwise.scorers": "('toy_scorers.red',)", "alarms.every": 1}
+    small |= {"pathwise.first": 1, "pathwise.end": 2, "pathwise.last": 2, "pathwise.mean": 0}
+  else:
+    small |= {"rounds.num_prompts": 2, "rounds.images_per_prompt": 2}
+    small |= {"rounds.scorers": "('toy_scorers.red',)"}
   flags = [f"--config.{name}={value}" for name, value in small.items()]
   workdir = tmp_path / "run"
   arguments = [f"--config={method}:{preset}", f"--workdir={workdir}", *flags]
@@ -59,6 +64,7 @@ def test_presets_train_models_of_reduced_width(method, preset, more, tmp_path, c
   *_, line = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
   assert np.isfinite(line["loss"]) and line["optim/grad_norm"] > 0
   assert line["reward/mean"] == line["reward/toy_scorers.red"] > 0
+  assert "rounds.scorers" in small or line["alarm/kl"] > 0
 
 
 # Ratio's clip, largest advantage, whose deviation, tie to the base; from the authors' code.

@@ -47,9 +47,9 @@ def test_an_order_has_whole_passes():
 
 
 def test_the_cursor_alone_says_which_prompts_follow():
-  whole = rounds._take(0, 14, 5, seed=3)
+  whole = rounds.take_prompts(0, 14, 5, seed=3)
   assert sorted(whole[:5]) == sorted(whole[5:10]) == list(range(5))
-  assert rounds._take(4, 6, 5, seed=3).tolist() == whole[4:10].tolist()
+  assert rounds.take_prompts(4, 6, 5, seed=3).tolist() == whole[4:10].tolist()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from jaxpref import scorers
+
 CALLS = []
 
 
@@ -12,6 +14,11 @@ def red(images, prompts):
   for image in images:
     assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
   return np.array([image[..., 0].mean() for image in images])
+
+
+def green(images, prompts):
+  """Returns the mean of the green channel."""
+  return np.array([image[..., 1].mean() for image in images])
 
 
 def length(images, prompts):
@@ -25,8 +32,19 @@ def wrong(images, prompts):
   return np.zeros((len(images), 2))
 
 
+def _red_reward(dtype):
+  """The same, inside of a program."""
+  return scorers.Reward(
+    np.float32(255),
+    lambda prompts: np.zeros((len(prompts), 1), np.int32),
+    lambda scale, images, tokens: scale * images[..., 0].mean((1, 2)),
+  )
+
+
+REWARDS = {"red": _red_reward}
 SCORERS = {
   "red": ("1", red),
+  "green": ("1", green),
   "length": ("2-hf", length),
   "wrong": ("1", wrong),
   "slash": ("1/2", red),

@@ -11,13 +11,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxpref.base_config import presets
+from jaxpref.base_config import online_sections, presets
 from jaxpref.errors import UserError
 
 PRESETS = presets.PRESETS
 PUBLISHED = presets.PUBLISHED
 FLOWS = presets.FLOWS
 LORA_FLOWS = presets.LORA_FLOWS
+rounds, steps = online_sections.rounds, online_sections.steps
+pathwise, align_by_lora = online_sections.pathwise, online_sections.align_by_lora
 
 # Choices of fields; the modules that implement them import them from here.
 DTYPES = ("float32", "bfloat16")
@@ -208,70 +210,6 @@ def iterate(c: ConfigDict, *, winners: str) -> None:
     c.iterate.shard_size = 8
 
 
-def rounds(c: ConfigDict) -> None:
-  """Adds the section for online training on scored samples of the policy.
-
-  The section `rollout` says how images are sampled.
-  """
-  c.data.num_rows = 0  # rows are made of samples; data.num_experts is the number of prompts
-  c.data.latents = "mode"  # samples have no posterior
-  c.rounds = ConfigDict()
-  c.rounds.num_prompts = 8  # prompts of a round
-  c.rounds.images_per_prompt = 8  # images of each prompt, a group
-  c.rounds.updates = 1  # updates on the images of a round, between two checkpoints
-  c.rounds.sampler = "policy"  # samples with the 'policy' or its lagging average ('old')
-  c.rounds.scorers = ("shapes.correct",)  # whose weighted sum is the reward, FAMILY.NAME
-  c.rounds.weights = (1.0,)  # of the scorers
-  c.rounds.scale = "group"  # whose deviation divides advantages: 'group', 'global' or 'none'
-  c.rounds.ddof = 0  # divide its sum of squares by their number less this, 0 or 1
-  c.rounds.eps = 1e-4  # added to the deviation
-  c.rounds.clip = 5.0  # largest absolute advantage; 0: no clip
-  c.rounds.window = 0  # compare with as many last rewards of the prompt; 0: with the group
-  c.rounds.window_least = 16  # fewer rewards in a window: compare with the round
-  c.rounds.old_decay = 0.0  # largest share of itself that the average keeps after a round
-  c.rounds.old_rate = 0.001  # rise of that share with each update
-  c.rounds.old_start = 0  # updates before the rise
-  c.rollout.batch_size = c.evaluate.batch_size  # images sampled at once
-  c.rollout.num_steps = c.evaluate.num_steps
-  if c.preset == "shapes":
-    c.train.batch_size, c.train.num_updates = 64, 100  # all images of a round
-  if c.preset == "tiny":
-    c.rounds.num_prompts, c.rounds.images_per_prompt = 2, 4
-    c.rounds.scorers = ("shapes.quality",)
-  if c.preset in PUBLISHED:  # of SANA, too, no other recipe is published than LoRA's
-    c.data.num_experts = 10_000  # prompts, whose encodings are kept in memory
-    c.lora.rank, c.lora.alpha = 32, 64.0
-    c.rounds.num_prompts = c.rounds.images_per_prompt = 24
-    c.rounds.scorers = ("pickscore.v1",)
-    c.optim.lr = 3e-4
-    c.optim.warmup_updates = 0
-    c.optim.weight_decay = 1e-4
-    c.optim.ema_decay = 0.9
-    c.train.batch_size, c.train.accumulate = 576, 9
-    c.train.num_updates = 1000
-    c.rollout.num_steps = 20
-  if c.preset == "flux":  # as MixGRPO, in sampling and training
-    c.model.guidance = c.rollout.guidance = 3.5
-
-
-def steps(c: ConfigDict) -> None:
-  """Adds the section for training on steps of the policy's sampler; call `rounds` first.
-
-  The section `rollout` says how images are sampled, also with which guidance.
-  """
-  c.data.prompt_dropout = 0.0  # steps keep the prompts that have sampled them
-  c.loss.space = "model"
-  c.noise.density = "uniform"  # the levels are the sampler's
-  c.rollout.solver = "ddim"  # or 'flow_sde', 'dance_sde', 'cps' for flow-matching models
-  c.steps = ConfigDict()
-  c.steps.eta = 1.0  # strength of a step's noise: DDIM's eta, or that of a flow's solver
-  c.steps.trained = 0  # steps of each image to train on, random ones; 0: all with noise
-  c.steps.window = 0  # consecutive steps that have noise in a round; 0: all
-  c.steps.hold = 0  # rounds until the window moves by a step; 0: random in the first half
-  c.steps.guided = True  # train the guided prediction, which has sampled, or the plain one
-  c.steps.common_start = False  # sample all images of a prompt from the same noise
-
-
 def train_on_experts(c: ConfigDict) -> None:
   """Sets the Diffusion-DRO paper's recipe for SD 1.5, which it also uses for SFT.
 
@@ -374,6 +312,20 @@ RULES: Rules = {
   "rounds.old_decay": _DECAY,
   "steps.eta": _POSITIVE,
   **dict.fromkeys(("steps.trained", "steps.window", "steps.hold"), _at_least(0)),
+  "pathwise.method": _one_of("last", "renoised", "predicted"),
+  **dict.fromkeys(
+    (
+      *("pathwise.last", "pathwise.repeats", "pathwise.at_once"),
+      "pathwise.end",
+    ),
+    _at_least(1),
+  ),
+  "pathwise.first": _at_least(0),
+  **dict.fromkeys(("pathwise.mean", "pathwise.std"), _NOT_NEGATIVE),
+  "pathwise.eta": _SHARE,
+  "loss.scale": _POSITIVE,
+  "alarms.every": _at_least(0),
+  **dict.fromkeys(("alarms.num_prompts", "alarms.images_per_prompt"), _at_least(1)),
   "rollout.solver": _one_of(*SOLVERS, *FLOW_STEPS),
   "optim.schedule": _one_of(*SCHEDULES),
   "rollout.order": (lambda value: value in (1, 2, 3), "1, 2 or 3"),
@@ -415,6 +367,7 @@ LIMITS: Mapping[str, float] = {
   "iterate.num_pairs": 10_000_000,
   **dict.fromkeys(("rounds.num_prompts", "rounds.updates", "rounds.window"), 1_000_000),
   "rounds.images_per_prompt": 1000,
+  **dict.fromkeys(("pathwise.repeats", "pathwise.at_once", "alarms.images_per_prompt"), 1000),
   "train.batch_size": 2**20,
   "train.hang_minutes": 1_000_000,  # two years
 }

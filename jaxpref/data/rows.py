@@ -28,6 +28,8 @@ def arms_of(kind: str, list_size: int) -> tuple[str, ...]:
   """
   if kind in ("lists", "groups"):
     return tuple(str(number) for number in range(1, list_size + 1))
+  if kind == "prompts":
+    return ()
   single = {"experts": "e", "singles": "x", "scored": "x", "steps": "x"}
   pairs = {"pairs": ("w", "l"), "paths": ("a", "b")}
   return pairs[kind] if kind in pairs else (single[kind],)

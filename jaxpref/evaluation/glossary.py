@@ -70,7 +70,7 @@ METRICS: dict[str, Metric] = {
   "ratio/approx_kl": Metric("Half the mean square of the logarithm of that ratio."),
   "ratio/clipped_high": Metric("Share of steps whose ratio is above 1 + loss.clip.", "share"),
   "ratio/clipped_low": Metric("Share of steps whose ratio is below 1 - loss.clip.", "share"),
-  "reward/mean": Metric("Mean reward of the round's images. Should rise."),
+  "reward/mean": Metric("Mean reward of the round's or update's images. Should rise."),
   "reward/std": Metric("Standard deviation of the rewards of the round's images."),
   "reward/spread": Metric(
     "Difference of the highest and the lowest reward of a prompt, averaged over the prompts."
@@ -80,7 +80,19 @@ METRICS: dict[str, Metric] = {
     "share",
   ),
   "reward/advantage": Metric("Mean absolute advantage of the round's images."),
-  "reward/*.*": Metric("Mean score of the round's images by this scorer."),
+  "reward/*.*": Metric("Mean score of the round's or update's images by the scorer."),
+  "alarm/vendi": Metric(
+    "Vendi score of the alarms' images, by pixels: the effective number of different images. "
+    "If it falls far, the images become similar."
+  ),
+  "alarm/kl": Metric(
+    "Divergence of the policy from the base, in nats an image, over the steps of ancestral "
+    "sampling. It grows as the reward is bought."
+  ),
+  "alarm/*.*": Metric(
+    "Mean score of the alarms' images, for prompts of the evaluation. Where a scorer that is "
+    "trained on rises and another falls, the reward is being exploited."
+  ),
   "nft/optimality": Metric("Mean optimality of the images, from 0 to 1; near 0.5.", "share"),
   "dgpo/preference": Metric(
     "How far the groups' order is from being learned, times beta. Starts at 0 and should fall."

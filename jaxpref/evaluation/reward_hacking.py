@@ -1,7 +1,8 @@
-"""Warnings of reward hacking: the selecting scorer rises while others fall.
+"""Warnings of reward hacking: the scorer that a model learns from rises while others fall.
 
-A model that is tuned on what a scorer selected can please that scorer and become worse. The
-signs are a scorer with no part in the selection that falls, or a loss of diversity.
+A model that is tuned on what a scorer selected or rewarded can please that scorer and become
+worse. The signs are a scorer with no part in the training that falls, or a loss of diversity.
+Reports and the alarms of online runs have the same rule.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,12 @@ from jaxpref.evaluation import statistics
 from jaxpref.evaluation.score_text import number, p_is
 
 
-def find_hacking(found: dict[str, Any], diversity: Sequence[dict[str, Any]] = ()) -> list[str]:
+def find_hacking(
+  found: dict[str, Any],
+  diversity: Sequence[dict[str, Any]] = (),
+  *,
+  role: str = "selected the training data",
+) -> list[str]:
   """Writes one sentence for each model whose scores contradict each other.
 
   A selecting scorer rises if its outcome is "won" (`statistics.outcome`). Another scorer or a
@@ -22,6 +28,7 @@ def find_hacking(found: dict[str, Any], diversity: Sequence[dict[str, Any]] = ()
     found: from `comparisons.compare_all`. Without scorers of `selected_by`, nothing is said.
     diversity: from `diversity.compare_diversity`, with the same baseline, one for each kind of
       features.
+    role: of the scorers of `selected_by`, after "which".
   """
   said = []
   for one in found["comparisons"]:
@@ -43,9 +50,9 @@ def find_hacking(found: dict[str, Any], diversity: Sequence[dict[str, Any]] = ()
     if rises and falls:
       verb = "rises" if len(rises) == 1 else "rise"
       said.append(
-        f"{one['model']} against {one['baseline']}: {' and '.join(rises)}, which selected the "
-        f"training data, {verb}, but {' and '.join(falls)} "
-        f"{'falls' if len(falls) == 1 else 'fall'}: the rise may not be an improvement."
+        f"{one['model']} against {one['baseline']}: {' and '.join(rises)}, which {role}, "
+        f"{verb}, but {' and '.join(falls)} {'falls' if len(falls) == 1 else 'fall'}: the rise "
+        "may not be an improvement."
       )
   return said
 

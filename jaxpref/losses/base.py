@@ -61,7 +61,9 @@ class Needs:
         of `jaxpref.training.step_rows`,
       'paths': two trajectories of a prompt's samples ('a', 'b'): instead of errors, their
         log-ratios of policy and reference, with labels [B, 2],
-      'groups': all samples of a prompt ('1', '2', ...), with the same labels [B, G].
+      'groups': all samples of a prompt ('1', '2', ...), with the same labels [B, G],
+      'prompts': no image; the label `reward` of a sample that is made inside of the update,
+        through which the gradient goes.
     rollout: 'states' adds the arm 'p': states of the policy's own sampling trajectories, with
       its predictions there as targets. None adds nothing.
     reference: whether the loss needs the errors of a frozen reference, which is chosen by the
@@ -77,7 +79,9 @@ class Needs:
     arms: names of the errors, if `arrange` changes those of the rows.
   """
 
-  rows: Literal["experts", "pairs", "singles", "lists", "scored", "steps", "paths", "groups"]
+  rows: Literal[
+    "experts", "pairs", "singles", "lists", "scored", "steps", "paths", "groups", "prompts"
+  ]
   rollout: Literal["states"] | None = None
   reference: bool = False
   old: bool = False
@@ -319,6 +323,8 @@ def _example_labels(loss: Loss, images: int) -> dict[str, jax.Array]:
       if any(np.shape(array) != (of_row.size,) for array in arrays):
         raise UserError(f"{what} must return a dict of arrays [N] (got {made!r})")
       labels |= {name: jnp.asarray(array).reshape(of_row.shape) for name, array in made.items()}
+  if kind == "prompts":
+    labels = {"reward": jnp.zeros(2)}
   if loss.arrange:
     x0, cond = jnp.zeros((2, images, 1, 1, 1)), {"text": jnp.zeros((2, 1, 1))}
     what = f"loss {loss.name!r}: arrange"

@@ -201,7 +201,7 @@ def encode(
 
 def decode(vae: nn.Module, params: Any, latents: jax.Array) -> Decoded:
   """Decodes scaled latents [B, C, h, w]."""
-  return _finish(_decode_unit(vae, params, latents))
+  return _finish(decode_unit(vae, params, latents))
 
 
 def decode_sliced(
@@ -219,7 +219,7 @@ def decode_sliced(
 
 
 @functools.partial(jax.jit, static_argnums=0)  # otherwise traced again for each tile
-def _decode_unit(vae: Any, params: Any, latents: jax.Array) -> jax.Array:
+def decode_unit(vae: Any, params: Any, latents: jax.Array) -> jax.Array:
   """Decodes scaled latents [B, C, h, w] to images [B, 3, H, W] in about [-1, 1]."""
   z = latents / vae.scaling_factor + vae.shift_factor
   pixels: Any = vae.apply({"params": params}, z, method="pixels")
@@ -256,7 +256,7 @@ def decode_tiled(
   step, blend = max(int(tile * (1 - overlap)), 1), int(tile * overlap) * factor
   tops, lefts = (range(0, n, step) for n in latents.shape[2:])
   rows = [
-    [_decode_unit(vae, params, latents[:, :, i : i + tile, j : j + tile]) for j in lefts]
+    [decode_unit(vae, params, latents[:, :, i : i + tile, j : j + tile]) for j in lefts]
     for i in tops
   ]
   bands = []

@@ -89,6 +89,10 @@ def _run(argv: list[str]) -> None:
     raise UserError(
       f"{config.name} cannot be planned: it does not train with a preference loss"
     )
+  if "pathwise" in config:
+    raise UserError(
+      f"{config.name} cannot be planned: the memory of decoder and scorer is not estimated"
+    )
   numbers = plan(config, flags["topology"], mfu=mfu)
   print(describe(numbers), flush=True)
   if compiles == "yes":

@@ -83,5 +83,29 @@ def gaussian_kl(mean: jax.Array, mean_ref: jax.Array, std: jax.Array) -> jax.Arr
   return jnp.where(std > 0, _mean_square(mean - mean_ref) / (2 * jnp.square(safe)), 0.0)
 
 
+def ancestral_kl(
+  x0: jax.Array, x0_ref: jax.Array, log_snr: jax.Array, log_snr_next: jax.Array
+) -> jax.Array:
+  """Computes the divergence of two models' steps of ancestral sampling, in nats.
+
+  Such a step (DDPM's; DDIM's with eta = 1) is a Gaussian whose mean depends on the predicted
+  clean latents. Its divergence is (SNR_next - SNR) |x0 - x0_ref|^2 / 2, whatever the schedule.
+  The divergence of the whole path is the sum of the steps', as the policy reaches them.
+
+  Args:
+    x0: the policy's prediction, [B, ...].
+    x0_ref: the reference's, for the same state, [B, ...].
+    log_snr: of the step's input, [B].
+    log_snr_next: of its output, [B]; infinite for clean latents.
+
+  Returns:
+    [B]; 0 for a step to clean latents, which has no noise.
+  """
+  finite = jnp.isfinite(log_snr_next)
+  gain = jnp.exp(jnp.where(finite, log_snr_next, 0.0)) - jnp.exp(log_snr)
+  squares = jnp.sum(jnp.square(x0 - x0_ref), axis=tuple(range(1, x0.ndim)))
+  return jnp.where(finite, 0.5 * gain * squares, 0.0)
+
+
 def _mean_square(x: jax.Array) -> jax.Array:
   return jnp.mean(jnp.square(x), axis=tuple(range(1, x.ndim)))

@@ -2,7 +2,7 @@
 
 The loss is the negative reward of the decoded result. Steps before the last ones, and the
 parameters there, carry no gradient, and nothing of them is kept for the backward pass; the
-others are recomputed in it. The steps are DDIM's.
+others are recomputed in it. The steps are DDIM's, with or without noise.
 """
 
 from collections.abc import Callable
@@ -26,8 +26,14 @@ def sample_last(
   schedule: NoiseSchedule,
   *,
   last: int,
+  learns: jax.Array | None = None,
+  eta: float = 0.0,
+  key: jax.Array | None = None,
 ) -> jax.Array:
   """Samples clean latents with a gradient through the last steps (DRaFT-K, arXiv 2309.17400).
+
+  With `learns` the number of steps may be random, as in AlignProp (arXiv 2310.03739): only the
+  predictions of the last `learns` steps have a gradient. The backward pass costs `last` steps.
 
   Args:
     denoise: (params, x_t float32 [B, ...], t int32 [B]) -> prediction [B, ...].
@@ -36,6 +42,10 @@ def sample_last(
     grid: the noise levels to visit.
     schedule: says how to read predictions.
     last: K, the number of steps with a gradient, from 1 to all steps of the grid.
+    learns: number of the last steps whose predictions have a gradient, from 1 to `last`, a
+      scalar, which may be traced; None: all of them.
+    eta: strength of the steps' noise, see `ddim.coefficients`.
+    key: typed keys [B] of that noise.
 
   Returns:
     Clean latents, [B, ...].
@@ -46,12 +56,20 @@ def sample_last(
   if not 1 <= last <= grid.num_steps:
     raise ValueError(f"last must be between 1 and {grid.num_steps} (got {last})")
   first = grid.num_steps - last
-  x_t = _sample_fixed(denoise, params, x_T, _part(grid, 0, first), schedule)
+  keys = [None, None] if key is None else [_folded(key, part) for part in (0, 1)]
+  noise: list[dict[str, Any]] = [{"eta": eta, "key": of} for of in keys]
+  x_t = _sample_fixed(denoise, params, x_T, _part(grid, 0, first), schedule, **noise[0])
   once_more = jax.checkpoint(denoise)
+  earliest = None if learns is None else grid.timesteps[grid.num_steps - learns]
+
+  def predict(x, t):
+    found = once_more(params, x, t)
+    if earliest is None:
+      return found
+    return jnp.where(per_sample(t <= earliest, found), found, jax.lax.stop_gradient(found))
+
   return sampler.sample(
-    lambda x, t: once_more(params, x, t),
-    *(x_t, _part(grid, first, grid.num_steps), schedule),
-    solver="ddim",
+    *(predict, x_t, _part(grid, first, grid.num_steps), schedule), solver="ddim", **noise[1]
   )
 
 
@@ -126,13 +144,20 @@ def predict_at(
   return split_at(schedule.prediction_type, prediction, x_t, grid.log_snr[step])[0]
 
 
-def _sample_fixed(denoise, params, x_t, grid, schedule):
+def _sample_fixed(denoise, params, x_t, grid, schedule, **noise):
   """Samples along a grid, which may have no steps, without a gradient."""
   if not grid.num_steps:
     return jax.lax.stop_gradient(x_t)
   frozen = jax.lax.stop_gradient(params)
-  x0 = sampler.sample(lambda x, t: denoise(frozen, x, t), x_t, grid, schedule, solver="ddim")
+  x0 = sampler.sample(
+    lambda x, t: denoise(frozen, x, t), x_t, grid, schedule, solver="ddim", **noise
+  )
   return jax.lax.stop_gradient(x0)
+
+
+def _folded(key: jax.Array, number: int) -> jax.Array:
+  """Returns other keys [B], so that both parts of a trajectory have their own noise."""
+  return jax.vmap(jax.random.fold_in, in_axes=(0, None))(key, number)
 
 
 def _part(grid: Grid, first: int, end: int) -> Grid:

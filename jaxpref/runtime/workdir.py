@@ -39,7 +39,7 @@ BY_CONTENT = (
 # Fields and sections that may change when a run is resumed.
 RESUME_SAFE = (
   *BY_CONTENT,
-  *("evaluate", "improve", "profile"),
+  *("alarms", "evaluate", "improve", "profile", "train.stop_on_hacking"),
   *("train.log_every", "train.num_updates", "train.keep"),
   *("train.max_skipped", "train.hang_minutes", "train.wandb"),
   "data.cache",  # checkpoints say how their rows were encoded, see `run_state.identify`

@@ -14,9 +14,9 @@ import numpy as np
 from scipy import stats
 
 from jaxpref.models.pipeline import Pipeline, abstract_params
+from jaxpref.training import pathwise_step, step_rows
 from jaxpref.training import rollout as rollout_lib
-from jaxpref.training import step_rows
-from jaxpref.training.programs import has_own_targets
+from jaxpref.training.programs import abstract_prompts, has_own_targets
 from jaxpref.training.setup import Checked
 
 
@@ -65,8 +65,12 @@ def of_update(checked: Checked, forward: float) -> dict[str, float]:
 
   Returns:
     FLOPs by phase: 'policy' and, if the run has them, 'reference', 'old' and 'rollout'. The
-    rollout of rounds is shared by their updates; decoding and scorers are not counted.
+    rollout of rounds is shared by their updates; decoding and scorers are not counted. Of
+    updates that sample, 'judge' is decoder and scorers with their backward pass; what is
+    recomputed counts there.
   """
+  if checked.judge:
+    return _of_pathwise(checked, forward)
   config, needs = checked.config, checked.loss.needs
   rows, states = config.train.batch_size, config.rollout.states if needs.rollout else 1
   trained = len(checked.arms) - has_own_targets(checked)
@@ -96,6 +100,38 @@ def of_update(checked: Checked, forward: float) -> dict[str, float]:
       * expected_steps(rows, config.rollout.num_steps, states=states, chunk=chunk)
     )
   return cost
+
+
+def _of_pathwise(checked: Checked, forward: float) -> dict[str, float]:
+  """Counts the FLOPs of an update that samples, by phase."""
+  config, path = checked.config, pathwise_step.path_of(checked.config)
+  rows, backward = config.train.batch_size, 1 if config.lora.rank else 2
+  evaluation = rows * forward * (2 if path.guidance > 1 else 1)
+  if path.method == "predicted":  # its prediction is not recomputed
+    learned, passes, before = 1, 1 + backward, (path.first + path.end - 1) / 2 + 1
+  elif path.method == "renoised":
+    learned, passes, before = path.repeats, 2 + backward, path.num_steps
+  else:
+    learned, passes, before = path.last, 2 + backward, path.num_steps - path.last
+  images = rows * (learned if path.method == "renoised" else 1)
+  return {
+    "policy": learned * passes * evaluation,
+    "rollout": before * evaluation,
+    "judge": images * _of_judge(checked),
+  }
+
+
+def _of_judge(checked: Checked) -> float:
+  """Counts the FLOPs of an image's reward and of its gradient."""
+  judge, batch = checked.judge, abstract_prompts(checked, 1)
+  assert judge is not None  # such a run has one
+  latents = jax.ShapeDtypeStruct((1, *checked.pipeline.latent_shape), jnp.float32)
+
+  def reward(latents, params, tokens):
+    return judge.total(judge.score(params, latents, tokens)).sum()
+
+  arguments = latents, batch["judge"], batch["rows"]["tokens"]
+  return count(jax.make_jaxpr(jax.value_and_grad(reward))(*arguments))
 
 
 def expected_steps(rows: int, num_steps: int, *, states: int, chunk: int) -> float:

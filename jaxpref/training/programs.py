@@ -19,10 +19,10 @@ from jaxpref.data import rows as rows_lib
 from jaxpref.diffusion import schedule as schedule_lib
 from jaxpref.models import denoiser
 from jaxpref.models import lora as lora_lib
-from jaxpref.models.pipeline import Pipeline
+from jaxpref.models.pipeline import Pipeline, abstract_params
 from jaxpref.training import batch as batch_lib
 from jaxpref.training import optimizer as optimizer_lib
-from jaxpref.training import policy_sampler, step_rows
+from jaxpref.training import pathwise_step, policy_sampler, step_rows
 from jaxpref.training import rollout as rollout_lib
 from jaxpref.training import train_step as train_step_lib
 from jaxpref.training.setup import Checked, abstract_trained, list_size
@@ -91,22 +91,30 @@ def make_programs(checked: Checked, trained: Any, uncond: Any) -> Programs:
   guidance = pipeline.classifier_free_scale(config.rollout.guidance)
   dropout = config.data.prompt_dropout
   online = config.get("rounds")
+  of_all = {
+    "mesh": mesh,
+    "state_sharding": placement,
+    "learning_rate": learning_rate,
+    "ema_decay": config.optim.ema_decay,
+    "accumulate": config.train.accumulate,
+    "adapt": adapt,
+  }
   train_step = train_step_lib.make_train_step(
     *(denoise, checked.schedule, checked.loss, tx),
-    mesh=mesh,
-    state_sharding=placement,
+    **of_all,
     arms=checked.arms,
-    learning_rate=learning_rate,
-    ema_decay=config.optim.ema_decay,
-    accumulate=config.train.accumulate,
     refresh_every=online.updates if online else config.rollout.refresh_every,
     copy_decay=_make_copy_decay(online) if needs.old else None,
     own_targets=has_own_targets(checked),
     guidance=pipeline.classifier_free_scale(step_rows.training_guidance(config)),
     space=config.loss.space,
-    adapt=adapt,
     prompt_dropout=dropout,
   )
+  if checked.judge:
+    path = pathwise_step.path_of(config)
+    train_step = pathwise_step.make_pathwise_step(
+      *(denoise, pipeline, checked.judge, checked.loss, tx, path), **of_all
+    )
   rollout = None
   if needs.rollout:
     rollout = rollout_lib.make_rollout(
@@ -223,15 +231,41 @@ def abstract_programs(checked: Checked) -> tuple[Programs, Arguments]:
   scale = checked.pipeline.classifier_free_scale(step_rows.training_guidance(config))
   guide = uncond if scale > 1 else None
   whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+  placed_batch = _placed(batch, jax.tree.map(lambda _: rows, batch))
+  if checked.judge:
+    placed_batch = abstract_prompts(checked, count)
   return program, Arguments(
     state=_placed(state, program.placement),
     base=_placed(kept, sharding.params_sharding(mesh, kept)),
     uncond=_placed(uncond, jax.tree.map(lambda _: whole, uncond)),
-    batch=_placed(batch, jax.tree.map(lambda _: rows, batch)),
+    batch=placed_batch,
     rollout=_placed(drawn, jax.tree.map(lambda _: rows, drawn)),
     start=_placed(start, sharding.params_sharding(mesh, start)),
     guide=_placed(guide, jax.tree.map(lambda _: whole, guide)),
   )
+
+
+def abstract_prompts(checked: Checked, count: int) -> dict[str, Any]:
+  """Returns the batch of an update that samples, as `prompt_batches` makes it."""
+  mesh, pipeline, judge = checked.mesh, checked.pipeline, checked.judge
+  assert judge is not None  # such a run has one
+  of_rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+  shapes = lambda tree: jax.tree.map(  # noqa: E731
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree
+  )
+  rows = {
+    "cond": pipeline.abstract_cond(count),
+    "tokens": shapes(judge.tokenize([""] * count)),
+    "seed": jax.ShapeDtypeStruct((count,), jnp.uint32),
+  }
+  scored = {name: reward.params for name, reward in judge.rewards.items()}
+  params = {"vae": abstract_params(pipeline.modules["vae"]), "scorers": shapes(scored)}
+  guide = pipeline.abstract_cond(1) if checked.config.rollout.guidance > 1 else None
+  return {
+    "rows": _placed(rows, jax.tree.map(lambda _: of_rows, rows)),
+    "judge": _placed(params, jax.tree.map(lambda _: whole, params)),
+    "guide": _placed(guide, jax.tree.map(lambda _: whole, guide)),
+  }
 
 
 def _placed(shapes: Any, shardings: Any) -> Any:

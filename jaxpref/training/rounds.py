@@ -110,7 +110,7 @@ class Rounds:
     config = self._prepared.config
     number, settings = self._state["round"], config.rounds
     count, images = settings.num_prompts, settings.images_per_prompt
-    chosen = _take(self._state["cursor"], count, len(self._captions), config.seed)
+    chosen = take_prompts(self._state["cursor"], count, len(self._captions), config.seed)
     seeds = np.random.default_rng([config.seed, number, _SEEDS])
     # The upper half of the seeds: evaluations use the lower half.
     seed = seeds.integers(2**31, 2**32, size=count * images).astype(np.uint32)
@@ -263,7 +263,7 @@ def shuffle(rows: int, count: int, seed: Sequence[int]) -> np.ndarray:
   return np.concatenate(passes)[:count]
 
 
-def _take(cursor: int, count: int, total: int, seed: int) -> np.ndarray:
+def take_prompts(cursor: int, count: int, total: int, seed: int) -> np.ndarray:
   """Returns the next `count` of `total` prompts; each epoch has all of them in a new order."""
 
   @functools.cache

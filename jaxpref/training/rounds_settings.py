@@ -34,11 +34,7 @@ def check(config: ConfigDict, needs: Needs) -> None:
       f"rounds make rows of the kinds {', '.join(KINDS)}, and loss {config.loss.name!r} learns "
       f"from {kind}"
     )
-  if len(settings.scorers) != len(settings.weights) or not settings.scorers:
-    raise UserError(
-      f"rounds.scorers and rounds.weights need one entry for each scorer (got "
-      f"{len(settings.scorers)} and {len(settings.weights)})"
-    )
+  check_weights(settings, "rounds")
   if needs.of_steps != ("steps" in config):
     raise UserError(
       f"loss {config.loss.name!r} learns from {kind}: the section steps is for losses that "
@@ -57,6 +53,40 @@ def check(config: ConfigDict, needs: Needs) -> None:
       f"{config.train.updates_per_iteration} must be a multiple of rounds.updates = "
       f"{settings.updates}"
     )
+  check_unused(config, "rounds")
+  if settings.sampler == "old" and not needs.old:
+    raise UserError(
+      f"rounds.sampler = 'old', but loss {config.loss.name!r} keeps no average of the policy"
+    )
+
+
+def check_weights(settings: ConfigDict, section: str) -> None:
+  """Refuses scorers without a weight each.
+
+  Args:
+    settings: the configuration's section.
+    section: its name.
+
+  Raises:
+    UserError: their numbers differ, or are 0.
+  """
+  if len(settings.scorers) != len(settings.weights) or not settings.scorers:
+    raise UserError(
+      f"{section}.scorers and {section}.weights need one entry for each scorer (got "
+      f"{len(settings.scorers)} and {len(settings.weights)})"
+    )
+
+
+def check_unused(config: ConfigDict, what: str) -> None:
+  """Refuses settings of images where a run samples its own.
+
+  Args:
+    config: of the run.
+    what: samples, for the message.
+
+  Raises:
+    UserError: a setting has no effect.
+  """
   usual = {
     "data.latents": "mode",
     "data.crop": "center",
@@ -70,11 +100,7 @@ def check(config: ConfigDict, needs: Needs) -> None:
   for name, value in usual.items():
     section, field = name.split(".")
     if (given := config[section][field]) != value:
-      raise UserError(f"{name} = {given!r} does not apply to rounds, which sample their images")
-  if settings.sampler == "old" and not needs.old:
-    raise UserError(
-      f"rounds.sampler = 'old', but loss {config.loss.name!r} keeps no average of the policy"
-    )
+      raise UserError(f"{name} = {given!r} does not apply to {what}: their images are samples")
 
 
 def check_rows(config: ConfigDict, of_prompt: int) -> None:
@@ -100,7 +126,7 @@ def check_scorers(settings: ConfigDict, captions: Sequence[str]) -> None:
   """Refuses scorers that are unknown or cannot judge a prompt.
 
   Args:
-    settings: the configuration's section `rounds`.
+    settings: the configuration's section `rounds` or `pathwise`.
     captions: the prompts.
 
   Raises:

@@ -25,7 +25,8 @@ from jaxpref.models import denoiser
 from jaxpref.models import lora as lora_lib
 from jaxpref.models import pipeline as pipeline_lib
 from jaxpref.runtime import checkpoint, jax_setup
-from jaxpref.training import load_run, rounds_settings, step_rows
+from jaxpref.training import load_run, pathwise_settings, rounds_settings, step_rows
+from jaxpref.training.judge import Judge, load_judge
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Checked:
     pipeline: the base; `programs` need only its modules and schedule.
     start: 'params' and 'digest' of `model.start`; empty without it.
     reference: see `reference_of`.
+    judge: of a run whose updates sample, see `pathwise_step`; else None.
   """
 
   config: ConfigDict
@@ -49,6 +51,7 @@ class Checked:
   pipeline: pipeline_lib.Pipeline
   start: dict[str, Any]
   reference: str | None
+  judge: Judge | None
 
   @property
   def schedule(self) -> Schedule:
@@ -87,8 +90,9 @@ def prepare(config: ConfigDict) -> Prepared:
   check_data(checked, rows)
   evaluate.check_count(len(prompts), config.evaluate.images_per_prompt)
   usable = evaluate.usable_scorers(config.evaluate.scorers, prompts)
-  if "rounds" in config:
-    rounds_settings.check_scorers(config.rounds, rows.used_captions())
+  for section in ("rounds", "pathwise"):
+    if section in config:
+      rounds_settings.check_scorers(config[section], rows.used_captions())
   inputs = {"data": rows.digest, "pipeline": checked.pipeline.digest}
   if checked.start:
     inputs["start"] = checked.start["digest"]
@@ -229,13 +233,18 @@ def check(config: ConfigDict, *, mesh: Any = None) -> Checked:
     targets, usual = config.lora.targets, pipeline.family.lora_targets
     lora_lib.check_rank(shapes, rank=rank, targets=targets, usual=usual)
     abstract_trained(config, pipeline)
+  judge = None
+  if "pathwise" in config:
+    pathwise_settings.check_model(config, pipeline)
+    judge = load_judge(config.pathwise, pipeline.modules["vae"], dtype=config.model.dtype)
   reference = reference_of(loss, config)
-  return Checked(config, mesh, loss, arms, pipeline, start, reference)
+  return Checked(config, mesh, loss, arms, pipeline, start, reference, judge)
 
 
 def rows_kind(config: ConfigDict, loss: losses.Loss) -> str:
   """Returns the kind of rows that a run reads, see `rows.load_rows`."""
-  return "captions" if "rounds" in config else loss.needs.rows
+  samples = "rounds" in config or "pathwise" in config
+  return "captions" if samples else loss.needs.rows
 
 
 def list_size(config: ConfigDict) -> int:
@@ -349,6 +358,7 @@ def _check_needs(loss: losses.Loss, config: ConfigDict) -> None:
   """Refuses settings that this loss would ignore."""
   needs = loss.needs
   rounds_settings.check(config, needs)
+  pathwise_settings.check(config, needs)
   if config.loss.reference == "base" and not needs.reference:
     raise UserError(f"loss.reference = 'base', but {config.loss.name} has no reference")
   rollout, draws = config.rollout, config.data.noise_draws

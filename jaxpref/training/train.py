@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from jaxpref import sharding
 from jaxpref.data import encode
 from jaxpref.data import loader as loader_lib
-from jaxpref.errors import StoppedError
+from jaxpref.errors import HackedError, StoppedError, UserError
 from jaxpref.runtime import (
   checkpoint,
   distributed,
@@ -33,6 +33,8 @@ from jaxpref.runtime import (
 from jaxpref.runtime import workdir as workdir_lib
 from jaxpref.training import anomalies, batch_maker, flops, programs, run_state
 from jaxpref.training import inputs as inputs_lib
+from jaxpref.training.alarms import Alarms
+from jaxpref.training.prompt_batches import PromptBatches
 from jaxpref.training.rounds import Rounds
 from jaxpref.training.run_evaluator import RunEvaluator
 from jaxpref.training.setup import Prepared
@@ -54,7 +56,7 @@ def run(
   Raises:
     UserError: a checkpoint cannot be written or is of another run.
     DivergedError: too many updates were not finite.
-    StoppedError: the run was asked to stop, and has saved its state.
+    StoppedError: the run was asked to stop, and has saved its state; also a HackedError.
   """
   config, train = prepared.config, prepared.config.train
   began = time.time()
@@ -70,7 +72,7 @@ def run(
   add_known_errors(program, base, reference, uncond)
   # Only now: a run that may not resume here changes nothing.
   distributed.first(lambda: _write_start(workdir, prepared, identity, start, state.params))
-  evaluator = RunEvaluator(prepared, workdir, ckptr, known)
+  evaluator, alarms = RunEvaluator(prepared, workdir, ckptr, known), Alarms(prepared, workdir)
   evaluator.keep_best()
   models_of = lambda state: {"base": base, "tuned": program.adapt(state.ema, base)}  # noqa: E731
 
@@ -113,10 +115,11 @@ def run(
       with clock("update"):
         state, values = program.train_step(state, frozen, uncond, batch, seen, reference, guide)
         wait(state)
-      values = values | (rounds.metrics if rounds else {})
+      looked = alarms.after(done, program.adapt(state.params, frozen), base)
+      values = values | (rounds.metrics if rounds else {}) | looked
       meter.add(train.batch_size)
       profiler.after(done, state)
-      stopping |= watchdog.beat()
+      stopping |= watchdog.beat() or alarms.stops
       save_is_due |= last or stopping or done % train.updates_per_iteration == 0
       pending.append((done, taken, values))
       while len(pending) > (0 if logged or save_is_due else _AHEAD):
@@ -135,19 +138,22 @@ def run(
         ckptr.save(done, state, loader.get_state(), identity)
       if stopping and not last and whole:
         ckptr.wait()
-        raise _stopped(done, train.num_updates, saved=not save_is_due)
+        raise _stopped(alarms, done, train.num_updates, saved=not save_is_due)
 
   evaluator.evaluate(models_of(state), train.num_updates)
   wall_time = f"{time.time() - began:.0f} s, from update {start}"
   distributed.first(lambda: evaluator.write_report(wall_time))
 
 
-def _stopped(done: int, num_updates: int, *, saved: bool) -> StoppedError:
+def _stopped(alarms: Alarms, done: int, num_updates: int, *, saved: bool) -> UserError:
   saved_or_not = "saved" if saved else "not saved, it is not finite,"
-  return StoppedError(
-    f"asked to stop (SIGTERM), {saved_or_not} after update {done} of {num_updates}; the "
-    "same command resumes this run"
-  )
+  where = f"{saved_or_not} after update {done} of {num_updates}"
+  if alarms.stops:
+    return HackedError(
+      f"train.stop_on_hacking: {' '.join(alarms.said)} Stopped, {where}; to go on, give the "
+      "same command with --config.train.stop_on_hacking=False"
+    )
+  return StoppedError(f"asked to stop (SIGTERM), {where}; the same command resumes this run")
 
 
 def _next_batch(
@@ -189,10 +195,14 @@ class _Data(NamedTuple):
 def _open_data(
   prepared: Prepared, workdir: Path, ckptr: checkpoint.Checkpointer, guide: Any
 ) -> _Data:
-  """Opens the run's rows, or the rounds that sample them."""
+  """Opens the run's rows, the rounds that sample them, or the prompts of updates that do."""
   if "rounds" in prepared.config:
     rounds = Rounds(prepared, workdir, guide)
     return _Data(rounds, lambda batch: batch, "rounds", lambda *_: None, rounds)
+  if prepared.judge:
+    return _Data(
+      PromptBatches(prepared, guide), lambda batch: batch, "prompts", lambda *_: None, None
+    )
   inputs = inputs_lib.open_rows(prepared, _encoded_before(workdir, ckptr))
   make_batch = batch_maker.BatchMaker(prepared, inputs)
   loader = make_loader(prepared, inputs, make_batch)
@@ -240,7 +250,7 @@ def _encode_no_prompt(prepared: Prepared) -> tuple[Any, Any]:
   config, pipeline, mesh = prepared.config, prepared.pipeline, prepared.mesh
   dropped = encode.encode_dropped_prompt(pipeline, mesh, config.data.dropped_prompt)
   guide = None
-  samples = prepared.loss.needs.rollout or "rounds" in config
+  samples = prepared.loss.needs.rollout or "rounds" in config or "pathwise" in config
   if samples and pipeline.classifier_free_scale(config.rollout.guidance) > 1:
     guide = sharding.replicate(encode.encode_no_prompt(pipeline, mesh), mesh)
   return sharding.replicate(dropped, mesh), guide
@@ -287,7 +297,7 @@ def _open_writer(workdir: Path, config: ConfigDict, start: int) -> metrics.Metri
 def _speedometer(prepared: Prepared) -> throughput.Speedometer:
   work = flops.of_update(prepared, flops.of_forward(prepared.pipeline))
   return throughput.Speedometer(
-    images_per_row=len(prepared.arms) - bool(prepared.loss.needs.rollout),
+    images_per_row=max(len(prepared.arms) - bool(prepared.loss.needs.rollout), 1),
     flops_per_row=sum(work.values()) / prepared.config.train.batch_size,
   )
 

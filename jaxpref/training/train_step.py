@@ -14,15 +14,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from jaxpref import rng, sharding
 from jaxpref.diffusion import schedule as schedule_lib
 from jaxpref.losses import Loss, Needs, Terms, to_errors
 from jaxpref.models.denoiser import Denoise
 from jaxpref.training import batch as batch_lib
+from jaxpref.training import mean_gradients, path_rows, step_rows
 from jaxpref.training import optimizer as optimizer_lib
-from jaxpref.training import path_rows, step_rows
 from jaxpref.training import rollout as rollout_lib
 from jaxpref.training.rollout import States
 
@@ -153,7 +152,7 @@ def make_train_step(
   """
   residuals_of = _make_residuals(denoise, schedule, loss.needs, space, guidance)
   gradients_of = _make_gradients(residuals_of, loss, tuple(arms), own_targets, adapt)
-  gradients = _reduced(functools.partial(_mean_gradients, gradients_of, accumulate), mesh)
+  gradients = mean_gradients.average(gradients_of, accumulate, mesh)
 
   @functools.partial(
     jax.jit, donate_argnums=0, out_shardings=(state_sharding, sharding.replicated(mesh))
@@ -173,28 +172,14 @@ def make_train_step(
       rows, replay = rollout_lib.replay(replay, rows, state.update, key)
     old = state.policy_copy if loss.needs.old else None
     grads, metrics = gradients(state.params, _Fixed(base, start, old, guide), rows)
-    norm = optax.global_norm(grads)
-    new = jax.lax.cond(
-      jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm),
-      lambda s, g, r: dataclasses.replace(
-        _advance(
-          *(s, g, tx),
-          ema_decay=ema_decay,
-          refresh_every=refresh_every,
-          copy_decay=copy_decay,
-        ),
-        replay=r,
-      ),
-      lambda s, g, r: dataclasses.replace(s, skipped=s.skipped + 1),
-      *(state, grads, replay),
+    return finish(
+      *(state, grads, metrics, tx),
+      learning_rate=learning_rate,
+      ema_decay=ema_decay,
+      refresh_every=refresh_every,
+      copy_decay=copy_decay,
+      replay=replay,
     )
-    new = dataclasses.replace(new, update=state.update + 1)
-    return new, {
-      **metrics,
-      "optim/lr": learning_rate(state.update - state.skipped),  # skipped ones do not count
-      "optim/grad_norm": norm,
-      "optim/skipped": new.skipped,
-    }
 
   return step
 
@@ -228,6 +213,55 @@ def _make_rows(
   return batch_lib.make_arms(
     *(schedule, loss.needs, batch, rollout, uncond), **options, arrange=loss.arrange
   )
+
+
+def finish(
+  state: TrainState,
+  grads: Any,
+  metrics: dict[str, jax.Array],
+  tx: optax.GradientTransformation,
+  *,
+  learning_rate: optax.Schedule,
+  ema_decay: float,
+  refresh_every: int = 1,
+  copy_decay: optax.Schedule | None = None,
+  replay: Any = None,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """Ends an update: the new state, and the metrics with the optimizer's.
+
+  Args:
+    state: before the update.
+    grads: of the trained parameters.
+    metrics: with the 'loss'. If it or a gradient is not finite, only the counts change.
+    tx: optimizer.
+    learning_rate: see `make_train_step`.
+    ema_decay: see `make_train_step`.
+    refresh_every: see `make_train_step`.
+    copy_decay: see `make_train_step`.
+    replay: the new buffer of rows, if the state has one.
+  """
+  norm = optax.global_norm(grads)
+  new = jax.lax.cond(
+    jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm),
+    lambda s, g, r: dataclasses.replace(
+      _advance(
+        *(s, g, tx),
+        ema_decay=ema_decay,
+        refresh_every=refresh_every,
+        copy_decay=copy_decay,
+      ),
+      replay=r,
+    ),
+    lambda s, g, r: dataclasses.replace(s, skipped=s.skipped + 1),
+    *(state, grads, replay),
+  )
+  new = dataclasses.replace(new, update=state.update + 1)
+  return new, {
+    **metrics,
+    "optim/lr": learning_rate(state.update - state.skipped),  # skipped ones do not count
+    "optim/grad_norm": norm,
+    "optim/skipped": new.skipped,
+  }
 
 
 def _micro_loss(
@@ -287,57 +321,6 @@ def _make_gradients(
     return jax.grad(functools.partial(loss_of, mean=mean), has_aux=True)(trained, fixed, rows)
 
   return gradients_of
-
-
-def _mean_gradients(
-  gradients_of: Callable,
-  accumulate: int,
-  trained: Any,
-  fixed: _Fixed,
-  rows: batch_lib.Arms,
-  mean: Callable[[jax.Array], jax.Array] = jnp.mean,
-) -> tuple[Any, dict[str, jax.Array]]:
-  """Returns gradients and metrics of one device's rows, averaged over micro-batches."""
-  gradients = functools.partial(gradients_of, mean=mean)
-  if accumulate == 1:
-    return gradients(trained, fixed, rows)
-
-  def add(total, micro):
-    return jax.tree.map(jnp.add, total, gradients(trained, fixed, micro)), None
-
-  # Strided, not contiguous, rows: micro-batches are then the same on any mesh.
-  micros = jax.tree.map(
-    lambda x: x.reshape((-1, accumulate, *x.shape[1:])).swapaxes(0, 1), rows
-  )
-  first = jax.tree.map(lambda x: x[0], micros)
-  shapes = jax.eval_shape(gradients, trained, fixed, first)
-  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-  total, _ = jax.lax.scan(add, zeros, micros)
-  return jax.tree.map(lambda x: x / accumulate, total)
-
-
-def _reduced(mean_gradients: Callable, mesh: Mesh) -> Callable:
-  """Averages gradients over the mesh's `data` axis once, after the last micro-batch."""
-  if mesh.shape["data"] == 1 < mesh.shape["fsdp"]:
-    # XLA's partitioner refuses a manual axis of one device beside tensors that are sharded
-    # over another axis. One device has nothing to average.
-    return mean_gradients
-
-  def mean_of_all(x):
-    return jax.lax.pmean(jnp.mean(x), "data")
-
-  return jax.shard_map(
-    lambda trained, fixed, rows: jax.lax.pmean(
-      mean_gradients(trained, fixed, rows, mean=mean_of_all), "data"
-    ),
-    mesh=mesh,
-    in_specs=(P(), P(), P("data")),
-    out_specs=P(),
-    axis_names={"data"},
-    # With the check, parameters would count as replicated, and JAX would add an all-reduce
-    # of the gradient to every micro-batch.
-    check_vma=False,
-  )
 
 
 def _advance(

@@ -1,0 +1,137 @@
+"""Sections of online training: by rewards of samples, or through the sampler."""
+
+from ml_collections import ConfigDict
+
+from jaxpref.base_config import presets
+from jaxpref.errors import UserError
+
+
+def rounds(c: ConfigDict) -> None:
+  """Adds the section for online training on scored samples of the policy.
+
+  The section `rollout` says how images are sampled.
+  """
+  c.data.num_rows = 0  # rows are made of samples; data.num_experts is the number of prompts
+  c.data.latents = "mode"  # samples have no posterior
+  _alarms(c)
+  c.rounds = ConfigDict()
+  c.rounds.num_prompts = 8  # prompts of a round
+  c.rounds.images_per_prompt = 8  # images of each prompt, a group
+  c.rounds.updates = 1  # updates on the images of a round, between two checkpoints
+  c.rounds.sampler = "policy"  # samples with the 'policy' or its lagging average ('old')
+  c.rounds.scorers = ("shapes.correct",)  # whose weighted sum is the reward, FAMILY.NAME
+  c.rounds.weights = (1.0,)  # of the scorers
+  c.rounds.scale = "group"  # whose deviation divides advantages: 'group', 'global' or 'none'
+  c.rounds.ddof = 0  # divide its sum of squares by their number less this, 0 or 1
+  c.rounds.eps = 1e-4  # added to the deviation
+  c.rounds.clip = 5.0  # largest absolute advantage; 0: no clip
+  c.rounds.window = 0  # compare with as many last rewards of the prompt; 0: with the group
+  c.rounds.window_least = 16  # fewer rewards in a window: compare with the round
+  c.rounds.old_decay = 0.0  # largest share of itself that the average keeps after a round
+  c.rounds.old_rate = 0.001  # rise of that share with each update
+  c.rounds.old_start = 0  # updates before the rise
+  c.rollout.batch_size = c.evaluate.batch_size  # images sampled at once
+  c.rollout.num_steps = c.evaluate.num_steps
+  if c.preset == "shapes":
+    c.train.batch_size, c.train.num_updates = 64, 100  # all images of a round
+  if c.preset == "tiny":
+    c.rounds.num_prompts, c.rounds.images_per_prompt = 2, 4
+    c.rounds.scorers = ("shapes.quality",)
+  if c.preset in presets.PUBLISHED:  # of SANA, too, no other recipe is published than LoRA's
+    c.data.num_experts = 10_000  # prompts, whose encodings are kept in memory
+    c.lora.rank, c.lora.alpha = 32, 64.0
+    c.rounds.num_prompts = c.rounds.images_per_prompt = 24
+    c.rounds.scorers = ("pickscore.v1",)
+    c.optim.lr = 3e-4
+    c.optim.warmup_updates = 0
+    c.optim.weight_decay = 1e-4
+    c.optim.ema_decay = 0.9
+    c.train.batch_size, c.train.accumulate = 576, 9
+    c.train.num_updates = 1000
+    c.rollout.num_steps = 20
+  if c.preset == "flux":  # as MixGRPO, in sampling and training
+    c.model.guidance = c.rollout.guidance = 3.5
+
+
+def steps(c: ConfigDict) -> None:
+  """Adds the section for training on steps of the policy's sampler; call `rounds` first.
+
+  The section `rollout` says how images are sampled, also with which guidance.
+  """
+  c.data.prompt_dropout = 0.0  # steps keep the prompts that have sampled them
+  c.loss.space = "model"
+  c.noise.density = "uniform"  # the levels are the sampler's
+  c.rollout.solver = "ddim"  # or 'flow_sde', 'dance_sde', 'cps' for flow-matching models
+  c.steps = ConfigDict()
+  c.steps.eta = 1.0  # strength of a step's noise: DDIM's eta, or that of a flow's solver
+  c.steps.trained = 0  # steps of each image to train on, random ones; 0: all with noise
+  c.steps.window = 0  # consecutive steps that have noise in a round; 0: all
+  c.steps.hold = 0  # rounds until the window moves by a step; 0: random in the first half
+  c.steps.guided = True  # train the guided prediction, which has sampled, or the plain one
+  c.steps.common_start = False  # sample all images of a prompt from the same noise
+
+
+def pathwise(c: ConfigDict) -> None:
+  """Adds the section for training through the sampler and a differentiable scorer.
+
+  The sampler is DDIM; `rollout` has its number of steps and guidance.
+
+  Raises:
+    UserError: the preset is a flow-matching model's.
+  """
+  if c.preset in presets.FLOWS:
+    raise UserError(f"{c.name} has no preset {c.preset!r}: DDIM does not sample flow matching")
+  c.data.num_rows = 0  # updates sample; data.num_experts is the number of prompts
+  c.data.latents = "mode"  # samples have no posterior
+  c.data.prompt_dropout = 0.0
+  c.loss.name = "reward"
+  c.loss.variant = "linear"  # -r; 'distance': |r - target|; 'hinge': max(target - r, 0)
+  c.loss.target = 0.0  # of 'distance' and 'hinge'
+  c.loss.scale = 1.0  # factor of the loss
+  _alarms(c)
+  c.pathwise = ConfigDict()
+  c.pathwise.method = "last"  # gradient through 'last' steps, 'renoised', or one 'predicted'
+  c.pathwise.last = 1  # steps with a gradient; at most, if their number is random
+  c.pathwise.mean = 0.0  # mean of their number, random at each update; 0: always `last`
+  c.pathwise.std = 0.0  # standard deviation of their number
+  c.pathwise.repeats = 2  # noises of 'renoised'
+  c.pathwise.first = 0  # first step that 'predicted' may choose
+  c.pathwise.end = 1  # step after the last that 'predicted' may choose
+  c.pathwise.eta = 0.0  # noise of the steps, 0 to 1
+  c.pathwise.scorers = ("shapes.preference",)  # differentiable, FAMILY.NAME
+  c.pathwise.weights = (1.0,)  # of the scorers
+  c.pathwise.at_once = 8  # images that a device decodes and scores at once
+  c.rollout.solver = "ddim"
+  c.rollout.num_steps = c.evaluate.num_steps
+  c.rollout.guidance = c.evaluate.guidance
+  if c.preset == "shapes":
+    c.optim.lr = 1e-4
+    c.train.num_updates = 100
+  if c.preset in presets.PUBLISHED:
+    c.data.num_experts = 10_000  # prompts, whose encodings are kept in memory
+    c.pathwise.scorers = ("pickscore.v1",)
+    c.pathwise.at_once = 1
+    c.rollout.num_steps = 50
+    c.optim.warmup_updates = 0
+
+
+def _alarms(c: ConfigDict) -> None:
+  """Adds the section for looks at what an online reward does not measure."""
+  c.train.stop_on_hacking = False  # stop, saved, where the reward rises and others fall
+  c.alarms = ConfigDict()  # samples of the policy for the evaluation's prompts and scorers
+  c.alarms.every = 10  # updates between two looks; 0: none
+  c.alarms.num_prompts = 24  # at most as many as the evaluation has
+  c.alarms.images_per_prompt = 2  # from the noise of the base's images
+  if c.preset == "tiny":
+    c.alarms.every, c.alarms.num_prompts, c.alarms.images_per_prompt = 2, 2, 1
+  if c.preset in presets.PUBLISHED:
+    c.alarms.every, c.alarms.num_prompts = 50, 32
+
+
+def align_by_lora(c: ConfigDict) -> None:
+  """Sets the optimizer of AlignProp's code, with LoRA; the rank is our choice."""
+  c.lora.rank, c.lora.alpha = 8, 8.0
+  c.optim.lr = 1e-3
+  c.optim.weight_decay = 1e-4
+  c.train.batch_size, c.train.accumulate = 128, 16
+  c.train.num_updates = c.train.updates_per_iteration = 25

@@ -1,0 +1,90 @@
+"""The reward of latents inside a program: decoded without rounding, then scored."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from jaxpref import scorers, sharding
+from jaxpref.models import vae as vae_lib
+from jaxpref.scorers import Reward
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+  """Differentiable scorers and their weights.
+
+  Attributes:
+    rewards: by the scorers' names.
+    weights: of the scorers, in their order.
+    vae: the module that decodes.
+    at_once: images that are decoded and scored at once on a device.
+  """
+
+  rewards: dict[str, Reward]
+  weights: tuple[float, ...]
+  vae: Any
+  at_once: int
+
+  def place(self, vae_params: Any, mesh: Any) -> dict[str, Any]:
+    """Puts all parameters on every device: the argument `params` of `score`."""
+    trees = {name: reward.params for name, reward in self.rewards.items()}
+    return sharding.replicate({"vae": vae_params, "scorers": trees}, mesh)
+
+  def tokenize(self, prompts: Sequence[str]) -> dict[str, Any]:
+    """Returns what the scorers read of prompts, numpy arrays [N, ...] by scorer."""
+    return {name: reward.tokenize(prompts) for name, reward in self.rewards.items()}
+
+  def score(self, params: Any, latents: jax.Array, tokens: Any) -> dict[str, jax.Array]:
+    """Decodes and scores latents; images are clipped to the range of pixels, not rounded.
+
+    The backward pass recomputes the decoder, `at_once` images at a time, so that its memory
+    does not grow with the batch.
+
+    Args:
+      params: from `place`.
+      latents: scaled, [B, C, h, w].
+      tokens: from `tokenize`, [B, ...] by scorer.
+
+    Returns:
+      Scores by scorer, float32 [B].
+    """
+
+    @jax.checkpoint
+    def of_one(row):
+      latent, words = row
+      image = vae_lib.decode_unit(self.vae, params["vae"], latent[None]).astype(jnp.float32)
+      unit = jnp.clip(image.transpose(0, 2, 3, 1) * 0.5 + 0.5, 0.0, 1.0)
+      return {
+        name: reward.score(
+          params["scorers"][name], unit, jax.tree.map(lambda x: x[None], words[name])
+        )[0]
+        for name, reward in self.rewards.items()
+      }
+
+    return jax.lax.map(of_one, (latents, tokens), batch_size=self.at_once)
+
+  def total(self, scores: dict[str, jax.Array]) -> jax.Array:
+    """Returns the weighted sum of scores, [B]."""
+    return sum(
+      (weight * scores[name] for name, weight in zip(self.rewards, self.weights, strict=True)),
+      start=jnp.zeros(()),
+    )
+
+
+def load_judge(settings: ConfigDict, vae: Any, *, dtype: str) -> Judge:
+  """Loads the scorers of the configuration's section `pathwise`.
+
+  Args:
+    settings: the section.
+    vae: the pipeline's module.
+    dtype: of the scorers' computation.
+
+  Raises:
+    UserError: a scorer is unknown or not differentiable, or its weights are missing.
+  """
+  rewards = {name: scorers.load_reward(name, dtype=dtype) for name in settings.scorers}
+  return Judge(rewards, tuple(settings.weights), vae, settings.at_once)
