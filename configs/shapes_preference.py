@@ -22,7 +22,7 @@ def get_config(preset: str = "shapes") -> ConfigDict:
 
   c.pairs = ConfigDict()
   c.pairs.num_train = 30_000  # pairs of train prompts, ties included, which are left out
-  c.pairs.num_test = 3_000  # pairs of held-out prompts, for the card
+  c.pairs.num_test = 1_000  # pairs of held-out prompts, for the card
   c.pairs.image_size = 32  # height and width in pixels; the pairs' 64 are resized
 
   c.model = ConfigDict()

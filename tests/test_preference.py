@@ -89,7 +89,7 @@ def test_the_gradient_is_that_of_finite_differences(held_out):
 
 def test_the_loss_is_its_equation():
   towers = preference_towers.build_towers(MODEL)
-  params = train_preference.init_params(towers, jax.random.key(0), text=None)
+  params = train_preference.init_params(towers, jax.random.key(0), encoder=None)
   rng = np.random.default_rng(0)
   good, bad = rng.integers(0, 256, (2, 4, 16, 16, 3), np.uint8)
   ids = np.array([[7, 1, 8, 8, 8], [7, 2, 3, 8, 8], [7, 1, 8, 8, 8], [7, 4, 4, 4, 8]])

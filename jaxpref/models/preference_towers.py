@@ -104,23 +104,23 @@ def build_towers(config: Mapping[str, Any], *, dtype: Any = jnp.float32) -> Towe
   return Towers(image, text, config["image_size"])
 
 
-def init_towers(towers: Towers, key: jax.Array, *, text: Any = None) -> dict[str, Any]:
+def init_towers(towers: Towers, key: jax.Array, *, encoder: Any = None) -> dict[str, Any]:
   """Initializes parameters.
 
   Args:
     towers: the modules.
     key: of the random numbers.
-    text: parameters of a trained text encoder; None: random ones.
+    encoder: parameters of a trained text encoder; None: random ones.
   """
   keys = jax.random.split(key, 3)
   size, config = towers.image_size, towers.text.config
-  if text is None:
-    text = text_lib.init_text_encoder(towers.text, keys[1])
+  if encoder is None:
+    encoder = text_lib.init_text_encoder(towers.text, keys[1])
   std = config.hidden_size**-0.5
   projection = std * jax.random.normal(keys[2], (config.hidden_size, towers.image.width))
   return {
     "image": towers.image.init(keys[0], jnp.zeros((1, size, size, 3)))["params"],
-    "text": text,
+    "text": encoder,
     "text_projection": {"kernel": projection},
     "logit_scale": jnp.log(jnp.float32(10.0)),
   }

@@ -113,7 +113,7 @@ def run(prepared: Prepared, workdir: Path) -> Path:
   }
   towers = preference_towers.build_towers(model)
   begins = train_preference.init_params(
-    towers, jax.random.key(config.seed), text=pipeline.params[encoder]
+    towers, jax.random.key(config.seed), encoder=pipeline.params[encoder]
   )
   tx = fit.make_optimizer(
     settings, weight_decay=settings.weight_decay, clip_norm=settings.clip_norm

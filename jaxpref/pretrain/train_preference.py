@@ -24,10 +24,10 @@ class PreferenceState:
   update: jax.Array
 
 
-def init_params(towers: Towers, key: jax.Array, *, text: Any) -> dict[str, Any]:
+def init_params(towers: Towers, key: jax.Array, *, encoder: Any) -> dict[str, Any]:
   """Initializes what is trained: the towers, and the scale of CLIP's loss, as in CLIP."""
   return {
-    "towers": preference_towers.init_towers(towers, key, text=text),
+    "towers": preference_towers.init_towers(towers, key, encoder=encoder),
     "contrast_scale": jnp.log(jnp.float32(1 / 0.07)),
   }
 
