@@ -47,6 +47,7 @@ def load(
   unet: str = "",
   vae: str = "",
   clip_skip: int = 0,
+  image_size: int = 0,
   merged: bool = True,
 ) -> pipeline_lib.Pipeline:
   """Loads the model of a run, or a pipeline.
@@ -59,10 +60,11 @@ def load(
     dtype: of the computation.
     mesh: of the devices to place parameters on; see `load_pipeline`.
     variant: of a pipeline's weights. A run's configuration says this for its base, as it
-      does for the following three.
+      does for the following four.
     unet: the denoiser to use instead of a pipeline's own; '' for its own.
     vae: the VAE to use instead of a pipeline's own; '' for its own.
     clip_skip: number of last text encoder layers to skip.
+    image_size: height and width of a pipeline's images, in pixels; 0 for its own.
     merged: whether to add LoRA matrices to the weights; else the denoiser's parameters are a
       `lora.Adapted`.
 
@@ -76,10 +78,18 @@ def load(
         f"--step and --no-ema only apply to a run's workdir; {name} is a pipeline"
       )
     return pipeline_lib.load_pipeline(
-      name, dtype=dtype, mesh=mesh, variant=variant, unet=unet, vae=vae, clip_skip=clip_skip
+      name,
+      dtype=dtype,
+      mesh=mesh,
+      variant=variant,
+      unet=unet,
+      vae=vae,
+      clip_skip=clip_skip,
+      image_size=image_size,
     )
   workdir = trained_in(user_path(name))
   own = {"variant": variant, "unet": unet, "vae": vae, "clip-skip": clip_skip}
+  own["image-size"] = image_size
   if given := [flag for flag, value in own.items() if value]:
     raise UserError(f"--{given[0]} only applies to pipelines; the run {workdir} has its own")
   config = _read_config(workdir)
