@@ -25,7 +25,7 @@ def get_config(preset: str = "shapes") -> ConfigDict:
   c.rounds.scale = "global"
   c.rounds.clip = 0.0  # rewards are not clipped
   if preset == "tiny":
-    c.rollout.num_steps = 4
+    c.rollout.num_steps = 2
     c.train.batch_size = 4  # pairs
   if preset == "shapes":
     c.rollout.guidance = c.evaluate.guidance

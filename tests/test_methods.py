@@ -27,6 +27,7 @@ OPTIONS = {
   "kto": {"data.noise_draws": 2},
   "dro": {"rollout.states": 2},
   "sft": {"optim.schedule": "linear"},
+  **{name: {"alarms.every": 10} for name in ("draft_lv", "alignprop", "refl", "prdp")},
 }
 
 

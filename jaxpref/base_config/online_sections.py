@@ -104,6 +104,8 @@ def pathwise(c: ConfigDict) -> None:
   c.rollout.solver = "ddim"
   c.rollout.num_steps = c.evaluate.num_steps
   c.rollout.guidance = c.evaluate.guidance
+  if c.preset == "tiny":
+    c.train.batch_size = 2  # decoded and scored with a gradient, in seconds each
   if c.preset == "shapes":
     c.optim.lr = 1e-4
     c.train.num_updates = 100
