@@ -107,11 +107,12 @@ def test_a_seed_is_the_generators(tiny_pipeline, guidance):
   cond = encode.encode_prompts(pipeline, mesh, captions)
   uncond = encode.encode_no_prompt(pipeline, mesh)
   params = pipeline.params
-  latents, decoded = sample(params["unet"], params["vae"], cond, uncond, seeds)
+  latents, decoded, steps = sample(params["unet"], params["vae"], cond, uncond, seeds)
   generate = sampling.make_generator(pipeline, mesh, batch_size=2, **settings)
   want = generate(params["unet"], cond, seeds)
   np.testing.assert_array_equal(decoded.pixels, want)
   assert decoded.finite.all() and latents.shape == (2, *pipeline.latent_shape)
+  assert steps is None
 
 
 # -------------------------------------------------------------------------- whole runs

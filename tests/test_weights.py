@@ -235,7 +235,7 @@ def test_the_digest_changes_with_any_value(copy, loaded):
 def test_the_host_holds_one_tensor_above_the_shards(tmp_path):
   """Memory of the process while 400 MB of float16 become 800 MB of float32 on the device."""
   shapes = {f"layer_{i}": {"kernel": (4096, 1024)} for i in range(48)}
-  tensors = {f"layer_{i}.weight": np.ones((1024, 4096), np.float16) for i in range(48)}
+  tensors = {f"layer.{i}.weight": np.ones((1024, 4096), np.float16) for i in range(48)}
   save_file(tensors, tmp_path / "model.safetensors")
   del tensors
   is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
