@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from jaxpref import base_config
 
-PRESETS = base_config.PRESETS
+PRESETS = base_config.NO_FLOWS  # DDIM does not sample flow matching
 
 
 def get_config(preset: str = "shapes") -> ConfigDict:

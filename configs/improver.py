@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from jaxpref import base_config
 
-PRESETS = tuple(name for name in base_config.PRESETS if name not in base_config.FLOWS)
+PRESETS = base_config.NO_FLOWS
 
 
 def get_config(preset: str = "shapes") -> ConfigDict:

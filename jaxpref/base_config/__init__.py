@@ -17,6 +17,7 @@ from jaxpref.errors import UserError
 PRESETS = presets.PRESETS
 PUBLISHED = presets.PUBLISHED
 FLOWS = presets.FLOWS
+NO_FLOWS = presets.NO_FLOWS
 LORA_FLOWS = presets.LORA_FLOWS
 rounds, steps = online_sections.rounds, online_sections.steps
 pathwise, align_by_lora = online_sections.pathwise, online_sections.align_by_lora

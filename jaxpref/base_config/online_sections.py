@@ -3,7 +3,6 @@
 from ml_collections import ConfigDict
 
 from jaxpref.base_config import presets
-from jaxpref.errors import UserError
 
 
 def rounds(c: ConfigDict) -> None:
@@ -75,12 +74,7 @@ def pathwise(c: ConfigDict) -> None:
   """Adds the section for training through the sampler and a differentiable scorer.
 
   The sampler is DDIM; `rollout` has its number of steps and guidance.
-
-  Raises:
-    UserError: the preset is a flow-matching model's.
   """
-  if c.preset in presets.FLOWS:
-    raise UserError(f"{c.name} has no preset {c.preset!r}: DDIM does not sample flow matching")
   c.data.num_rows = 0  # updates sample; data.num_experts is the number of prompts
   c.data.latents = "mode"  # samples have no posterior
   c.data.prompt_dropout = 0.0

@@ -40,6 +40,7 @@ LORA_FLOWS = ("sd35m", "flux")  # flow-matching models of which LoRA is trained
 FLOWS = ("sd35m", "sana", "flux")  # flow-matching models
 PUBLISHED = ("sd15", "sdxl", *FLOWS)  # models to be downloaded
 PRESETS = ("shapes", *PUBLISHED, "tiny")
+NO_FLOWS = tuple(name for name in PRESETS if name not in FLOWS)
 _JOINT = (
   r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0"
   r"|add_q_proj|add_k_proj|add_v_proj|to_add_out)$"
