@@ -271,6 +271,7 @@ RULES: Rules = {
   "loss.space": _one_of(*SPACES),
   "noise.density": _one_of(*DENSITIES),
   "noise.mean": (lambda value: -20 <= value <= 20, "between -20 and 20"),
+  "loss.target": (lambda value: -1e6 <= value <= 1e6, "between -1e6 and 1e6"),  # a reward
   "noise.std": _POSITIVE,
   "noise.scale": (lambda value: -1 <= value <= 1.75, "between -1 and 1.75"),
   "noise.shift": _NOT_NEGATIVE,
