@@ -37,7 +37,10 @@ REFUSALS = {
     "/nowhere is neither a directory nor a Hub id",
   ),
   "odd batch": (["--config.train.accumulate=3"], "must be a multiple of 3"),
-  "lacking parameter": (["--config.loss.name=dro"], "needs 'loss.margin'"),
+  "lacking parameter": (
+    ["--config.loss.name=dro"],
+    "loss 'dro' needs loss.margin in its config file",
+  ),
   "too many steps": (["--config.evaluate.num_steps=2000"], "between 1 and 1000"),
   "huge seed": (["--config.seed=99999999999999999999"], "'seed' must be"),
   "unknown loss": (["--config.loss.name=dor"], "unknown loss 'dor'"),

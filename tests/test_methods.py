@@ -164,7 +164,7 @@ def test_presets_are_sound(name, preset):
     ("dpo", ["--config.loss.name=.x"], "unknown loss '.x'"),
     ("dpo", ["--config.loss.name=contract"], "unknown loss 'contract'"),
     ("dpo", ["--config.lora.rank=2", "--config.lora.targets=none"], "does not match a layer"),
-    ("dpo", ["--config.loss.name=kto"], "needs 'loss.utility'"),
+    ("dpo", ["--config.loss.name=kto"], "loss 'kto' does not take loss.variant"),
     ("listwise", ["--config.data.source=pickapic"], "pickapic has no lists"),
     ("dpo", ["--config.data.source=online"], "has no generated pairs"),
     ("dpo", ["--config.model.start=/nowhere"], "/nowhere is neither a directory nor a Hub id"),

@@ -157,7 +157,7 @@ def test_labels_of_rounds_with_a_mistake(module, label, message):
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"rows": "pair"}, "rows must be one of experts, pairs, .*, groups .got 'pair'"),
+    ({"rows": "pair"}, "rows must be one of experts, pairs, .*, prompts .got 'pair'"),
     ({"rows": ["pairs"]}, r"rows must be one of .*\(got \['pairs'\]"),
     ({"rows": "pairs", "rollout": True}, "rollout must be None or states .got True"),
     ({"rows": "pairs", "reference": "base"}, "reference must be False or True .got 'base'"),

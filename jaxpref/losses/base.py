@@ -201,9 +201,9 @@ def make_loss(settings: Mapping[str, Any], *, updates: int = 1) -> Loss:
   for field in settings:
     if field not in (*takes, *base_config.FIELDS_OF_ALL_LOSSES):
       near = difflib.get_close_matches(field, takes, n=1, cutoff=0.75)
-      hint = f"did you mean loss.{near[0]}? " if near else ""
+      hint = f"; did you mean loss.{near[0]}?" if near else ""
       raise UserError(
-        f"loss {name!r} does not take loss.{field} = {settings[field]!r}; {hint}({known}: the "
+        f"loss {name!r} does not take loss.{field} = {settings[field]!r}{hint} ({known}: the "
         "parameters of objective after the *)"
       )
   if lacking := [f"loss.{n}" for n, must in takes.items() if must and n not in settings]:
