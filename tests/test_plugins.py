@@ -174,11 +174,11 @@ def test_hyper_parameters_are_all_there_and_no_others():
   dpo = {"name": "dpo", "beta": 1.0, "variant": "ipo"}
   refused(rf"needs loss.beta, loss.variant .*{known}\)", losses.make_loss, {"name": "dpo"})
   for given, message in {
-    "margin": rf"does not take loss.margin = 2.0; {known}: the parameters of objective after",
+    "margin": rf"does not take loss.margin = 2.0 {known}: the parameters of objective after",
     "betta": rf"does not take loss.betta = 2.0; did you mean loss.beta\? {known}",
   }.items():
     refused(message, losses.make_loss, dpo | {given: 2.0})
-  refused(r"loss.beta = 1; \(.* are \(none\)", losses.make_loss, {"name": "sft", "beta": 1})
+  refused(r"loss.beta = 1 \(.* are \(none\)", losses.make_loss, {"name": "sft", "beta": 1})
 
 
 # ----------------------------------------------------------------------------- scorers
