@@ -5,14 +5,45 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import flax
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from jaxpref import sharding
 from jaxpref.errors import UserError
 from jaxpref.runtime import checkpoint, metrics
 from jaxpref.training import optimizer
+
+
+@flax.struct.dataclass
+class State:
+  """Parameters, EMA weights, optimizer state, completed updates."""
+
+  params: Any
+  ema: Any
+  opt_state: Any
+  update: jax.Array
+
+
+def init_state(params: Any, tx: optax.GradientTransformation, mesh: Mesh) -> State:
+  """Makes the state before the first update, whole on each device."""
+  ema = jax.tree.map(jnp.copy, params)
+  state = State(params, ema, tx.init(params), jnp.int32(0))
+  return jax.device_put(state, sharding.replicated(mesh))
+
+
+def apply_gradients(
+  state: State, grads: Any, tx: optax.GradientTransformation, *, ema_decay: float
+) -> State:
+  """Returns the state after an update; `ema_decay` is the limit of the EMA's decay."""
+  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  ema = optimizer.update_ema(state.ema, params, state.update, decay=ema_decay)
+  return State(params, ema, opt_state, state.update + 1)
 
 
 def make_optimizer(

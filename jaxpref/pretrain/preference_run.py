@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -118,9 +117,7 @@ def run(prepared: Prepared, workdir: Path) -> Path:
   tx = fit.make_optimizer(
     settings, weight_decay=settings.weight_decay, clip_norm=settings.clip_norm
   )
-  ema = jax.tree.map(jnp.copy, begins)
-  state = train_preference.PreferenceState(begins, ema, tx.init(begins), jnp.int32(0))
-  state = jax.device_put(state, sharding.replicated(mesh))
+  state = fit.init_state(begins, tx, mesh)
   step = train_preference.make_preference_step(
     towers, tx, contrast=settings.contrast, ema_decay=settings.ema_decay
   )

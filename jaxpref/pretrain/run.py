@@ -356,9 +356,7 @@ def train_denoiser(
   tx = fit.make_optimizer(
     settings, weight_decay=settings.weight_decay, clip_norm=settings.clip_norm
   )
-  ema = jax.tree.map(jnp.copy, first)
-  state = train_denoiser_lib.DenoiserState(first, ema, tx.init(first), jnp.int32(0))
-  state = jax.device_put(state, sharding.replicated(mesh))
+  state = fit.init_state(first, tx, mesh)
   step = train_denoiser_lib.make_denoiser_step(
     family,
     modules,

@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import optax
@@ -14,17 +13,7 @@ from jaxpref.diffusion import schedule as schedule_lib
 from jaxpref.errors import UserError
 from jaxpref.models import denoiser as denoiser_lib
 from jaxpref.models.families.family import Family
-from jaxpref.training import optimizer as optimizer_lib
-
-
-@flax.struct.dataclass
-class DenoiserState:
-  """Parameters by part, EMA weights, optimizer state, completed updates."""
-
-  params: Any
-  ema: Any
-  opt_state: Any
-  update: jax.Array
+from jaxpref.pretrain import fit
 
 
 def make_schedule(family: Family, scheduler: Mapping[str, Any], noise: Any) -> Any:
@@ -57,7 +46,9 @@ def make_denoiser_step(
   prompt_dropout: float,
   ema_decay: float,
 ) -> Callable:
-  """Makes `step(state, latents [B, C, h, w], ids) -> (state, metrics)`, `state` donated.
+  """Makes the jitted update of a `fit.State`, which it donates.
+
+  `step(state, latents [B, C, h, w], ids) -> (state, metrics)`.
 
   Args:
     family: of the base.
@@ -97,10 +88,7 @@ def make_denoiser_step(
     value, grads = jax.value_and_grad(loss)(
       state.params, latents, ids, jax.random.fold_in(key, state.update)
     )
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = optimizer_lib.update_ema(state.ema, params, state.update, decay=ema_decay)
     metrics = {"loss": value, "grad_norm": optax.global_norm(grads)}
-    return DenoiserState(params, ema, opt_state, state.update + 1), metrics
+    return fit.apply_gradients(state, grads, tx, ema_decay=ema_decay), metrics
 
   return step

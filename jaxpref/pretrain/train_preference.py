@@ -4,24 +4,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxpref.models import preference_towers
 from jaxpref.models.preference_towers import Towers
-from jaxpref.training import optimizer as optimizer_lib
-
-
-@flax.struct.dataclass
-class PreferenceState:
-  """Parameters, EMA weights, optimizer state, completed updates."""
-
-  params: Any
-  ema: Any
-  opt_state: Any
-  update: jax.Array
+from jaxpref.pretrain import fit
 
 
 def init_params(towers: Towers, key: jax.Array, *, encoder: Any) -> dict[str, Any]:
@@ -92,10 +81,7 @@ def make_preference_step(
       return preference_loss(towers, params, preferred, other, ids, contrast=contrast)
 
     grads, metrics = jax.grad(loss, has_aux=True)(state.params)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = optimizer_lib.update_ema(state.ema, params, state.update, decay=ema_decay)
     metrics |= {"grad_norm": optax.global_norm(grads)}
-    return PreferenceState(params, ema, opt_state, state.update + 1), metrics
+    return fit.apply_gradients(state, grads, tx, ema_decay=ema_decay), metrics
 
   return step
