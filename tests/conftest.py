@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -34,6 +35,20 @@ sys.path.insert(0, str(ROOT))  # tests this checkout, not an installed version
 # Hides PyTorch from the programs that tests start: most machines that run jaxpref do not have
 # it, and diffusers would import it.
 WITHOUT_TORCH = {"PYTHONPATH": str(ROOT / "tests" / "without_torch")}
+
+
+def on_eight_devices(*arguments):
+  """Runs Python with eight CPU devices, in the checkout; returns its last line, from JSON."""
+  done = subprocess.run(
+    [sys.executable, *arguments],
+    cwd=ROOT,
+    env=os.environ | WITHOUT_TORCH | {"XLA_FLAGS": xla_flags(devices=8)},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  return json.loads(done.stdout.splitlines()[-1])
 
 
 def start_cluster(processes: int, devices: int, arguments, log: Path) -> subprocess.Popen:

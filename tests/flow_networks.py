@@ -10,10 +10,11 @@ from typing import Any
 
 import families
 import flax
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpref.models import pipeline, save, text, torch_layout, vae
+from jaxpref.models import lora, pipeline, save, text, torch_layout, vae
 from jaxpref.models.dit.flux_transformer import build_flux_transformer
 from jaxpref.models.dit.sd3_transformer import build_sd3_transformer
 
@@ -296,3 +297,13 @@ def _write(directory: Path, name: str, configs: dict[str, Any]) -> Path:
     dtype=np.float32,
   )
   return directory / name
+
+
+def with_lora(loaded):
+  """Returns a model's parameters with a random LoRA of rank 2 that changes the output."""
+  base = loaded.denoiser_params
+  added = lora.init_lora(
+    base, rank=2, targets=loaded.family.lora_targets, key=jax.random.key(0)
+  )
+  added = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(1), x.shape), added)
+  return lora.Adapted(base, added, scale=0.5)

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from jaxpref import config as config_lib
 from jaxpref import main
 from jaxpref.runtime import checkpoint_files
 
@@ -17,6 +18,16 @@ def arguments(pipeline, workdir, method="dro", preset="tiny", **fields):
     f"--workdir={workdir}",
     *(f"--config.{name.replace('__', '.')}={value}" for name, value in overrides.items()),
   ]
+
+
+def config(method, **fields):
+  """Returns a method's configuration of the preset tiny, with fields changed."""
+  found = config_lib.load_config(f"{method}:tiny")
+  with found.unlocked():
+    for name, value in fields.items():
+      section, field = name.split(".")
+      found[section][field] = value
+  return found
 
 
 def parameters(workdir):

@@ -1,9 +1,6 @@
 """SD3.5 and SANA on eight devices: the same updates as on one, every large tensor split."""
 
 import json
-import os
-import subprocess
-import sys
 
 import conftest
 import flow_devices_main
@@ -34,18 +31,8 @@ def directories(tmp_path_factory):
 @pytest.fixture(scope="module")
 def on_eight(directories):
   """Results of all cases, from one process with eight devices."""
-  env = os.environ | conftest.WITHOUT_TORCH | {"XLA_FLAGS": conftest.xla_flags(devices=8)}
-  program = [sys.executable, "-m", "tests.flow_devices_main"]
-  done = subprocess.run(
-    [*program, json.dumps(directories), json.dumps(CASES)],
-    cwd=conftest.ROOT,
-    env=env,
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  assert done.returncode == 0, done.stderr[-2000:]
-  return json.loads(done.stdout.splitlines()[-1])
+  program = ("-m", "tests.flow_devices_main")
+  return conftest.on_eight_devices(*program, json.dumps(directories), json.dumps(CASES))
 
 
 @pytest.mark.long

@@ -22,7 +22,7 @@ from jaxpref.data import encode
 from jaxpref.diffusion import sampler, timesteps
 from jaxpref.errors import UserError
 from jaxpref.evaluation import sampling
-from jaxpref.models import lora, pipeline, save
+from jaxpref.models import pipeline, save
 from jaxpref.models.dit import flux_transformer, original_names
 from jaxpref.models.families import flux
 from jaxpref.training import flops, load_run, programs, setup
@@ -270,12 +270,7 @@ def test_an_exported_lora_is_read_by_diffusers(loaded, theirs):
   pytest.importorskip("peft")
   import torch
 
-  base = loaded.denoiser_params
-  added = lora.init_lora(
-    base, rank=2, targets=loaded.family.lora_targets, key=jax.random.key(0)
-  )
-  added = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(1), x.shape), added)
-  params = lora.Adapted(base, added, scale=0.5)
+  base, params = loaded.denoiser_params, flow_networks.with_lora(loaded)
   tensors, metadata = loaded.family.export_lora(params, loaded.modules, np.float32)
   assert len(tensors) == 2 * (2 * 8 + 2 * 3) and metadata == {}
   assert "transformer.transformer_blocks.0.attn.to_q.lora_A.weight" in tensors

@@ -1,9 +1,6 @@
 """Updates through sampler, decoder and scorer, against a sampler that is written out."""
 
 import json
-import os
-import subprocess
-import sys
 
 import conftest
 import jax
@@ -157,16 +154,8 @@ CASES = [
 
 
 def test_eight_devices_equal_one():
-  env = os.environ | conftest.WITHOUT_TORCH | {"XLA_FLAGS": conftest.xla_flags(devices=8)}
-  done = subprocess.run(
-    [sys.executable, toy.__file__, json.dumps(CASES)],
-    env=env,
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  assert done.returncode == 0, done.stderr[-2000:]
-  for case, found in zip(CASES, json.loads(done.stdout.splitlines()[-1]), strict=True):
+  results = conftest.on_eight_devices(toy.__file__, json.dumps(CASES))
+  for case, found in zip(CASES, results, strict=True):
     assert found["devices"] == 8
     params, history = toy.update(toy.PATH._replace(**case["path"]), updates=2)
     for name, value in params.items():
@@ -211,11 +200,7 @@ def test_a_run_in_two_parts_ends_with_the_bits_of_a_whole_one(
   ],
 )
 def test_settings_that_do_not_fit_are_refused(method, changes, message):
-  config = config_lib.load_config(f"{method}:tiny")
-  with config.unlocked():
-    for name, value in changes.items():
-      section, field = name.split(".")
-      config[section][field] = value
+  config = runs.config(method, **changes)
   needs = losses.load_loss(config.loss.name).NEEDS
   with pytest.raises(UserError) as error:
     pathwise_settings.check(config, needs)

@@ -69,11 +69,7 @@ def test_the_cursor_alone_says_which_prompts_follow():
   ],
 )
 def test_settings_that_do_not_fit_are_refused(method, changes, message):
-  config = config_lib.load_config(f"{method}:tiny")
-  with config.unlocked():
-    for name, value in changes.items():
-      section, field = name.split(".")
-      config[section][field] = value
+  config = runs.config(method, **changes)
   needs = losses.load_loss(config.loss.name).NEEDS
   with pytest.raises(UserError) as error:
     rounds_settings.check(config, needs)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import flow_networks
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ from jaxpref.data import encode
 from jaxpref.diffusion import sampler
 from jaxpref.errors import UserError
 from jaxpref.evaluation import sampling
-from jaxpref.models import lora, pipeline
+from jaxpref.models import pipeline
 from jaxpref.models.families import sana
 from jaxpref.training import load_run
 
@@ -110,12 +111,7 @@ def test_an_exported_lora_is_read_by_diffusers(loaded, theirs):
   pytest.importorskip("peft")
   import torch
 
-  base = loaded.denoiser_params
-  added = lora.init_lora(
-    base, rank=2, targets=loaded.family.lora_targets, key=jax.random.key(0)
-  )
-  added = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(1), x.shape), added)
-  params = lora.Adapted(base, added, scale=0.5)
+  base, params = loaded.denoiser_params, flow_networks.with_lora(loaded)
   tensors, metadata = loaded.family.export_lora(params, loaded.modules, np.float32)
   assert len(tensors) == 2 * 2 * 2 * 3 and metadata == {}
   theirs.load_lora_weights({name: torch.tensor(array) for name, array in tensors.items()})

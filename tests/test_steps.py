@@ -1,10 +1,7 @@
 """The train step and the rollouts: devices, micro-batches, gradients, the frozen copy."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import conftest
 import devices_main
@@ -46,16 +43,7 @@ MESH = ("data", "fsdp", "look")
 @pytest.fixture(scope="module")
 def on_eight():
   """Results of all cases, from one process with eight devices."""
-  env = os.environ | conftest.WITHOUT_TORCH | {"XLA_FLAGS": conftest.xla_flags(devices=8)}
-  done = subprocess.run(
-    [sys.executable, devices_main.__file__, json.dumps(CASES)],
-    env=env,
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  assert done.returncode == 0, done.stderr[-2000:]
-  return json.loads(done.stdout.splitlines()[-1])
+  return conftest.on_eight_devices(devices_main.__file__, json.dumps(CASES))
 
 
 @pytest.fixture(scope="module")
