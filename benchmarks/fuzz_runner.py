@@ -1,4 +1,4 @@
-"""What the fuzzer does with a reader: damage its valid input, run it, judge the outcome.
+"""Tests a reader with damaged input: damages a valid file, runs the reader, judges the outcome.
 
 A target is a reader with a valid input, a few small files. An input of the fuzzer is the valid
 one with one or two damaged files. It depends only on seed, target and number.

@@ -144,7 +144,7 @@ def test_targets_are_the_policys_own_at_the_guidance_of_training(flux_directory)
   ("name", "steps", "guidance"), [("flux.1-dev", 12, 3.5), ("flux.1-schnell", 4, 1.0)]
 )
 def test_diffusers_pipeline_makes_the_same_images(name, steps, guidance, tmp_path):
-  """Euler, not square, the shift of so many tokens; ours reads what diffusers wrote."""
+  """The image is not square, so that the shift of its number of tokens counts."""
   import torch
 
   theirs = _torch_pipeline(flow_networks.write_flux(tmp_path, name))

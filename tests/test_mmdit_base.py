@@ -155,7 +155,7 @@ def _assert_same(ours, theirs):
 @live
 @pytest.mark.long
 def test_diffusers_pipeline_makes_the_same_images(directory):
-  """20 steps of Euler, guided; diffusers is told that there is no place for T5's tokens."""
+  """20 guided steps of Euler; `max_sequence_length=0` leaves out T5's tokens in diffusers."""
   check_images(directory)
 
 

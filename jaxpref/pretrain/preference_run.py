@@ -82,7 +82,7 @@ class Pairs:
 
 
 def prepare(config: ConfigDict) -> Prepared:
-  """Reads what a run needs before anything is written.
+  """Reads the input of a run. Nothing is written yet.
 
   Raises:
     UserError: the pipeline is missing, or the number of devices does not divide a batch.

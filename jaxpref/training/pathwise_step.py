@@ -57,7 +57,7 @@ class Path(NamedTuple):
 
 
 class _Fixed(NamedTuple):
-  """What a gradient holds constant.
+  """Inputs of the loss that have no gradient.
 
   Attributes:
     base: the base's parameters, or None.

@@ -54,7 +54,7 @@ class TrainState:
 
 
 class _Fixed(NamedTuple):
-  """What a gradient holds constant.
+  """Inputs of the loss that have no gradient.
 
   Attributes:
     base: the base's parameters, or None.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-# The registry's torchvision is built for CUDA. Beside a CPU build of torch it can be imported
+# PyPI's torchvision is built for CUDA. Beside a CPU build of torch it can be imported
 # once these operators are declared.
 _LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
 for _name in ("nms", "qnms"):

@@ -1,4 +1,4 @@
-"""What several families have: networks, tokenizers, schedulers and files of LoRA."""
+"""Parts that families share: networks, tokenizers, schedulers and LoRA files."""
 
 import functools
 from collections.abc import Callable, Sequence
