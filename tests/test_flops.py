@@ -93,7 +93,7 @@ PASSES = {
   "nft": 3 + 1 + 1,
   "dgpo": 4 * (3 + 1 + 1),
   "ppo": 3,
-  "prdp": 2 * 3 * (1 + 3 + 1),  # two trajectories of three steps, in two passes
+  "prdp": 2 * 1 * (1 + 3 + 1),  # two trajectories of one noisy step, in two passes
 }
 OPTIONS = {
   "dro": [("rollout.batch_size=4", 3 + 2), ("rollout.refresh_every=2", 6 + 2)],
