@@ -29,7 +29,7 @@ from jaxpref.evaluation import image_grid
 from jaxpref.runtime import workdir as workdir_lib
 
 RATES = (1e-4, 3e-4, 1e-3)
-IMAGES = 64  # training images per update: rows times images per row
+IMAGES = 32  # training images per update: rows times images per row
 SHOWN = 8  # test prompts in the grid of images
 
 
@@ -109,7 +109,7 @@ def main(argv: list[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
   parser = campaign.make_parser(__doc__, "methods")
   add = parser.add_argument
-  add("--updates", type=int, default=300, help="updates per run, over all its iterations")
+  add("--updates", type=int, default=240, help="updates per run, over all its iterations")
   add("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
   return parser
 
