@@ -8,6 +8,7 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxpref import config as config_lib
 from jaxpref import main
+from jaxpref.evaluation import glossary
 from jaxpref.runtime import checkpoint_files
 
 
@@ -62,6 +63,13 @@ def lines(workdir):
   return [json.loads(line) for line in text.splitlines()]
 
 
+def check_glossary(logged):
+  """Checks that all metrics of a run's lines have a meaning."""
+  names = {metric for line in logged for metric in line} - {"step", "time"}
+  unknown = [name for name in names if not glossary.find_metric(name)]
+  assert not unknown, "give these metrics a meaning in jaxpref/evaluation/glossary.py"
+
+
 def check_resumed(pipeline, root, method, *, updates, **fields):
   """Checks that a run in two parts ends with the bits of one that is not interrupted.
 
@@ -75,4 +83,5 @@ def check_resumed(pipeline, root, method, *, updates, **fields):
   ours, theirs = (parameters(at)[1] for at in (parts, whole))
   for path, array in theirs.items():
     np.testing.assert_array_equal(ours[path], array, err_msg=path)
+  check_glossary(lines(whole))
   return whole, parts

@@ -92,8 +92,6 @@ def test_the_size_of_images_is_chosen(preset, unit):
 def _write(preset, directory):
   if preset == "sana":
     return sana_models.write_sana(directory)
-  if preset == "flux":
-    return flow_networks.write_flux(directory, "flux.1-dev")
   return flow_networks.write_sd3(directory, t5=False)
 
 
@@ -122,11 +120,11 @@ def _fields(directory):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("preset", base_config.FLOWS)
+@pytest.mark.parametrize("preset", ["sd35m", "sana"])  # Flux: see test_flux_family
 def test_dro_trains_resumes_evaluates_and_exports(preset, tmp_path):
   base = _write(preset, tmp_path / "model")
   settings = {"updates": (1, 2), "preset": preset, **_fields(tmp_path / "images")}
-  size = settings["model.image_size"] = {"sd35m": 24, "sana": 64, "flux": 32}[preset]
+  size = settings["model.image_size"] = {"sd35m": 24, "sana": 64}[preset]
   whole, parts = runs.check_resumed(base, tmp_path, "dro", **settings)
   for workdir in (whole, parts):
     losses = [line["loss"] for line in runs.lines(workdir) if "loss" in line]

@@ -163,15 +163,6 @@ def test_posteriors_are_those_of_diffusers(tiny_pipeline):
     )
 
 
-@pytest.mark.long
-def test_a_run_that_samples_latents_resumes_to_the_same_bits(tiny_pipeline, tmp_path):
-  fields = {"data.latents": "sample", "evaluate.num_prompts": 1}
-  whole, _ = runs.check_resumed(tiny_pipeline, tmp_path, "dpo", updates=(2, 4), **fields)
-  modes = tmp_path / "modes"
-  assert main.main(runs.arguments(tiny_pipeline, modes, "dpo", **ONE)) == 0
-  assert runs.lines(modes)[0]["err/policy_w"] != runs.lines(whole)[0]["err/policy_w"]
-
-
 @pytest.mark.parametrize("preset", base_config.PRESETS)
 def test_presets_prepare_images_as_their_references_do(preset):
   found = importlib.import_module("configs.dpo").get_config(preset)
