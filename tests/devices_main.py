@@ -35,6 +35,7 @@ def denoise(params, x_t, t, cond):
 HYPER = {  # each method's settings, chosen so that they matter in this toy problem
   "awm": {"strength": 1.0, "clip": 0.1, "weight_reference": 0.1, "weight_old": 0.1},
   "csft": {},
+  "d3po": {"beta": 20.0, "clip": 0.1},
   "dgpo": {"beta": 20.0, "clip": 0.1, "weight_reference": 0.1},
   "dpo": {"beta": 20.0, "variant": "sigmoid"},
   "dro": {"margin": 0.001},
@@ -66,7 +67,7 @@ def initial(kind="experts", seed=0):
     "cond": draw(WIDTH, 16),
     "out": 0.3 * draw(16, CHANNELS),
   }
-  inner = {"steps": (2,), "paths": (2, STEPS, 2)}.get(kind)
+  inner = {"steps": (2,), "step_pairs": (2, 2), "paths": (2, STEPS, 2)}.get(kind)
   inner = inner or (len(rows_lib.arms_of(kind, 3)),)
   rows = {
     "latents": draw(ROWS, *inner, CHANNELS, SIZE, SIZE),
@@ -77,6 +78,9 @@ def initial(kind="experts", seed=0):
     rows["labels"] = {"advantage": draw(ROWS, *(inner if kind == "groups" else ()))}
   if kind == "steps":
     rows["labels"] = {"advantage": draw(ROWS), **step_labels()}
+  if kind == "step_pairs":
+    both = {name: np.repeat(x[:, None], 2, axis=1) for name, x in step_labels().items()}
+    rows["labels"] = {"advantage": draw(ROWS, 2), "reward": draw(ROWS, 2), **both}
   if kind == "paths":
     of = {
       name: np.broadcast_to(x[:STEPS], (ROWS, 2, STEPS)) for name, x in step_labels().items()

@@ -152,6 +152,17 @@ def prdp(p, r, advantage, beta):
   return (beta * (err(p["a"]) - err(p["b"])) - (advantage[:, 0] - advantage[:, 1])) ** 2
 
 
+def d3po(p, r, std, reward, beta, clip):
+  """The density cancels in the ratio but for its exponent."""
+
+  def log_ratio(arm, side):
+    log = (err(r[arm]) - err(p[arm])) / (2 * std[:, side] ** 2)
+    return np.log(np.exp(log).clip(1 - clip, 1 + clip)) if clip else log
+
+  loss = -log_sigmoid(beta * (log_ratio("w", 0) - log_ratio("l", 1)))
+  return np.where(reward[:, 0] > reward[:, 1], loss, 0.0)
+
+
 def by_group(residual):
   return np.stack([err(residual[k]) for k in sorted(residual)], 1)
 

@@ -93,6 +93,7 @@ PASSES = {
   "nft": 3 + 1 + 1,
   "dgpo": 4 * (3 + 1 + 1),
   "ppo": 3,
+  "d3po": 2 * (3 + 1),
   "prdp": 2 * 1 * (1 + 3 + 1),  # two trajectories of one noisy step, in two passes
 }
 OPTIONS = {

@@ -17,7 +17,7 @@ from jaxpref.training import setup
 
 METHODS = (
   *("csft", "dpo", "dro", "dspo", "improver", "kto", "listwise", "mapo", "sdpo", "sft"),
-  *("simpo", "awm", "best_of", "dgpo", "nft", "online_dpo", "rwr", "ppo", "prdp"),
+  *("simpo", "awm", "best_of", "dgpo", "nft", "online_dpo", "rwr", "ppo", "prdp", "d3po"),
   *("draft", "draft_lv", "alignprop", "refl"),
 )
 PATHWISE = ("draft", "draft_lv", "alignprop", "refl")  # whose updates sample
@@ -38,6 +38,7 @@ RESUMED = ("alignprop", "nft", "prdp")
 _ALIKE = (
   *("csft", "dpo", "dspo", "improver", "kto", "listwise", "mapo", "sdpo", "sft"),
   *("simpo", "awm", "best_of", "dgpo", "online_dpo", "rwr", "draft", "draft_lv", "refl"),
+  "d3po",
 )
 
 

@@ -224,6 +224,40 @@ def test_clipped_step_pairs_saturate():
   assert outside(-3.0) == 0 and outside(0.0) == -4.5
 
 
+def test_the_first_step_of_pairs_climbs_the_win_rate_against_the_reference():
+  """For a reward that rises with x_3, from a common start: d/dshift of P(x_3 > x_3').
+
+  With D the pair's difference of x_3, the integrand is linear in the noise apart from its sign:
+  along D a dense grid of the half-line is enough, and two nodes in each direction across it.
+  """
+  spread = S * np.array([FACTOR[1] * FACTOR[2], FACTOR[2], 1.0])  # of x_3, by each step's noise
+  along = np.concatenate([spread, -spread])
+  width = np.linalg.norm(along)  # the deviation of D
+  across = np.linalg.svd(along[None] / width)[2][1:]
+  half, step = np.linspace(0.0, 12.0, 24_001, retstep=True)
+  weight = 2 * np.exp(-(half**2) / 2) / np.sqrt(2 * np.pi) * step
+  weight[[0, -1]] /= 2
+  signs = np.stack(np.meshgrid(*[[-1.0, 1.0]] * 5, indexing="ij")).reshape(5, -1)
+  found = 0.0
+  for corner in signs.T:
+    noise = half[:, None] * along / width + corner @ across  # with D > 0: the first side wins
+
+    def loss(shift, noise=noise):
+      total = 0.0
+      for k in range(3):
+        z = [jnp.asarray(S[k] * noise[:, side + k])[:, None] for side in (0, 3)]
+        std = jnp.full(len(noise), S[k])
+        of = lambda x, m, s=std: likelihood.gaussian_log_prob(x, m * jnp.ones_like(x), s)  # noqa: E731
+        now, fixed = ([of(x, at) for x in z] for at in (shift[k], 0.0))
+        total += step_pairs.step_pair_loss(*now, *fixed, beta=BETA)
+      return jnp.sum(weight * total)
+
+    found -= jax.grad(loss)(jnp.zeros(3)) / len(signs.T)
+  # P = Phi(sum of shifts' effects / width), whose slope at 0 is 1 / sqrt(2 pi).
+  effects = np.array([FACTOR[1] * FACTOR[2], FACTOR[2], 1.0])
+  np.testing.assert_allclose(found, BETA * effects / width * np.sqrt(2 / np.pi), rtol=1e-6)
+
+
 # -------------------------------------------------------------------------------- PRDP
 
 SLOPE, BETA = 1.3, 0.7  # the reward a x_3, and PRDP's beta

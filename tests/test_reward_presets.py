@@ -18,9 +18,9 @@ def _write(preset, directory):
   return families.write_pipeline(preset, directory, shallow=True)
 
 
-# Four images of a round; of `ppo`, four steps of each or a window. The embedded world's
-# pipeline, which is one of SD 1.5, is in test_methods and test_rounds.
+# Four images of a round; of `ppo`, four steps of each or a window, of `d3po` two of a pair.
 CASES = [
+  ("d3po", "sd15", {"train.batch_size": 2, "rounds.updates": 2, "train.num_updates": 2}),
   ("dgpo", "sdxl", {"train.batch_size": 2}),
   ("ppo", "sdxl", {"train.batch_size": 16, "rounds.updates": 1}),
   ("ppo", "sd35m_mix", {"train.batch_size": 8, "rounds.updates": 1, "steps.window": 2}),

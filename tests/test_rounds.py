@@ -178,6 +178,30 @@ def test_rows_of_trajectories():
   np.testing.assert_array_equal(paths["labels"]["std"][:, 1, 2], [1, 3, 5])
 
 
+def test_the_better_image_is_first_in_each_of_its_pairs_of_steps():
+  """Element ijk of the latents is image i, step j, input or output k."""
+  image, step, side = np.meshgrid(np.arange(4.0), np.arange(3.0), np.arange(2.0), indexing="ij")
+  steps = step_rows.Steps(
+    (100 * image + 10 * step + side)[..., None, None, None],
+    {"std": 10 * image[..., 0] + step[..., 0]},
+  )
+  reward = np.array([0.2, 0.9, 0.4, 0.4])  # the second pair is equal
+  made = rounds.make_rows(
+    "step_pairs", LATENTS[:4], {"reward": reward}, np.array([0, 0, 1, 1]), reward, steps
+  )
+  assert (
+    made["latents"].shape == (6, 2, 2, 1, 1, 1) and made["group"].tolist() == [0] * 3 + [1] * 3
+  )
+  latents = made["latents"][..., 0, 0, 0]
+  assert latents[:3].tolist() == [[[100 + k, 101 + k], [k, 1 + k]] for k in (0, 10, 20)]
+  assert latents[4].tolist() == [[210, 211], [310, 311]]
+  assert made["labels"]["std"].tolist() == [
+    *([10 + k, k] for k in range(3)),
+    *([20 + k, 30 + k] for k in range(3)),
+  ]
+  np.testing.assert_allclose(made["labels"]["reward"], [[0.9, 0.2]] * 3 + [[0.4, 0.4]] * 3)
+
+
 @pytest.mark.long
 def test_steps_resumed_between_rounds_end_with_the_same_bits(
   surroundings, tiny_pipeline, tmp_path

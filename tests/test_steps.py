@@ -34,6 +34,7 @@ CASES = [
   {"name": "awm", "data": 4, "fsdp": 2, "accumulate": 2, "refresh_every": 2},
   {"name": "dgpo", "data": 8},
   {"name": "prdp", "data": 4, "fsdp": 2, "accumulate": 2},
+  {"name": "d3po", "data": 4, "fsdp": 2, "accumulate": 2},
   {"name": "ppo", "data": 4, "fsdp": 2, "accumulate": 2, "refresh_every": 2},
   {"name": "dro", "data": 4, "fsdp": 2, "accumulate": 2, "posterior": True},
 ]
@@ -58,6 +59,9 @@ def test_eight_devices_equal_one(on_eight, index):
   result, case = on_eight[index], dict(CASES[index])
   assert result["devices"] == 8
   history, params = devices_main.train(**{k: v for k, v in case.items() if k not in MESH})
+  for metrics in (result["history"], history):
+    # Before the first update policy and reference are equal: rounding decides their order.
+    metrics[0].pop("rewards/accuracy", None)
   assert history[-1].get("kto/kl", 1.0) > 0.0  # or its mean over devices would not count
   for got, want in zip(result["history"], history, strict=True):
     assert got.keys() == want.keys()

@@ -31,7 +31,7 @@ def arms_of(kind: str, list_size: int) -> tuple[str, ...]:
   if kind == "prompts":
     return ()
   single = {"experts": "e", "singles": "x", "scored": "x", "steps": "x"}
-  pairs = {"pairs": ("w", "l"), "paths": ("a", "b")}
+  pairs = {"pairs": ("w", "l"), "step_pairs": ("w", "l"), "paths": ("a", "b")}
   return pairs[kind] if kind in pairs else (single[kind],)
 
 

@@ -100,6 +100,11 @@ METRICS: dict[str, Metric] = {
   "dgpo/stopped": Metric(
     "Share of images without a gradient, because the model has moved far enough.", "share"
   ),
+  "d3po/stopped": Metric(
+    "Share of steps without a gradient, because the ratio of the model's and the reference's "
+    "probability is further from 1 than loss.clip.",
+    "share",
+  ),
   "prdp/log_ratio": Metric(
     "How much larger the log-ratio of a pair's better trajectory is than the other's, times "
     "beta. Starts at 0 and should rise to prdp/reward."

@@ -59,6 +59,8 @@ class Needs:
       'steps': one step of the policy's sampler ('x'), whose error is the difference of the
         step's output and its mean, with `advantage`, `reward`, and `std`, `gain` and `length`
         of `jaxpref.training.step_rows`,
+      'step_pairs': the same step of two trajectories of a prompt, that of the image with the
+        larger reward first ('w', 'l'), with the labels of 'steps', [B, 2],
       'paths': two trajectories of a prompt's samples ('a', 'b'): instead of errors, their
         log-ratios of policy and reference, with labels [B, 2],
       'groups': all samples of a prompt ('1', '2', ...), with the same labels [B, G],
@@ -80,7 +82,16 @@ class Needs:
   """
 
   rows: Literal[
-    "experts", "pairs", "singles", "lists", "scored", "steps", "paths", "groups", "prompts"
+    "experts",
+    "pairs",
+    "singles",
+    "lists",
+    "scored",
+    "steps",
+    "step_pairs",
+    "paths",
+    "groups",
+    "prompts",
   ]
   rollout: Literal["states"] | None = None
   reference: bool = False
@@ -114,7 +125,17 @@ class Needs:
   @property
   def of_steps(self) -> bool:
     """Whether rows are steps of the policy's own sampler."""
-    return self.rows in ("steps", "paths")
+    return self.rows in ("steps", "step_pairs", "paths")
+
+  @property
+  def scored(self) -> bool:
+    """Whether rows have the reward and the advantage of each of their samples."""
+    return self.of_steps or self.rows in ("scored", "groups")
+
+  @property
+  def several(self) -> bool:
+    """Whether a scored row has several samples, and its labels an axis for them."""
+    return self.rows in ("groups", "step_pairs", "paths")
 
 
 class Arranged(NamedTuple):
@@ -310,10 +331,10 @@ def _example_labels(loss: Loss, images: int) -> dict[str, jax.Array]:
   """
   kind = loss.needs.rows
   labels = {"desirable": jnp.zeros(2, bool)} if kind == "singles" else {}
-  if kind in ("scored", "groups", "steps", "paths"):
-    of_row = jnp.zeros((2, images)) if kind in ("groups", "paths") else jnp.zeros(2)
+  if loss.needs.scored:
+    of_row = jnp.zeros((2, images)) if loss.needs.several else jnp.zeros(2)
     labels = {"advantage": of_row, "reward": of_row}
-    if kind == "steps":
+    if kind in ("steps", "step_pairs"):
       labels |= dict.fromkeys(("std", "gain", "length"), of_row)
     if loss.label:
       what = f"loss {loss.name!r}: label"

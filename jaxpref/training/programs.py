@@ -186,22 +186,25 @@ def abstract_rows(checked: Checked, count: int) -> dict[str, Any]:
 
 
 def _shape_of_steps(checked: Checked, count: int) -> tuple[int, ...]:
-  """Returns the shape of the steps of `count` rows: [B], or of whole trajectories [B, 2, S]."""
-  if checked.loss.needs.rows == "steps":
+  """Returns the shape of the steps of `count` rows: [B], [B, 2] or, of paths, [B, 2, S]."""
+  kind = checked.loss.needs.rows
+  if kind == "steps":
     return (count,)
-  plan = step_rows.plan_steps(checked.config, checked.pipeline)
-  return (count, len(checked.arms), plan.trained)
+  pairs = (count, len(checked.arms))
+  if kind == "step_pairs":
+    return pairs
+  return (*pairs, step_rows.plan_steps(checked.config, checked.pipeline).trained)
 
 
 def _abstract_labels(checked: Checked, count: int, images: int) -> dict[str, Any]:
-  kind = checked.loss.needs.rows
-  if kind not in ("scored", "groups", "steps", "paths"):
+  needs = checked.loss.needs
+  if not needs.scored:
     return {"desirable": jax.ShapeDtypeStruct((count,), bool)}
   more = checked.loss.label(np.zeros(1)) if checked.loss.label else {}
-  shape = (count, images) if kind in ("groups", "paths") else (count,)
+  shape = (count, images) if needs.several else (count,)
   names = ("advantage", "reward", *more)
   found = dict.fromkeys(names, jax.ShapeDtypeStruct(shape, jnp.float32))
-  if checked.loss.needs.of_steps:
+  if needs.of_steps:
     found |= step_rows.abstract_labels(_shape_of_steps(checked, count), checked.schedule)
   return found
 

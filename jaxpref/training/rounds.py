@@ -147,7 +147,7 @@ class Rounds:
     part = Part(row_set.collect(texts), tree)
     size = config.train.batch_size
     # The steps of an image stay together, so that an update sees whole trajectories.
-    whole = self._plan.trained if self._plan and kind == "steps" else 1
+    whole = self._plan.trained if self._plan and kind != "paths" else 1
     trained = size * settings.updates // whole
     order = shuffle(len(texts) // whole, trained, [config.seed, number, _ORDER])
     order = (order[:, None] * whole + np.arange(whole)).ravel()
@@ -178,7 +178,9 @@ class Rounds:
       number = self._state["round"]
       eta, first = step_rows.etas(config, plan, number)
       eta = sharding.replicate(eta, mesh)
-      picks = step_rows.pick(plan, first, len(seed), [config.seed, number])
+      sides = 2 if self._prepared.loss.needs.rows == "step_pairs" else 1  # with equal steps
+      picks = step_rows.pick(plan, first, len(seed) // sides, [config.seed, number])
+      picks = picks.repeat(sides, axis=0)
       starts = step_rows.start_seeds(config, seed)
     found: list[Any] = []
     for start in range(0, len(seed), size):
@@ -211,8 +213,9 @@ def make_rows(
 ) -> dict[str, Any]:
   """Makes rows of a kind from a round's images.
 
-  'steps' are single steps, those of an image after each other, 'paths' pairs of trajectories
-  of a prompt, 'scored' rows are single images, 'groups' all images of a prompt, 'pairs' the
+  'steps' are single steps, those of an image after each other, 'step_pairs' the same step of
+  two images of a prompt, that of the larger reward first, 'paths' pairs of trajectories of a
+  prompt, 'scored' rows are single images, 'groups' all images of a prompt, 'pairs' the
   best and the worst of a prompt's images if their rewards differ, and 'experts' the best.
 
   Args:
@@ -221,21 +224,19 @@ def make_rows(
     labels: of the images by name, [P G].
     group: number of their prompt, int [P G].
     reward: of the images, [P G].
-    steps: of the images' trajectories, for rows of the kinds 'steps' and 'paths'.
+    steps: of the images' trajectories, for rows of the kinds 'steps', 'step_pairs' and
+      'paths'.
 
   Returns:
-    'latents' [R, A, C, h, w], of steps with their inputs and outputs for A, of paths
-    [R, 2, S, 2, C, h, w], 'group' int [R],
-    and 'labels' [R] or, of groups, [R, G].
+    'latents' [R, A, C, h, w], of steps with their inputs and outputs for A, of their pairs
+    [R, 2, 2, C, h, w], of paths [R, 2, S, 2, C, h, w]; 'group' int [R]; and 'labels' [R], of
+    groups [R, G], of pairs of steps and of paths [R, 2].
   """
   count = int(group[-1]) + 1
   single = {name: np.asarray(of, np.float32) for name, of in labels.items()}
-  if kind == "paths":
-    # The two sides of a row are images of one prompt.
-    by_two = lambda of: of.reshape(-1, 2, *of.shape[1:])  # noqa: E731
-    paths = jax.tree.map(by_two, steps)
-    both = {name: by_two(of) for name, of in single.items()}
-    return {"latents": paths.latents, "group": group[::2], "labels": both | paths.labels}
+  if kind in ("paths", "step_pairs"):
+    assert steps is not None  # such a run keeps them
+    return _rows_of_pairs(kind, single, group, reward, steps)
   if steps is not None:
     chosen = steps.latents.shape[1]
     flat = jax.tree.map(lambda of: of.reshape(-1, *of.shape[2:]), steps)
@@ -254,6 +255,38 @@ def make_rows(
   kept = np.flatnonzero(apart > 0)
   pairs = np.stack([latents[best[kept]], latents[worst[kept]]], axis=1)
   return {"latents": pairs, "group": kept, "labels": {}}
+
+
+def _rows_of_pairs(
+  kind: str,
+  labels: Mapping[str, np.ndarray],
+  group: np.ndarray,
+  reward: np.ndarray,
+  steps: step_rows.Steps,
+) -> dict[str, Any]:
+  """Makes rows of pairs of trajectories, whose sides are images of one prompt."""
+
+  def by_two(x: np.ndarray) -> np.ndarray:
+    return x.reshape(-1, 2, *x.shape[1:])
+
+  paths, both = jax.tree.map(by_two, steps), {name: by_two(of) for name, of in labels.items()}
+  if kind == "paths":
+    return {"latents": paths.latents, "group": group[::2], "labels": both | paths.labels}
+  better_first = np.argsort(-by_two(reward), axis=1, kind="stable")
+  count = paths.latents.shape[2]
+
+  def sort(x: np.ndarray) -> np.ndarray:
+    return x[np.arange(len(x))[:, None], better_first]
+
+  def by_step(x: np.ndarray) -> np.ndarray:
+    return np.swapaxes(sort(x), 1, 2).reshape(-1, 2, *x.shape[3:])
+
+  repeated = {name: np.repeat(sort(of), count, axis=0) for name, of in both.items()}
+  return {
+    "latents": by_step(paths.latents),
+    "group": np.repeat(group[::2], count),
+    "labels": repeated | jax.tree.map(by_step, paths.labels),
+  }
 
 
 def shuffle(rows: int, count: int, seed: Sequence[int]) -> np.ndarray:

@@ -8,7 +8,7 @@ from jaxpref import scorers
 from jaxpref.errors import UserError
 from jaxpref.losses import Needs
 
-KINDS = ("scored", "steps", "paths", "groups", "pairs", "experts")
+KINDS = ("scored", "steps", "step_pairs", "paths", "groups", "pairs", "experts")
 
 
 def check(config: ConfigDict, needs: Needs) -> None:
@@ -22,7 +22,7 @@ def check(config: ConfigDict, needs: Needs) -> None:
     UserError: two settings contradict each other, or the loss.
   """
   if "rounds" not in config:
-    if needs.old or needs.rows in ("scored", "groups") or needs.of_steps:
+    if needs.old or needs.scored:
       raise UserError(
         f"loss {config.loss.name!r} learns from scored samples: its config file must call "
         "base_config.rounds(c)"

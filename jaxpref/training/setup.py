@@ -265,8 +265,10 @@ def _check_levels(
   sampler.check_solver(schedule, config.rollout.solver)
   if loss.needs.of_steps:
     plan = step_rows.check(config, pipeline, loss.needs.rows)
-    of_image = plan.trained if loss.needs.rows == "steps" else 0.5
-    rounds_settings.check_rows(config, int(config.rounds.images_per_prompt * of_image))
+    # A trajectory is a row for each of its steps; a pair of trajectories has those of one.
+    of_image = 1 if loss.needs.rows == "paths" else plan.trained
+    images = config.rounds.images_per_prompt // (1 if loss.needs.rows == "steps" else 2)
+    rounds_settings.check_rows(config, images * of_image)
   # Refuses more steps than the schedule has here, not at the first rollout.
   timesteps_lib.offset_grid(
     *(schedule, config.rollout.num_steps, jnp.zeros(1, jnp.int32)),

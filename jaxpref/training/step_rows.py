@@ -100,7 +100,7 @@ def check(config: ConfigDict, pipeline: Pipeline, kind: str) -> Plan:
   Args:
     config: of the run.
     pipeline: its base.
-    kind: of the rows, 'steps' or 'paths'.
+    kind: of the rows, 'steps', 'step_pairs' or 'paths'.
 
   Raises:
     UserError: they do not fit.
@@ -124,16 +124,16 @@ def check(config: ConfigDict, pipeline: Pipeline, kind: str) -> Plan:
       f"rounds.old_decay must be 0 unless rounds.sampler = 'old': loss {name!r} compares the "
       "policy with the one that has sampled, not with an average"
     )
+  if kind != "steps" and config.rounds.images_per_prompt % 2:
+    raise UserError(
+      f"rounds.images_per_prompt must be even: loss {name!r} learns from pairs of a prompt's "
+      f"images (got {config.rounds.images_per_prompt})"
+    )
   if kind == "paths":
     if plan.trained < plan.noisy:
       raise UserError(
         f"steps.window and steps.trained must be 0: loss {name!r} learns from whole "
         "trajectories"
-      )
-    if config.rounds.images_per_prompt % 2:
-      raise UserError(
-        f"rounds.images_per_prompt must be even: loss {name!r} learns from pairs of a prompt's "
-        f"images (got {config.rounds.images_per_prompt})"
       )
     return plan
   if config.train.batch_size % plan.trained:
@@ -224,9 +224,15 @@ def take(
 
 
 def make_arms(batch: Any) -> Arms:
-  """Makes the train step's rows of a batch; a step's output is the target."""
+  """Makes the train step's rows of a batch; a step's output is the target.
+
+  Args:
+    batch: 'latents', the steps' inputs and outputs, [R, 2, C, h, w] or, of pairs of steps,
+      [R, 2, 2, C, h, w]; 'cond', a tree of [R, ...]; and 'labels', [R] or [R, 2].
+  """
   latents, labels = batch["latents"], batch["labels"]
-  return Arms(latents[:, :1], latents[:, 1:], labels["t"], batch["cond"], labels, {})
+  sides = latents.reshape(len(latents), -1, 2, *latents.shape[-3:])
+  return Arms(sides[:, :, 0], sides[:, :, 1], labels["t"], batch["cond"], labels, {})
 
 
 def residuals(
@@ -236,8 +242,11 @@ def residuals(
   params: Any,
   guide: Any,
   rows: Arms,
+  arms: Sequence[str],
 ) -> dict[str, jax.Array]:
-  """Computes the steps' outputs less a model's means, {'x': float32 [R, C, h, w]}.
+  """Computes the steps' outputs less a model's means by arm, float32 [R, C, h, w] each.
+
+  All arms go through the denoiser in one call.
 
   Args:
     denoise: (params, x_t, t, cond) -> prediction.
@@ -246,16 +255,21 @@ def residuals(
     params: of the model.
     guide: conditioning that guidance leads away from, a tree of [1, ...], or None.
     rows: from `make_arms`.
+    arms: names of a row's steps.
   """
-  x_t, labels = rows.x_t[:, 0], rows.labels
+  count = len(arms)
+  labels = {name: rows.labels[name].reshape(-1) for name in LABELS}
+  x_t, after = (x.reshape(-1, *x.shape[2:]) for x in (rows.x_t, rows.target))
   guided = guidance_lib.classifier_free(
-    lambda x, t, c: denoise(params, x, t, c), rows.cond, guide, guidance
+    lambda x, t, c: denoise(params, x, t, c),
+    *(jax.tree.map(lambda c: jnp.repeat(c, count, axis=0), rows.cond), guide, guidance),
   )
-  prediction = guided(x_t, schedule_lib.timestep_input(schedule, rows.t))
+  prediction = guided(x_t, schedule_lib.timestep_input(schedule, labels["t"]))
   x0, _ = schedule_lib.split_at(schedule.prediction_type, prediction, x_t, labels["log_snr"])
   step = Coefficients(labels["state"], labels["data"][None], labels["std"])
   mean, _ = likelihood.step_moments(step, x_t, x0)
-  return {"x": rows.target[:, 0] - mean}
+  by_arm = (after - mean).reshape(rows.x_t.shape)
+  return {arm: by_arm[:, k] for k, arm in enumerate(arms)}
 
 
 def abstract_labels(

@@ -193,8 +193,7 @@ def _make_residuals(
 ) -> Callable[..., dict[str, jax.Array]]:
   """Returns the function (params, guide, rows, arms) -> residuals by arm."""
   if needs.of_steps:
-    of_steps = functools.partial(step_rows.residuals, denoise, schedule, guidance)
-    return lambda params, guide, rows, arms: of_steps(params, guide, rows)
+    return functools.partial(step_rows.residuals, denoise, schedule, guidance)
   of_images = functools.partial(_residuals, denoise, schedule, space)
   return lambda params, guide, rows, arms: of_images(params, rows, arms)
 
