@@ -40,7 +40,7 @@ SCORERS = ("shapes.correct", "shapes.quality")  # their sum chooses settings
 BASE = "base"  # name of the base's model and record
 # Cuts a run's own evaluation short: `scoring` generates what counts, and the base's once.
 _UNJUDGED = ("--config.evaluate.num_prompts=1", "--config.evaluate.images_per_prompt=1")
-_BEGIN, _END = "<!-- measured: -->", "<!-- until here. -->"
+_END = "<!-- until here. -->"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,13 +332,20 @@ def means_of(rows: pd.DataFrame) -> dict[str, float]:
   return {str(scorer): float(of) for scorer, of in rows.groupby("scorer").score.mean().items()}
 
 
-def write_into(file: Path, text: str) -> None:
-  """Writes measured text between two marks of a document; the rest is written by hand."""
-  whole = file.read_text(encoding="utf-8") if file.exists() else f"{_BEGIN}\n{_END}\n"
-  before, begin, rest = whole.partition(_BEGIN)
+def write_into(file: Path, text: str, part: str = "") -> None:
+  """Writes measured text between two marks of a document; the rest is written by hand.
+
+  Args:
+    file: the document. If it does not exist, it will have nothing else.
+    text: in Markdown.
+    part: name of the marks, if the document has several.
+  """
+  mark = f"<!-- measured: {part} -->" if part else "<!-- measured: -->"
+  whole = file.read_text(encoding="utf-8") if file.exists() else f"{mark}\n{_END}\n"
+  before, begin, rest = whole.partition(mark)
   _, end, after = rest.partition(_END)
   if not begin or not end:
-    sys.exit(f"{file} has no lines {_BEGIN} and {_END}: add them where the text belongs")
+    sys.exit(f"{file} has no lines {mark} and {_END}: add them where the text belongs")
   workdir_lib.write_text(file, f"{before}{begin}\n{text.strip()}\n{end}{after}")
 
 

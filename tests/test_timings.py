@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from conftest import live
 
+from jaxpref import config as config_lib
+
 sys.path.insert(0, str(conftest.ROOT / "benchmarks"))
 
 
@@ -81,3 +83,20 @@ def test_scripts_in_small(tiny_pipeline, tmp_path, capsys, monkeypatch):
   assert numbers["dpo, known errors"]["FLOPs / as configured"] == pytest.approx(3 / 4)
   attention.main(["--shapes=1x16x2x8", "--turns=1", f"--out={tmp_path / 'attention.json'}"])
   assert "| DRO | pairs a second |" in capsys.readouterr().out
+
+
+def test_costs_of_rewards_by_hand(tmp_path, capsys):
+  """Of a round on the shapes world: guided sampling, then AWM's four kinds of passes."""
+  import reward_costs
+
+  reward_costs.main([f"--out={tmp_path / 'rewards'}", "--configs", "awm:shapes", "sft:shapes"])
+  found = json.loads((tmp_path / "rewards" / "costs.json").read_text())
+  awm, config = found["awm:shapes"], config_lib.load_config("awm:shapes")
+  assert awm["images"] == config.train.batch_size == 64
+  forward = awm["policy"] / (3 * 64)
+  assert awm["reference"] == awm["old"] == 64 * forward
+  evaluations = config.rollout.num_steps * (1 + (config.rollout.guidance > 1))
+  assert awm["rollout"] == 64 * evaluations * forward
+  assert found["sft:shapes"]["policy"] == 3 * found["sft:shapes"]["images"] * forward
+  assert "| `awm:shapes` | 64 | " in (tmp_path / "rewards.md").read_text()
+  assert "| `awm:shapes` | 64 | " in capsys.readouterr().out
