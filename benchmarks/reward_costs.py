@@ -21,11 +21,12 @@ from jaxpref.data import rows as rows_lib
 from jaxpref.models import pipeline as pipeline_lib
 from jaxpref.models import vae as vae_lib
 from jaxpref.runtime import workdir as workdir_lib
-from jaxpref.training import flops, setup
+from jaxpref.training import flops, setup, step_rows
 
 SUSTAINED = 1e14  # FLOP/s, for hours
 CONFIGS = (
-  *("ppo:sd15", "ppo:sd15_dpok", "ppo:sd15_dance", "d3po:sd15", "prdp:sd15"),
+  *("ppo:sd15", "ppo:sd15_dpok", "ppo:sd15_dance", "d3po:sd15"),
+  *("spo:sd15", "prdp:sd15"),
   *("awm:sd15", "nft:sd15", "dgpo:sd15", "rwr:sd15", "best_of:sd15", "online_dpo:sd15"),
   *("draft:sd15", "draft_lv:sd15", "alignprop:sd15", "refl:sd15"),
   *("ppo:sd35m", "ppo:sd35m_fast", "ppo:sd35m_mix"),
@@ -55,15 +56,20 @@ def cost_of(name: str) -> dict[str, Any]:
     samples or, if it samples none, reads; 'updates' of the whole run.
   """
   config = config_lib.load_config(name)
-  if "pathwise" in config:
-    # A scorer whose weights are here; its work, a thousandth of the decoder's, stays in.
-    config.pathwise.scorers = ("shapes.preference",)
+  for section in ("pathwise", "rounds"):
+    if section in config:
+      # A scorer whose weights are here. Its work, a thousandth of the decoder's, stays in where
+      # updates go through it.
+      config[section].scorers = ("shapes.preference",)
   checked = setup.check(config, mesh=sharding.abstract_mesh(config.mesh, 1))
   cost = flops.of_update(checked, flops.of_forward(checked.pipeline))
   images = config.train.batch_size * config.rollout.states
   if rounds := config.get("rounds"):
     images = rounds.num_prompts * rounds.images_per_prompt / rounds.updates
-    cost["decode"] = images * of_decoder(checked.pipeline)
+    judged = 0
+    if step_rows.have_candidates(config):
+      judged = config.steps.candidates * (config.rollout.num_steps - config.steps.first)
+    cost["decode"] = images * (1 + judged) * of_decoder(checked.pipeline)
   elif "pathwise" not in config:
     images *= len(rows_lib.arms_of(checked.loss.needs.rows, config.data.list_size))
   return {**cost, "images": images, "updates": config.train.num_updates}

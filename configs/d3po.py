@@ -24,6 +24,7 @@ PRESETS = base_config.PRESETS
 def get_config(preset: str = "shapes") -> ConfigDict:
   """Returns the run's configuration."""
   c = base_config.base("d3po", preset)
+  c.loss.name = "step_pairs"
   base_config.rounds(c)
   base_config.steps(c)
   c.loss.beta = 10.0  # strength of the tie

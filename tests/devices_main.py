@@ -35,7 +35,6 @@ def denoise(params, x_t, t, cond):
 HYPER = {  # each method's settings, chosen so that they matter in this toy problem
   "awm": {"strength": 1.0, "clip": 0.1, "weight_reference": 0.1, "weight_old": 0.1},
   "csft": {},
-  "d3po": {"beta": 20.0, "clip": 0.1},
   "dgpo": {"beta": 20.0, "clip": 0.1, "weight_reference": 0.1},
   "dpo": {"beta": 20.0, "variant": "sigmoid"},
   "dro": {"margin": 0.001},
@@ -51,6 +50,7 @@ HYPER = {  # each method's settings, chosen so that they matter in this toy prob
     "weight_reference": 0.2,
   },
   "prdp": {"beta": 0.5},
+  "step_pairs": {"beta": 20.0, "clip": 0.1},
   "sdpo": {"beta": 20.0, "mu": 0.2, "guarded": "dpo"},
   "sft": {},
   "simpo": {"beta": 20.0, "target_margin": 0.5},
@@ -67,7 +67,7 @@ def initial(kind="experts", seed=0):
     "cond": draw(WIDTH, 16),
     "out": 0.3 * draw(16, CHANNELS),
   }
-  inner = {"steps": (2,), "step_pairs": (2, 2), "paths": (2, STEPS, 2)}.get(kind)
+  inner = {"steps": (2,), "step_pairs": (4,), "paths": (2, STEPS, 2)}.get(kind)
   inner = inner or (len(rows_lib.arms_of(kind, 3)),)
   rows = {
     "latents": draw(ROWS, *inner, CHANNELS, SIZE, SIZE),

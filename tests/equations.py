@@ -152,7 +152,7 @@ def prdp(p, r, advantage, beta):
   return (beta * (err(p["a"]) - err(p["b"])) - (advantage[:, 0] - advantage[:, 1])) ** 2
 
 
-def d3po(p, r, std, reward, beta, clip):
+def step_pairs(p, r, std, reward, beta, clip):
   """The density cancels in the ratio but for its exponent."""
 
   def log_ratio(arm, side):

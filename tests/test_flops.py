@@ -94,6 +94,7 @@ PASSES = {
   "dgpo": 4 * (3 + 1 + 1),
   "ppo": 3,
   "d3po": 2 * (3 + 1),
+  "spo": 3 + 1,  # both steps of a pair begin at one state
   "prdp": 2 * 1 * (1 + 3 + 1),  # two trajectories of one noisy step, in two passes
 }
 OPTIONS = {

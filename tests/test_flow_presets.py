@@ -46,7 +46,18 @@ def test_flux_is_told_guidance_with_its_pipelines_sampler():
   assert (config.evaluate.num_steps, config.evaluate.guidance) == (28, 3.5)
   assert config.model.guidance == config.rollout.guidance == 1.0
   assert (config.lora.rank, config.model.frozen_dtype) == (32, "bfloat16")
-  for method in ("awm", "best_of", "d3po", "dgpo", "nft", "online_dpo", "ppo", "prdp", "rwr"):
+  for method in (
+    "awm",
+    "best_of",
+    "d3po",
+    "dgpo",
+    "nft",
+    "online_dpo",
+    "ppo",
+    "prdp",
+    "rwr",
+    "spo",
+  ):
     config = config_lib.load_config(f"{method}:flux")
     assert config.model.guidance == config.rollout.guidance == 3.5
   for method in ("dgpo", "ppo"):

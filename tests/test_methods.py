@@ -17,7 +17,8 @@ from jaxpref.training import setup
 
 METHODS = (
   *("csft", "dpo", "dro", "dspo", "improver", "kto", "listwise", "mapo", "sdpo", "sft"),
-  *("simpo", "awm", "best_of", "dgpo", "nft", "online_dpo", "rwr", "ppo", "prdp", "d3po"),
+  *("simpo", "awm", "best_of", "dgpo", "nft", "online_dpo", "rwr", "ppo", "prdp"),
+  *("d3po", "spo"),
   *("draft", "draft_lv", "alignprop", "refl"),
 )
 PATHWISE = ("draft", "draft_lv", "alignprop", "refl")  # whose updates sample
@@ -32,7 +33,7 @@ OPTIONS = {
 
 
 # Their whole runs are in test_pathwise_step and test_rounds.
-RESUMED = ("alignprop", "nft", "prdp")
+RESUMED = ("alignprop", "nft", "prdp", "spo")
 # What the train step provides to these, a method without the mark gets too, or a test of its
 # own has it: test_improver and test_steps.
 _ALIKE = (
@@ -131,7 +132,7 @@ def test_presets_are_sound(name, preset):
   config_lib.validate(config)
   assert config.name == name
   other = {"iterative_dpo": "dpo", "online_dpo": "dpo", "best_of": "sft"}
-  other |= dict.fromkeys(PATHWISE, "reward")
+  other |= dict.fromkeys(PATHWISE, "reward") | dict.fromkeys(("d3po", "spo"), "step_pairs")
   assert config.loss.name == other.get(name, name)
   losses.make_loss(config.loss)
   assert config.train.batch_size % config.train.accumulate == 0

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxpref import losses
-from jaxpref.rewards import likelihood, policy_gradient, step_pairs, two_pass
+from jaxpref.rewards import likelihood, policy_gradient, two_pass
 
 A, B, C, S = (
   np.array(of) for of in ((0.9, 0.8, 0.85), (1.0, 0.7, 0.5), (0.3, -0.2, 0.4), (0.5, 0.6, 0.4))
@@ -207,7 +207,7 @@ def test_the_trust_region_leaves_out_steps_that_go_further():
 def test_step_pairs_are_ln_2_at_the_reference_with_dpos_gradient():
   lp = [log_probs(OLD, STATES)[k][:4] for k in (0, 1)]
   for clip in (None, 0.1):
-    loss = lambda *now, c=clip: step_pairs.step_pair_loss(*now, *lp, beta=10.0, clip=c)  # noqa: E731
+    loss = lambda *now, c=clip: losses.step_pair_loss(*now, *lp, beta=10.0, clip=c)  # noqa: E731
     np.testing.assert_allclose(loss(*lp), np.log(2), rtol=1e-12)
     slopes = jax.grad(lambda *now, f=loss: f(*now).sum(), argnums=(0, 1))(*lp)
     np.testing.assert_allclose(slopes[0], -5.0, rtol=1e-12)
@@ -215,12 +215,12 @@ def test_step_pairs_are_ln_2_at_the_reference_with_dpos_gradient():
 
 
 def test_clipped_step_pairs_saturate():
-  there = step_pairs.step_pair_loss(3.0, -3.0, 0.0, 0.0, beta=20.0, clip=0.1)
-  back = step_pairs.step_pair_loss(-3.0, 3.0, 0.0, 0.0, beta=20.0, clip=0.1)
+  there = losses.step_pair_loss(3.0, -3.0, 0.0, 0.0, beta=20.0, clip=0.1)
+  back = losses.step_pair_loss(-3.0, 3.0, 0.0, 0.0, beta=20.0, clip=0.1)
   bound = 20.0 * np.log(1.1 / 0.9)
   np.testing.assert_allclose(there, np.log1p(np.exp(-bound)), rtol=1e-9)
   np.testing.assert_allclose(np.exp(-there) + np.exp(-back), 1.0, rtol=1e-12)
-  outside = jax.grad(lambda lp: step_pairs.step_pair_loss(lp, 0.0, 0.0, 0.0, beta=9, clip=0.1))
+  outside = jax.grad(lambda lp: losses.step_pair_loss(lp, 0.0, 0.0, 0.0, beta=9, clip=0.1))
   assert outside(-3.0) == 0 and outside(0.0) == -4.5
 
 
@@ -249,7 +249,7 @@ def test_the_first_step_of_pairs_climbs_the_win_rate_against_the_reference():
         std = jnp.full(len(noise), S[k])
         of = lambda x, m, s=std: likelihood.gaussian_log_prob(x, m * jnp.ones_like(x), s)  # noqa: E731
         now, fixed = ([of(x, at) for x in z] for at in (shift[k], 0.0))
-        total += step_pairs.step_pair_loss(*now, *fixed, beta=BETA)
+        total += losses.step_pair_loss(*now, *fixed, beta=BETA)
       return jnp.sum(weight * total)
 
     found -= jax.grad(loss)(jnp.zeros(3)) / len(signs.T)

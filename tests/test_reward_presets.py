@@ -18,10 +18,12 @@ def _write(preset, directory):
   return families.write_pipeline(preset, directory, shallow=True)
 
 
-# Four images of a round; of `ppo`, four steps of each or a window, of `d3po` two of a pair.
+# Four images of a round; of `ppo`, four steps of each or a window, of `d3po` two of a pair, and
+# of `spo` two steps with candidates.
 CASES = [
   ("d3po", "sd15", {"train.batch_size": 2, "rounds.updates": 2, "train.num_updates": 2}),
   ("dgpo", "sdxl", {"train.batch_size": 2}),
+  ("spo", "sdxl", {"train.batch_size": 8, "rounds.updates": 1, "steps.first": 0}),
   ("ppo", "sdxl", {"train.batch_size": 16, "rounds.updates": 1}),
   ("ppo", "sd35m_mix", {"train.batch_size": 8, "rounds.updates": 1, "steps.window": 2}),
   ("refl", "sdxl", {"train.batch_size": 2, "loss.target": 1000.0}),  # above the toy scores

@@ -189,12 +189,11 @@ def test_the_better_image_is_first_in_each_of_its_pairs_of_steps():
   made = rounds.make_rows(
     "step_pairs", LATENTS[:4], {"reward": reward}, np.array([0, 0, 1, 1]), reward, steps
   )
-  assert (
-    made["latents"].shape == (6, 2, 2, 1, 1, 1) and made["group"].tolist() == [0] * 3 + [1] * 3
-  )
+  assert made["latents"].shape == (6, 4, 1, 1, 1)  # both inputs, then both outputs
+  assert made["group"].tolist() == [0] * 3 + [1] * 3
   latents = made["latents"][..., 0, 0, 0]
-  assert latents[:3].tolist() == [[[100 + k, 101 + k], [k, 1 + k]] for k in (0, 10, 20)]
-  assert latents[4].tolist() == [[210, 211], [310, 311]]
+  assert latents[:3].tolist() == [[100 + k, k, 101 + k, 1 + k] for k in (0, 10, 20)]
+  assert latents[4].tolist() == [210, 310, 211, 311]
   assert made["labels"]["std"].tolist() == [
     *([10 + k, k] for k in range(3)),
     *([20 + k, 30 + k] for k in range(3)),
@@ -232,6 +231,16 @@ def test_pairs_of_trajectories_resume_to_the_same_bits(surroundings, tiny_pipeli
   whole, _ = runs.check_resumed(tiny_pipeline, tmp_path, "prdp", updates=(2, 4), **fields)
   lines = runs.lines(whole)
   assert abs(lines[0]["prdp/log_ratio"]) < 1e-3 < abs(lines[-1]["prdp/log_ratio"])
+
+
+@pytest.mark.long
+def test_pairs_of_candidates_resume_to_the_same_bits(surroundings, tiny_pipeline, tmp_path):
+  fields = {"evaluate.num_prompts": 1, "optim.lr": 0.01}
+  whole, _ = runs.check_resumed(tiny_pipeline, tmp_path, "spo", updates=(1, 2), **fields)
+  first, last = runs.lines(whole)
+  assert first["rewards/margin"] == pytest.approx(0.0, abs=1e-3)
+  assert 0 < first["step_pairs/decided"] <= 1 and first["optim/grad_norm"] > 0
+  assert last["err/policy_w"] != last["err/reference_w"]
 
 
 @pytest.mark.long

@@ -79,7 +79,9 @@ def test_log_probabilities_from_stored_steps_are_the_samplers(solver, schedule, 
   batch = {"latents": flat.latents, "cond": np.repeat(cond, 3, 0), "labels": flat.labels}
   residual = jax.jit(
     lambda params: step_rows.residuals(
-      *(devices_main.denoise, schedule, 3.0, params, empty), step_rows.make_arms(batch), ("x",)
+      *(devices_main.denoise, schedule, 3.0, params, empty),
+      step_rows.make_arms(batch, "x"),
+      "x",
     )["x"]
   )(params)
   density = "square" if solver == "cps" else "gaussian"  # as these methods compare steps
@@ -96,7 +98,7 @@ def test_log_probabilities_from_stored_steps_are_the_samplers(solver, schedule, 
   # The gain is the change of the mean with the prediction.
   moved = lambda p, *a: devices_main.denoise(p, *a) + 0.1  # noqa: E731
   other = step_rows.residuals(
-    *(moved, schedule, 3.0, params, empty), step_rows.make_arms(batch), ("x",)
+    *(moved, schedule, 3.0, params, empty), step_rows.make_arms(batch, "x"), "x"
   )["x"]
   change = np.abs(other - residual).mean((1, 2, 3))
   np.testing.assert_allclose(change, 0.1 * flat.labels["gain"], rtol=1e-3, atol=1e-5)

@@ -314,6 +314,8 @@ RULES: Rules = {
   "rounds.old_decay": _DECAY,
   "steps.eta": _POSITIVE,
   **dict.fromkeys(("steps.trained", "steps.window", "steps.hold"), _at_least(0)),
+  **dict.fromkeys(("steps.candidates", "steps.first"), _at_least(0)),
+  "steps.gap": _SHARE,
   "pathwise.method": _one_of("last", "renoised", "predicted"),
   **dict.fromkeys(
     (

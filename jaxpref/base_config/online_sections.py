@@ -67,6 +67,9 @@ def steps(c: ConfigDict) -> None:
   c.steps.window = 0  # consecutive steps that have noise in a round; 0: all
   c.steps.hold = 0  # rounds until the window moves by a step; 0: random in the first half
   c.steps.guided = True  # train the guided prediction, which has sampled, or the plain one
+  c.steps.candidates = 0  # outputs of a step that scorers compare, best and worst; 0: no
+  c.steps.first = 0  # first step that has candidates
+  c.steps.gap = 0.0  # least difference of the probabilities of best and worst
   c.steps.common_start = False  # sample all images of a prompt from the same noise
 
 

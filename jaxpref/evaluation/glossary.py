@@ -100,7 +100,10 @@ METRICS: dict[str, Metric] = {
   "dgpo/stopped": Metric(
     "Share of images without a gradient, because the model has moved far enough.", "share"
   ),
-  "d3po/stopped": Metric(
+  "step_pairs/decided": Metric(
+    "Share of pairs of steps of which one is better. The others have no gradient.", "share"
+  ),
+  "step_pairs/stopped": Metric(
     "Share of steps without a gradient, because the ratio of the model's and the reference's "
     "probability is further from 1 than loss.clip.",
     "share",

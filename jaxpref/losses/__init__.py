@@ -32,6 +32,7 @@ from jaxpref.losses.sdpo import safeguard, sdpo_scale
 from jaxpref.losses.sft import sft_loss
 from jaxpref.losses.simpo import simpo_loss
 from jaxpref.losses.spin import spin_loss
+from jaxpref.losses.step_pairs import step_pair_loss
 
 __all__ = [
   "Arranged",
@@ -59,5 +60,6 @@ __all__ = [
   "sft_loss",
   "simpo_loss",
   "spin_loss",
+  "step_pair_loss",
   "to_errors",
 ]

@@ -59,8 +59,9 @@ class Needs:
       'steps': one step of the policy's sampler ('x'), whose error is the difference of the
         step's output and its mean, with `advantage`, `reward`, and `std`, `gain` and `length`
         of `jaxpref.training.step_rows`,
-      'step_pairs': the same step of two trajectories of a prompt, that of the image with the
-        larger reward first ('w', 'l'), with the labels of 'steps', [B, 2],
+      'step_pairs': two steps of a prompt's images, the better one first ('w', 'l'): the same
+        step of two trajectories, with the labels of 'steps' [B, 2], or two steps from one
+        state, whose labels of the step are [B, 1],
       'paths': two trajectories of a prompt's samples ('a', 'b'): instead of errors, their
         log-ratios of policy and reference, with labels [B, 2],
       'groups': all samples of a prompt ('1', '2', ...), with the same labels [B, G],

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 from scipy import stats
 
 from jaxpref.models.pipeline import Pipeline, abstract_params
@@ -69,11 +70,12 @@ def of_update(checked: Checked, forward: float) -> dict[str, float]:
     updates that sample, 'judge' is decoder and scorers with their backward pass; what is
     recomputed counts there.
   """
-  if checked.judge:
+  if "pathwise" in checked.config:
     return _of_pathwise(checked, forward)
   config, needs = checked.config, checked.loss.needs
   rows, states = config.train.batch_size, config.rollout.states if needs.rollout else 1
-  trained = len(checked.arms) - has_own_targets(checked)
+  arms = 1 if step_rows.have_candidates(config) else len(checked.arms)  # from one state
+  trained = arms - has_own_targets(checked)
   passes = 2 if config.lora.rank else 3
   scale_of = checked.pipeline.classifier_free_scale
   if scale_of(step_rows.training_guidance(config)) > 1:
@@ -84,13 +86,13 @@ def of_update(checked: Checked, forward: float) -> dict[str, float]:
     rows *= step_rows.plan_steps(config, checked.pipeline).trained
     cost["policy"] = passes * rows * trained * forward
   if needs.reference and not config.data.noise_draws:
-    cost["reference"] = rows * states * len(checked.arms) * forward
+    cost["reference"] = rows * states * arms * forward
   if needs.old:
-    cost["old"] = rows * len(checked.arms) * forward
+    cost["old"] = rows * arms * forward
   guided = 2 if scale_of(config.rollout.guidance) > 1 else 1
   if online := config.get("rounds"):
     samples = online.num_prompts * online.images_per_prompt / online.updates
-    cost["rollout"] = samples * guided * config.rollout.num_steps * forward
+    cost["rollout"] = samples * guided * _evaluations(config) * forward
   if needs.rollout:
     chunk = rollout_lib.chunk_size(rows, config.rollout.batch_size, devices=checked.mesh.size)
     cost["rollout"] = (
@@ -100,6 +102,16 @@ def of_update(checked: Checked, forward: float) -> dict[str, float]:
       * expected_steps(rows, config.rollout.num_steps, states=states, chunk=chunk)
     )
   return cost
+
+
+def _evaluations(config: ConfigDict) -> int:
+  """Counts the predictions for a round's image."""
+  steps = config.rollout.num_steps
+  if not step_rows.have_candidates(config):
+    return int(steps)
+  first = config.steps.first
+  # A candidate's prediction judges it, and serves its own step if it is chosen.
+  return int(first + 1 + config.steps.candidates * (steps - 1 - first))
 
 
 def _of_pathwise(checked: Checked, forward: float) -> dict[str, float]:

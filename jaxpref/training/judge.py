@@ -75,16 +75,17 @@ class Judge:
     )
 
 
-def load_judge(settings: ConfigDict, vae: Any, *, dtype: str) -> Judge:
-  """Loads the scorers of the configuration's section `pathwise`.
+def load_judge(settings: ConfigDict, vae: Any, *, at_once: int, dtype: str) -> Judge:
+  """Loads the scorers of the configuration's section `pathwise` or `rounds`.
 
   Args:
     settings: the section.
     vae: the pipeline's module.
+    at_once: images that are decoded and scored at once on a device.
     dtype: of the scorers' computation.
 
   Raises:
     UserError: a scorer is unknown or not differentiable, or its weights are missing.
   """
   rewards = {name: scorers.load_reward(name, dtype=dtype) for name in settings.scorers}
-  return Judge(rewards, tuple(settings.weights), vae, settings.at_once)
+  return Judge(rewards, tuple(settings.weights), vae, at_once)

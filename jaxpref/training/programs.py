@@ -22,7 +22,7 @@ from jaxpref.models import lora as lora_lib
 from jaxpref.models.pipeline import Pipeline, abstract_params
 from jaxpref.training import batch as batch_lib
 from jaxpref.training import optimizer as optimizer_lib
-from jaxpref.training import pathwise_step, policy_sampler, step_rows
+from jaxpref.training import pathwise_step, policy_sampler, step_candidates, step_rows
 from jaxpref.training import rollout as rollout_lib
 from jaxpref.training import train_step as train_step_lib
 from jaxpref.training.setup import Checked, abstract_trained, list_size
@@ -37,7 +37,8 @@ class Programs(NamedTuple):
     placement: the sharding of each of the state's leaves.
     train_step: see `train_step.make_train_step`.
     rollout: see `rollout.make_rollout`; None if the loss has no rollout.
-    sample: see `policy_sampler.make_policy_sampler`; None if the run has no rounds.
+    sample: see `policy_sampler.make_policy_sampler` and, of a run with candidates,
+      `step_candidates.make_candidate_sampler`; None if the run has no rounds.
     reference_errors: see `train_step.make_reference_errors`.
     lagging: whether the run has a `TrainState.policy_copy`, which a rollout uses.
   """
@@ -110,7 +111,8 @@ def make_programs(checked: Checked, trained: Any, uncond: Any) -> Programs:
     space=config.loss.space,
     prompt_dropout=dropout,
   )
-  if checked.judge:
+  if "pathwise" in config:
+    assert checked.judge is not None  # such a run has one
     path = pathwise_step.path_of(config)
     train_step = pathwise_step.make_pathwise_step(
       *(denoise, pipeline, checked.judge, checked.loss, tx, path), **of_all
@@ -135,17 +137,30 @@ def make_programs(checked: Checked, trained: Any, uncond: Any) -> Programs:
     prompt_dropout=dropout,
     space=config.loss.space,
   )
-  sample = None
-  if online:
-    sample = policy_sampler.make_policy_sampler(
-      *(sampled, pipeline),
-      solver=config.rollout.solver,
-      order=config.rollout.order,
-      num_steps=config.rollout.num_steps,
-      guidance=guidance,
-    )
+  sample = _make_sampler(checked, sampled) if online else None
   return Programs(
     *(adapt, make_state, placement, train_step, rollout, sample, reference_errors, lagging)
+  )
+
+
+def _make_sampler(checked: Checked, denoise: denoiser.Denoise) -> Callable:
+  """Makes the program that samples the images of a round."""
+  config, pipeline = checked.config, checked.pipeline
+  options = {
+    "solver": config.rollout.solver,
+    "num_steps": config.rollout.num_steps,
+    "guidance": pipeline.classifier_free_scale(config.rollout.guidance),
+  }
+  if not checked.judge:
+    return policy_sampler.make_policy_sampler(
+      denoise, pipeline, **options, order=config.rollout.order
+    )
+  return step_candidates.make_candidate_sampler(
+    *(denoise, pipeline, checked.judge),
+    **options,
+    candidates=config.steps.candidates,
+    first=config.steps.first,
+    gap=config.steps.gap,
   )
 
 
@@ -176,6 +191,8 @@ def abstract_rows(checked: Checked, count: int) -> dict[str, Any]:
   shape: tuple[int, ...] = (count, images)
   if needs.of_steps:
     shape = (*_shape_of_steps(checked, count), 2)  # a step's input and output
+    if needs.rows == "step_pairs":
+      shape = (count, _shape_of_steps(checked, count)[1] + 2)  # inputs and two outputs
   latents = jax.ShapeDtypeStruct((*shape, *pipeline.latent_shape), jnp.float32)
   return {
     "latents": latents,
@@ -186,14 +203,16 @@ def abstract_rows(checked: Checked, count: int) -> dict[str, Any]:
 
 
 def _shape_of_steps(checked: Checked, count: int) -> tuple[int, ...]:
-  """Returns the shape of the steps of `count` rows: [B], [B, 2] or, of paths, [B, 2, S]."""
+  """Returns the shape of the labels of the steps of `count` rows.
+
+  [B], of pairs [B, 2], with a common input [B, 1], and of paths [B, 2, S].
+  """
   kind = checked.loss.needs.rows
   if kind == "steps":
     return (count,)
-  pairs = (count, len(checked.arms))
   if kind == "step_pairs":
-    return pairs
-  return (*pairs, step_rows.plan_steps(checked.config, checked.pipeline).trained)
+    return (count, 1 if checked.config.steps.candidates else 2)
+  return (count, 2, step_rows.plan_steps(checked.config, checked.pipeline).trained)
 
 
 def _abstract_labels(checked: Checked, count: int, images: int) -> dict[str, Any]:
@@ -235,7 +254,7 @@ def abstract_programs(checked: Checked) -> tuple[Programs, Arguments]:
   guide = uncond if scale > 1 else None
   whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
   placed_batch = _placed(batch, jax.tree.map(lambda _: rows, batch))
-  if checked.judge:
+  if "pathwise" in config:
     placed_batch = abstract_prompts(checked, count)
   return program, Arguments(
     state=_placed(state, program.placement),

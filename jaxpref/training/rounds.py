@@ -52,7 +52,12 @@ class Rounds:
     self._plan: step_rows.Plan | None = None
     if "steps" in prepared.config:
       self._plan = step_rows.plan_steps(prepared.config, pipeline)
-    self._vae = sharding.place_params(pipeline.params["vae"], mesh)
+    self._judge = self._tokens = None
+    if judge := prepared.judge:  # of candidates
+      self._judge = judge.place(pipeline.params["vae"], mesh)
+      self._tokens = judge.tokenize(self._captions)
+    else:
+      self._vae = sharding.place_params(pipeline.params["vae"], mesh)
     self._state: dict[str, Any] = {"round": 0, "cursor": 0, "windows": {}}
     self._left: list[tuple[BatchRows, np.ndarray]] = []
     self.metrics: dict[str, float] = {}
@@ -146,8 +151,10 @@ class Rounds:
     texts = [row_set.Row((), self._captions[chosen[g]]) for g in rows["group"]]
     part = Part(row_set.collect(texts), tree)
     size = config.train.batch_size
-    # The steps of an image stay together, so that an update sees whole trajectories.
-    whole = self._plan.trained if self._plan and kind != "paths" else 1
+    # The steps of an image stay together, so that an update sees whole trajectories; pairs of
+    # candidates are judged one by one.
+    together = self._plan and kind != "paths" and not self._judge
+    whole = self._plan.trained if self._plan and together else 1
     trained = size * settings.updates // whole
     order = shuffle(len(texts) // whole, trained, [config.seed, number, _ORDER])
     order = (order[:, None] * whole + np.arange(whole)).ravel()
@@ -172,25 +179,28 @@ class Rounds:
     assert program.sample is not None  # a run with rounds has it
     params = program.adapt(state.policy_copy if lagging else state.params, base)
     cond = {name: Gather(of, prompt) for name, of in self._cond.items()}
+    tokens = jax.tree.map(lambda x: x[prompt], self._tokens)
     size = sharding.round_up(min(config.rollout.batch_size or len(seed), len(seed)), mesh)
     eta = picks = starts = None
     if plan := self._plan:
       number = self._state["round"]
       eta, first = step_rows.etas(config, plan, number)
       eta = sharding.replicate(eta, mesh)
-      sides = 2 if self._prepared.loss.needs.rows == "step_pairs" else 1  # with equal steps
+      of_images = self._prepared.loss.needs.rows == "step_pairs" and not self._judge
+      sides = 2 if of_images else 1  # with equal steps
       picks = step_rows.pick(plan, first, len(seed) // sides, [config.seed, number])
       picks = picks.repeat(sides, axis=0)
       starts = step_rows.start_seeds(config, seed)
     found: list[Any] = []
     for start in range(0, len(seed), size):
       index = np.arange(start, start + size).clip(max=len(seed) - 1)
-      host = (cond, seed, picks, starts)
-      texts, seeds, taken, begins = sharding.place_batch(host, mesh, index)
-      sampled = program.sample(
-        *(params, self._vae, texts, self._guide, seeds),
-        *([(eta, taken, begins)] if self._plan else []),
-      )
+      host = (cond, tokens, seed, picks, starts)
+      texts, words, seeds, taken, begins = sharding.place_batch(host, mesh, index)
+      chosen = (eta, taken, begins) if self._plan else None
+      if self._judge:
+        sampled = program.sample(params, self._judge, texts, self._guide, words, seeds, chosen)
+      else:
+        sampled = program.sample(params, self._vae, texts, self._guide, seeds, chosen)
       real = min(size, len(seed) - start)  # the last batch is padded
       found.append(jax.tree.map(lambda x, n=real: x[:n], sharding.to_host(sampled)))
       watchdog.beat()
@@ -214,9 +224,10 @@ def make_rows(
   """Makes rows of a kind from a round's images.
 
   'steps' are single steps, those of an image after each other, 'step_pairs' the same step of
-  two images of a prompt, that of the larger reward first, 'paths' pairs of trajectories of a
-  prompt, 'scored' rows are single images, 'groups' all images of a prompt, 'pairs' the
-  best and the worst of a prompt's images if their rewards differ, and 'experts' the best.
+  two images of a prompt, that of the larger reward first, or a step's best and worst candidate,
+  'paths' pairs of trajectories of a prompt, 'scored' rows are single images, 'groups' all
+  images of a prompt, 'pairs' the best and the worst of a prompt's images if their rewards
+  differ, and 'experts' the best.
 
   Args:
     kind: see `losses.Needs`.
@@ -228,15 +239,20 @@ def make_rows(
       'paths'.
 
   Returns:
-    'latents' [R, A, C, h, w], of steps with their inputs and outputs for A, of their pairs
-    [R, 2, 2, C, h, w], of paths [R, 2, S, 2, C, h, w]; 'group' int [R]; and 'labels' [R], of
-    groups [R, G], of pairs of steps and of paths [R, 2].
+    'latents' [R, A, C, h, w], of steps and their pairs the inputs and outputs for A, see
+    `step_rows.make_arms`, of paths [R, 2, S, 2, C, h, w]; 'group' int [R]; and 'labels' [R], of
+    groups [R, G], of pairs of steps and of paths [R, 2], of a pair's common input [R, 1].
   """
   count = int(group[-1]) + 1
   single = {name: np.asarray(of, np.float32) for name, of in labels.items()}
   if kind in ("paths", "step_pairs"):
     assert steps is not None  # such a run keeps them
-    return _rows_of_pairs(kind, single, group, reward, steps)
+    of_candidates = "better" in steps.labels
+    return (
+      _rows_of_candidates(single, group, steps)
+      if of_candidates
+      else _rows_of_pairs(kind, single, group, reward, steps)
+    )
   if steps is not None:
     chosen = steps.latents.shape[1]
     flat = jax.tree.map(lambda of: of.reshape(-1, *of.shape[2:]), steps)
@@ -282,10 +298,28 @@ def _rows_of_pairs(
     return np.swapaxes(sort(x), 1, 2).reshape(-1, 2, *x.shape[3:])
 
   repeated = {name: np.repeat(sort(of), count, axis=0) for name, of in both.items()}
+  both_inputs_first = np.swapaxes(by_step(paths.latents), 1, 2)
   return {
-    "latents": by_step(paths.latents),
+    "latents": both_inputs_first.reshape(-1, 4, *both_inputs_first.shape[3:]),
     "group": np.repeat(group[::2], count),
     "labels": repeated | jax.tree.map(by_step, paths.labels),
+  }
+
+
+def _rows_of_candidates(
+  labels: Mapping[str, np.ndarray], group: np.ndarray, steps: step_rows.Steps
+) -> dict[str, Any]:
+  """Makes rows of the best and the worst candidate of each step, see `step_candidates`."""
+  count = steps.latents.shape[1]
+  flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), steps)
+  of_step = {name: flat.labels[name][:, None] for name in step_rows.LABELS}
+  sides = np.stack([flat.labels["better"], flat.labels["worse"]], axis=1)
+  advantage = np.repeat(labels["advantage"], count)
+  both = {"reward": sides, "advantage": np.stack([advantage, advantage], axis=1)}
+  return {
+    "latents": flat.latents,
+    "group": np.repeat(group, count),
+    "labels": both | of_step,
   }
 
 

@@ -41,7 +41,8 @@ class Checked:
     pipeline: the base; `programs` need only its modules and schedule.
     start: 'params' and 'digest' of `model.start`; empty without it.
     reference: see `reference_of`.
-    judge: of a run whose updates sample, see `pathwise_step`; else None.
+    judge: of a run whose updates sample, see `pathwise_step`, or whose steps have candidates;
+      else None.
   """
 
   config: ConfigDict
@@ -233,10 +234,14 @@ def check(config: ConfigDict, *, mesh: Any = None) -> Checked:
     targets, usual = config.lora.targets, pipeline.family.lora_targets
     lora_lib.check_rank(shapes, rank=rank, targets=targets, usual=usual)
     abstract_trained(config, pipeline)
-  judge = None
+  judge, vae = None, pipeline.modules["vae"]
   if "pathwise" in config:
     pathwise_settings.check_model(config, pipeline)
-    judge = load_judge(config.pathwise, pipeline.modules["vae"], dtype=config.model.dtype)
+    judge = load_judge(
+      config.pathwise, vae, at_once=config.pathwise.at_once, dtype=config.model.dtype
+    )
+  elif step_rows.have_candidates(config):
+    judge = load_judge(config.rounds, vae, at_once=1, dtype=config.model.dtype)
   reference = reference_of(loss, config)
   return Checked(config, mesh, loss, arms, pipeline, start, reference, judge)
 
@@ -267,7 +272,8 @@ def _check_levels(
     plan = step_rows.check(config, pipeline, loss.needs.rows)
     # A trajectory is a row for each of its steps; a pair of trajectories has those of one.
     of_image = 1 if loss.needs.rows == "paths" else plan.trained
-    images = config.rounds.images_per_prompt // (1 if loss.needs.rows == "steps" else 2)
+    alone = loss.needs.rows == "steps" or config.steps.candidates
+    images = config.rounds.images_per_prompt // (1 if alone else 2)
     rounds_settings.check_rows(config, images * of_image)
   # Refuses more steps than the schedule has here, not at the first rollout.
   timesteps_lib.offset_grid(

@@ -41,12 +41,14 @@ class Plan(NamedTuple):
     noisy: the first steps, which may have noise: all, or all but one to a clean image.
     window: consecutive steps that have noise in a round.
     trained: steps among these that become rows.
+    skipped: first steps of the window that never become rows.
   """
 
   steps: int
   noisy: int
   window: int
   trained: int
+  skipped: int = 0
 
 
 @flax.struct.dataclass
@@ -54,8 +56,8 @@ class Steps:
   """S steps of each of B trajectories.
 
   Attributes:
-    latents: inputs and outputs, float32 [B, S, 2, C, h, w].
-    labels: `LABELS` of the steps, [B, S] each.
+    latents: inputs and outputs, float32 [B, S, 2, C, h, w]; of candidates [B, S, 3, C, h, w].
+    labels: `LABELS` of the steps, [B, S] each, and further ones of candidates.
   """
 
   latents: jax.Array
@@ -84,6 +86,9 @@ def plan_steps(config: ConfigDict, pipeline: Pipeline) -> Plan:
   grid = sampling.grid_of(pipeline, pipeline.latent_shape, rollout.num_steps, rollout.solver, 1)
   table = sampler_lib.coefficients(grid, solver=rollout.solver, eta=1.0)
   noisy = int(np.sum(np.asarray(table.noise) > 0))
+  if steps.candidates:
+    first = _first_candidates(config, noisy)
+    return Plan(rollout.num_steps, noisy, noisy, noisy - first, skipped=first)
   window = steps.window or noisy
   trained = steps.trained or window
   if not trained <= window <= noisy:
@@ -92,6 +97,26 @@ def plan_steps(config: ConfigDict, pipeline: Pipeline) -> Plan:
       f"chosen: {noisy} of the {rollout.num_steps} steps of {rollout.solver} have noise"
     )
   return Plan(rollout.num_steps, noisy, window, trained)
+
+
+def _first_candidates(config: ConfigDict, noisy: int) -> int:
+  """Returns the first step with candidates.
+
+  Raises:
+    UserError: settings of the section `steps` do not fit candidates.
+  """
+  steps = config.steps
+  if steps.candidates < 2 or steps.first >= noisy:
+    raise UserError(
+      f"steps.candidates = {steps.candidates} from steps.first = {steps.first} on leave "
+      f"nothing to compare: choose at least 2, and one of the {noisy} steps with noise"
+    )
+  if steps.window or steps.trained:
+    raise UserError(
+      "steps.window and steps.trained must be 0 with steps.candidates: all steps from "
+      "steps.first on have candidates, and are trained"
+    )
+  return int(steps.first)
 
 
 def check(config: ConfigDict, pipeline: Pipeline, kind: str) -> Plan:
@@ -124,7 +149,11 @@ def check(config: ConfigDict, pipeline: Pipeline, kind: str) -> Plan:
       f"rounds.old_decay must be 0 unless rounds.sampler = 'old': loss {name!r} compares the "
       "policy with the one that has sampled, not with an average"
     )
-  if kind != "steps" and config.rounds.images_per_prompt % 2:
+  if config.steps.candidates and kind != "step_pairs":
+    raise UserError(
+      f"steps.candidates must be 0: loss {name!r} does not compare outputs of a step"
+    )
+  if not (kind == "steps" or config.steps.candidates) and config.rounds.images_per_prompt % 2:
     raise UserError(
       f"rounds.images_per_prompt must be even: loss {name!r} learns from pairs of a prompt's "
       f"images (got {config.rounds.images_per_prompt})"
@@ -136,7 +165,7 @@ def check(config: ConfigDict, pipeline: Pipeline, kind: str) -> Plan:
         "trajectories"
       )
     return plan
-  if config.train.batch_size % plan.trained:
+  if config.train.batch_size % plan.trained and not config.steps.candidates:
     raise UserError(
       f"train.batch_size must be a multiple of the {plan.trained} steps that each image is "
       f"trained on (got {config.train.batch_size})"
@@ -165,8 +194,8 @@ def etas(config: ConfigDict, plan: Plan, number: int) -> tuple[np.ndarray, int]:
 
 def pick(plan: Plan, start: int, rows: int, seed: Sequence[int]) -> np.ndarray:
   """Chooses the trained steps of each trajectory within the window, int32 [rows, S]."""
-  if plan.trained == plan.window:
-    inside = np.broadcast_to(np.arange(plan.window), (rows, plan.window))
+  if plan.trained == plan.window - plan.skipped:
+    inside = np.broadcast_to(np.arange(plan.skipped, plan.window), (rows, plan.trained))
   else:
     order = np.random.default_rng([*seed, _STEPS]).random((rows, plan.window)).argsort(axis=1)
     inside = np.sort(order[:, : plan.trained], axis=1)
@@ -189,10 +218,6 @@ def take(
 ) -> Steps:
   """Takes steps out of trajectories.
 
-  The labels of a step are its level `t` and `log_snr`, its coefficients `state` and `data`, the
-  deviation `std` of its noise, its `gain` (how much its mean changes with the prediction), and
-  its `length` (how much the amplitude of the noise falls).
-
   Args:
     states: inputs of N steps, [N, B, C, h, w].
     x0: output of the last one, [B, C, h, w].
@@ -201,17 +226,29 @@ def take(
     schedule: how predictions are read.
     picks: numbers of the steps, int [B, S].
   """
-  chosen = lambda of: jnp.take_along_axis(of.T, picks, axis=1)  # noqa: E731
   after = jnp.concatenate([states[1:], x0[None]])
   rows = jnp.arange(picks.shape[0])[:, None]
   latents = jnp.stack([states[picks, rows], after[picks, rows]], axis=2)
+  return Steps(latents, labels_at(grid, table, schedule, picks))
+
+
+def labels_at(
+  grid: Grid, table: Coefficients, schedule: schedule_lib.Schedule, picks: jax.Array
+) -> dict[str, jax.Array]:
+  """Returns `LABELS` of steps, [B, S] each; the arguments are those of `take`.
+
+  The labels of a step are its level `t` and `log_snr`, its coefficients `state` and `data`, the
+  deviation `std` of its noise, its `gain` (how much its mean changes with the prediction), and
+  its `length` (how much the amplitude of the noise falls).
+  """
+  chosen = lambda of: jnp.take_along_axis(of.T, picks, axis=1)  # noqa: E731
   assert table.noise is not None  # of a stochastic solver
   _, levels = schedule_lib.scales(grid.log_snr, is_flow=grid.is_flow)
   log_snr, data = chosen(grid.log_snr[:-1]), chosen(table.data[:, 0])
   of_one, _ = schedule_lib.split_at(
     schedule.prediction_type, jnp.ones_like(log_snr), jnp.zeros_like(log_snr), log_snr
   )
-  labels = {
+  return {
     "t": chosen(grid.timesteps),
     "log_snr": log_snr,
     "state": chosen(table.state),
@@ -220,19 +257,19 @@ def take(
     "gain": jnp.abs(data * of_one),
     "length": chosen(levels[:-1] - levels[1:]),
   }
-  return Steps(latents, labels)
 
 
-def make_arms(batch: Any) -> Arms:
+def make_arms(batch: Any, arms: Sequence[str]) -> Arms:
   """Makes the train step's rows of a batch; a step's output is the target.
 
   Args:
-    batch: 'latents', the steps' inputs and outputs, [R, 2, C, h, w] or, of pairs of steps,
-      [R, 2, 2, C, h, w]; 'cond', a tree of [R, ...]; and 'labels', [R] or [R, 2].
+    batch: 'latents' [R, I + A, C, h, w], the I inputs and the A outputs of a row's steps, whose
+      input is one for all (I = 1) or their own (I = A); 'cond', a tree of [R, ...]; and
+      'labels', those of the steps with one entry for each input.
+    arms: names of a row's steps, A.
   """
-  latents, labels = batch["latents"], batch["labels"]
-  sides = latents.reshape(len(latents), -1, 2, *latents.shape[-3:])
-  return Arms(sides[:, :, 0], sides[:, :, 1], labels["t"], batch["cond"], labels, {})
+  latents, labels, inputs = batch["latents"], batch["labels"], -len(arms)
+  return Arms(latents[:, :inputs], latents[:, inputs:], labels["t"], batch["cond"], labels, {})
 
 
 def residuals(
@@ -246,7 +283,7 @@ def residuals(
 ) -> dict[str, jax.Array]:
   """Computes the steps' outputs less a model's means by arm, float32 [R, C, h, w] each.
 
-  All arms go through the denoiser in one call.
+  All inputs go through the denoiser in one call, and one that the arms share only once.
 
   Args:
     denoise: (params, x_t, t, cond) -> prediction.
@@ -257,9 +294,9 @@ def residuals(
     rows: from `make_arms`.
     arms: names of a row's steps.
   """
-  count = len(arms)
+  count = rows.x_t.shape[1]
   labels = {name: rows.labels[name].reshape(-1) for name in LABELS}
-  x_t, after = (x.reshape(-1, *x.shape[2:]) for x in (rows.x_t, rows.target))
+  x_t = rows.x_t.reshape(-1, *rows.x_t.shape[2:])
   guided = guidance_lib.classifier_free(
     lambda x, t, c: denoise(params, x, t, c),
     *(jax.tree.map(lambda c: jnp.repeat(c, count, axis=0), rows.cond), guide, guidance),
@@ -268,7 +305,7 @@ def residuals(
   x0, _ = schedule_lib.split_at(schedule.prediction_type, prediction, x_t, labels["log_snr"])
   step = Coefficients(labels["state"], labels["data"][None], labels["std"])
   mean, _ = likelihood.step_moments(step, x_t, x0)
-  by_arm = (after - mean).reshape(rows.x_t.shape)
+  by_arm = rows.target - mean.reshape(rows.x_t.shape)
   return {arm: by_arm[:, k] for k, arm in enumerate(arms)}
 
 
@@ -279,6 +316,11 @@ def abstract_labels(
   found = dict.fromkeys(LABELS, jax.ShapeDtypeStruct(shape, jnp.float32))
   level = jax.ShapeDtypeStruct(shape, schedule_lib.level_dtype(schedule))
   return found | {"t": level}
+
+
+def have_candidates(config: ConfigDict) -> bool:
+  """Tells whether steps have candidates that scorers compare, see `step_candidates`."""
+  return "steps" in config and config.steps.candidates > 0
 
 
 def training_guidance(config: ConfigDict) -> float:

@@ -199,7 +199,7 @@ def _open_data(
   if "rounds" in prepared.config:
     rounds = Rounds(prepared, workdir, guide)
     return _Data(rounds, lambda batch: batch, "rounds", lambda *_: None, rounds)
-  if prepared.judge:
+  if "pathwise" in prepared.config:
     return _Data(
       PromptBatches(prepared, guide), lambda batch: batch, "prompts", lambda *_: None, None
     )

@@ -161,7 +161,7 @@ def make_train_step(
     state: TrainState, base, uncond, batch, rollout: States | None, start=None, guide=None
   ):
     rows = _make_rows(
-      *(schedule, loss, batch, rollout, uncond),
+      *(schedule, loss, arms, batch, rollout, uncond),
       seed=state.seed,
       update=state.update,
       prompt_dropout=prompt_dropout,
@@ -201,14 +201,17 @@ def _make_residuals(
 def _make_rows(
   schedule: schedule_lib.Schedule,
   loss: Loss,
+  arms: Sequence[str],
   batch: Any,
   rollout: States | None,
   uncond: Any,
   **options: Any,
 ) -> batch_lib.Arms:
   """Returns the rows of a batch, see `batch.make_arms` for the arguments."""
+  if loss.needs.rows == "paths":
+    return path_rows.make_arms(batch)
   if loss.needs.of_steps:
-    return (path_rows if loss.needs.rows == "paths" else step_rows).make_arms(batch)
+    return step_rows.make_arms(batch, arms)
   return batch_lib.make_arms(
     *(schedule, loss.needs, batch, rollout, uncond), **options, arrange=loss.arrange
   )

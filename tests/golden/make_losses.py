@@ -93,13 +93,13 @@ CASES = {
     },
   ),
   "prdp": ("prdp", ("a", "b"), {"beta": 2.5}),
-  "d3po": ("d3po", ("w", "l"), {"beta": 7.0, "clip": 0.1}),
-  "d3po-free": ("d3po", ("w", "l"), {"beta": 7.0, "clip": 0.0}),
+  "step_pairs": ("step_pairs", ("w", "l"), {"beta": 7.0, "clip": 0.1}),
+  "step_pairs-free": ("step_pairs", ("w", "l"), {"beta": 7.0, "clip": 0.0}),
 }
 PPO = ("ppo", "ppo-dpok", "ppo-cps", "ppo-score")
-D3PO = ("d3po", "d3po-free")
-SCORED = ("rwr", "awm", "nft", "dgpo", "prdp", *PPO, *D3PO)
-FRESH = ("rwr", "prdp", "ppo-score", *D3PO)  # without a lagging policy
+STEP_PAIRS = ("step_pairs", "step_pairs-free")
+SCORED = ("rwr", "awm", "nft", "dgpo", "prdp", *PPO, *STEP_PAIRS)
+FRESH = ("rwr", "prdp", "ppo-score", *STEP_PAIRS)  # without a lagging policy
 ROWS, SHAPE = 6, (2, 3)
 
 
@@ -114,7 +114,7 @@ def residuals(arms):
 def scored(case, policy):
   """Labels and the lagging policy's residuals, for losses on scored samples."""
   rng = np.random.default_rng(21)
-  shape = {"dgpo": (ROWS, 4)} | dict.fromkeys(("prdp", *D3PO), (ROWS, 2))
+  shape = {"dgpo": (ROWS, 4)} | dict.fromkeys(("prdp", *STEP_PAIRS), (ROWS, 2))
   shape = shape.get(case, ROWS)
   labels = {"advantage": rng.standard_normal(shape), "weight": rng.random(shape)}
   old = {a: v + 0.15 * rng.standard_normal(v.shape) for a, v in policy.items()}
@@ -123,7 +123,7 @@ def scored(case, policy):
     ranges = {"std": (0.3, 1.0), "gain": (0.5, 2.0), "length": (0.05, 0.2)}
     labels |= {name: rng.uniform(*of, shape) for name, of in ranges.items()}
     names = ("advantage", *ranges)
-  if case in D3PO:
+  if case in STEP_PAIRS:
     labels |= {
       "std": rng.uniform(0.3, 1.0, shape),
       "reward": np.sort(labels["advantage"])[:, ::-1],

@@ -1,0 +1,76 @@
+"""SPO: at each step, the best and the worst of several candidates from one state.
+
+  python -m jaxpref.main --config=configs/spo.py
+
+After Liang et al. 2024 (https://arxiv.org/abs/2406.04314). A scorer judges each candidate by
+the model's own prediction of the clean image from there; a random candidate goes on. In the
+paper the scorer is PickScore, trained further on such predictions, with the timestep as an
+input. Here it is any differentiable scorer as it is: `rounds.scorers`.
+
+`sd15` has the numbers of https://github.com/RockeyCoss/SPO but for the scorer: DDIM of 20 steps
+with eta 1 and guidance 5, 4 candidates from step 4 on, pairs whose probabilities differ by more
+than 0.3, beta 10, ratios clipped at 0.1, AdamW at 6e-5 with a weight decay of 1e-4, LoRA of
+rank 4, 40 prompts a round and 40 pairs an update on four devices, 10 epochs of 4000 prompts.
+There a pair that is not decided takes no place in an update. `sdxl` differs as there: 2
+candidates, 0.4, LoRA of rank 64, 1e-5. But there two candidates run on for three steps before
+they are compared, and here they are compared at once. `shapes` has numbers of its own. `sd35m`,
+`sana` and `flux` have the sampler of Flow-GRPO (`configs/ppo.py`).
+"""
+
+from ml_collections import ConfigDict
+
+from jaxpref import base_config
+
+PRESETS = base_config.PRESETS
+
+
+def get_config(preset: str = "shapes") -> ConfigDict:
+  """Returns the run's configuration."""
+  c = base_config.base("spo", preset)
+  base_config.rounds(c)
+  base_config.steps(c)
+  c.loss.name = "step_pairs"
+  c.loss.beta = 10.0  # strength of the tie
+  c.loss.clip = 0.1  # largest distance of a step's ratio from 1
+  c.rounds.images_per_prompt = 1
+  c.steps.candidates = 4
+  if preset not in base_config.PUBLISHED:
+    c.rounds.scorers = ("shapes.preference",)
+  if preset == "tiny":
+    c.rounds.num_prompts = 4
+    c.rollout.num_steps = 3
+    c.steps.candidates = 2
+    c.train.batch_size = 8  # steps: two of each image
+  if preset == "shapes":
+    c.rollout.guidance = c.evaluate.guidance
+    c.rollout.num_steps = 10
+    c.rounds.num_prompts = 32
+    c.steps.first = 2
+    c.train.batch_size, c.train.accumulate = 224, 4  # seven steps of each image
+  if preset in base_config.PUBLISHED:
+    c.data.num_experts = 4000
+    c.rounds.num_prompts = 40
+    c.rollout.num_steps = 20
+    c.rollout.guidance = 5.0
+    c.rollout.batch_size = 10
+    c.steps.first, c.steps.gap = 4, 0.3
+    c.lora.rank, c.lora.alpha = 4, 4.0
+    c.optim.lr = 6e-5
+    c.rounds.updates = 16  # of 40 x 16 pairs
+    c.train.batch_size, c.train.accumulate = 40, 4
+    c.train.num_updates = 1000 * c.rounds.updates
+    c.train.updates_per_iteration = 20 * c.rounds.updates
+  if preset == "sdxl":
+    c.steps.candidates, c.steps.gap = 2, 0.4
+    c.lora.rank, c.lora.alpha = 64, 64.0
+    c.optim.lr = 1e-5
+  if preset in base_config.FLOWS:
+    c.rollout.solver = "flow_sde"
+    c.rollout.num_steps = 10
+    c.rollout.guidance = c.evaluate.guidance
+    c.steps.eta = 0.7
+    c.steps.first = 2
+    c.rounds.updates = 7  # of 40 x 7 pairs
+    c.train.num_updates = 1000 * c.rounds.updates
+    c.train.updates_per_iteration = 20 * c.rounds.updates
+  return c

@@ -1,0 +1,172 @@
+"""Samples of the policy whose steps have several candidates, which scorers compare (SPO).
+
+At each step the policy samples K outputs from one state. Each is judged by its own prediction
+of the clean image, decoded and scored. The best and the worst become a row; a random one is
+the next step's input, so that rows of later steps do not depend on the scorer's choice.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxpref import rng
+from jaxpref.diffusion import guidance as guidance_lib
+from jaxpref.diffusion import sampler as sampler_lib
+from jaxpref.diffusion import schedule as schedule_lib
+from jaxpref.diffusion.timesteps import Coefficients, Grid
+from jaxpref.evaluation import sampling
+from jaxpref.models import vae as vae_lib
+from jaxpref.models.denoiser import Denoise
+from jaxpref.models.pipeline import Pipeline
+from jaxpref.rewards import likelihood
+from jaxpref.training import step_rows
+from jaxpref.training.judge import Judge
+
+_CHOICE = 0x43414E44  # purpose of random numbers
+
+
+def make_candidate_sampler(
+  denoise: Denoise,
+  pipeline: Pipeline,
+  judge: Judge,
+  *,
+  solver: str,
+  num_steps: int,
+  guidance: float,
+  candidates: int,
+  first: int,
+  gap: float,
+) -> Callable[..., tuple[jax.Array, vae_lib.Decoded, step_rows.Steps]]:
+  """Makes the jitted program that samples images and the pairs of steps on their way.
+
+  Args:
+    denoise: (params, x_t, t, cond) -> prediction.
+    pipeline: the schedule, the VAE's module, and the solver's usual timesteps.
+    judge: scores latents.
+    solver: a stochastic one of order 1, see `step_rows.SOLVERS`.
+    num_steps: N, number of solver steps.
+    guidance: classifier-free guidance scale; at most 1: no guidance.
+    candidates: K, outputs of a step.
+    first: first step with candidates.
+    gap: least difference of the best and the worst candidate's probabilities, the softmax of
+      their two scores. Pairs with a smaller one get equal scores.
+
+  Returns:
+    `sample(params, judge_params, cond, uncond, tokens, seeds, chosen) -> (latents
+    [B, C, h, w], Decoded, Steps)`. `judge_params` and `tokens` are those of the judge, and the
+    other arguments those of `policy_sampler.make_policy_sampler`. Steps have an input and two
+    outputs, the best and the worst, [B, S, 3, C, h, w], and the further labels `better` and
+    `worse`, their scores.
+  """
+  shape, schedule = pipeline.latent_shape, pipeline.schedule
+
+  @jax.jit
+  def sample(params, judge_params, cond, uncond, tokens, seeds, chosen):
+    eta, picks, starts = chosen
+    keys, begins = (
+      jax.vmap(lambda s: rng.key_of(0, "generate", s))(of) for of in (seeds, starts)
+    )
+    grid = sampling.grid_of(pipeline, shape, num_steps, solver, len(seeds))
+    table = sampler_lib.coefficients(grid, solver=solver, eta=eta)
+
+    def predict(x_t, k):
+      """Returns predictions of R / B latents for each sample, x_t [R, C, h, w]."""
+      many = lambda x: jnp.repeat(x, len(x_t) // len(seeds), axis=0)  # noqa: E731
+      guided = guidance_lib.classifier_free(
+        lambda x, t, c: denoise(params, x, t, c), jax.tree.map(many, cond), uncond, guidance
+      )
+      prediction = guided(x_t, schedule_lib.timestep_input(schedule, many(grid.timesteps[k])))
+      log_snr = many(grid.log_snr[k])
+      return schedule_lib.split_at(schedule.prediction_type, prediction, x_t, log_snr)[0]
+
+    def score(x0):
+      """Returns the scores [B, K] of clean latents [B, K, C, h, w]."""
+      words = jax.tree.map(lambda x: jnp.repeat(x, candidates, axis=0), tokens)
+      scores = judge.score(judge_params, x0.reshape(-1, *shape), words)
+      return judge.total(scores).reshape(x0.shape[:2])
+
+    def plain(x_t, k):
+      outputs = _draw(grid, table, keys, k, x_t, predict(x_t, k), 1)
+      return outputs[:, 0], None
+
+    def branched(carry, k):
+      x_t, x0 = carry
+      outputs = _draw(grid, table, keys, k, x_t, x0, candidates)
+      found = predict(outputs.reshape(-1, *shape), k + 1).reshape(outputs.shape)
+      taken = _choose(keys, k, candidates)
+      return (_at(outputs, taken), _at(found, taken)), (x_t, *_ends(outputs, score(found)))
+
+    x_t = sampler_lib.initial_noise(begins, shape)
+    x_t, _ = jax.lax.scan(plain, x_t, jnp.arange(first))
+    last = num_steps - 1
+    carry = x_t, predict(x_t, first)
+    (x_t, x0), seen = jax.lax.scan(branched, carry, jnp.arange(first, last))
+    # The last step's outputs are the images themselves.
+    outputs = _draw(grid, table, keys, last, x_t, x0, candidates)
+    ends = x_t, *_ends(outputs, score(outputs))
+    latents = _at(outputs, _choose(keys, last, candidates))
+    seen = jax.tree.map(lambda of, end: jnp.concatenate([of, end[None]]), seen, ends)
+    steps = _take(seen, grid, table, schedule, picks, first, gap)
+    return latents, vae_lib.decode(pipeline.modules["vae"], judge_params["vae"], latents), steps
+
+  return sample
+
+
+def _draw(
+  grid: Grid,
+  table: Coefficients,
+  keys: jax.Array,
+  k: jax.Array,
+  x_t: jax.Array,
+  x0: jax.Array,
+  count: int,
+) -> jax.Array:
+  """Samples outputs of step k, [B, count, C, h, w]; the first has the plain sampler's noise."""
+  step = likelihood.step_at(table, jnp.full(x_t.shape[0], k))
+  mean, std = likelihood.step_moments(step, x_t, x0)
+  each = jax.vmap(jax.random.fold_in, in_axes=(0, None))
+  noise = [sampler_lib.step_noise(keys, k, x_t.shape[1:])]
+  for j in range(1, count):
+    noise.append(sampler_lib.step_noise(each(keys, grid.num_steps + j), k, x_t.shape[1:]))
+  return mean[:, None] + schedule_lib.per_sample(std, mean)[:, None] * jnp.stack(noise, axis=1)
+
+
+def _choose(keys: jax.Array, k: jax.Array, count: int) -> jax.Array:
+  """Returns the number of the candidate that is the next input, int32 [B]."""
+
+  def one(key):
+    chosen = jax.random.fold_in(jax.random.fold_in(key, _CHOICE), k)
+    return jax.random.randint(chosen, (), 0, count)
+
+  return jax.vmap(one)(keys)
+
+
+def _at(x: jax.Array, index: jax.Array) -> jax.Array:
+  """Returns x[b, index[b]] for each b."""
+  return x[jnp.arange(len(index)), index]
+
+
+def _ends(outputs: jax.Array, scores: jax.Array) -> tuple[jax.Array, ...]:
+  """Returns the best and the worst of outputs [B, K, ...], and their scores."""
+  best, worst = scores.argmax(axis=1), scores.argmin(axis=1)
+  return _at(outputs, best), _at(outputs, worst), _at(scores, best), _at(scores, worst)
+
+
+def _take(
+  seen: tuple[jax.Array, ...],
+  grid: Grid,
+  table: Coefficients,
+  schedule: schedule_lib.Schedule,
+  picks: jax.Array,
+  first: int,
+  gap: float,
+) -> step_rows.Steps:
+  """Takes the steps with numbers `picks`, [B, S], out of those from `first` on."""
+  of = lambda x: x[picks - first, jnp.arange(picks.shape[0])[:, None]]  # noqa: E731
+  x_t, best, worst, better, worse = map(of, seen)
+  # softmax of two scores: the difference of its entries is tanh of half their difference.
+  decided = jnp.tanh((better - worse) / 2) > gap
+  labels = step_rows.labels_at(grid, table, schedule, picks)
+  labels |= {"better": jnp.where(decided, better, worse), "worse": worse}
+  return step_rows.Steps(jnp.stack([x_t, best, worst], axis=2), labels)

@@ -1,0 +1,186 @@
+"""Candidates of steps: the program's pairs against a loop by hand, and what it refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+import toy_scorers
+
+from jaxpref import rng, sharding
+from jaxpref.data import encode
+from jaxpref.diffusion import sampler as sampler_lib
+from jaxpref.diffusion import schedule as schedule_lib
+from jaxpref.errors import UserError
+from jaxpref.evaluation import sampling
+from jaxpref.models import load_pipeline
+from jaxpref.models import vae as vae_lib
+from jaxpref.training import policy_sampler, setup, step_candidates, step_rows
+from jaxpref.training.judge import Judge
+
+STEPS, FIRST, ETA, SCALE = 4, 1, 0.8, 3.0
+SEEDS = np.array([3, 2**31], np.uint32)
+CAPTIONS = ["a red circle", "two blue squares"]
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_pipeline):
+  return load_pipeline(str(tiny_pipeline))
+
+
+@pytest.fixture(scope="module")
+def texts(pipeline):
+  mesh = sharding.make_mesh()
+  return encode.encode_prompts(pipeline, mesh, CAPTIONS), encode.encode_no_prompt(
+    pipeline, mesh
+  )
+
+
+CHOSEN = (
+  jnp.full(STEPS, ETA),
+  np.broadcast_to(np.arange(FIRST, STEPS), (2, STEPS - FIRST)),
+  SEEDS,
+)
+
+
+def sample(pipeline, texts, count, gap=0.0):
+  """Samples two images with `count` candidates; the reward is twice the mean of red."""
+  mesh, vae = sharding.make_mesh(), pipeline.modules["vae"]
+  judge = Judge({"red": toy_scorers.REWARDS["red"]("float32")}, (2.0,), vae, 1)
+  program = step_candidates.make_candidate_sampler(
+    *(pipeline.make_denoise(mesh=mesh), pipeline, judge),
+    **{"solver": "ddim", "num_steps": STEPS, "guidance": SCALE},
+    **{"candidates": count, "first": FIRST, "gap": gap},
+  )
+  placed, tokens = judge.place(pipeline.params["vae"], mesh), judge.tokenize(CAPTIONS)
+  return program(pipeline.params["unet"], placed, *texts, tokens, SEEDS, CHOSEN)
+
+
+@pytest.fixture(scope="module")
+def of_three(pipeline, texts):
+  return sample(pipeline, texts, 3)
+
+
+def test_one_candidate_is_the_plain_sampler(pipeline, texts):
+  latents, decoded, steps = sample(pipeline, texts, 1)
+  plain = policy_sampler.make_policy_sampler(
+    *(pipeline.make_denoise(mesh=sharding.make_mesh()), pipeline),
+    **{"solver": "ddim", "order": 1, "num_steps": STEPS, "guidance": SCALE},
+  )
+  params = pipeline.params["unet"], pipeline.params["vae"]
+  want, pictures, alone = plain(*params, *texts, SEEDS, CHOSEN)
+  np.testing.assert_allclose(latents, want, atol=1e-4)
+  assert np.abs(np.int32(decoded.pixels) - np.int32(pictures.pixels)).max() <= 1
+  np.testing.assert_allclose(steps.latents[:, :, :2], alone.latents, atol=1e-4)
+  for name, of in alone.labels.items():
+    np.testing.assert_array_equal(steps.labels[name], of, err_msg=name)
+  assert (steps.labels["better"] == steps.labels["worse"]).all()
+
+
+def test_pairs_by_hand(pipeline, texts, of_three):
+  """A loop over images and steps, with DDIM's equation in float64."""
+  latents, _, steps = of_three
+  denoise = jax.jit(pipeline.make_denoise(mesh=sharding.make_mesh()))
+  decode = jax.jit(lambda p, z: vae_lib.decode_unit(pipeline.modules["vae"], p, z))
+  shape, schedule = pipeline.latent_shape, pipeline.schedule
+  grid = sampling.grid_of(pipeline, shape, STEPS, "ddim", 1)
+  levels = np.float64(grid.log_snr[:, 0])
+  alpha = 1 / (1 + np.exp(-levels))  # share of the signal, in squares
+
+  def clean(x, k, row):
+    """Returns the clean latents that the guided prediction implies."""
+    t = schedule_lib.timestep_input(schedule, grid.timesteps[k])
+    conds = jax.tree.map(lambda c: c[row : row + 1], texts[0]), texts[1]
+    params, x_t = pipeline.params["unet"], jnp.float32(x)[None]
+    given, empty = (np.float64(denoise(params, x_t, t, cond)[0]) for cond in conds)
+    guided = empty + SCALE * (given - empty)
+    signal, noise = np.sqrt(alpha[k]), np.sqrt(1 - alpha[k])
+    if schedule.prediction_type == "v_prediction":
+      return signal * x - noise * guided
+    return (x - noise * guided) / signal
+
+  def score(x0):
+    image = decode(pipeline.params["vae"], jnp.float32(x0)[None])
+    return 2 * 255 * np.clip(np.float64(image[0, 0]) * 0.5 + 0.5, 0, 1).mean()
+
+  for row, seed in enumerate(SEEDS):
+    key = rng.key_of(0, "generate", seed)
+    x = np.float64(sampler_lib.initial_noise(key[None], shape)[0])
+    for k in range(STEPS):
+      x0, after = clean(x, k, row), alpha[k + 1]
+      eps = (x - np.sqrt(alpha[k]) * x0) / np.sqrt(1 - alpha[k])
+      std = ETA * np.sqrt((1 - after) / (1 - alpha[k]) * (1 - alpha[k] / after))
+      mean = np.sqrt(after) * x0 + np.sqrt(max(1 - after - std**2, 0.0)) * eps
+      others = [jax.random.fold_in(key, STEPS + j) for j in (1, 2)] if k >= FIRST else []
+      noise = [sampler_lib.step_noise(of[None], k, shape)[0] for of in (key, *others)]
+      outputs = [mean + std * np.float64(z) for z in noise]
+      taken = 0
+      if k >= FIRST:
+        last = k == STEPS - 1
+        scores = np.array([score(x if last else clean(x, k + 1, row)) for x in outputs])
+        seen = steps.latents[row, k - FIRST]
+        found = x, outputs[scores.argmax()], outputs[scores.argmin()]
+        for name, got, want in zip(("input", "best", "worst"), seen, found, strict=True):
+          if name == "input" or std > 0:  # without noise all outputs are equal
+            np.testing.assert_allclose(got, want, atol=2e-4, err_msg=name)
+        for name, want in (("better", scores.max()), ("worse", scores.min())):
+          np.testing.assert_allclose(steps.labels[name][row, k - FIRST], want, rtol=1e-4)
+        taken = int(step_candidates._choose(key[None], k, 3)[0])
+      x = outputs[taken]
+    np.testing.assert_allclose(latents[row], x, atol=2e-4)
+
+
+def test_a_pair_below_the_gap_has_equal_scores(pipeline, texts, of_three):
+  labels = of_three[2].labels
+  apart = np.tanh((labels["better"] - labels["worse"]) / 2)
+  gap = float(np.median(apart[apart > 0]))
+  some = sample(pipeline, texts, 3, gap=gap)[2]
+  equal = np.asarray(some.labels["better"] == some.labels["worse"])
+  np.testing.assert_array_equal(equal, apart <= gap)
+  assert equal.any() and not equal.all()
+  np.testing.assert_array_equal(some.labels["worse"], labels["worse"])
+  np.testing.assert_array_equal(some.latents, of_three[2].latents)
+
+
+def test_the_random_choice_is_uniform():
+  keys = jax.vmap(jax.random.key)(jnp.arange(3000))
+  found = step_candidates._choose(keys, 2, 3)
+  counts = np.bincount(found, minlength=3)
+  assert counts.sum() == 3000 and np.abs(counts - 1000).max() < 4 * np.sqrt(3000 * 2 / 9)
+  assert 0.28 < np.mean(found == step_candidates._choose(keys, 3, 3)) < 0.39  # independent
+
+
+@pytest.mark.parametrize(
+  ("method", "changes", "message"),
+  [
+    ("spo", {"steps.candidates": 1}, "choose at least 2"),
+    ("spo", {"steps.first": 2}, "one of the 2 steps with noise"),
+    ("spo", {"steps.window": 1}, "must be 0 with steps.candidates"),
+    ("ppo", {"steps.candidates": 2}, "does not compare outputs of a step"),
+    ("spo", {"rounds.scorers": ("shapes.correct",)}, "shapes.correct"),
+  ],
+)
+def test_settings_that_do_not_fit_are_refused(method, changes, message, tiny_pipeline):
+  config = runs.config(method, **changes)
+  config.model.path = str(tiny_pipeline)
+  with pytest.raises(UserError) as error:
+    setup.check(config)
+  assert message in str(error.value)
+
+
+def test_a_common_input_is_two_equal_ones(pipeline, texts, of_three):
+  """Residuals of a pair from one state, whose prediction is made once, and of two states."""
+  flat = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), of_three[2])
+  cond = jax.tree.map(lambda x: np.repeat(x, STEPS - FIRST, axis=0), texts[0])
+  denoise = pipeline.make_denoise(mesh=sharding.make_mesh())
+  fixed = denoise, pipeline.schedule, SCALE, pipeline.params["unet"], texts[1]
+  found = []
+  for inputs in (1, 2):
+    labels = {name: np.stack([flat.labels[name]] * inputs, 1) for name in step_rows.LABELS}
+    latents = np.concatenate([flat.latents[:, :1]] * inputs + [flat.latents[:, 1:]], axis=1)
+    rows = step_rows.make_arms({"latents": latents, "cond": cond, "labels": labels}, "wl")
+    found.append(step_rows.residuals(*fixed, rows, "wl"))
+  for arm in "wl":
+    np.testing.assert_allclose(found[0][arm], found[1][arm], atol=1e-4)
+    noise = np.sqrt(np.square(found[0][arm]).mean((1, 2, 3)))
+    np.testing.assert_allclose(noise, flat.labels["std"], rtol=0.5, atol=1e-3)
