@@ -207,10 +207,11 @@ def test_settings_that_do_not_fit_are_refused(method, changes, message):
   assert message in str(error.value)
 
 
-def test_a_plan_says_what_it_does_not_estimate(monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["draft", "spo"])
+def test_a_plan_says_what_it_does_not_estimate(name, monkeypatch, capsys):
   monkeypatch.chdir(conftest.ROOT)
-  assert estimate.main(["--config=configs/draft.py:tiny", "--topology=v5e:4x4"]) == 2
-  assert "draft cannot be planned: the memory of decoder" in capsys.readouterr().err
+  assert estimate.main([f"--config=configs/{name}.py:tiny", "--topology=v5e:4x4"]) == 2
+  assert f"{name} cannot be planned: the memory of decoder" in capsys.readouterr().err
 
 
 def test_the_loss_of_rewards_needs_its_section():

@@ -89,7 +89,7 @@ def _run(argv: list[str]) -> None:
     raise UserError(
       f"{config.name} cannot be planned: it does not train with a preference loss"
     )
-  if "pathwise" in config:
+  if "pathwise" in config or config.get("steps", {}).get("candidates"):
     raise UserError(
       f"{config.name} cannot be planned: the memory of decoder and scorer is not estimated"
     )
