@@ -117,6 +117,8 @@ def run_page(page: str, *, slow: bool) -> str:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(copy)}
     if not slow:
+      # Readers have no PyTorch, whose import takes seconds.
+      environment["PYTHONPATH"] += f"{os.pathsep}{copy / 'tests' / 'without_torch'}"
       environment.setdefault("XLA_FLAGS", _QUICK)
       # Programs that the tests have compiled with these flags need no compilation here.
       environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))

@@ -1,11 +1,12 @@
 """The papers' experiments, rehearsed: every step, in miniature."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, WITHOUT_TORCH
 
 sys.path.append(str(ROOT / "experiments"))
 import reproduce_dro
@@ -17,6 +18,7 @@ def _run(name, *flags):
   done = subprocess.run(
     [sys.executable, f"experiments/{name}.py", *flags],
     cwd=ROOT,
+    env=os.environ | WITHOUT_TORCH,
     capture_output=True,
     text=True,
     check=False,

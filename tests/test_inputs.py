@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import runs
 from built_sets import built, prepare
-from conftest import ROOT, start_cluster
+from conftest import ROOT, WITHOUT_TORCH, start_cluster
 from families import write_pipeline
 
 from jaxpref import main, sharding
@@ -240,7 +240,7 @@ def test_each_process_reads_its_share(tmp_path):
         stdout=subprocess.PIPE,
         text=True,
         encoding="utf-8",
-        env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)},
+        env=os.environ | WITHOUT_TORCH | {"XLA_FLAGS": ""},
       )
       for k in range(count)
     ]
@@ -288,7 +288,8 @@ def test_killed_in_every_phase_it_ends_with_the_same_files(tiny_pipeline, tmp_pa
     *(f"--path={tmp_path / 'in'}", "--rows-per-shard=40", f"--model={tiny_pipeline}"),
     "--cache=latents,text",
   ]
-  subprocess.run([*command, f"--out={tmp_path / 'whole'}"], check=True, capture_output=True)
+  env, whole = os.environ | WITHOUT_TORCH, f"--out={tmp_path / 'whole'}"
+  subprocess.run([*command, whole], check=True, capture_output=True, env=env)
   out = tmp_path / "out"
   killed = 0
   for phase in (
@@ -299,6 +300,7 @@ def test_killed_in_every_phase_it_ends_with_the_same_files(tiny_pipeline, tmp_pa
   ):
     process = subprocess.Popen(
       [*command, f"--out={out}"],
+      env=env,
       start_new_session=True,
       stdout=subprocess.DEVNULL,
       stderr=subprocess.DEVNULL,
@@ -310,5 +312,5 @@ def test_killed_in_every_phase_it_ends_with_the_same_files(tiny_pipeline, tmp_pa
       os.killpg(process.pid, signal.SIGKILL)
     process.wait()
   assert killed > 1
-  subprocess.run([*command, f"--out={out}"], check=True, capture_output=True)
+  subprocess.run([*command, f"--out={out}"], check=True, capture_output=True, env=env)
   assert _bytes_in(tmp_path / "whole") == _bytes_in(out)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 import scorer_models
-from conftest import ROOT, live, xla_flags
+from conftest import ROOT, WITHOUT_TORCH, live, xla_flags
 from safetensors.numpy import load_file
 from transformers.models.clip import modeling_flax_clip
 
@@ -484,7 +484,7 @@ def test_scores_of_four_devices_are_those_of_one(root, golden):
     "inputs = scorer_models.photographs(), scorer_models.PROMPTS\n"
     "print(json.dumps({k: score(*inputs).tolist() for k, (_, score) in found.items()}))"
   )
-  paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+  paths = os.pathsep.join([WITHOUT_TORCH["PYTHONPATH"], str(ROOT), str(ROOT / "tests")])
   done = subprocess.run(
     [sys.executable, "-c", program],
     env=os.environ | {"PYTHONPATH": paths, "XLA_FLAGS": xla_flags(devices=4)},
