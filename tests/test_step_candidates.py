@@ -1,11 +1,13 @@
 """Candidates of steps: the program's pairs against a loop by hand, and what it refuses."""
 
+import candidates_main
+import conftest
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
-import toy_scorers
+from candidates_main import ETA, FIRST, SCALE, STEPS
 
 from jaxpref import rng, sharding
 from jaxpref.data import encode
@@ -16,11 +18,10 @@ from jaxpref.evaluation import sampling
 from jaxpref.models import load_pipeline
 from jaxpref.models import vae as vae_lib
 from jaxpref.training import policy_sampler, setup, step_candidates, step_rows
-from jaxpref.training.judge import Judge
 
-STEPS, FIRST, ETA, SCALE = 4, 1, 0.8, 3.0
 SEEDS = np.array([3, 2**31], np.uint32)
 CAPTIONS = ["a red circle", "two blue squares"]
+CHOSEN = candidates_main.chosen_of(SEEDS)
 
 
 @pytest.fixture(scope="module")
@@ -36,23 +37,10 @@ def texts(pipeline):
   )
 
 
-CHOSEN = (
-  jnp.full(STEPS, ETA),
-  np.broadcast_to(np.arange(FIRST, STEPS), (2, STEPS - FIRST)),
-  SEEDS,
-)
-
-
 def sample(pipeline, texts, count, gap=0.0):
-  """Samples two images with `count` candidates; the reward is twice the mean of red."""
-  mesh, vae = sharding.make_mesh(), pipeline.modules["vae"]
-  judge = Judge({"red": toy_scorers.REWARDS["red"]("float32")}, (2.0,), vae, 1)
-  program = step_candidates.make_candidate_sampler(
-    *(pipeline.make_denoise(mesh=mesh), pipeline, judge),
-    **{"solver": "ddim", "num_steps": STEPS, "guidance": SCALE},
-    **{"candidates": count, "first": FIRST, "gap": gap},
+  program, placed, tokens = candidates_main.make_program(
+    pipeline, sharding.make_mesh(), CAPTIONS, count, gap
   )
-  placed, tokens = judge.place(pipeline.params["vae"], mesh), judge.tokenize(CAPTIONS)
   return program(pipeline.params["unet"], placed, *texts, tokens, SEEDS, CHOSEN)
 
 
@@ -128,6 +116,19 @@ def test_pairs_by_hand(pipeline, texts, of_three):
         taken = int(step_candidates._choose(key[None], k, 3)[0])
       x = outputs[taken]
     np.testing.assert_allclose(latents[row], x, atol=2e-4)
+
+
+@pytest.mark.long
+def test_eight_devices_sample_what_one_does(tiny_pipeline):
+  """And candidates are judged where they are: no latents are communicated."""
+  program = conftest.ROOT / "tests" / "candidates_main.py"
+  ours = candidates_main.sample(str(tiny_pipeline), data=1, fsdp=1)
+  for data, fsdp in ((8, 1), (2, 4)):
+    found = conftest.on_eight_devices(program, str(tiny_pipeline), str(data), str(fsdp))
+    assert found["devices"] == 8
+    for name in ("latents", "better", "worse"):
+      np.testing.assert_allclose(found[name], ours[name], rtol=1e-3, atol=1e-3, err_msg=name)
+    assert sum(of["MiB"] for of in found["moved"].values()) < 1e-3  # a few numbers
 
 
 def test_a_pair_below_the_gap_has_equal_scores(pipeline, texts, of_three):

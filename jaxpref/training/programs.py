@@ -158,6 +158,7 @@ def _make_sampler(checked: Checked, denoise: denoiser.Denoise) -> Callable:
   return step_candidates.make_candidate_sampler(
     *(denoise, pipeline, checked.judge),
     **options,
+    mesh=checked.mesh,
     candidates=config.steps.candidates,
     first=config.steps.first,
     gap=config.steps.gap,

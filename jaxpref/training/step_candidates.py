@@ -9,8 +9,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from jaxpref import rng
+from jaxpref import rng, sharding
 from jaxpref.diffusion import guidance as guidance_lib
 from jaxpref.diffusion import sampler as sampler_lib
 from jaxpref.diffusion import schedule as schedule_lib
@@ -31,6 +33,7 @@ def make_candidate_sampler(
   pipeline: Pipeline,
   judge: Judge,
   *,
+  mesh: Mesh,
   solver: str,
   num_steps: int,
   guidance: float,
@@ -44,6 +47,7 @@ def make_candidate_sampler(
     denoise: (params, x_t, t, cond) -> prediction.
     pipeline: the schedule, the VAE's module, and the solver's usual timesteps.
     judge: scores latents.
+    mesh: of the devices, each of which judges the candidates of its own images.
     solver: a stochastic one of order 1, see `step_rows.SOLVERS`.
     num_steps: N, number of solver steps.
     guidance: classifier-free guidance scale; at most 1: no guidance.
@@ -60,6 +64,11 @@ def make_candidate_sampler(
     `worse`, their scores.
   """
   shape, schedule = pipeline.latent_shape, pipeline.schedule
+  rows = P(sharding.BATCH_AXES)
+  # Without it, every device would decode all images, one by one.
+  score_own = jax.shard_map(
+    judge.score, mesh=mesh, in_specs=(P(), rows, rows), out_specs=rows, check_vma=False
+  )
 
   @jax.jit
   def sample(params, judge_params, cond, uncond, tokens, seeds, chosen):
@@ -83,7 +92,7 @@ def make_candidate_sampler(
     def score(x0):
       """Returns the scores [B, K] of clean latents [B, K, C, h, w]."""
       words = jax.tree.map(lambda x: jnp.repeat(x, candidates, axis=0), tokens)
-      scores = judge.score(judge_params, x0.reshape(-1, *shape), words)
+      scores = score_own(judge_params, x0.reshape(-1, *shape), words)
       return judge.total(scores).reshape(x0.shape[:2])
 
     def plain(x_t, k):
@@ -143,8 +152,8 @@ def _choose(keys: jax.Array, k: jax.Array, count: int) -> jax.Array:
 
 
 def _at(x: jax.Array, index: jax.Array) -> jax.Array:
-  """Returns x[b, index[b]] for each b."""
-  return x[jnp.arange(len(index)), index]
+  """Returns x[b, index[b]] for each b, without communication between devices."""
+  return jax.vmap(lambda one, i: one[i])(x, index)
 
 
 def _ends(outputs: jax.Array, scores: jax.Array) -> tuple[jax.Array, ...]:
@@ -163,8 +172,7 @@ def _take(
   gap: float,
 ) -> step_rows.Steps:
   """Takes the steps with numbers `picks`, [B, S], out of those from `first` on."""
-  of = lambda x: x[picks - first, jnp.arange(picks.shape[0])[:, None]]  # noqa: E731
-  x_t, best, worst, better, worse = map(of, seen)
+  x_t, best, worst, better, worse = (_at(x.swapaxes(0, 1), picks - first) for x in seen)
   # softmax of two scores: the difference of its entries is tanh of half their difference.
   decided = jnp.tanh((better - worse) / 2) > gap
   labels = step_rows.labels_at(grid, table, schedule, picks)

@@ -1,0 +1,72 @@
+"""Samples with candidates on a mesh, for test_step_candidates.py.
+
+python candidates_main.py PIPELINE DATA FSDP
+
+Prints JSON, see `sample`.
+"""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import toy_scorers
+
+from jaxpref import sharding
+from jaxpref.data import encode
+from jaxpref.models import load_pipeline
+from jaxpref.plan import tpu_compiler
+from jaxpref.training import step_candidates
+from jaxpref.training.judge import Judge
+
+STEPS, FIRST, ETA, SCALE = 4, 1, 0.8, 3.0
+
+
+def make_program(pipeline, mesh, captions, count, gap=0.0):
+  """Returns the sampler, the judge's parameters, and what it reads of captions.
+
+  The reward is twice the mean of red.
+  """
+  vae = pipeline.modules["vae"]
+  judge = Judge({"red": toy_scorers.REWARDS["red"]("float32")}, (2.0,), vae, 1)
+  program = step_candidates.make_candidate_sampler(
+    *(pipeline.make_denoise(mesh=mesh), pipeline, judge),
+    **{"mesh": mesh, "solver": "ddim", "num_steps": STEPS, "guidance": SCALE},
+    **{"candidates": count, "first": FIRST, "gap": gap},
+  )
+  return program, judge.place(pipeline.params["vae"], mesh), judge.tokenize(captions)
+
+
+def chosen_of(seeds):
+  """Returns the strength of each step's noise, the steps with candidates, and the starts."""
+  picks = np.broadcast_to(np.arange(FIRST, STEPS), (len(seeds), STEPS - FIRST))
+  return jnp.full(STEPS, ETA), picks, seeds
+
+
+def sample(path, *, data, fsdp):
+  """Samples eight images with three candidates; returns sums of latents and the scores."""
+  pipeline, mesh = load_pipeline(path), sharding.make_mesh(data=data, fsdp=fsdp)
+  captions = [f"{n} {color} circles" for n in ("two", "three") for color in ("red", "blue")] * 2
+  seeds = np.arange(8, dtype=np.uint32)
+  program, placed, tokens = make_program(pipeline, mesh, captions, 3)
+  eta, picks, _ = chosen_of(seeds)
+  cond = encode.encode_prompts(pipeline, mesh, captions)
+  cond, tokens, at, picks = sharding.place_batch((cond, tokens, seeds, picks), mesh)
+  empty = sharding.replicate(encode.encode_no_prompt(pipeline, mesh), mesh)
+  params = sharding.place_params(pipeline.params["unet"], mesh)
+  given = params, placed, cond, empty, tokens, at, (sharding.replicate(eta, mesh), picks, at)
+  compiled = program.lower(*given).compile()
+  latents, _, steps = jax.tree.map(np.asarray, compiled(*given))
+  moved = tpu_compiler.collectives(compiled.as_text())
+  return {
+    "devices": jax.device_count(),
+    "latents": latents.sum(axis=(1, 2, 3)).tolist(),
+    "better": steps.labels["better"].tolist(),
+    "worse": steps.labels["worse"].tolist(),
+    "moved": moved,
+  }
+
+
+if __name__ == "__main__":
+  print(json.dumps(sample(sys.argv[1], data=int(sys.argv[2]), fsdp=int(sys.argv[3]))))
