@@ -17,7 +17,7 @@ from jaxpref import sharding
 from jaxpref.data import encode
 from jaxpref.models import load_pipeline
 from jaxpref.plan import tpu_compiler
-from jaxpref.training import step_candidates
+from jaxpref.training import policy_sampler, step_candidates
 from jaxpref.training.judge import Judge
 
 STEPS, FIRST, ETA, SCALE = 4, 1, 0.8, 3.0
@@ -45,7 +45,12 @@ def chosen_of(seeds):
 
 
 def sample(path, *, data, fsdp):
-  """Samples eight images with three candidates; returns sums of latents and the scores."""
+  """Samples eight images with three candidates.
+
+  Returns:
+    Sums of latents, the scores, and how many MiB are communicated, also by a sampler without
+    candidates.
+  """
   pipeline, mesh = load_pipeline(path), sharding.make_mesh(data=data, fsdp=fsdp)
   captions = [f"{n} {color} circles" for n in ("two", "three") for color in ("red", "blue")] * 2
   seeds = np.arange(8, dtype=np.uint32)
@@ -57,14 +62,19 @@ def sample(path, *, data, fsdp):
   params = sharding.place_params(pipeline.params["unet"], mesh)
   given = params, placed, cond, empty, tokens, at, (sharding.replicate(eta, mesh), picks, at)
   compiled = program.lower(*given).compile()
+  plain = policy_sampler.make_policy_sampler(
+    *(pipeline.make_denoise(mesh=mesh), pipeline),
+    **{"solver": "ddim", "order": 1, "num_steps": STEPS, "guidance": SCALE},
+  )
+  alone = plain.lower(params, placed["vae"], cond, empty, at, given[-1]).compile()
   latents, _, steps = jax.tree.map(np.asarray, compiled(*given))
-  moved = tpu_compiler.collectives(compiled.as_text())
+  moved = [tpu_compiler.collectives(of.as_text()) for of in (compiled, alone)]
   return {
     "devices": jax.device_count(),
     "latents": latents.sum(axis=(1, 2, 3)).tolist(),
     "better": steps.labels["better"].tolist(),
     "worse": steps.labels["worse"].tolist(),
-    "moved": moved,
+    "moved": [sum(of["MiB"] for of in one.values()) for one in moved],
   }
 
 

@@ -128,7 +128,7 @@ def test_eight_devices_sample_what_one_does(tiny_pipeline):
     assert found["devices"] == 8
     for name in ("latents", "better", "worse"):
       np.testing.assert_allclose(found[name], ours[name], rtol=1e-3, atol=1e-3, err_msg=name)
-    assert sum(of["MiB"] for of in found["moved"].values()) < 1e-3  # a few numbers
+    assert max(found["moved"]) < 1e-3  # a few numbers
 
 
 def test_a_pair_below_the_gap_has_equal_scores(pipeline, texts, of_three):

@@ -152,7 +152,7 @@ def tiny(pipeline, **fields):
 def test_windows_move(tiny_pipeline):
   config, pipeline = tiny(tiny_pipeline, rollout__num_steps=8, steps__window=3, steps__hold=2)
   plan = step_rows.plan_steps(config, pipeline)
-  assert plan == (8, 7, 3, 3)  # the last step ends at a clean image
+  assert plan == (8, 7, 3, 3, 0)  # the last step ends at a clean image
   starts = [step_rows.etas(config, plan, number)[1] for number in range(12)]
   assert starts == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 0, 0]
   eta, _ = step_rows.etas(config, plan, 4)

@@ -104,7 +104,10 @@ def make_candidate_sampler(
       outputs = _draw(grid, table, keys, k, x_t, x0, candidates)
       found = predict(outputs.reshape(-1, *shape), k + 1).reshape(outputs.shape)
       taken = _choose(keys, k, candidates)
-      return (_at(outputs, taken), _at(found, taken)), (x_t, *_ends(outputs, score(found)))
+      return (step_rows.pick_own(outputs, taken), step_rows.pick_own(found, taken)), (
+        x_t,
+        *_ends(outputs, score(found)),
+      )
 
     x_t = sampler_lib.initial_noise(begins, shape)
     x_t, _ = jax.lax.scan(plain, x_t, jnp.arange(first))
@@ -114,7 +117,7 @@ def make_candidate_sampler(
     # The last step's outputs are the images themselves.
     outputs = _draw(grid, table, keys, last, x_t, x0, candidates)
     ends = x_t, *_ends(outputs, score(outputs))
-    latents = _at(outputs, _choose(keys, last, candidates))
+    latents = step_rows.pick_own(outputs, _choose(keys, last, candidates))
     seen = jax.tree.map(lambda of, end: jnp.concatenate([of, end[None]]), seen, ends)
     steps = _take(seen, grid, table, schedule, picks, first, gap)
     return latents, vae_lib.decode(pipeline.modules["vae"], judge_params["vae"], latents), steps
@@ -151,15 +154,15 @@ def _choose(keys: jax.Array, k: jax.Array, count: int) -> jax.Array:
   return jax.vmap(one)(keys)
 
 
-def _at(x: jax.Array, index: jax.Array) -> jax.Array:
-  """Returns x[b, index[b]] for each b, without communication between devices."""
-  return jax.vmap(lambda one, i: one[i])(x, index)
-
-
 def _ends(outputs: jax.Array, scores: jax.Array) -> tuple[jax.Array, ...]:
   """Returns the best and the worst of outputs [B, K, ...], and their scores."""
   best, worst = scores.argmax(axis=1), scores.argmin(axis=1)
-  return _at(outputs, best), _at(outputs, worst), _at(scores, best), _at(scores, worst)
+  return (
+    step_rows.pick_own(outputs, best),
+    step_rows.pick_own(outputs, worst),
+    step_rows.pick_own(scores, best),
+    step_rows.pick_own(scores, worst),
+  )
 
 
 def _take(
@@ -172,7 +175,9 @@ def _take(
   gap: float,
 ) -> step_rows.Steps:
   """Takes the steps with numbers `picks`, [B, S], out of those from `first` on."""
-  x_t, best, worst, better, worse = (_at(x.swapaxes(0, 1), picks - first) for x in seen)
+  x_t, best, worst, better, worse = (
+    step_rows.pick_own(x.swapaxes(0, 1), picks - first) for x in seen
+  )
   # softmax of two scores: the difference of its entries is tanh of half their difference.
   decided = jnp.tanh((better - worse) / 2) > gap
   labels = step_rows.labels_at(grid, table, schedule, picks)

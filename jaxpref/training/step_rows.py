@@ -227,9 +227,13 @@ def take(
     picks: numbers of the steps, int [B, S].
   """
   after = jnp.concatenate([states[1:], x0[None]])
-  rows = jnp.arange(picks.shape[0])[:, None]
-  latents = jnp.stack([states[picks, rows], after[picks, rows]], axis=2)
-  return Steps(latents, labels_at(grid, table, schedule, picks))
+  latents = [pick_own(x.swapaxes(0, 1), picks) for x in (states, after)]
+  return Steps(jnp.stack(latents, axis=2), labels_at(grid, table, schedule, picks))
+
+
+def pick_own(x: jax.Array, index: jax.Array) -> jax.Array:
+  """Returns x[b, index[b]] for each b, without communication between devices."""
+  return jax.vmap(lambda one, i: one[i])(x, index)
 
 
 def labels_at(
