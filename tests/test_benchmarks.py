@@ -409,8 +409,8 @@ def test_a_setting_is_chosen_from_the_records_of_a_grid(tmp_path, monkeypatch):
   record = {
     "arguments": [
       "--config=configs/spin.py:shapes",
-      "--config.train.batch_size=32",
-      "--config.train.num_updates=100",
+      "--config.train.batch_size=16",
+      "--config.train.num_updates=80",
       "--config.iterate.num_iterations=3",
     ],
     "base": runs.base,
