@@ -15,13 +15,13 @@ from typing import Any
 import campaign
 import jax
 
+from jaxpref import base_config, sharding
 from jaxpref import config as config_lib
-from jaxpref import sharding
 from jaxpref.data import rows as rows_lib
 from jaxpref.models import pipeline as pipeline_lib
 from jaxpref.models import vae as vae_lib
 from jaxpref.runtime import workdir as workdir_lib
-from jaxpref.training import flops, setup, step_rows
+from jaxpref.training import flops, setup
 
 SUSTAINED = 1e14  # FLOP/s, for hours
 CONFIGS = (
@@ -67,7 +67,7 @@ def cost_of(name: str) -> dict[str, Any]:
   if rounds := config.get("rounds"):
     images = rounds.num_prompts * rounds.images_per_prompt / rounds.updates
     judged = 0
-    if step_rows.have_candidates(config):
+    if base_config.have_candidates(config):
       judged = config.steps.candidates * (config.rollout.num_steps - config.steps.first)
     cost["decode"] = images * (1 + judged) * of_decoder(checked.pipeline)
   elif "pathwise" not in config:

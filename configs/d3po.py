@@ -51,8 +51,5 @@ def get_config(preset: str = "shapes") -> ConfigDict:
     c.lora.rank, c.lora.alpha = 4, 4.0
     c.optim.lr = 3e-5
   if preset in base_config.FLOWS:
-    c.rollout.solver = "flow_sde"
-    c.rollout.num_steps = 10
-    c.rollout.guidance = c.evaluate.guidance
-    c.steps.eta = 0.7
+    base_config.sample_as_flow_grpo(c)
   return c

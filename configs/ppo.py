@@ -113,10 +113,7 @@ def _set_dpok(c: ConfigDict) -> None:
 
 def _set_flow_grpo(c: ConfigDict) -> None:
   _set_round(c, prompts=48, images=24, updates=2, trained=9, at_once=16)
-  c.rollout.solver = "flow_sde"
-  c.rollout.num_steps = 10
-  c.rollout.guidance = c.evaluate.guidance
-  c.steps.eta = 0.7
+  base_config.sample_as_flow_grpo(c)
   c.rounds.scale = "global"
   c.loss.tie = "scaled"
   c.loss.weight_reference = 0.01

@@ -38,9 +38,6 @@ def get_config(preset: str = "shapes") -> ConfigDict:
     c.rollout.guidance = 5.0
     c.train.batch_size, c.train.accumulate = 64, 16
   if preset in base_config.FLOWS:
-    c.rollout.solver = "flow_sde"
-    c.rollout.num_steps = 10
-    c.rollout.guidance = c.evaluate.guidance
-    c.steps.eta = 0.7
+    base_config.sample_as_flow_grpo(c)
     c.loss.beta = 20_000.0
   return c

@@ -53,10 +53,10 @@ def get_config(preset: str = "shapes") -> ConfigDict:
     c.rollout.num_steps = 20
     c.rollout.guidance = 5.0
     c.rollout.batch_size = 10
-    c.steps.first, c.steps.gap = 4, 0.3
+    c.steps.first, c.steps.gap = 2 if preset in base_config.FLOWS else 4, 0.3
     c.lora.rank, c.lora.alpha = 4, 4.0
     c.optim.lr = 6e-5
-    c.rounds.updates = 16  # of 40 x 16 pairs
+    c.rounds.updates = 7 if preset in base_config.FLOWS else 16  # as many steps of 40 images
     c.train.batch_size, c.train.accumulate = 40, 4
     c.train.num_updates = 1000 * c.rounds.updates
     c.train.updates_per_iteration = 20 * c.rounds.updates
@@ -65,12 +65,5 @@ def get_config(preset: str = "shapes") -> ConfigDict:
     c.lora.rank, c.lora.alpha = 64, 64.0
     c.optim.lr = 1e-5
   if preset in base_config.FLOWS:
-    c.rollout.solver = "flow_sde"
-    c.rollout.num_steps = 10
-    c.rollout.guidance = c.evaluate.guidance
-    c.steps.eta = 0.7
-    c.steps.first = 2
-    c.rounds.updates = 7  # of 40 x 7 pairs
-    c.train.num_updates = 1000 * c.rounds.updates
-    c.train.updates_per_iteration = 20 * c.rounds.updates
+    base_config.sample_as_flow_grpo(c)
   return c

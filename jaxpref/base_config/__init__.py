@@ -20,6 +20,8 @@ FLOWS = presets.FLOWS
 NO_FLOWS = presets.NO_FLOWS
 LORA_FLOWS = presets.LORA_FLOWS
 rounds, steps = online_sections.rounds, online_sections.steps
+sample_as_flow_grpo = online_sections.sample_as_flow_grpo
+have_candidates = online_sections.have_candidates
 pathwise, align_by_lora = online_sections.pathwise, online_sections.align_by_lora
 
 # Choices of fields; the modules that implement them import them from here.

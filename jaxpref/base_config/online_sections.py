@@ -73,6 +73,19 @@ def steps(c: ConfigDict) -> None:
   c.steps.common_start = False  # sample all images of a prompt from the same noise
 
 
+def sample_as_flow_grpo(c: ConfigDict) -> None:
+  """Sets the stochastic sampler of Flow-GRPO, for flow-matching models."""
+  c.rollout.solver = "flow_sde"
+  c.rollout.num_steps = 10
+  c.rollout.guidance = c.evaluate.guidance
+  c.steps.eta = 0.7
+
+
+def have_candidates(c: ConfigDict) -> bool:
+  """Tells whether a run's steps have candidates, which scorers compare."""
+  return "steps" in c and c.steps.candidates > 0
+
+
 def pathwise(c: ConfigDict) -> None:
   """Adds the section for training through the sampler and a differentiable scorer.
 

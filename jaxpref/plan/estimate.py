@@ -19,6 +19,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from jaxpref import base_config
 from jaxpref import config as config_lib
 from jaxpref.base_config import REMAT
 from jaxpref.errors import UserError
@@ -89,7 +90,7 @@ def _run(argv: list[str]) -> None:
     raise UserError(
       f"{config.name} cannot be planned: it does not train with a preference loss"
     )
-  if "pathwise" in config or config.get("steps", {}).get("candidates"):
+  if "pathwise" in config or base_config.have_candidates(config):
     raise UserError(
       f"{config.name} cannot be planned: the memory of decoder and scorer is not estimated"
     )

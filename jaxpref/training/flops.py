@@ -14,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from scipy import stats
 
+from jaxpref import base_config
 from jaxpref.models.pipeline import Pipeline, abstract_params
 from jaxpref.training import pathwise_step, step_rows
 from jaxpref.training import rollout as rollout_lib
@@ -74,7 +75,7 @@ def of_update(checked: Checked, forward: float) -> dict[str, float]:
     return _of_pathwise(checked, forward)
   config, needs = checked.config, checked.loss.needs
   rows, states = config.train.batch_size, config.rollout.states if needs.rollout else 1
-  arms = 1 if step_rows.have_candidates(config) else len(checked.arms)  # from one state
+  arms = 1 if base_config.have_candidates(config) else len(checked.arms)  # from one state
   trained = arms - has_own_targets(checked)
   passes = 2 if config.lora.rank else 3
   scale_of = checked.pipeline.classifier_free_scale
@@ -107,7 +108,7 @@ def of_update(checked: Checked, forward: float) -> dict[str, float]:
 def _evaluations(config: ConfigDict) -> int:
   """Counts the predictions for a round's image."""
   steps = config.rollout.num_steps
-  if not step_rows.have_candidates(config):
+  if not base_config.have_candidates(config):
     return int(steps)
   first = config.steps.first
   # A candidate's prediction judges it, and serves its own step if it is chosen.

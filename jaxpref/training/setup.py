@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxpref import losses, rng, sharding
+from jaxpref import base_config, losses, rng, sharding
 from jaxpref.data import built_rows, prompt_files, sources
 from jaxpref.data import rows as rows_lib
 from jaxpref.data.bad_rows import Tally
@@ -240,7 +240,7 @@ def check(config: ConfigDict, *, mesh: Any = None) -> Checked:
     judge = load_judge(
       config.pathwise, vae, at_once=config.pathwise.at_once, dtype=config.model.dtype
     )
-  elif step_rows.have_candidates(config):
+  elif base_config.have_candidates(config):
     judge = load_judge(config.rounds, vae, at_once=1, dtype=config.model.dtype)
   reference = reference_of(loss, config)
   return Checked(config, mesh, loss, arms, pipeline, start, reference, judge)

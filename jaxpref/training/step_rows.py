@@ -87,8 +87,8 @@ def plan_steps(config: ConfigDict, pipeline: Pipeline) -> Plan:
   table = sampler_lib.coefficients(grid, solver=rollout.solver, eta=1.0)
   noisy = int(np.sum(np.asarray(table.noise) > 0))
   if steps.candidates:
-    first = _first_candidates(config, noisy)
-    return Plan(rollout.num_steps, noisy, noisy, noisy - first, skipped=first)
+    _check_candidates(config, noisy)
+    return Plan(rollout.num_steps, noisy, noisy, noisy - steps.first, skipped=steps.first)
   window = steps.window or noisy
   trained = steps.trained or window
   if not trained <= window <= noisy:
@@ -99,11 +99,15 @@ def plan_steps(config: ConfigDict, pipeline: Pipeline) -> Plan:
   return Plan(rollout.num_steps, noisy, window, trained)
 
 
-def _first_candidates(config: ConfigDict, noisy: int) -> int:
-  """Returns the first step with candidates.
+def _check_candidates(config: ConfigDict, noisy: int) -> None:
+  """Refuses settings of the section `steps` that do not fit candidates.
+
+  Args:
+    config: of the run.
+    noisy: number of the steps with noise.
 
   Raises:
-    UserError: settings of the section `steps` do not fit candidates.
+    UserError: there is nothing to compare, or other settings choose steps, too.
   """
   steps = config.steps
   if steps.candidates < 2 or steps.first >= noisy:
@@ -116,7 +120,6 @@ def _first_candidates(config: ConfigDict, noisy: int) -> int:
       "steps.window and steps.trained must be 0 with steps.candidates: all steps from "
       "steps.first on have candidates, and are trained"
     )
-  return int(steps.first)
 
 
 def check(config: ConfigDict, pipeline: Pipeline, kind: str) -> Plan:
@@ -320,11 +323,6 @@ def abstract_labels(
   found = dict.fromkeys(LABELS, jax.ShapeDtypeStruct(shape, jnp.float32))
   level = jax.ShapeDtypeStruct(shape, schedule_lib.level_dtype(schedule))
   return found | {"t": level}
-
-
-def have_candidates(config: ConfigDict) -> bool:
-  """Tells whether steps have candidates that scorers compare, see `step_candidates`."""
-  return "steps" in config and config.steps.candidates > 0
 
 
 def training_guidance(config: ConfigDict) -> float:
