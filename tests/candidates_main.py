@@ -60,13 +60,13 @@ def sample(path, *, data, fsdp):
   cond, tokens, at, picks = sharding.place_batch((cond, tokens, seeds, picks), mesh)
   empty = sharding.replicate(encode.encode_no_prompt(pipeline, mesh), mesh)
   params = sharding.place_params(pipeline.params["unet"], mesh)
-  given = params, placed, cond, empty, tokens, at, (sharding.replicate(eta, mesh), picks, at)
+  given = params, placed, cond, empty, at, (sharding.replicate(eta, mesh), picks, at), tokens
   compiled = program.lower(*given).compile()
   plain = policy_sampler.make_policy_sampler(
     *(pipeline.make_denoise(mesh=mesh), pipeline),
     **{"solver": "ddim", "order": 1, "num_steps": STEPS, "guidance": SCALE},
   )
-  alone = plain.lower(params, placed["vae"], cond, empty, at, given[-1]).compile()
+  alone = plain.lower(params, placed["vae"], cond, empty, at, given[-2]).compile()
   latents, _, steps = jax.tree.map(np.asarray, compiled(*given))
   moved = [tpu_compiler.collectives(of.as_text()) for of in (compiled, alone)]
   return {

@@ -41,7 +41,7 @@ def sample(pipeline, texts, count, gap=0.0):
   program, placed, tokens = candidates_main.make_program(
     pipeline, sharding.make_mesh(), CAPTIONS, count, gap
   )
-  return program(pipeline.params["unet"], placed, *texts, tokens, SEEDS, CHOSEN)
+  return program(pipeline.params["unet"], placed, *texts, SEEDS, CHOSEN, tokens)
 
 
 @pytest.fixture(scope="module")

@@ -52,12 +52,12 @@ class Rounds:
     self._plan: step_rows.Plan | None = None
     if "steps" in prepared.config:
       self._plan = step_rows.plan_steps(prepared.config, pipeline)
-    self._judge = self._tokens = None
+    self._tokens = None
     if judge := prepared.judge:  # of candidates
-      self._judge = judge.place(pipeline.params["vae"], mesh)
+      self._decoder = judge.place(pipeline.params["vae"], mesh)
       self._tokens = judge.tokenize(self._captions)
     else:
-      self._vae = sharding.place_params(pipeline.params["vae"], mesh)
+      self._decoder = sharding.place_params(pipeline.params["vae"], mesh)
     self._state: dict[str, Any] = {"round": 0, "cursor": 0, "windows": {}}
     self._left: list[tuple[BatchRows, np.ndarray]] = []
     self.metrics: dict[str, float] = {}
@@ -153,7 +153,7 @@ class Rounds:
     size = config.train.batch_size
     # The steps of an image stay together, so that an update sees whole trajectories; pairs of
     # candidates are judged one by one.
-    together = self._plan and kind != "paths" and not self._judge
+    together = self._plan and kind != "paths" and not self._prepared.judge
     whole = self._plan.trained if self._plan and together else 1
     trained = size * settings.updates // whole
     order = shuffle(len(texts) // whole, trained, [config.seed, number, _ORDER])
@@ -186,8 +186,8 @@ class Rounds:
       number = self._state["round"]
       eta, first = step_rows.etas(config, plan, number)
       eta = sharding.replicate(eta, mesh)
-      of_images = self._prepared.loss.needs.rows == "step_pairs" and not self._judge
-      sides = 2 if of_images else 1  # with equal steps
+      kind, judge = self._prepared.loss.needs.rows, self._prepared.judge
+      sides = 2 if kind == "step_pairs" and not judge else 1  # images with equal steps
       picks = step_rows.pick(plan, first, len(seed) // sides, [config.seed, number])
       picks = picks.repeat(sides, axis=0)
       starts = step_rows.start_seeds(config, seed)
@@ -197,10 +197,10 @@ class Rounds:
       host = (cond, tokens, seed, picks, starts)
       texts, words, seeds, taken, begins = sharding.place_batch(host, mesh, index)
       chosen = (eta, taken, begins) if self._plan else None
-      if self._judge:
-        sampled = program.sample(params, self._judge, texts, self._guide, words, seeds, chosen)
-      else:
-        sampled = program.sample(params, self._vae, texts, self._guide, seeds, chosen)
+      sampled = program.sample(
+        *(params, self._decoder, texts, self._guide, seeds, chosen),
+        *([words] if self._prepared.judge else []),
+      )
       real = min(size, len(seed) - start)  # the last batch is padded
       found.append(jax.tree.map(lambda x, n=real: x[:n], sharding.to_host(sampled)))
       watchdog.beat()

@@ -57,7 +57,7 @@ def make_candidate_sampler(
       their two scores. Pairs with a smaller one get equal scores.
 
   Returns:
-    `sample(params, judge_params, cond, uncond, tokens, seeds, chosen) -> (latents
+    `sample(params, judge_params, cond, uncond, seeds, chosen, tokens) -> (latents
     [B, C, h, w], Decoded, Steps)`. `judge_params` and `tokens` are those of the judge, and the
     other arguments those of `policy_sampler.make_policy_sampler`. Steps have an input and two
     outputs, the best and the worst, [B, S, 3, C, h, w], and the further labels `better` and
@@ -71,7 +71,7 @@ def make_candidate_sampler(
   )
 
   @jax.jit
-  def sample(params, judge_params, cond, uncond, tokens, seeds, chosen):
+  def sample(params, judge_params, cond, uncond, seeds, chosen, tokens):
     eta, picks, starts = chosen
     keys, begins = (
       jax.vmap(lambda s: rng.key_of(0, "generate", s))(of) for of in (seeds, starts)
@@ -79,40 +79,44 @@ def make_candidate_sampler(
     grid = sampling.grid_of(pipeline, shape, num_steps, solver, len(seeds))
     table = sampler_lib.coefficients(grid, solver=solver, eta=eta)
 
-    def predict(x_t, k):
-      """Returns predictions of R / B latents for each sample, x_t [R, C, h, w]."""
-      many = lambda x: jnp.repeat(x, len(x_t) // len(seeds), axis=0)  # noqa: E731
+    def predictor(count):
+      """Makes (x_t [B * count, C, h, w], k) -> clean latents, `count` for each sample."""
+      many = lambda x: jnp.repeat(x, count, axis=0)  # noqa: E731
       guided = guidance_lib.classifier_free(
         lambda x, t, c: denoise(params, x, t, c), jax.tree.map(many, cond), uncond, guidance
       )
-      prediction = guided(x_t, schedule_lib.timestep_input(schedule, many(grid.timesteps[k])))
-      log_snr = many(grid.log_snr[k])
-      return schedule_lib.split_at(schedule.prediction_type, prediction, x_t, log_snr)[0]
+
+      def predict(x_t, k):
+        t = schedule_lib.timestep_input(schedule, many(grid.timesteps[k]))
+        of = schedule.prediction_type, guided(x_t, t), x_t, many(grid.log_snr[k])
+        return schedule_lib.split_at(*of)[0]
+
+      return predict
+
+    predict_one, predict_each = predictor(1), predictor(candidates)
+    words = jax.tree.map(lambda x: jnp.repeat(x, candidates, axis=0), tokens)
 
     def score(x0):
       """Returns the scores [B, K] of clean latents [B, K, C, h, w]."""
-      words = jax.tree.map(lambda x: jnp.repeat(x, candidates, axis=0), tokens)
       scores = score_own(judge_params, x0.reshape(-1, *shape), words)
       return judge.total(scores).reshape(x0.shape[:2])
 
     def plain(x_t, k):
-      outputs = _draw(grid, table, keys, k, x_t, predict(x_t, k), 1)
+      outputs = _draw(grid, table, keys, k, x_t, predict_one(x_t, k), 1)
       return outputs[:, 0], None
 
     def branched(carry, k):
       x_t, x0 = carry
       outputs = _draw(grid, table, keys, k, x_t, x0, candidates)
-      found = predict(outputs.reshape(-1, *shape), k + 1).reshape(outputs.shape)
+      found = predict_each(outputs.reshape(-1, *shape), k + 1).reshape(outputs.shape)
       taken = _choose(keys, k, candidates)
-      return (step_rows.pick_own(outputs, taken), step_rows.pick_own(found, taken)), (
-        x_t,
-        *_ends(outputs, score(found)),
-      )
+      after = step_rows.pick_own(outputs, taken), step_rows.pick_own(found, taken)
+      return after, (x_t, *_ends(outputs, score(found)))
 
     x_t = sampler_lib.initial_noise(begins, shape)
     x_t, _ = jax.lax.scan(plain, x_t, jnp.arange(first))
     last = num_steps - 1
-    carry = x_t, predict(x_t, first)
+    carry = x_t, predict_one(x_t, first)
     (x_t, x0), seen = jax.lax.scan(branched, carry, jnp.arange(first, last))
     # The last step's outputs are the images themselves.
     outputs = _draw(grid, table, keys, last, x_t, x0, candidates)
