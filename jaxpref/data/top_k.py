@@ -1,6 +1,7 @@
 """Selection of experts: the images of a preference data set with the best scores."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -137,9 +138,11 @@ class _Image:
 def _images(
   source: Sequence[Mapping[str, Any]], tally: Tally | None = None
 ) -> Iterator[_Image]:
+  row_of = functools.lru_cache(maxsize=1)(source.__getitem__)  # both images are of one row
+
   def read(i: int) -> _Image:
     row, k = divmod(i, 2)
-    values = source[row]
+    values = row_of(row)
     if lacking := [c for c in _SCORED if c not in values]:
       raise UserError(f"experts are chosen by score, but the data lacks {', '.join(lacking)}")
     return _Image(
