@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import gc
 import logging
 import os
 import re
@@ -107,6 +108,8 @@ FLAGS = {"workdir": "directory of the run; default: runs/<name>-<preset>"}
 def run(main: Callable[[list[str]], int]) -> NoReturn:
   """Runs a program's `main` on the command line's arguments and exits with its status."""
   output.secure_output()
+  # Tracing makes many long-lived objects, which frequent collections would visit each time.
+  gc.set_threshold(50_000, 20, 20)
   try:
     sys.exit(main(sys.argv[1:]))
   except BaseException as error:
