@@ -1,6 +1,7 @@
 """Runs of the tiny preset and others: their arguments, final parameters and metrics."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -71,17 +72,37 @@ def check_glossary(logged):
 
 
 def check_resumed(pipeline, root, method, *, updates, **fields):
-  """Checks that a run in two parts ends with the bits of one that is not interrupted.
+  """Checks that a run goes on from an earlier checkpoint to the bits of the whole run.
 
-  Returns the workdirs of the whole run and of the run in parts, below `root`.
+  Of the two numbers of updates, the first is that checkpoint's and the last the whole run's.
+  Returns the workdirs of the whole run and of the one that goes on, below `root`.
   """
   whole, parts = root / "whole", root / "parts"
   first, last = updates
-  for workdir, end in ((whole, last), (parts, first), (parts, last)):
-    given = {**fields, "train.num_updates": end}
-    assert main.main(arguments(pipeline, workdir, method, **given)) == 0
+  given = {**fields, "train.num_updates": last}
+  assert main.main(arguments(pipeline, whole, method, **given)) == 0
+  shutil.copytree(whole, parts)
+  _return_to(parts, first)
+  assert main.main(arguments(pipeline, parts, method, **given)) == 0
   ours, theirs = (parameters(at)[1] for at in (parts, whole))
   for path, array in theirs.items():
     np.testing.assert_array_equal(ours[path], array, err_msg=path)
   check_glossary(lines(whole))
   return whole, parts
+
+
+def _return_to(workdir, step):
+  """Removes what a run wrote after a checkpoint, but for lines that it must cut itself."""
+
+  def written(path):
+    return max(file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file())
+
+  saved = written(workdir / "checkpoints" / str(step))
+  for path in (workdir / "checkpoints").iterdir():
+    if path.is_dir() and written(path) > saved:
+      shutil.rmtree(path)
+  assert max(checkpoint_files.steps(workdir / "checkpoints")) == step
+  for file in workdir.rglob("*"):
+    late = file.is_file() and file.stat().st_mtime_ns > saved
+    if late and file.name != "metrics.jsonl":
+      file.unlink()

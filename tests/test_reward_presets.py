@@ -22,7 +22,6 @@ def _write(preset, directory):
 # of `spo` two steps with candidates.
 CASES = [
   ("d3po", "sd15", {"train.batch_size": 2, "rounds.updates": 2, "train.num_updates": 2}),
-  ("dgpo", "sdxl", {"train.batch_size": 2}),
   (
     "spo",
     "sdxl",
