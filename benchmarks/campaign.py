@@ -38,8 +38,6 @@ TEST_PROMPTS, TEST_SEED = 150, 3000  # as in the configurations' evaluation
 VALIDATION_PROMPTS, VALIDATION_SEED = 75, 2000  # for the choice of settings
 SCORERS = ("shapes.correct", "shapes.quality")  # their sum chooses settings
 BASE = "base"  # name of the base's model and record
-# Cuts a run's own evaluation short: `scoring` generates what counts, and the base's once.
-_UNJUDGED = ("--config.evaluate.num_prompts=1", "--config.evaluate.images_per_prompt=1")
 _END = "<!-- until here. -->"
 
 
@@ -81,7 +79,11 @@ def make_parser(description: str, name: str) -> argparse.ArgumentParser:
   return parser
 
 
-def open_campaign(options: argparse.Namespace, arguments: Sequence[str]) -> Campaign:
+def open_campaign(
+  options: argparse.Namespace,
+  arguments: Sequence[str],
+  judges: Sequence[str] = scoring.JUDGES,
+) -> Campaign:
   """Opens a campaign whose runs have the base and the evaluation of these arguments."""
   config, _ = config_lib.parse_args(list(arguments), flags={})
   records = options.runs / "records"
@@ -95,23 +97,27 @@ def open_campaign(options: argparse.Namespace, arguments: Sequence[str]) -> Camp
     base=pipeline.load_pipeline(config.model.path).digest,
     report_only=options.report,
     scorers={name: version for name, (version, _) in load_scorers(SCORERS).items()},
-    judged=scoring.settings_of(config.evaluate),
+    judged=scoring.settings_of(config.evaluate, judges),
   )
 
 
-def run(workdir: Path, arguments: Sequence[str]) -> bool:
+def run(workdir: Path, arguments: Sequence[str], prompts: int = 1) -> bool:
   """Makes a run, or resumes an interrupted one.
 
   Args:
     workdir: the run's workdir.
     arguments: of `jaxpref.main`, without the workdir.
+    prompts: number of prompts of the run's own evaluation, at which alarms look. It is short,
+      because `scoring` generates what counts, and the base's images once.
 
   Returns:
     Whether the run is finished; if not, it has diverged, for example because of a high learning
     rate. Any other failure, which the run reports on the terminal, ends the program.
   """
   print(f"\n== {workdir}: {' '.join(arguments)}", flush=True)
-  status = main.main([f"--workdir={workdir}", *arguments, *_UNJUDGED])
+  own = {"num_prompts": prompts, "images_per_prompt": 1}
+  short = [f"--config.evaluate.{field}={value}" for field, value in own.items()]
+  status = main.main([f"--workdir={workdir}", *arguments, *short])
   jax.clear_caches()  # the next run has other programs
   if status not in (0, DivergedError.status):
     sys.exit(status)
@@ -149,6 +155,7 @@ def record_run(
   measure: Callable[[Path, pd.DataFrame], dict[str, Any]] = lambda workdir, images: {},
   *,
   improves: str = "",
+  prompts: int = 1,
 ) -> dict | None:
   """Returns the record of a run; makes the run if the record is missing.
 
@@ -158,6 +165,7 @@ def record_run(
     arguments: of `jaxpref.main`, without the workdir.
     measure: (workdir, images) -> further entries, for a run that has just finished.
     improves: "base" if the run trains an improver, which is shown the base's images.
+    prompts: see `run`.
 
   Returns:
     'arguments', 'base', 'scorers' (versions by name), 'judged' (see `scoring.settings_of`),
@@ -170,7 +178,7 @@ def record_run(
     return found
   workdir = campaign.runs / name
   began = time.perf_counter()
-  if not run(workdir, arguments):
+  if not run(workdir, arguments, prompts):
     sys.exit(1)
   minutes = (time.perf_counter() - began) / 60
   lines = (

@@ -76,7 +76,7 @@ SIX_RATES = (1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3)
 def main(argv: list[str]) -> None:
   """Tunes, makes missing runs, then compares."""
   options = _parser().parse_args(argv)
-  runs = campaign.open_campaign(options, _arguments(options.methods[0], options))
+  runs = campaign.open_campaign(options, arguments_of(options.methods[0], options))
   keep = functools.partial(_keep_pictures, runs)
   base = campaign.record_base(runs, lambda images: keep(campaign.BASE, images))
   settings, records = {}, {}
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> None:
       records[name, seed] = campaign.record_run(
         runs,
         f"{name}-{seed}",
-        _arguments(name, options, f"seed={seed}", *settings[name]),
+        arguments_of(name, options, f"seed={seed}", *settings[name]),
         lambda workdir, images, of=f"{name}-{seed}": keep(of, images),
       )
   lacking = {n: [s for s in options.seeds if not records.get((n, s))] for n in options.methods}
@@ -114,7 +114,8 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
-def _arguments(name: str, options: argparse.Namespace, *fields: str) -> list[str]:
+def arguments_of(name: str, options: argparse.Namespace, *fields: str) -> list[str]:
+  """Returns the arguments of a method's runs: `options` has updates, preset and set."""
   method = METHODS[name]
   rows = f"train.batch_size={IMAGES // method.images}"
   if options.updates % method.iterations:
@@ -147,7 +148,7 @@ def choose(
   name: str, runs: campaign.Campaign, options: argparse.Namespace
 ) -> tuple[str, ...] | None:
   """Returns the best of a method's grid; None if runs are missing and none may be made."""
-  return campaign.choose(runs, name, _arguments(name, options), grid_of(name))
+  return campaign.choose(runs, name, arguments_of(name, options), grid_of(name))
 
 
 def _keep_pictures(runs: campaign.Campaign, name: str, images: pd.DataFrame) -> dict:

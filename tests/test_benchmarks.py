@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -405,7 +406,7 @@ def test_a_setting_is_chosen_from_the_records_of_a_grid(tmp_path, monkeypatch):
   monkeypatch.chdir(ROOT)
   program = _program("methods")
   options = program._parser().parse_args([f"--out={tmp_path}", f"--runs={tmp_path}"])
-  runs = campaign.open_campaign(options, program._arguments("spin", options))
+  runs = campaign.open_campaign(options, program.arguments_of("spin", options))
   record = {
     "arguments": [
       "--config=configs/spin.py:shapes",
@@ -452,3 +453,53 @@ def test_clean_images_of_sft_are_above_the_blotchy_ones_of_mapo_and_simpo(
 def _likeness(strip):
   images = np.split(np.asarray(Image.open(strip)), methods.SHOWN, axis=1)
   return patches.likeness(images, [""] * len(images))
+
+
+@pytest.mark.long
+def test_rewards(surroundings, tmp_path, monkeypatch, scores_are_equal):
+  """One online method by both rewards, of which one run is real, beside a method on data."""
+  program = _program("rewards")
+  monkeypatch.setattr(program, "IMAGES", 16)
+  monkeypatch.setattr(program, "LOOKED", 2)
+  tuned = tmp_path / "tuned.json"
+  tuned.write_text(json.dumps({"methods": {"sft": {"setting": ["optim.lr=2e-4"]}}}))
+  really_run, asked = campaign.main.main, {}
+
+  def run(arguments):
+    (workdir,) = (a.partition("=")[2] for a in arguments if a.startswith("--workdir="))
+    asked[Path(workdir).name] = arguments
+    if len(asked) == 1:
+      return really_run(arguments)
+    shutil.copytree(tmp_path / "runs" / "awm-0", workdir)
+    return 0
+
+  monkeypatch.setattr(campaign.main, "main", run)
+  given = [f for f in surroundings if f != "train.num_updates=1" and "num_prompts" not in f]
+  arguments = [*given, "--seeds", "0", "1", f"--tuned={tuned}", "--only", "awm", "sft"]
+  program.main(arguments)
+  assert list(asked) == ["awm-0", "sft-0", "awm-exact-0", "awm-1", "sft-1"]
+  assert "--config.rounds.scorers=('shapes.preference',)" in asked["awm-1"]
+  assert "--config.rounds.scorers=('shapes.correct',)" in asked["awm-exact-0"]
+  # Two rounds of eight images, an update and a look at each.
+  assert "--config.train.num_updates=2" in asked["awm-0"]
+  assert {"--config.optim.lr=2e-4", "--config.seed=1"} < set(asked["sft-1"])
+  results = json.loads((tmp_path / "out" / "results.json").read_text())
+  assert results["runs"]["awm, exact 0"]["KL"] > 0 and "KL" not in results["runs"]["sft 0"]
+  looks = json.loads((tmp_path / "runs" / "records" / "awm-0.json").read_text())["looks"]
+  assert [look["update"] for look in looks] == [0, 1, 2] and looks[0]["kl"] == 0
+  assert {program.LEARNED, *program.comparison.SHOWN[:2]} < looks[2].keys()
+  text = (tmp_path / "out.md").read_text()
+  assert "| awm | " in text and "By the truth, seeds 0:" in text and "curves.png" in text
+  assert (tmp_path / "out" / "curves.png").stat().st_size > 1000
+
+
+def test_every_online_method_samples_as_many_images():
+  program = _program("rewards")
+  for name in (*program.ROUNDS, *program.THROUGH):
+    config = config_lib.load_config(f"{name}:shapes")
+    updates = program.updates_of(config)
+    images = config.train.batch_size
+    if "rounds" in config:
+      images = config.rounds.num_prompts * config.rounds.images_per_prompt
+      updates //= config.rounds.updates
+    assert updates * images == program.IMAGES, name
