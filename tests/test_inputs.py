@@ -226,11 +226,11 @@ def test_a_run_on_a_built_set_resumes_to_the_same_bits(where, tiny_pipeline, tmp
 
 @pytest.mark.long
 def test_each_process_reads_its_share(tmp_path):
-  """Of 24 rows in three batches, N processes open 24 / N records each, and no record twice."""
+  """Of 24 rows in three batches, two processes open 12 records each, and none twice."""
   path = built("distinct_rows", "pairs", tmp_path / "set")
   program = ROOT / "tests" / "reading_main.py"
   found = {}
-  for count in (1, 4):
+  for count in (1, 2):
     with socket.socket() as free:
       free.bind(("localhost", 0))
       port = free.getsockname()[1]
@@ -264,7 +264,10 @@ def test_a_cluster_ends_where_one_process_does(tiny_pipeline, tmp_path):
     path = built("random_rows", "pairs", tmp_path / f"set{count}")
     workdir, log = tmp_path / f"run{count}", tmp_path / f"log{count}"
     arguments = runs.arguments(tiny_pipeline, workdir, "dpo", **fields, **{"data.path": path})
-    assert start_cluster(count, 2, arguments, log).wait(400) == 0, log.read_text()[-2000:]
+    if count == 1:
+      assert main.main(arguments) == 0
+    else:
+      assert start_cluster(2, 2, arguments, log).wait(400) == 0, log.read_text()[-2000:]
     ends.append(runs.parameters(workdir)[1])
   one, two = (
     {p.relative_to(tmp_path / f"set{count}"): np.load(p) for p in cached}

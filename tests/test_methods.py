@@ -22,13 +22,15 @@ METHODS = (
   *("draft", "draft_lv", "alignprop", "refl"),
 )
 PATHWISE = ("draft", "draft_lv", "alignprop", "refl")  # whose updates sample
+ROUNDS = ("awm", "best_of", "dgpo", "online_dpo", "rwr", "ppo", "d3po")  # others: see RESUMED
 ITERATIVE = ("iterative_dpo", "spin")  # see test_iterate
 # What further options there are, run by one method each.
 OPTIONS = {
   "kto": {"data.noise_draws": 2},
   "dro": {"rollout.states": 2},
   "sft": {"optim.schedule": "linear"},
-  **{name: {"alarms.every": 10} for name in ("draft_lv", "refl")},
+  **{name: {"alarms.every": 0} for name in ("draft", "draft_lv", *ROUNDS)},
+  "refl": {"alarms.every": 10},
 }
 
 
