@@ -56,8 +56,8 @@ def get_config(preset: str = "shapes") -> ConfigDict:
   c = base_config.base("ppo", model)
   base_config.rounds(c)
   base_config.steps(c)
-  c.loss.variant = "clipped"  # or 'score': the score function, or 'dpok': no maximum
-  c.loss.clip = 1e-4  # largest distance of a step's ratio from 1
+  c.loss.variant = "clipped"  # or 'score', 'dpok', 'guarded', 'region': see docs/rewards.md
+  c.loss.clip = 1e-4  # largest distance of a step's ratio from 1; of 'region', a divergence
   c.loss.density = "gaussian"  # or 'square', for coefficient-preserving steps
   c.loss.weight_reference = 0.0  # of the distance to the reference's steps
   c.loss.tie = "step"  # that distance: 'step', 'scaled' by its length, 'prediction'

@@ -136,9 +136,17 @@ def ppo(
   if variant == "score":
     fit = -advantage * now
   else:
-    ratio = np.exp((now - log_prob(old["x"])).clip(-20.0, 20.0))
+    log_ratio, kl = now - log_prob(old["x"]), err(p["x"] - old["x"]) / (2 * std**2)
+    if variant == "guarded":
+      log_ratio = std * (log_ratio + kl)
+    ratio = np.exp(log_ratio.clip(-20.0, 20.0))
     inside = -advantage * ratio.clip(1 - clip, 1 + clip)
     fit = inside if variant == "dpok" else np.maximum(-advantage * ratio, inside)
+    if variant == "guarded":
+      fit = fit / length
+    if variant == "region":
+      outward = np.where(advantage > 0, ratio > 1, ratio < 1)
+      fit = np.where((kl >= clip) & outward, 0.0, -advantage * ratio)
   factor = {
     "step": 1 / (2 * std**2),
     "scaled": length / (2 * std**2),

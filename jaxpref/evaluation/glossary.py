@@ -68,6 +68,11 @@ METRICS: dict[str, Metric] = {
     "sampled them. It is 1 in the first update of a round."
   ),
   "ratio/approx_kl": Metric("Half the mean square of the logarithm of that ratio."),
+  "ratio/stopped": Metric(
+    "Share of steps without a gradient, because they have moved far enough from the model that "
+    "has sampled, the way their advantage leads.",
+    "share",
+  ),
   "ratio/clipped_high": Metric("Share of steps whose ratio is above 1 + loss.clip.", "share"),
   "ratio/clipped_low": Metric("Share of steps whose ratio is below 1 - loss.clip.", "share"),
   "reward/mean": Metric("Mean reward of the round's or update's images. Should rise."),

@@ -4,10 +4,12 @@ DDPO: Black et al., 2023, https://arxiv.org/abs/2305.13301. DPOK: Fan et al., 20
 https://arxiv.org/abs/2305.16381. Flow-GRPO: Liu et al., 2025, https://arxiv.org/abs/2505.05470.
 DanceGRPO: Xue et al., 2025, https://arxiv.org/abs/2505.07818. MixGRPO: Li et al., 2025,
 https://arxiv.org/abs/2507.21802. They share this loss and differ in the sampler, the
-advantages, and the tie to the reference.
+advantages, and the tie to the reference. GRPO-Guard and Flow-DPPO change what keeps a step near
+the policy that has sampled it.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ from jaxpref.losses.base import Needs, Terms, squares
 from jaxpref.rewards import likelihood, policy_gradient
 
 NEEDS = Needs(rows="steps", residuals=True)
-VARIANTS = ("score", "clipped", "dpok")
+VARIANTS = ("score", "clipped", "dpok", "guarded", "region")
 TIES = ("step", "scaled", "prediction")
 DENSITIES = ("gaussian", "square")
 
@@ -60,6 +62,42 @@ def tie_of(
   return kl * length if tie == "scaled" else kl
 
 
+def surrogate(
+  now: tuple[jax.Array, jax.Array],
+  old: tuple[jax.Array, jax.Array],
+  labels: Mapping[str, jax.Array],
+  *,
+  variant: str,
+  clip: float,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Computes a loss of the steps' probabilities without a tie, [B], and its metrics.
+
+  Args:
+    now: the policy's log-probabilities, [B], and residuals, [B, ...].
+    old: those of the policy that has sampled.
+    labels: of the rows.
+    variant: one of `VARIANTS`.
+    clip: largest distance of a ratio from 1; of 'region', of the divergence from 0.
+  """
+  log_probs, advantage = (now[0], old[0]), labels["advantage"]
+  ratio = policy_gradient.ratio_of(*log_probs)
+  if variant == "region":
+    kl = likelihood.gaussian_kl(now[1], old[1], labels["std"])
+    kept = policy_gradient.keeps(kl, ratio, advantage, threshold=clip)
+    metrics = policy_gradient.ratio_metrics(ratio, *log_probs, clip=jnp.inf)
+    return jnp.where(kept, -advantage * ratio, 0.0), metrics | {"ratio/stopped": 1.0 - kept}
+  if variant == "score":
+    fit = policy_gradient.score_function_loss(now[0], advantage)
+  elif variant == "dpok":
+    fit = policy_gradient.dpok_loss(*log_probs, advantage, clip=clip)
+  elif variant == "guarded":
+    ratio = policy_gradient.guarded_ratio(*log_probs, now[1], old[1], labels["std"])
+    fit = policy_gradient.clipped_loss(ratio, advantage, clip=clip) / labels["length"]
+  else:
+    fit = policy_gradient.clipped_loss(ratio, advantage, clip=clip)
+  return fit, policy_gradient.ratio_metrics(ratio, *log_probs, clip=clip)
+
+
 def objective(terms: Terms, *, variant, clip, density, tie, weight_reference):
   """Returns the loss and metrics, as `jaxpref.losses.base` describes."""
   for name, given, known in (
@@ -69,22 +107,14 @@ def objective(terms: Terms, *, variant, clip, density, tie, weight_reference):
   ):
     if given not in known:
       raise UserError(f"loss.{name} must be one of {', '.join(known)} (got {given!r})")
+  if variant == "score" and terms.old:
+    raise UserError("loss.variant = 'score' needs rounds.updates = 1: it has no ratio")
   labels, now = terms.labels, terms.err["x"]
-  std, advantage = labels["std"], labels["advantage"]
-  log_prob = log_prob_of(now, std, density=density)
+  std = labels["std"]
   # Without a policy of its own, the sampling policy is this one: the ratio is 1.
-  old = jax.lax.stop_gradient(log_prob)
-  if terms.old:
-    old = log_prob_of(terms.old["x"], std, density=density)
-  if variant == "score":
-    if terms.old:
-      raise UserError("loss.variant = 'score' needs rounds.updates = 1: it has no ratio")
-    fit = policy_gradient.score_function_loss(log_prob, advantage)
-  elif variant == "clipped":
-    fit = policy_gradient.ppo_loss(log_prob, old, advantage, clip=clip)
-  else:
-    fit = policy_gradient.dpok_loss(log_prob, old, advantage, clip=clip)
-  metrics = policy_gradient.ratio_metrics(log_prob, old, clip=clip)
+  before = terms.old["x"] if terms.old else jax.lax.stop_gradient(now)
+  found, sampled = ((log_prob_of(of, std, density=density), of) for of in (now, before))
+  fit, metrics = surrogate(found, sampled, labels, variant=variant, clip=clip)
   if not weight_reference:
     return fit, metrics
   difference = now - terms.ref["x"]

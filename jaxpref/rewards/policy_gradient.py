@@ -90,7 +90,7 @@ def guarded_ratio(
   """
   axes = tuple(range(1, mean.ndim))
   distance = jnp.mean(jnp.square(mean - mean_old), axis=axes) / (2 * jnp.square(std))
-  return jnp.exp(std * (log_prob - log_prob_old + distance))
+  return jnp.exp(jnp.clip(std * (log_prob - log_prob_old + distance), -_MOST, _MOST))
 
 
 def keeps(
@@ -112,11 +112,10 @@ def keeps(
 
 
 def ratio_metrics(
-  log_prob: jax.Array, log_prob_old: jax.Array, *, clip: float
+  ratio: jax.Array, log_prob: jax.Array, log_prob_old: jax.Array, *, clip: float
 ) -> dict[str, jax.Array]:
   """Computes the usual numbers about a policy's distance from the sampling policy, [B] each."""
-  now, old = jax.lax.stop_gradient((log_prob, log_prob_old))
-  ratio = ratio_of(now, old)
+  ratio, now, old = jax.lax.stop_gradient((ratio, log_prob, log_prob_old))
   return {
     "ratio/mean": ratio,
     "ratio/approx_kl": 0.5 * jnp.square(now - old),

@@ -92,11 +92,25 @@ CASES = {
       "weight_reference": 0.0,
     },
   ),
+  **{
+    f"ppo-{variant}": (
+      "ppo",
+      ("x",),
+      {
+        "variant": variant,
+        "clip": clip,
+        "density": "gaussian",
+        "tie": "scaled",
+        "weight_reference": 0.0,
+      },
+    )
+    for variant, clip in (("guarded", 0.02), ("region", 0.05))
+  },
   "prdp": ("prdp", ("a", "b"), {"beta": 2.5}),
   "step_pairs": ("step_pairs", ("w", "l"), {"beta": 7.0, "clip": 0.1}),
   "step_pairs-free": ("step_pairs", ("w", "l"), {"beta": 7.0, "clip": 0.0}),
 }
-PPO = ("ppo", "ppo-dpok", "ppo-cps", "ppo-score")
+PPO = ("ppo", "ppo-dpok", "ppo-cps", "ppo-score", "ppo-guarded", "ppo-region")
 STEP_PAIRS = ("step_pairs", "step_pairs-free")
 SCORED = ("rwr", "awm", "nft", "dgpo", "prdp", *PPO, *STEP_PAIRS)
 FRESH = ("rwr", "prdp", "ppo-score", *STEP_PAIRS)  # without a lagging policy
