@@ -67,6 +67,18 @@ def test_untrained_additions_change_nothing(adapted):
 
 
 @pytest.mark.long
+def test_one_program_samples_base_and_tuned_model(adapted):
+  loaded, params = adapted
+  denoise, inputs = jax.jit(unet.make_denoise(loaded.modules["unet"])), _inputs(loaded)
+  plain = lora.without_additions(params.base, params)
+  got = denoise(plain, *inputs)
+  assert (denoise(params, *inputs) != got).any() and denoise._cache_size() == 1
+  np.testing.assert_allclose(got, denoise(params.base, *inputs), rtol=1e-6, atol=1e-6)
+  assert denoise._cache_size() == 2
+  assert lora.without_additions(params.base, params.base) is params.base
+
+
+@pytest.mark.long
 def test_merged_is_added(adapted):
   loaded, params = adapted
   denoise = jax.jit(unet.make_denoise(loaded.modules["unet"]))

@@ -123,6 +123,20 @@ def merge(params: Any) -> Any:
   return flax.traverse_util.unflatten_dict(flat)
 
 
+def without_additions(base: Any, params: Any) -> Any:
+  """Returns the base in the structure of adapted parameters: with additions of zero.
+
+  A program that is compiled for one then serves both.
+
+  Args:
+    base: the network's own parameters.
+    params: `Adapted`, or plain parameters: then the base is returned unchanged.
+  """
+  if not isinstance(params, Adapted):
+    return base
+  return params.replace(base=base, lora=jax.tree.map(jnp.zeros_like, params.lora))
+
+
 def interceptor(scale: float):
   """Returns a flax interceptor that adds the low-rank additions to layers' outputs."""
 

@@ -22,6 +22,7 @@ from jaxpref.data import encode
 from jaxpref.diffusion import guidance as guidance_lib
 from jaxpref.diffusion import sampler, schedule, timesteps
 from jaxpref.evaluation import comparisons, diversity, reward_hacking, sampling, vendi
+from jaxpref.models import lora
 from jaxpref.models import vae as vae_lib
 from jaxpref.models.denoiser import Denoise
 from jaxpref.models.pipeline import Pipeline
@@ -85,7 +86,7 @@ class Alarms:
     captions = list(np.repeat(prompts, settings.images_per_prompt))
     names = tuple(dict.fromkeys((*trained_scorers(prepared.config), *prepared.scorers)))
     if self._base_scores is None:
-      images, _ = self._look(base, base)
+      images, _ = self._look(lora.without_additions(base, policy), base)
       self._base_scores = distributed.first(lambda: _score(names, images, captions))
     images, divergence = self._look(policy, base)
     before = self._base_scores

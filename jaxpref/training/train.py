@@ -21,6 +21,7 @@ from jaxpref import sharding
 from jaxpref.data import encode
 from jaxpref.data import loader as loader_lib
 from jaxpref.errors import HackedError, StoppedError, UserError
+from jaxpref.models import lora
 from jaxpref.runtime import (
   checkpoint,
   distributed,
@@ -74,7 +75,10 @@ def run(
   distributed.first(lambda: _write_start(workdir, prepared, identity, start, state.params))
   evaluator, alarms = RunEvaluator(prepared, workdir, ckptr, known), Alarms(prepared, workdir)
   evaluator.keep_best()
-  models_of = lambda state: {"base": base, "tuned": program.adapt(state.ema, base)}  # noqa: E731
+
+  def models_of(state):
+    tuned = program.adapt(state.ema, base)
+    return {"base": lora.without_additions(base, tuned), "tuned": tuned}
 
   writer = _open_writer(workdir, config, start)
   meter, clock = _speedometer(prepared), metrics.Stopwatch()
