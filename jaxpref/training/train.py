@@ -75,11 +75,7 @@ def run(
   distributed.first(lambda: _write_start(workdir, prepared, identity, start, state.params))
   evaluator, alarms = RunEvaluator(prepared, workdir, ckptr, known), Alarms(prepared, workdir)
   evaluator.keep_best()
-
-  def models_of(state):
-    tuned = program.adapt(state.ema, base)
-    return {"base": lora.without_additions(base, tuned), "tuned": tuned}
-
+  models_of = functools.partial(_models_of, program, base)
   writer = _open_writer(workdir, config, start)
   meter, clock = _speedometer(prepared), metrics.Stopwatch()
   profiler = throughput.Profiler(workdir / "profile", first=start + 3, updates=config.profile)
@@ -147,6 +143,12 @@ def run(
   evaluator.evaluate(models_of(state), train.num_updates)
   wall_time = f"{time.time() - began:.0f} s, from update {start}"
   distributed.first(lambda: evaluator.write_report(wall_time))
+
+
+def _models_of(program: programs.Programs, base: Any, state: Any) -> dict[str, Any]:
+  """Returns the parameters that an evaluation compares, for one compiled program."""
+  tuned = program.adapt(state.ema, base)
+  return {"base": lora.without_additions(base, tuned), "tuned": tuned}
 
 
 def _stopped(alarms: Alarms, done: int, num_updates: int, *, saved: bool) -> UserError:
