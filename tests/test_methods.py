@@ -41,7 +41,7 @@ RESUMED = ("alignprop", "nft", "prdp", "spo")
 _ALIKE = (
   *("csft", "dpo", "dspo", "improver", "kto", "listwise", "mapo", "sdpo", "sft"),
   *("simpo", "awm", "best_of", "dgpo", "online_dpo", "rwr", "draft", "draft_lv", "refl"),
-  "d3po",
+  *("d3po", "ppo"),
 )
 
 

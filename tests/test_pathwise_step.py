@@ -153,6 +153,7 @@ CASES = [
 ]
 
 
+@pytest.mark.long
 def test_eight_devices_equal_one():
   results = conftest.on_eight_devices(toy.__file__, json.dumps(CASES))
   for case, found in zip(CASES, results, strict=True):

@@ -1,5 +1,6 @@
 """The shapes world's preference model: how it is trained, and the model that ships."""
 
+import functools
 import io
 import json
 
@@ -93,11 +94,12 @@ def test_the_loss_is_its_equation():
   rng = np.random.default_rng(0)
   good, bad = rng.integers(0, 256, (2, 4, 16, 16, 3), np.uint8)
   ids = np.array([[7, 1, 8, 8, 8], [7, 2, 3, 8, 8], [7, 1, 8, 8, 8], [7, 4, 4, 4, 8]])
-  of = lambda x: np.asarray(  # noqa: E731
-    preference_towers.image_features(towers, params["towers"], (x / 255 - 0.5) / 0.25),
-    np.float64,
+  see, read = (
+    jax.jit(functools.partial(features, towers, params["towers"]))
+    for features in (preference_towers.image_features, preference_towers.text_features)
   )
-  text = np.asarray(preference_towers.text_features(towers, params["towers"], ids), np.float64)
+  of = lambda x: np.asarray(see((x / 255 - 0.5) / 0.25), np.float64)  # noqa: E731
+  text = np.asarray(read(ids), np.float64)
   np.testing.assert_allclose(np.linalg.norm(text, axis=1), 1, rtol=1e-6)
   np.testing.assert_array_equal(text[0], text[2])
   margin = 10 * ((of(good) - of(bad)) * text).sum(1)
@@ -107,7 +109,9 @@ def test_the_loss_is_its_equation():
   rows = logits - np.log(np.exp(logits).sum(1, keepdims=True))
   columns = logits - np.log(np.exp(logits).sum(0, keepdims=True))
   contrast = -(np.diag(rows).mean() + np.diag(columns).mean()) / 2
-  loss, parts = train_preference.preference_loss(towers, params, good, bad, ids, contrast=0.5)
+  loss, parts = jax.jit(
+    functools.partial(train_preference.preference_loss, towers, contrast=0.5)
+  )(params, good, bad, ids)
   np.testing.assert_allclose(loss, pairs + 0.5 * contrast, rtol=1e-5)
   np.testing.assert_allclose(parts["pairs"], pairs, rtol=1e-5)
   np.testing.assert_allclose(parts["accuracy"], (margin > 0).mean())

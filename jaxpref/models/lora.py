@@ -134,7 +134,7 @@ def without_additions(base: Any, params: Any) -> Any:
   """
   if not isinstance(params, Adapted):
     return base
-  return params.replace(base=base, lora=jax.tree.map(jnp.zeros_like, params.lora))
+  return Adapted(base, jax.tree.map(jnp.zeros_like, params.lora), params.scale)
 
 
 def interceptor(scale: float):
