@@ -161,6 +161,7 @@ def test_a_run_resumes_with_the_same_bits(flow_pipeline, in_root, tmp_path):
   """DRO's run is in test_flow_presets."""
   fields = {"noise.density": "logit_normal", "loss.space": "x0"}
   fields |= {"evaluate.num_prompts": 1, "evaluate.scorers": "()", "evaluate.num_examples": 0}
+  fields["train.updates_per_iteration"] = 1
   whole, _ = runs.check_resumed(flow_pipeline, tmp_path, "dpo", updates=(1, 2), **fields)
   lines = runs.lines(whole)
   assert [line["step"] for line in lines] == [1, 2]
