@@ -55,14 +55,14 @@ def main(argv: list[str]) -> None:
       method, _, reward = name.partition(", ")
       if reward and seed != options.seeds[0]:
         continue
-      online = method not in OFFLINE
-      arguments = online_arguments if online else _offline_arguments
+      arguments, looks = _offline_arguments, {}
+      if method not in OFFLINE:
+        arguments, looks = online_arguments, {"measure": _read_looks, "prompts": LOOKED}
       records[name, seed] = campaign.record_run(
         runs,
         f"{method}{'-exact' if reward else ''}-{seed}",
         arguments(name, options, f"seed={seed}"),
-        _read_looks if online else lambda workdir, images: {},
-        prompts=LOOKED if online else 1,
+        **looks,
       )
   missing = [f"{name} {seed}" for (name, seed), record in records.items() if not record]
   if missing or not base:
@@ -100,15 +100,12 @@ def updates_of(config: ConfigDict) -> int:
   Raises:
     ValueError: no whole number of rounds samples as many.
   """
+  each, updates = config.train.batch_size, 1
   if rounds := config.get("rounds"):
-    each = rounds.num_prompts * rounds.images_per_prompt
-    updates = IMAGES // each * rounds.updates
-  else:
-    each = config.train.batch_size
-    updates = IMAGES // each
+    each, updates = rounds.num_prompts * rounds.images_per_prompt, rounds.updates
   if IMAGES % each:
     raise ValueError(f"{config.name}: {IMAGES} images are not whole rounds of {each}")
-  return updates
+  return IMAGES // each * updates
 
 
 def _offline_arguments(name: str, options: argparse.Namespace, *fields: str) -> list[str]:

@@ -94,7 +94,7 @@ def surrogate(
     ratio = policy_gradient.guarded_ratio(*log_probs, now[1], old[1], labels["std"])
     fit = policy_gradient.clipped_loss(ratio, advantage, clip=clip) / labels["length"]
   else:
-    fit = policy_gradient.clipped_loss(ratio, advantage, clip=clip)
+    fit = policy_gradient.ppo_loss(*log_probs, advantage, clip=clip)
   return fit, policy_gradient.ratio_metrics(ratio, *log_probs, clip=clip)
 
 
