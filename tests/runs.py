@@ -92,7 +92,10 @@ def check_resumed(pipeline, root, method, *, updates, **fields):
 
 
 def _return_to(workdir, step):
-  """Removes what a run wrote after a checkpoint, but for lines that it must cut itself."""
+  """Removes the files that a run wrote after a checkpoint.
+
+  Its metrics keep the later lines: a run that resumes has to remove them.
+  """
 
   def written(path):
     return max(file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file())
