@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxpref.errors import UserError, count
+
 
 class Row(NamedTuple):
   """One row of a data set.
@@ -117,6 +119,38 @@ def collect(rows: Sequence[Row]) -> RowSet:
     prefixes=(prefixes[0], prefixes[1]),
     digest=fingerprint(rows),
   )
+
+
+def hold_out(rows: RowSet, least: int, *, seed: int) -> tuple[RowSet, RowSet]:
+  """Splits rows by their captions, at random.
+
+  Args:
+    rows: N rows.
+    least: number of rows to hold out, and more until no caption is on both sides.
+    seed: of the choice.
+
+  Returns:
+    The rows to train on, and those held out, each in their order.
+
+  Raises:
+    UserError: less than half of the rows would be left to train on.
+  """
+  order = np.random.default_rng(seed).permutation(len(rows.captions))
+  sizes = np.bincount(rows.caption, minlength=len(order))[order]
+  chosen = order[: np.searchsorted(np.cumsum(sizes), least) + 1]
+  held = np.isin(rows.caption, chosen)
+  if 2 * held.sum() > len(rows):
+    raise UserError(
+      f"judge.held_out = {least} leaves {count(int((~held).sum()), 'row')} of {len(rows)} to "
+      "train on: lower it"
+    )
+  rest, out = (
+    dataclasses.replace(
+      rows, image=rows.image[of], caption=rows.caption[of], desirable=rows.desirable[of]
+    )
+    for of in (~held, held)
+  )
+  return rest, out
 
 
 def fingerprint(rows: Iterable[Row]) -> str:

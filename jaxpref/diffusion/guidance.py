@@ -32,17 +32,35 @@ def classifier_free(
   if isinstance(scale, int | float) and scale <= 1:
     return lambda x_t, t: denoise_with_cond(x_t, t, cond)
 
-  def both(uncond_leaf, cond_leaf):
-    return _interleave(jnp.broadcast_to(uncond_leaf, cond_leaf.shape), cond_leaf)
-
-  conds = jax.tree.map(both, uncond, cond)
+  evaluate = without_and_with(denoise_with_cond, cond, uncond)
 
   def denoise(x_t: jax.Array, t: jax.Array) -> jax.Array:
-    without, with_cond = _evaluate(denoise_with_cond, x_t, t, conds, 2)
+    without, with_cond = evaluate(x_t, t)
     scales = per_sample(jnp.maximum(scale, 1.0), without)
     return without + scales * (with_cond - without)
 
   return denoise
+
+
+def without_and_with(
+  function: Callable[[jax.Array, jax.Array, Any], jax.Array], cond: Any, uncond: Any
+) -> Callable[[jax.Array, jax.Array], list[jax.Array]]:
+  """Returns a function of (x_t, t) with both results, in one call with twice the batch.
+
+  Args:
+    function: (x_t [B, ...], t [B], cond) -> [B, ...].
+    cond: conditioning, a pytree of arrays [B, ...].
+    uncond: conditioning of the empty or negative prompt, a tree of [B, ...] or [1, ...].
+
+  Returns:
+    (x_t, t) -> the results for `uncond` and for `cond`, float32 [B, ...].
+  """
+
+  def both(uncond_leaf, cond_leaf):
+    return _interleave(jnp.broadcast_to(uncond_leaf, cond_leaf.shape), cond_leaf)
+
+  conds = jax.tree.map(both, uncond, cond)
+  return lambda x_t, t: _evaluate(function, x_t, t, conds, 2)
 
 
 def by_text_and_image(

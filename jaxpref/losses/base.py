@@ -77,6 +77,8 @@ class Needs:
       timestep.
     residuals: whether `objective` gets predictions minus targets, [B, C, h, w], instead of
       their mean squares.
+    judges: whether a latent reward model is trained, see `jaxpref.models.reward_model`:
+      instead of errors, `objective` gets its rewards of the noised images, [B].
     condition: 'image' if the denoiser has a clean image as a further input, which `arrange`
       chooses. The denoiser's input is widened for it.
     arms: names of the errors, if `arrange` changes those of the rows.
@@ -99,6 +101,7 @@ class Needs:
   old: bool = False
   shared_noise: bool = True
   residuals: bool = False
+  judges: bool = False
   condition: Literal["image"] | None = None
   arms: tuple[str, ...] = ()
 
@@ -112,7 +115,9 @@ class Needs:
       "rows": get_args(Needs.__annotations__["rows"]),
       "rollout": (None, "states"),
       "condition": (None, "image"),
-      **dict.fromkeys(("reference", "old", "shared_noise", "residuals"), (False, True)),
+      **dict.fromkeys(
+        ("reference", "old", "shared_noise", "residuals", "judges"), (False, True)
+      ),
     }
     for field, values in choices.items():
       if (given := getattr(self, field)) not in values:

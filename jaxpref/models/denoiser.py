@@ -21,6 +21,8 @@ Params = Mapping[str, Any]
 Cond = Mapping[str, Any]
 # (params, x_t [B, C, H, W], t [B], cond) -> prediction [B, C, H, W]
 Denoise = Callable[[Params, jax.Array, jax.Array, Cond], jax.Array]
+# The same arguments -> features of its first layers, [B, H, W, C] each.
+Encode = Callable[[Params, jax.Array, jax.Array, Cond], Sequence[jax.Array]]
 
 
 def make_denoise(

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from diffusers import FlaxUNet2DConditionModel
+from diffusers.models.unets.unet_2d_blocks_flax import FlaxCrossAttnDownBlock2D
 from jax.sharding import Mesh
 
 from jaxpref.errors import UserError
@@ -151,20 +152,73 @@ def make_denoise(
     remat: a key of `interceptors.REMAT`.
     mesh: see `denoiser.make_denoise`. Kernels that XLA cannot shard need it.
   """
+
+  def apply(variables, x_t, t, cond):
+    if "image" in cond:
+      x_t = jnp.concatenate([x_t, cond["image"].astype(x_t.dtype)], axis=1)
+    out: Any = unet.apply(variables, x_t, t, cond["text"], _added(cond))
+    return out.sample
+
+  return _as_function(apply, unet, attention=attention, norm=norm, remat=remat, mesh=mesh)
+
+
+def make_encode(
+  unet: nn.Module,
+  *,
+  attention: str = "auto",
+  norm: str = "auto",
+  remat: str = "none",
+  mesh: Mesh | None = None,
+) -> denoiser.Encode:
+  """Returns the UNet's first half as `encode(params, x_t, t, cond)`.
+
+  Its features are the outputs of all down blocks and of the middle block, in this order. The
+  arguments are those of `make_denoise`; `params` may lack what `encoder_params` leaves out.
+  """
+
+  def apply(variables, x_t, t, cond):
+    return unet.apply(variables, x_t, t, cond["text"], _added(cond), method=_encode)
+
+  return _as_function(apply, unet, attention=attention, norm=norm, remat=remat, mesh=mesh)
+
+
+def encoder_params(params: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the parameters that `make_encode` reads."""
+  second_half = ("up_blocks", "conv_norm_out", "conv_out")
+  return {name: of for name, of in params.items() if not name.startswith(second_half)}
+
+
+def _encode(unet: Any, x_t: Any, t: Any, text: Any, added: Any) -> tuple[jax.Array, ...]:
+  """Follows the Flax module's `__call__` to the middle of the network."""
+  time = unet.time_embedding(unet.time_proj(t))
+  if added is not None:
+    sizes = unet.add_time_proj(added["time_ids"].ravel()).reshape(len(x_t), -1)
+    pooled = added["text_embeds"]
+    time += unet.add_embedding(jnp.concatenate([pooled, sizes], axis=-1))
+  x = unet.conv_in(x_t.transpose(0, 2, 3, 1))
+  found = []
+  for block in unet.down_blocks:
+    attends = isinstance(block, FlaxCrossAttnDownBlock2D)
+    x, _ = block(x, time, text) if attends else block(x, time)
+    found.append(x)
+  return *found, unet.mid_block(x, time, text)
+
+
+def _added(cond: denoiser.Cond) -> dict[str, jax.Array] | None:
+  """Returns what SDXL is given beside the text, None for other models."""
+  if "pooled" not in cond:
+    return None
+  return {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]}
+
+
+def _as_function(
+  apply: Any, unet: nn.Module, *, attention: str, norm: str, remat: str, mesh: Mesh | None
+) -> Any:
+  """Returns `denoiser.make_denoise` of `apply` with these kernels, see `make_denoise`."""
   platform = jax.default_backend()
   attention = kernels.resolve_attention(attention, platform)
   if norm == "auto":
     norm = "stock" if platform == "cpu" else "lean"
-
-  def apply(variables, x_t, t, cond):
-    added = None
-    if "image" in cond:
-      x_t = jnp.concatenate([x_t, cond["image"].astype(x_t.dtype)], axis=1)
-    if "pooled" in cond:
-      added = {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]}
-    out: Any = unet.apply(variables, x_t, t, cond["text"], added)
-    return out.sample
-
   return denoiser.make_denoise(
     apply,
     dtype=unet.dtype,  # type: ignore[attr-defined]

@@ -103,6 +103,8 @@ class Family:
     make_denoise: `make_denoise(module, *, attention, norm, remat, mesh)` -> `denoise(params,
       x_t, t, cond)`, see `denoiser.make_denoise`. `attention` and `norm` are kernels, and
       `remat` says what the backward pass recomputes, see `base_config`.
+    make_encode: as `make_denoise`, of the denoiser's first half, for latent reward models, see
+      `unet.make_encode`; None if the family does not have them.
     latent_unit: (denoiser) -> number of which the height and width of latents must be
       multiples.
     attentions: (the denoiser's configuration, a latent's shape) -> (number of heads, number of
@@ -154,6 +156,7 @@ class Family:
   skippable: Callable[[Modules], int] = lambda modules: 1
   sample_size: Callable[[Any], int] = operator.attrgetter("sample_size")
   input_layer: str = ""
+  make_encode: Callable[..., Callable] | None = None
   fixed: tuple[str, ...] = ()
   unrounded: tuple[str, ...] = ()
   takes_guidance: Callable[[Any], bool] = lambda module: False

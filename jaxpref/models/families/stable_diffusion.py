@@ -109,6 +109,7 @@ FAMILY = Family(
   encode=_encode,
   abstract_cond=abstract_text,
   make_denoise=unet.make_denoise,
+  make_encode=unet.make_encode,
   latent_unit=lambda module: 2 ** (len(module.block_out_channels) - 1),
   attentions=attentions,
   lora_targets=unet.ATTENTION_LAYERS,
