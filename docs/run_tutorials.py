@@ -27,15 +27,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (
-  "docs/first_run.md",
+PAGES = (  # those that take longest first
   "docs/own_images.md",
+  "CONTRIBUTING.md",
+  "docs/first_run.md",
   "docs/compare_methods.md",
+  "docs/comfyui.md",
   "docs/add_a_method.md",
   "docs/stable_diffusion.md",
-  "docs/comfyui.md",
   "docs/api.md",
-  "CONTRIBUTING.md",
 )
 # XLA compiles programs in less time than a few updates would save.
 _QUICK = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
