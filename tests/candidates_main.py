@@ -1,6 +1,6 @@
 """Samples with candidates on a mesh, for test_step_candidates.py.
 
-python candidates_main.py PIPELINE DATA FSDP
+python candidates_main.py PIPELINE DATA FSDP KIND
 
 Prints JSON, see `sample`.
 """
@@ -17,23 +17,36 @@ from jaxpref import sharding
 from jaxpref.data import encode
 from jaxpref.models import load_pipeline
 from jaxpref.plan import tpu_compiler
-from jaxpref.training import policy_sampler, step_candidates
+from jaxpref.training import load_run, policy_sampler, step_candidates
 from jaxpref.training.judge import Judge
+from jaxpref.training.latent_judge import LatentJudge
 
 STEPS, FIRST, ETA, SCALE = 4, 1, 0.8, 3.0
 
 
-def make_program(pipeline, mesh, captions, count, gap=0.0):
-  """Returns the sampler, the judge's parameters, and what it reads of captions.
+def make_judge(pipeline, kind):
+  """Returns a judge: of the 'images' twice the mean of red, or of the 'latents'."""
+  if kind == "images":
+    vae = pipeline.modules["vae"]
+    return Judge({"red": toy_scorers.REWARDS["red"]("float32")}, (2.0,), vae, 1)
 
-  The reward is twice the mean of red.
-  """
-  vae = pipeline.modules["vae"]
-  judge = Judge({"red": toy_scorers.REWARDS["red"]("float32")}, (2.0,), vae, 1)
+  def score(factor, x_t, t, cond, uncond):
+    """Returns the mean of the latents and of the text, more for larger t."""
+    text = cond["text"].mean(axis=(1, 2)) - uncond["text"].mean()
+    return factor * (x_t.mean(axis=(1, 2, 3)) + text) * (1 + t)
+
+  reward = load_run.RewardModel(pipeline, np.float32(3.0), 1, 1.0, "")
+  empty = encode.encode_no_prompt(pipeline, sharding.make_mesh())
+  return LatentJudge(reward, score, jax.tree.map(jnp.asarray, empty))
+
+
+def make_program(pipeline, mesh, captions, count, gaps=(0.0, 0.0), kind="images"):
+  """Returns the sampler, the judge's parameters, and what it reads of captions."""
+  judge = make_judge(pipeline, kind)
   program = step_candidates.make_candidate_sampler(
     *(pipeline.make_denoise(mesh=mesh), pipeline, judge),
     **{"mesh": mesh, "solver": "ddim", "num_steps": STEPS, "guidance": SCALE},
-    **{"candidates": count, "first": FIRST, "gap": gap},
+    **{"candidates": count, "first": FIRST, "gaps": gaps},
   )
   return program, judge.place(pipeline.params["vae"], mesh), judge.tokenize(captions)
 
@@ -44,7 +57,7 @@ def chosen_of(seeds):
   return jnp.full(STEPS, ETA), picks, seeds
 
 
-def sample(path, *, data, fsdp):
+def sample(path, *, data, fsdp, kind):
   """Samples eight images with three candidates.
 
   Returns:
@@ -54,7 +67,7 @@ def sample(path, *, data, fsdp):
   pipeline, mesh = load_pipeline(path), sharding.make_mesh(data=data, fsdp=fsdp)
   captions = [f"{n} {color} circles" for n in ("two", "three") for color in ("red", "blue")] * 2
   seeds = np.arange(8, dtype=np.uint32)
-  program, placed, tokens = make_program(pipeline, mesh, captions, 3)
+  program, placed, tokens = make_program(pipeline, mesh, captions, 3, kind=kind)
   eta, picks, _ = chosen_of(seeds)
   cond = encode.encode_prompts(pipeline, mesh, captions)
   cond, tokens, at, picks = sharding.place_batch((cond, tokens, seeds, picks), mesh)
@@ -79,4 +92,5 @@ def sample(path, *, data, fsdp):
 
 
 if __name__ == "__main__":
-  print(json.dumps(sample(sys.argv[1], data=int(sys.argv[2]), fsdp=int(sys.argv[3]))))
+  data, fsdp = (int(argument) for argument in sys.argv[2:4])
+  print(json.dumps(sample(sys.argv[1], data=data, fsdp=fsdp, kind=sys.argv[4])))

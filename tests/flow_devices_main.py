@@ -47,7 +47,7 @@ def train(directories, *, method, preset, rank=0, data=1, fsdp=1, updates=2):
   batch = sharding.place_batch(rows, mesh)
   uncond = jax.device_put(uncond["cond"], sharding.replicated(mesh))
   base = pipeline.denoiser_params
-  begin = setup.init_trained(config, base, pipeline.family.fixed)
+  begin = setup.init_trained(config, pipeline, base)
   program = programs.make_programs(checked, begin, uncond)
   state = jax.jit(program.make_state, out_shardings=program.placement)(begin)
   frozen = programs.kept_base(checked, base)

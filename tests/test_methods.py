@@ -24,6 +24,7 @@ METHODS = (
 PATHWISE = ("draft", "draft_lv", "alignprop", "refl")  # whose updates sample
 ROUNDS = ("awm", "best_of", "dgpo", "online_dpo", "rwr", "ppo", "d3po")  # others: see RESUMED
 ITERATIVE = ("iterative_dpo", "spin")  # see test_iterate
+LATENT = ("latent_reward", "lpo")  # see test_latent_judge
 # What further options there are, run by one method each.
 OPTIONS = {
   "kto": {"data.noise_draws": 2},
@@ -123,10 +124,10 @@ def test_other_ways_to_compute(tiny_pipeline, tfds_dir, tmp_path, monkeypatch, c
   assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(saved["params"]))
 
 
-@pytest.mark.parametrize("name", (*METHODS, *ITERATIVE))
+@pytest.mark.parametrize("name", (*METHODS, *ITERATIVE, *LATENT))
 @pytest.mark.parametrize("preset", base_config.PRESETS)
 def test_presets_are_sound(name, preset):
-  if name in ("improver", *PATHWISE) and preset in base_config.FLOWS:
+  if name in ("improver", *PATHWISE, *LATENT) and preset in base_config.FLOWS:
     with pytest.raises(UserError, match=f"has no preset '{preset}'"):
       config_lib.load_config(f"{name}:{preset}")
     return
@@ -134,7 +135,8 @@ def test_presets_are_sound(name, preset):
   config_lib.validate(config)
   assert config.name == name
   other = {"iterative_dpo": "dpo", "online_dpo": "dpo", "best_of": "sft"}
-  other |= dict.fromkeys(PATHWISE, "reward") | dict.fromkeys(("d3po", "spo"), "step_pairs")
+  other |= dict.fromkeys(PATHWISE, "reward")
+  other |= dict.fromkeys(("d3po", "lpo", "spo"), "step_pairs")
   assert config.loss.name == other.get(name, name)
   losses.make_loss(config.loss)
   assert config.train.batch_size % config.train.accumulate == 0

@@ -37,9 +37,9 @@ def texts(pipeline):
   )
 
 
-def sample(pipeline, texts, count, gap=0.0):
+def sample(pipeline, texts, count, **options):
   program, placed, tokens = candidates_main.make_program(
-    pipeline, sharding.make_mesh(), CAPTIONS, count, gap
+    pipeline, sharding.make_mesh(), CAPTIONS, count, **options
   )
   return program(pipeline.params["unet"], placed, *texts, SEEDS, CHOSEN, tokens)
 
@@ -118,13 +118,29 @@ def test_pairs_by_hand(pipeline, texts, of_three):
     np.testing.assert_allclose(latents[row], x, atol=2e-4)
 
 
+def test_latents_are_judged_at_their_own_level(pipeline, texts, of_three):
+  """And which candidate goes on does not depend on the judge."""
+  latents, _, steps = sample(pipeline, texts, 3, kind="latents")
+  np.testing.assert_allclose(latents, of_three[0], atol=1e-4)
+  np.testing.assert_allclose(steps.latents[:, :, 0], of_three[2].latents[:, :, 0], atol=1e-4)
+  grid = sampling.grid_of(pipeline, pipeline.latent_shape, STEPS, "ddim", 1)
+  level = np.append(np.float64(grid.timesteps[FIRST + 1 :, 0]), 0.0)  # images have no noise
+  text = np.float64(texts[0]["text"]).mean(axis=(1, 2)) - np.float64(texts[1]["text"]).mean()
+  for side, name in ((1, "better"), (2, "worse")):
+    means = np.float64(steps.latents[:, :, side]).mean(axis=(2, 3, 4))
+    want = 3 * (means + text[:, None]) * (1 + level)
+    np.testing.assert_allclose(steps.labels[name], want, rtol=1e-4, atol=1e-3)
+  assert (steps.labels["better"] > steps.labels["worse"])[:, :-1].all()
+
+
 @pytest.mark.long
 def test_eight_devices_sample_what_one_does(tiny_pipeline):
   """And candidates are judged where they are: no latents are communicated."""
   program = conftest.ROOT / "tests" / "candidates_main.py"
-  ours = candidates_main.sample(str(tiny_pipeline), data=1, fsdp=1)
-  for data, fsdp in ((8, 1), (2, 4)):
-    found = conftest.on_eight_devices(program, str(tiny_pipeline), str(data), str(fsdp))
+  for data, fsdp, kind in ((8, 1, "images"), (2, 4, "images"), (2, 4, "latents")):
+    ours = candidates_main.sample(str(tiny_pipeline), data=1, fsdp=1, kind=kind)
+    given = str(tiny_pipeline), str(data), str(fsdp), kind
+    found = conftest.on_eight_devices(program, *given)
     assert found["devices"] == 8
     for name in ("latents", "better", "worse"):
       np.testing.assert_allclose(found[name], ours[name], rtol=1e-3, atol=1e-3, err_msg=name)
@@ -135,12 +151,28 @@ def test_a_pair_below_the_gap_has_equal_scores(pipeline, texts, of_three):
   labels = of_three[2].labels
   apart = np.tanh((labels["better"] - labels["worse"]) / 2)
   gap = float(np.median(apart[apart > 0]))
-  some = sample(pipeline, texts, 3, gap=gap)[2]
+  some = sample(pipeline, texts, 3, gaps=(gap, gap))[2]
   equal = np.asarray(some.labels["better"] == some.labels["worse"])
   np.testing.assert_array_equal(equal, apart <= gap)
   assert equal.any() and not equal.all()
   np.testing.assert_array_equal(some.labels["worse"], labels["worse"])
   np.testing.assert_array_equal(some.latents, of_three[2].latents)
+
+
+def test_the_gap_is_linear_in_the_noise(pipeline, of_three):
+  grid = sampling.grid_of(pipeline, pipeline.latent_shape, STEPS, "ddim", len(SEEDS))
+  table = sampler_lib.coefficients(grid, solver="ddim", eta=ETA)
+  std = np.float64(of_three[2].labels["std"][0])
+  gaps = 0.2 + 0.5 * (std - std.min()) / (std.max() - std.min())
+  for k, gap in enumerate(gaps):  # a pair on either side of each step's gap
+    for apart, decided in ((gap - 1e-3, False), (gap + 1e-3, True)):
+      zeros = jnp.zeros((STEPS - FIRST, len(SEEDS), *pipeline.latent_shape))
+      better = jnp.full((STEPS - FIRST, len(SEEDS)), 2 * np.arctanh(apart))
+      seen = zeros, zeros, zeros, better, jnp.zeros_like(better)
+      found = step_candidates._take(
+        *(seen, grid, table, pipeline.schedule, CHOSEN[1], FIRST), (0.2, 0.7)
+      )
+      assert (np.asarray(found.labels["better"][:, k] > 0) == decided).all()
 
 
 def test_the_random_choice_is_uniform():

@@ -21,7 +21,7 @@ NO_FLOWS = presets.NO_FLOWS
 LORA_FLOWS = presets.LORA_FLOWS
 rounds, steps = online_sections.rounds, online_sections.steps
 sample_as_flow_grpo = online_sections.sample_as_flow_grpo
-have_candidates = online_sections.have_candidates
+have_candidates, judge = online_sections.have_candidates, online_sections.judge
 pathwise, align_by_lora = online_sections.pathwise, online_sections.align_by_lora
 
 # Choices of fields; the modules that implement them import them from here.
@@ -317,7 +317,10 @@ RULES: Rules = {
   "steps.eta": _POSITIVE,
   **dict.fromkeys(("steps.trained", "steps.window", "steps.hold"), _at_least(0)),
   **dict.fromkeys(("steps.candidates", "steps.first"), _at_least(0)),
-  "steps.gap": _SHARE,
+  **dict.fromkeys(("steps.gap", "steps.gap_noisy"), _SHARE),
+  "judge.width": _at_least(1),
+  "judge.held_out": _at_least(2),  # one has no interval
+  "judge.guidance": _NOT_NEGATIVE,
   "pathwise.method": _one_of("last", "renoised", "predicted"),
   **dict.fromkeys(
     (
@@ -373,6 +376,8 @@ LIMITS: Mapping[str, float] = {
   "iterate.num_pairs": 10_000_000,
   **dict.fromkeys(("rounds.num_prompts", "rounds.updates", "rounds.window"), 1_000_000),
   "rounds.images_per_prompt": 1000,
+  "judge.width": 65_536,
+  "judge.guidance": 1000,
   **dict.fromkeys(("pathwise.repeats", "pathwise.at_once", "alarms.images_per_prompt"), 1000),
   "train.batch_size": 2**20,
   "train.hang_minutes": 1_000_000,  # two years

@@ -67,9 +67,11 @@ def steps(c: ConfigDict) -> None:
   c.steps.window = 0  # consecutive steps that have noise in a round; 0: all
   c.steps.hold = 0  # rounds until the window moves by a step; 0: random in the first half
   c.steps.guided = True  # train the guided prediction, which has sampled, or the plain one
-  c.steps.candidates = 0  # outputs of a step that scorers compare, best and worst; 0: no
+  c.steps.candidates = 0  # outputs of a step that are compared, best and worst; 0: no
+  c.steps.judge = ""  # a run of configs/latent_reward.py that compares them; '': rounds.scorers
   c.steps.first = 0  # first step that has candidates
   c.steps.gap = 0.0  # least difference of the probabilities of best and worst
+  c.steps.gap_noisy = 0.0  # the same of the step with the most noise; 0: as of all others
   c.steps.common_start = False  # sample all images of a prompt from the same noise
 
 
@@ -79,6 +81,18 @@ def sample_as_flow_grpo(c: ConfigDict) -> None:
   c.rollout.num_steps = 10
   c.rollout.guidance = c.evaluate.guidance
   c.steps.eta = 0.7
+
+
+def judge(c: ConfigDict) -> None:
+  """Adds the section for the training of a latent reward model."""
+  c.judge = ConfigDict()
+  c.judge.width = 768  # of the space in which features and prompts are compared
+  c.judge.guidance = 7.5  # guidance of the last layer's features; at most 1: none
+  c.judge.held_out = 200  # pairs to test it on, at least, with captions of their own
+  if c.preset in ("tiny", "shapes"):
+    c.judge.width, c.judge.guidance = 64, c.evaluate.guidance
+  if c.preset == "tiny":
+    c.judge.held_out = 8
 
 
 def have_candidates(c: ConfigDict) -> bool:

@@ -113,6 +113,15 @@ METRICS: dict[str, Metric] = {
     "probability is further from 1 than loss.clip.",
     "share",
   ),
+  "judge/margin": Metric(
+    "How much larger the reward of the preferred image of a pair is than the other's. Should "
+    "rise from 0."
+  ),
+  "judge/accuracy": Metric(
+    "Share of pairs whose preferred image has the larger reward, before they are trained on. "
+    "Chance is one half.",
+    "share",
+  ),
   "prdp/log_ratio": Metric(
     "How much larger the log-ratio of a pair's better trajectory is than the other's, times "
     "beta. Starts at 0 and should rise to prdp/reward."

@@ -55,6 +55,8 @@ def write_report(
   improves: bool = False,
   iterations: Sequence[Mapping[str, str]] = (),
   pairs: Sequence[Mapping[str, Any]] = (),
+  said: str = "",
+  accuracies: Sequence[Mapping[str, str]] = (),
 ) -> None:
   """Writes the report of a run as one self-contained HTML file, atomically.
 
@@ -77,6 +79,8 @@ def write_report(
       columns.
     pairs: examples of the training pairs of an iterative run: mappings with `prompt`, `note`
       and `winner_png, loser_png`.
+    said: the page's first sentence; '' for the `verdict` on the results.
+    accuracies: rows of the table of a reward model's test, column -> text.
 
   Raises:
     ValueError: the headline is unknown, or an image cannot be read.
@@ -88,7 +92,8 @@ def write_report(
   order = sorted(results, key=lambda k: (k != judge, _weight(results, k)))
   html = environment.get_template("report.html.j2").render(
     title=title,
-    verdict=verdict(results, headline=headline, held_out=held_out),
+    verdict=said or verdict(results, headline=headline, held_out=held_out),
+    accuracies=accuracies,
     held_out=held_out,
     remarks=remarks(results, headline=headline),
     state=_state(results, judge),

@@ -90,9 +90,9 @@ def _run(argv: list[str]) -> None:
     raise UserError(
       f"{config.name} cannot be planned: it does not train with a preference loss"
     )
-  if "pathwise" in config or base_config.have_candidates(config):
+  if "pathwise" in config or "judge" in config or base_config.have_candidates(config):
     raise UserError(
-      f"{config.name} cannot be planned: the memory of decoder and scorer is not estimated"
+      f"{config.name} cannot be planned: the memory of its reward model is not estimated"
     )
   numbers = plan(config, flags["topology"], mfu=mfu)
   print(describe(numbers), flush=True)

@@ -11,13 +11,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 from scipy import stats
 
 from jaxpref import base_config
+from jaxpref.models import reward_model
 from jaxpref.models.pipeline import Pipeline, abstract_params
 from jaxpref.training import pathwise_step, step_rows
 from jaxpref.training import rollout as rollout_lib
+from jaxpref.training.judge import Judge
+from jaxpref.training.latent_judge import LatentJudge
 from jaxpref.training.programs import abstract_prompts, has_own_targets
 from jaxpref.training.setup import Checked
 
@@ -67,12 +69,14 @@ def of_update(checked: Checked, forward: float) -> dict[str, float]:
 
   Returns:
     FLOPs by phase: 'policy' and, if the run has them, 'reference', 'old' and 'rollout'. The
-    rollout of rounds is shared by their updates; decoding and scorers are not counted. Of
-    updates that sample, 'judge' is decoder and scorers with their backward pass; what is
-    recomputed counts there.
+    rollout of rounds is shared by their updates; decoding and scorers are not counted. 'judge'
+    is a latent reward model's work on candidates or, of updates that sample, decoder and
+    scorers with their backward pass; what is recomputed counts there.
   """
   if "pathwise" in checked.config:
     return _of_pathwise(checked, forward)
+  if checked.loss.needs.judges:
+    return _of_reward_model(checked)
   config, needs = checked.config, checked.loss.needs
   rows, states = config.train.batch_size, config.rollout.states if needs.rollout else 1
   arms = 1 if base_config.have_candidates(config) else len(checked.arms)  # from one state
@@ -93,7 +97,10 @@ def of_update(checked: Checked, forward: float) -> dict[str, float]:
   guided = 2 if scale_of(config.rollout.guidance) > 1 else 1
   if online := config.get("rounds"):
     samples = online.num_prompts * online.images_per_prompt / online.updates
-    cost["rollout"] = samples * guided * _evaluations(config) * forward
+    cost["rollout"] = samples * guided * _evaluations(checked) * forward
+    if "steps" in config and config.steps.judge:
+      judged = config.steps.candidates * (config.rollout.num_steps - config.steps.first)
+      cost["judge"] = samples * judged * _of_latent_judge(checked)
   if needs.rollout:
     chunk = rollout_lib.chunk_size(rows, config.rollout.batch_size, devices=checked.mesh.size)
     cost["rollout"] = (
@@ -105,14 +112,41 @@ def of_update(checked: Checked, forward: float) -> dict[str, float]:
   return cost
 
 
-def _evaluations(config: ConfigDict) -> int:
+def _evaluations(checked: Checked) -> int:
   """Counts the predictions for a round's image."""
+  config = checked.config
   steps = config.rollout.num_steps
-  if not base_config.have_candidates(config):
+  if not base_config.have_candidates(config) or config.steps.judge:
     return int(steps)
   first = config.steps.first
   # A candidate's prediction judges it, and serves its own step if it is chosen.
   return int(first + 1 + config.steps.candidates * (steps - 1 - first))
+
+
+def _of_reward_model(checked: Checked) -> dict[str, float]:
+  """Counts the FLOPs of an update of a latent reward model."""
+  config, pipeline = checked.config, checked.pipeline
+  reward = of_reward(pipeline, width=config.judge.width, guidance=config.judge.guidance)
+  return {"policy": 3 * config.train.batch_size * len(checked.arms) * reward}
+
+
+def _of_latent_judge(checked: Checked) -> float:
+  """Counts the FLOPs of a candidate's reward; of a plan, by the model of the run's preset."""
+  if isinstance(checked.judge, LatentJudge):
+    reward = checked.judge.reward
+    return of_reward(reward.pipeline, width=reward.width, guidance=reward.guidance)
+  usual = base_config.base("latent_reward", checked.config.preset)
+  base_config.judge(usual)
+  return of_reward(checked.pipeline, width=usual.judge.width, guidance=usual.judge.guidance)
+
+
+def of_reward(pipeline: Pipeline, *, width: int, guidance: float) -> float:
+  """Counts the FLOPs of a latent reward model's reward of one latent."""
+  score = reward_model.make_score(pipeline, guidance=guidance, attention="stock", norm="stock")
+  params = reward_model.abstract_params(pipeline, width=width)
+  latent = jax.ShapeDtypeStruct((1, *pipeline.latent_shape), jnp.float32)
+  t, cond = jax.ShapeDtypeStruct((1,), jnp.int32), pipeline.abstract_cond(1)
+  return count(jax.make_jaxpr(score)(params, latent, t, cond, cond))
 
 
 def _of_pathwise(checked: Checked, forward: float) -> dict[str, float]:
@@ -137,7 +171,7 @@ def _of_pathwise(checked: Checked, forward: float) -> dict[str, float]:
 def _of_judge(checked: Checked) -> float:
   """Counts the FLOPs of an image's reward and of its gradient."""
   judge, batch = checked.judge, abstract_prompts(checked, 1)
-  assert judge is not None  # such a run has one
+  assert isinstance(judge, Judge)  # such a run has one
   latents = jax.ShapeDtypeStruct((1, *checked.pipeline.latent_shape), jnp.float32)
 
   def reward(latents, params, tokens):

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from jaxpref import sharding
 from jaxpref.errors import UserError
 from jaxpref.evaluation import best_checkpoint as best_checkpoint_lib
-from jaxpref.models import denoiser, hub, lora
+from jaxpref.models import denoiser, hub, lora, reward_model
 from jaxpref.models import pipeline as pipeline_lib
 from jaxpref.runtime import checkpoint, checkpoint_files
 from jaxpref.runtime.paths import number_of, user_path
@@ -26,13 +26,14 @@ _NEEDED = ("model", "train")
 _READ: dict[str, Any] = {
   **dict.fromkeys(("model.path", "model.variant", "train.checkpoints"), str),
   **dict.fromkeys(("lora.targets", "data.good_prefix"), str),
-  **dict.fromkeys(("lora.rank", "model.image_size"), int),
+  **dict.fromkeys(("lora.rank", "model.image_size", "judge.width"), int),
 }
 _NUMBERS = (
   "lora.alpha",
   "evaluate.guidance",
   "improve.text_guidance",
   "improve.image_guidance",
+  "judge.guidance",
 )
 
 
@@ -93,6 +94,11 @@ def load(
   if given := [flag for flag, value in own.items() if value]:
     raise UserError(f"--{given[0]} only applies to pipelines; the run {workdir} has its own")
   config = _read_config(workdir)
+  if "judge" in config:
+    raise UserError(
+      f"{workdir} has trained a latent reward model, which makes no images: give it as "
+      "steps.judge to a run of configs/lpo.py"
+    )
   wanted = best_checkpoint_lib.read(workdir).update if isinstance(step, str) else step
   directory = checkpoint.directory_of(workdir, config)
   found = checkpoint_files.find_good(directory, step=wanted)
@@ -102,8 +108,7 @@ def load(
   kernel = checkpoint_files.stored(directory, found.step).get(layer)
   if kernel and kernel.shape[2] > pipeline.latent_shape[0]:
     pipeline = pipeline_lib.widen(pipeline)
-  if found.metadata.get("pipeline") != pipeline.digest:
-    raise UserError(f"the weights in {pipeline.path} are not those that {workdir} began with")
+  _check_base(workdir, pipeline, found.metadata)
   field, fixed = "ema" if ema else "params", pipeline.family.fixed
   abstract = pipeline.abstract_denoiser()
   if rank:
@@ -111,6 +116,68 @@ def load(
     abstract = jax.eval_shape(lambda p: init(p, key=jax.random.key(0)), abstract)
   elif fixed:
     abstract = denoiser.split_fixed(abstract, fixed)[0]
+  trained = restored = _restore(directory, found.step, field, abstract, mesh)
+  if rank:
+    trained = lora.Adapted(pipeline.denoiser_params, trained, config["lora"]["alpha"] / rank)
+  elif fixed:
+    trained = denoiser.join_fixed(trained, pipeline.denoiser_params, fixed)
+  pipeline = pipeline.with_denoiser_params(lora.merge(trained) if merged else trained)
+  # A digest of the weights: files of checkpoints with equal weights differ in their bytes.
+  scale = f" {trained.scale}" if rank else ""
+  weights = pipeline_lib.fingerprint(restored, of=pipeline.digest + scale)
+  digest = f"{field}-{found.step}-{weights}"
+  return dataclasses.replace(pipeline, digest=digest)
+
+
+class RewardModel(NamedTuple):
+  """The model of a run of `configs/latent_reward.py`.
+
+  Attributes:
+    pipeline: whose denoiser it began with.
+    params: its averaged parameters, on the host.
+    width: see `reward_model.init_params`.
+    guidance: see `reward_model.make_score`.
+    digest: of the parameters.
+  """
+
+  pipeline: pipeline_lib.Pipeline
+  params: Any
+  width: int
+  guidance: float
+  digest: str
+
+
+def load_reward_model(name: str, *, dtype: Any = jnp.float32) -> RewardModel:
+  """Loads the reward model of a run's newest good checkpoint.
+
+  Args:
+    name: the run's workdir.
+    dtype: of the computation.
+
+  Raises:
+    UserError: it is not a run that has trained a reward model, its checkpoints are damaged, or
+      the base pipeline is not the one that it began with.
+  """
+  workdir = user_path(name)
+  config = _read_config(workdir) if _has_run(workdir) else {}
+  if "judge" not in config:
+    raise UserError(
+      f"steps.judge: {name!r} is not the workdir of a latent reward model: train one with "
+      "--config=configs/latent_reward.py"
+    )
+  width, guidance = (config["judge"][field] for field in ("width", "guidance"))
+  directory = checkpoint.directory_of(workdir, config)
+  found = checkpoint_files.find_good(directory, step=None)
+  pipeline = _load_base(workdir, config["model"], dtype, None, without_denoiser=True)
+  _check_base(workdir, pipeline, found.metadata)
+  abstract = reward_model.abstract_params(pipeline, width=width)
+  params = sharding.to_host(_restore(directory, found.step, "ema", abstract, None))
+  digest = pipeline_lib.fingerprint(params, of=pipeline.digest)
+  return RewardModel(pipeline, params, width, guidance, digest)
+
+
+def _restore(directory: Path, step: int, field: str, abstract: Any, mesh: Mesh | None) -> Any:
+  """Restores one tree of a checkpoint's state onto the mesh, or onto one device."""
   if mesh is None:
     host = SingleDeviceSharding(jax.local_devices()[0])
     where = jax.tree.map(lambda _: host, abstract)
@@ -119,18 +186,12 @@ def load(
   target = jax.tree.map(
     lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, where
   )
-  state = checkpoint_files.restore_subtree(directory, found.step, {field: target})
-  trained = state[field]
-  if rank:
-    trained = lora.Adapted(pipeline.denoiser_params, trained, config["lora"]["alpha"] / rank)
-  elif fixed:
-    trained = denoiser.join_fixed(trained, pipeline.denoiser_params, fixed)
-  pipeline = pipeline.with_denoiser_params(lora.merge(trained) if merged else trained)
-  # A digest of the weights: files of checkpoints with equal weights differ in their bytes.
-  scale = f" {trained.scale}" if rank else ""
-  weights = pipeline_lib.fingerprint(state[field], of=pipeline.digest + scale)
-  digest = f"{field}-{found.step}-{weights}"
-  return dataclasses.replace(pipeline, digest=digest)
+  return checkpoint_files.restore_subtree(directory, step, {field: target})[field]
+
+
+def _check_base(workdir: Path, pipeline: pipeline_lib.Pipeline, metadata: Any) -> None:
+  if metadata.get("pipeline") != pipeline.digest:
+    raise UserError(f"the weights in {pipeline.path} are not those that {workdir} began with")
 
 
 def prompt_prefix(name: str) -> str:

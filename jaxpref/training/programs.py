@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from jaxpref import sharding
 from jaxpref.data import rows as rows_lib
 from jaxpref.diffusion import schedule as schedule_lib
-from jaxpref.models import denoiser
+from jaxpref.models import denoiser, reward_model
 from jaxpref.models import lora as lora_lib
 from jaxpref.models.pipeline import Pipeline, abstract_params
 from jaxpref.training import batch as batch_lib
@@ -25,6 +25,7 @@ from jaxpref.training import optimizer as optimizer_lib
 from jaxpref.training import pathwise_step, policy_sampler, step_candidates, step_rows
 from jaxpref.training import rollout as rollout_lib
 from jaxpref.training import train_step as train_step_lib
+from jaxpref.training.judge import Judge
 from jaxpref.training.setup import Checked, abstract_trained, list_size
 
 
@@ -80,14 +81,18 @@ def make_programs(checked: Checked, trained: Any, uncond: Any) -> Programs:
   placement = sharding.params_sharding(mesh, shapes)
   if mesh.shape["fsdp"] > 1:
     sharding.list_unsharded(shapes, placement)
-  make_denoise = functools.partial(
-    pipeline.make_denoise,
-    attention=config.model.attention,
-    norm=config.model.norm,
-    remat=config.model.remat,
-    mesh=mesh,
-  )
-  denoise = make_denoise(guidance=config.model.guidance)
+  kernels = {
+    "attention": config.model.attention,
+    "norm": config.model.norm,
+    "remat": config.model.remat,
+    "mesh": mesh,
+  }
+  make_denoise = functools.partial(pipeline.make_denoise, **kernels)
+  trained_function: Callable = make_denoise(guidance=config.model.guidance)
+  if needs.judges:
+    trained_function = reward_model.make_score(
+      pipeline, guidance=config.judge.guidance, **kernels
+    )
   sampled = make_denoise(guidance=config.rollout.guidance)
   guidance = pipeline.classifier_free_scale(config.rollout.guidance)
   dropout = config.data.prompt_dropout
@@ -101,7 +106,7 @@ def make_programs(checked: Checked, trained: Any, uncond: Any) -> Programs:
     "adapt": adapt,
   }
   train_step = train_step_lib.make_train_step(
-    *(denoise, checked.schedule, checked.loss, tx),
+    *(trained_function, checked.schedule, checked.loss, tx),
     **of_all,
     arms=checked.arms,
     refresh_every=online.updates if online else config.rollout.refresh_every,
@@ -112,10 +117,10 @@ def make_programs(checked: Checked, trained: Any, uncond: Any) -> Programs:
     prompt_dropout=dropout,
   )
   if "pathwise" in config:
-    assert checked.judge is not None  # such a run has one
+    assert isinstance(checked.judge, Judge)  # such a run has one
     path = pathwise_step.path_of(config)
     train_step = pathwise_step.make_pathwise_step(
-      *(denoise, pipeline, checked.judge, checked.loss, tx, path), **of_all
+      *(trained_function, pipeline, checked.judge, checked.loss, tx, path), **of_all
     )
   rollout = None
   if needs.rollout:
@@ -132,7 +137,7 @@ def make_programs(checked: Checked, trained: Any, uncond: Any) -> Programs:
       prompt_dropout=dropout,
     )
   reference_errors = train_step_lib.make_reference_errors(
-    *(denoise, checked.schedule, checked.loss),
+    *(trained_function, checked.schedule, checked.loss),
     arms=checked.arms,
     prompt_dropout=dropout,
     space=config.loss.space,
@@ -161,7 +166,7 @@ def _make_sampler(checked: Checked, denoise: denoiser.Denoise) -> Callable:
     mesh=checked.mesh,
     candidates=config.steps.candidates,
     first=config.steps.first,
-    gap=config.steps.gap,
+    gaps=(config.steps.gap, config.steps.gap_noisy or config.steps.gap),
   )
 
 
@@ -252,6 +257,8 @@ def abstract_programs(checked: Checked) -> tuple[Programs, Arguments]:
     start = trained if config.lora.rank else jax.eval_shape(freeze, trained)
   kept = kept_base(checked, base)
   scale = checked.pipeline.classifier_free_scale(step_rows.training_guidance(config))
+  if needs.judges:
+    scale = config.judge.guidance
   guide = uncond if scale > 1 else None
   whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
   placed_batch = _placed(batch, jax.tree.map(lambda _: rows, batch))
@@ -271,7 +278,7 @@ def abstract_programs(checked: Checked) -> tuple[Programs, Arguments]:
 def abstract_prompts(checked: Checked, count: int) -> dict[str, Any]:
   """Returns the batch of an update that samples, as `prompt_batches` makes it."""
   mesh, pipeline, judge = checked.mesh, checked.pipeline, checked.judge
-  assert judge is not None  # such a run has one
+  assert isinstance(judge, Judge)  # such a run has one
   of_rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
   shapes = lambda tree: jax.tree.map(  # noqa: E731
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree

@@ -22,7 +22,7 @@ class RunState(NamedTuple):
     program: the run's programs.
     state: the `TrainState` to train further.
     done: number of updates done.
-    base: parameters of `model.path`, in `model.frozen_dtype`.
+    base: parameters of `model.path`, in `model.frozen_dtype`; None for a reward model.
     frozen: what the train step needs of `base`, see `programs.kept_base`.
     start: trained parameters at the start if they are the reference, else None.
   """
@@ -61,7 +61,10 @@ def make_run_state(
   begin = _begin(prepared, base)
   program = programs.make_programs(prepared, begin, uncond)
   state, done = _restore_or_init(program, begin, ckptr, loader, identity, config)
-  base = pipeline.freeze(base, config.model.frozen_dtype)
+  # A reward model is not compared with the denoiser that it begins as.
+  base = (
+    None if prepared.loss.needs.judges else pipeline.freeze(base, config.model.frozen_dtype)
+  )
   frozen = programs.kept_base(prepared, base)
   start = None
   if prepared.reference == "start":
@@ -89,10 +92,10 @@ def _begin(prepared: Prepared, base: Any) -> Any:
   """Returns the initial trained parameters: the base's, LoRA matrices or `model.start`."""
   if prepared.start:
     return prepared.start.pop("params")  # taken out, so that they can be freed
-  config, fixed = prepared.config, prepared.pipeline.family.fixed
+  config, pipeline = prepared.config, prepared.pipeline
   if not config.lora.rank:
-    return init_trained(config, base, fixed)
-  return jax.jit(lambda params: init_trained(config, params, fixed))(base)
+    return init_trained(config, pipeline, base)
+  return jax.jit(lambda params: init_trained(config, pipeline, params))(base)
 
 
 def _restore_or_init(
@@ -133,10 +136,12 @@ def check_resumes(
     UserError: data or weights differ, or the number of updates does not fit.
   """
   named = {"data": config.data.path, "pipeline": config.model.path, "start": config.model.start}
+  named["judge"] = config.get("steps", {}).get("judge", "")
   things = {
     "data": "training images",
     "pipeline": "base pipeline's weights",
     "start": "weights in model.start",
+    "judge": "reward model in steps.judge",
   }
   for name, thing in things.items():
     if stored.get(name) != identity.get(name):

@@ -1,7 +1,6 @@
 """Everything that a run reads, checked before it writes anything."""
 
 import dataclasses
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,26 @@ from jaxpref import base_config, losses, rng, sharding
 from jaxpref.data import built_rows, prompt_files, sources
 from jaxpref.data import rows as rows_lib
 from jaxpref.data.bad_rows import Tally
-from jaxpref.data.row_set import RowSet
+from jaxpref.data.row_set import RowSet, hold_out
 from jaxpref.diffusion import levels, sampler
 from jaxpref.diffusion import timesteps as timesteps_lib
 from jaxpref.diffusion.flow import Density
 from jaxpref.diffusion.schedule import Schedule
 from jaxpref.errors import UserError
 from jaxpref.evaluation import evaluate
-from jaxpref.models import denoiser
+from jaxpref.models import denoiser, reward_model
 from jaxpref.models import lora as lora_lib
 from jaxpref.models import pipeline as pipeline_lib
 from jaxpref.runtime import checkpoint, jax_setup
-from jaxpref.training import load_run, pathwise_settings, rounds_settings, step_rows
+from jaxpref.training import (
+  latent_judge,
+  load_run,
+  pathwise_settings,
+  rounds_settings,
+  step_rows,
+)
 from jaxpref.training.judge import Judge, load_judge
+from jaxpref.training.latent_judge import LatentJudge
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +58,7 @@ class Checked:
   pipeline: pipeline_lib.Pipeline
   start: dict[str, Any]
   reference: str | None
-  judge: Judge | None
+  judge: Judge | LatentJudge | None
 
   @property
   def schedule(self) -> Schedule:
@@ -70,6 +76,7 @@ class Prepared(Checked):
     rows: the training rows; images of a built data set are read when they are needed.
     prompts: of the evaluation.
     scorers: names of the scorers that can judge these prompts.
+    held_out: rows on which a reward model is tested; None in other runs.
   """
 
   inputs: dict[str, str]
@@ -77,6 +84,7 @@ class Prepared(Checked):
   rows: RowSet
   prompts: list[str]
   scorers: tuple[str, ...]
+  held_out: RowSet | None = None
 
 
 def prepare(config: ConfigDict) -> Prepared:
@@ -97,8 +105,19 @@ def prepare(config: ConfigDict) -> Prepared:
   inputs = {"data": rows.digest, "pipeline": checked.pipeline.digest}
   if checked.start:
     inputs["start"] = checked.start["digest"]
+  if isinstance(checked.judge, LatentJudge):
+    inputs["judge"] = checked.judge.reward.digest
+  held_out = None
+  if checked.loss.needs.judges:
+    rows, held_out = hold_out(rows, config.judge.held_out, seed=config.seed)
   return Prepared(
-    **vars(checked), inputs=inputs, data=tally, rows=rows, prompts=prompts, scorers=usable
+    **vars(checked),
+    inputs=inputs,
+    data=tally,
+    rows=rows,
+    prompts=prompts,
+    scorers=usable,
+    held_out=held_out,
   )
 
 
@@ -213,6 +232,26 @@ def check(config: ConfigDict, *, mesh: Any = None) -> Checked:
     raise UserError(
       f"{config.model.path} is an improver: only --config=improver can train it further"
     )
+  _check_guidance(config, pipeline)
+  if loss.needs.judges:
+    reward_model.check(pipeline)
+  _check_levels(loss, config, pipeline)
+  check_steps(pipeline, "evaluate.num_steps", config.evaluate.num_steps)
+  start = {}
+  if config.model.start and not plans:
+    start = _load_start(config, pipeline, mesh)
+  if rank := config.lora.rank:  # also refuses a pattern without a match
+    shapes = pipeline.abstract_denoiser()
+    targets, usual = config.lora.targets, pipeline.family.lora_targets
+    lora_lib.check_rank(shapes, rank=rank, targets=targets, usual=usual)
+    abstract_trained(config, pipeline)
+  judge = _load_judge(config, pipeline, None if plans else mesh)
+  reference = reference_of(loss, config)
+  return Checked(config, mesh, loss, arms, pipeline, start, reference, judge)
+
+
+def _check_guidance(config: ConfigDict, pipeline: pipeline_lib.Pipeline) -> None:
+  """Refuses scales of guidance that the model is not given, or not in the same way."""
   if config.model.guidance != 1 and not pipeline.takes_guidance:
     raise UserError(
       f"model.guidance = {config.model.guidance} has no effect: {config.model.path} is not "
@@ -224,26 +263,23 @@ def check(config: ConfigDict, *, mesh: Any = None) -> Checked:
       "steps are trained with the guidance that has sampled them: set model.guidance = "
       f"rollout.guidance (got {both[0]} and {both[1]})"
     )
-  _check_levels(loss, config, pipeline)
-  check_steps(pipeline, "evaluate.num_steps", config.evaluate.num_steps)
-  start = {}
-  if config.model.start and not plans:
-    start = _load_start(config, pipeline, mesh)
-  if rank := config.lora.rank:  # also refuses a pattern without a match
-    shapes = pipeline.abstract_denoiser()
-    targets, usual = config.lora.targets, pipeline.family.lora_targets
-    lora_lib.check_rank(shapes, rank=rank, targets=targets, usual=usual)
-    abstract_trained(config, pipeline)
-  judge, vae = None, pipeline.modules["vae"]
+
+
+def _load_judge(
+  config: ConfigDict, pipeline: pipeline_lib.Pipeline, mesh: Mesh | None
+) -> Judge | LatentJudge | None:
+  """Loads a run's judge if it has one; without a mesh, none that a run has trained."""
+  vae, dtype = pipeline.modules["vae"], config.model.dtype
   if "pathwise" in config:
     pathwise_settings.check_model(config, pipeline)
-    judge = load_judge(
-      config.pathwise, vae, at_once=config.pathwise.at_once, dtype=config.model.dtype
-    )
-  elif base_config.have_candidates(config):
-    judge = load_judge(config.rounds, vae, at_once=1, dtype=config.model.dtype)
-  reference = reference_of(loss, config)
-  return Checked(config, mesh, loss, arms, pipeline, start, reference, judge)
+    return load_judge(config.pathwise, vae, at_once=config.pathwise.at_once, dtype=dtype)
+  if not base_config.have_candidates(config):
+    return None
+  if config.steps.judge:
+    if mesh is None:
+      return None
+    return latent_judge.load_latent_judge(config.steps.judge, pipeline, mesh)
+  return load_judge(config.rounds, vae, at_once=1, dtype=dtype)
 
 
 def rows_kind(config: ConfigDict, loss: losses.Loss) -> str:
@@ -331,13 +367,18 @@ def prompts_source(config: ConfigDict) -> str:
 def abstract_trained(config: ConfigDict, pipeline: pipeline_lib.Pipeline) -> Any:
   """Returns the shapes of the trained parameters."""
   base = pipeline.abstract_denoiser()
-  fixed = pipeline.family.fixed
-  return jax.eval_shape(lambda params: init_trained(config, params, fixed), base)
+  return jax.eval_shape(lambda params: init_trained(config, pipeline, params), base)
 
 
-def init_trained(config: ConfigDict, base: Any, fixed: Collection[str]) -> Any:
-  """Returns the initial trained parameters: the base's but the fixed, or LoRA matrices."""
-  lora = config.lora
+def init_trained(config: ConfigDict, pipeline: pipeline_lib.Pipeline, base: Any) -> Any:
+  """Returns the initial trained parameters.
+
+  These are the base's but the fixed, or LoRA matrices, or those of a latent reward model.
+  """
+  lora, fixed = config.lora, pipeline.family.fixed
+  if "judge" in config:
+    key = rng.key_of(config.seed, "judge", 0)
+    return reward_model.init_params(pipeline, base, key, width=config.judge.width)
   if not lora.rank:
     return denoiser.split_fixed(base, fixed)[0] if fixed else base
   key = rng.key_of(config.seed, "lora", 0)
@@ -365,6 +406,7 @@ def _load_start(
 def _check_needs(loss: losses.Loss, config: ConfigDict) -> None:
   """Refuses settings that this loss would ignore."""
   needs = loss.needs
+  latent_judge.check_training(config, needs)
   rounds_settings.check(config, needs)
   pathwise_settings.check(config, needs)
   if config.loss.reference == "base" and not needs.reference:

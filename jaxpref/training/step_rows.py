@@ -86,6 +86,8 @@ def plan_steps(config: ConfigDict, pipeline: Pipeline) -> Plan:
   grid = sampling.grid_of(pipeline, pipeline.latent_shape, rollout.num_steps, rollout.solver, 1)
   table = sampler_lib.coefficients(grid, solver=rollout.solver, eta=1.0)
   noisy = int(np.sum(np.asarray(table.noise) > 0))
+  if steps.judge and not steps.candidates:
+    raise UserError("steps.judge compares candidates: set steps.candidates to 2 or more")
   if steps.candidates:
     _check_candidates(config, noisy)
     return Plan(rollout.num_steps, noisy, noisy, noisy - steps.first, skipped=steps.first)

@@ -35,6 +35,7 @@ from jaxpref.runtime import workdir as workdir_lib
 from jaxpref.training import anomalies, batch_maker, flops, programs, run_state
 from jaxpref.training import inputs as inputs_lib
 from jaxpref.training.alarms import Alarms
+from jaxpref.training.judge_evaluator import JudgeEvaluator
 from jaxpref.training.prompt_batches import PromptBatches
 from jaxpref.training.rounds import Rounds
 from jaxpref.training.run_evaluator import RunEvaluator
@@ -73,7 +74,8 @@ def run(
   add_known_errors(program, base, reference, uncond)
   # Only now: a run that may not resume here changes nothing.
   distributed.first(lambda: _write_start(workdir, prepared, identity, start, state.params))
-  evaluator, alarms = RunEvaluator(prepared, workdir, ckptr, known), Alarms(prepared, workdir)
+  evaluator = _make_evaluator(prepared, workdir, ckptr, known)
+  alarms = Alarms(prepared, workdir)
   evaluator.keep_best()
   models_of = functools.partial(_models_of, program, base)
   writer = _open_writer(workdir, config, start)
@@ -143,6 +145,14 @@ def run(
   evaluator.evaluate(models_of(state), train.num_updates)
   wall_time = f"{time.time() - began:.0f} s, from update {start}"
   distributed.first(lambda: evaluator.write_report(wall_time))
+
+
+def _make_evaluator(
+  prepared: Prepared, workdir: Path, ckptr: checkpoint.Checkpointer, known: Any
+) -> RunEvaluator | JudgeEvaluator:
+  if prepared.loss.needs.judges:
+    return JudgeEvaluator(prepared, workdir)
+  return RunEvaluator(prepared, workdir, ckptr, known)
 
 
 def _models_of(program: programs.Programs, base: Any, state: Any) -> dict[str, Any]:
@@ -252,12 +262,15 @@ def _keep_encoders_on_host(prepared: Prepared) -> None:
 
 
 def _encode_no_prompt(prepared: Prepared) -> tuple[Any, Any]:
-  """Encodes the dropped prompt and, for guided rollouts, the empty prompt."""
+  """Encodes the dropped prompt and, for guided predictions, the empty prompt."""
   config, pipeline, mesh = prepared.config, prepared.pipeline, prepared.mesh
   dropped = encode.encode_dropped_prompt(pipeline, mesh, config.data.dropped_prompt)
   guide = None
   samples = prepared.loss.needs.rollout or "rounds" in config or "pathwise" in config
-  if samples and pipeline.classifier_free_scale(config.rollout.guidance) > 1:
+  scale = pipeline.classifier_free_scale(config.rollout.guidance) if samples else 1.0
+  if "judge" in config:
+    scale = config.judge.guidance
+  if scale > 1:
     guide = sharding.replicate(encode.encode_no_prompt(pipeline, mesh), mesh)
   return sharding.replicate(dropped, mesh), guide
 
@@ -278,7 +291,8 @@ def _write_start(
   """Records this start of the run: configuration, inputs, rows, machine and parameters."""
   table = parameter_overview.get_parameter_overview(params, include_stats=False)
   workdir_lib.write_text(workdir / "parameters.txt", f"{table}\n")
-  print(f"training {parameter_overview.count_parameters(params):,} parameters", flush=True)
+  count = int(parameter_overview.count_parameters(params))  # a float, if one is a scalar
+  print(f"training {count:,} parameters", flush=True)
   workdir_lib.write_config(workdir, prepared.config)
   rows = {"used": len(prepared.rows), **prepared.data.facts()}
   facts = {"after_update": start, **identity, "reference": prepared.reference, "rows": rows}

@@ -191,7 +191,9 @@ def _make_residuals(
   space: str,
   guidance: float,
 ) -> Callable[..., dict[str, jax.Array]]:
-  """Returns the function (params, guide, rows, arms) -> residuals by arm."""
+  """Returns the function (params, guide, rows, arms) -> residuals, or rewards, by arm."""
+  if needs.judges:
+    return functools.partial(_rewards, denoise, schedule)
   if needs.of_steps:
     return functools.partial(step_rows.residuals, denoise, schedule, guidance)
   of_images = functools.partial(_residuals, denoise, schedule, space)
@@ -292,7 +294,9 @@ def _micro_loss(
     of_old = jax.lax.stop_gradient(residuals_of(adapt(old, base), guide, rows, arms))
   err, err_old = to_errors(residuals), to_errors(of_old)
   err_ref = known or to_errors(of_reference)
-  if loss.needs.residuals:
+  if loss.needs.judges:
+    err, terms = {}, Terms(residuals, {}, rows.labels, mean)
+  elif loss.needs.residuals:
     terms = Terms(residuals, of_reference, rows.labels, mean, of_old)
   else:
     terms = Terms(err, err_ref, rows.labels, mean, err_old)
@@ -395,12 +399,32 @@ def _residuals(
   """
   count = len(arms)
   flat = lambda x: x[:, :count].reshape((-1, *x.shape[2:]))  # noqa: E731
-  repeated = jax.tree.map(lambda c: jnp.repeat(c, count, axis=0), rows.cond)
-  x_t = flat(rows.x_t)
-  t = schedule_lib.timestep_input(schedule, jnp.repeat(rows.t, count))
-  prediction = denoise(params, x_t, t, repeated)
+  prediction = denoise(params, *_flat_inputs(schedule, rows, count))
   residual = prediction.astype(jnp.float32) - flat(rows.target)
   residual = residual.reshape((-1, count, *residual.shape[1:]))
   if (scale := schedule_lib.error_scale(schedule, space, rows.t)) is not None:
     residual = schedule_lib.per_sample(scale, residual) * residual
   return {arm: residual[:, i] for i, arm in enumerate(arms)}
+
+
+def _flat_inputs(
+  schedule: schedule_lib.Schedule, rows: batch_lib.Arms, count: int
+) -> tuple[jax.Array, jax.Array, Any]:
+  """Returns the latents, timesteps and conditioning of the first `count` arms, [R * count]."""
+  x_t = rows.x_t[:, :count].reshape((-1, *rows.x_t.shape[2:]))
+  t = schedule_lib.timestep_input(schedule, jnp.repeat(rows.t, count))
+  return x_t, t, jax.tree.map(lambda c: jnp.repeat(c, count, axis=0), rows.cond)
+
+
+def _rewards(
+  score: Callable[..., jax.Array],
+  schedule: schedule_lib.Schedule,
+  params: Any,
+  guide: Any,
+  rows: batch_lib.Arms,
+  arms: Sequence[str],
+) -> dict[str, jax.Array]:
+  """Returns a latent reward model's rewards by arm, float32 [R] each."""
+  count = len(arms)
+  rewards = score(params, *_flat_inputs(schedule, rows, count), guide)
+  return {arm: rewards.reshape(-1, count)[:, i] for i, arm in enumerate(arms)}

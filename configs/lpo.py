@@ -1,0 +1,70 @@
+"""LPO: at each step, the best and the worst of several candidates by a latent reward model.
+
+  python -m jaxpref.main --config=configs/latent_reward.py
+  python -m jaxpref.main --config=configs/lpo.py
+
+After Zhang et al. 2025 (https://arxiv.org/abs/2502.01051). As SPO (`configs/spo.py`), but the
+candidates themselves are rated, noised as they are, by the model of the first command:
+without a prediction of the clean image for each, and without a decoder. Here it is given the
+candidate's own level; the published code gives it the level before the step.
+
+`sd15` has the numbers of https://github.com/Kwai-Kolors/LPO: DDIM of 20 steps with eta 1 and
+guidance 5, 4 candidates of every step, pairs whose probabilities differ by more than 0.35 at
+the step with the least noise and 0.5 at that with the most, beta 500, ratios clipped at 0.1,
+AdamW at 6e-5 with a weight decay of 1e-4, LoRA of rank 4, 5 prompts and 10 pairs for each of
+eight devices. `sdxl` differs as there: 0.45 and 0.6, LoRA of rank 64, 1e-5, 4 prompts and 4
+pairs. The number of prompts is SPO's, 4000, for 5 epochs. `shapes` has numbers of its own.
+"""
+
+from ml_collections import ConfigDict
+
+from jaxpref import base_config
+
+PRESETS = base_config.NO_FLOWS
+
+
+def get_config(preset: str = "shapes") -> ConfigDict:
+  """Returns the run's configuration."""
+  c = base_config.base("lpo", preset)
+  base_config.rounds(c)
+  base_config.steps(c)
+  c.loss.name = "step_pairs"
+  c.loss.beta = 500.0  # strength of the tie
+  c.loss.clip = 0.1  # largest distance of a step's ratio from 1
+  c.rounds.images_per_prompt = 1
+  c.steps.candidates = 4
+  c.steps.judge = f"runs/latent_reward-{preset}"
+  if preset not in base_config.PUBLISHED:
+    c.rounds.scorers = ("shapes.preference",)  # of whole images, for the alarms
+  if preset == "tiny":
+    c.rounds.num_prompts = 4
+    c.rollout.num_steps = 3
+    c.steps.candidates = 2
+    c.train.batch_size = 8  # steps: two of each image
+  if preset == "shapes":
+    c.rollout.guidance = c.evaluate.guidance
+    c.rollout.num_steps = 10
+    c.rounds.num_prompts = 32
+    c.train.batch_size, c.train.accumulate = 288, 4  # nine steps of each image
+  if preset in base_config.PUBLISHED:
+    c.data.num_experts = 4000
+    c.rounds.num_prompts = 40
+    c.rollout.num_steps = 20
+    c.rollout.guidance = 5.0
+    c.rollout.batch_size = 10
+    c.steps.gap, c.steps.gap_noisy = 0.35, 0.5
+    c.lora.rank, c.lora.alpha = 4, 4.0
+    c.optim.lr = 6e-5
+    c.rounds.updates = 10  # as many steps of 40 images
+    c.train.batch_size, c.train.accumulate = 80, 8
+    c.train.num_updates = 500 * c.rounds.updates
+    c.train.updates_per_iteration = 20 * c.rounds.updates
+  if preset == "sdxl":
+    c.rounds.num_prompts, c.train.batch_size, c.train.accumulate = 32, 32, 8
+    c.steps.gap, c.steps.gap_noisy = 0.45, 0.6
+    c.rounds.updates = 20
+    c.train.num_updates = 625 * c.rounds.updates
+    c.train.updates_per_iteration = 20 * c.rounds.updates
+    c.lora.rank, c.lora.alpha = 64, 64.0
+    c.optim.lr = 1e-5
+  return c
