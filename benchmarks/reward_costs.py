@@ -26,7 +26,7 @@ from jaxpref.training import flops, setup
 SUSTAINED = 1e14  # FLOP/s, for hours
 CONFIGS = (
   *("ppo:sd15", "ppo:sd15_dpok", "ppo:sd15_dance", "d3po:sd15"),
-  *("spo:sd15", "prdp:sd15"),
+  *("spo:sd15", "lpo:sd15", "prdp:sd15"),
   *("awm:sd15", "nft:sd15", "dgpo:sd15", "rwr:sd15", "best_of:sd15", "online_dpo:sd15"),
   *("draft:sd15", "draft_lv:sd15", "alignprop:sd15", "refl:sd15"),
   *("ppo:sd35m", "ppo:sd35m_fast", "ppo:sd35m_mix"),
@@ -67,7 +67,7 @@ def cost_of(name: str) -> dict[str, Any]:
   if rounds := config.get("rounds"):
     images = rounds.num_prompts * rounds.images_per_prompt / rounds.updates
     judged = 0
-    if base_config.have_candidates(config):
+    if base_config.have_candidates(config) and not config.steps.judge:
       judged = config.steps.candidates * (config.rollout.num_steps - config.steps.first)
     cost["decode"] = images * (1 + judged) * of_decoder(checked.pipeline)
   elif "pathwise" not in config:
@@ -88,18 +88,18 @@ def _table(found: dict[str, dict[str, Any]]) -> str:
   lines = [
     f"{campaign.made_by(command)}. TFLOPs of an image that the policy samples (of `sft`, "
     "`dpo` and `dro`, of an image of the data), the work of the whole run of "
-    f"`train.num_updates`, and its hours at {SUSTAINED / 1e12:.0f} TFLOP/s. Scorers are left "
-    "out; of updates through the sampler, decoding has its backward pass and what is computed "
-    "again.",
+    f"`train.num_updates`, and its hours at {SUSTAINED / 1e12:.0f} TFLOP/s. Judging is "
+    "decoding, and the latent reward model of `lpo`; scorers are left out. Of updates through "
+    "the sampler, it has its backward pass and what is computed again.",
     "",
-    "| configuration | images an update | sampling | decoding | policy | reference, average | "
+    "| configuration | images an update | sampling | judging | policy | reference, average | "
     "together | PFLOPs of the run | hours |",
     "|---" * 9 + "|",
   ]
   for name, of in found.items():
     phases = [
       of.get("rollout", 0.0),
-      of.get("decode", of.get("judge", 0.0)),
+      of.get("decode", 0.0) + of.get("judge", 0.0),
       of["policy"],
       of.get("reference", 0.0) + of.get("old", 0.0),
     ]
