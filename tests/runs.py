@@ -1,8 +1,14 @@
 """Runs of the tiny preset and others: their arguments, final parameters and metrics."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
+import conftest
 import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
@@ -89,6 +95,27 @@ def check_resumed(pipeline, root, method, *, updates, **fields):
     np.testing.assert_array_equal(ours[path], array, err_msg=path)
   check_glossary(lines(whole))
   return whole, parts
+
+
+def kill(arguments, workdir, log, *, saved, logged):
+  """Starts a run as a program, and kills it once it has saved one update and logged another."""
+  process = subprocess.Popen(
+    [sys.executable, "-m", "jaxpref.main", *arguments],
+    cwd=conftest.ROOT,
+    env=os.environ | conftest.WITHOUT_TORCH,
+    stdout=log.open("a"),
+    stderr=subprocess.STDOUT,
+  )
+  file = workdir / "metrics.jsonl"
+  deadline = time.monotonic() + 240
+  while time.monotonic() < deadline and process.poll() is None:
+    whole = (workdir / "checkpoints" / str(saved) / "checksums.json").exists()
+    if whole and file.exists() and file.read_bytes().count(b"\n") >= logged:
+      break
+    time.sleep(0.002)
+  assert process.poll() is None, log.read_text()[-2000:]
+  os.kill(process.pid, signal.SIGKILL)
+  process.wait()
 
 
 def _return_to(workdir, step):

@@ -223,6 +223,17 @@ def test_steps_resumed_between_rounds_end_with_the_same_bits(
   assert all(line["ratio/approx_kl"] > 0 for line in lines[1::2])
   assert lines[0]["distance/steps"] < 1e-12 < lines[-1]["distance/steps"]
   assert lines[-1]["err/old_x"] != lines[-1]["err/policy_x"]
+  # Killed inside of a round, it begins that round again.
+  fields["train.num_updates"] = 6
+  killed = tmp_path / "killed"
+  given = runs.arguments(tiny_pipeline, killed, "ppo", **fields)
+  runs.kill(given, killed, tmp_path / "log", saved=4, logged=5)
+  assert not (killed / "report.html").exists()
+  assert main.main(given) == 0
+  ours, theirs = (runs.parameters(at)[1] for at in (killed, whole))
+  for path, array in theirs.items():
+    np.testing.assert_array_equal(ours[path], array, err_msg=path)
+  assert [line["loss"] for line in runs.lines(killed)] == [line["loss"] for line in lines]
 
 
 @pytest.mark.long

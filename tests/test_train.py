@@ -5,16 +5,13 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import flax
 import jax
 import numpy as np
 import pytest
 import runs
-from conftest import ROOT, WITHOUT_TORCH, start_cluster, xla_flags
+from conftest import ROOT, start_cluster
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -98,17 +95,6 @@ def test_a_run_leaves_what_it_promises(finished, capsys):
   assert not re.search(r"""(?:src|href)=["']?(?!data:|#|["'])""", html)
 
 
-def _start(arguments, log, *, devices):
-  flags = xla_flags(devices=devices)
-  return subprocess.Popen(
-    [sys.executable, "-m", "jaxpref.main", *arguments],
-    cwd=ROOT,
-    env=os.environ | WITHOUT_TORCH | {"XLA_FLAGS": flags},
-    stdout=log.open("a"),
-    stderr=subprocess.STDOUT,
-  )
-
-
 @pytest.mark.long
 def test_processes_and_devices_may_change_on_the_way(finished, tiny_pipeline, tmp_path):
   """Two processes, each of two devices, and then one device."""
@@ -159,17 +145,7 @@ def test_stopped_and_started_again_it_ends_the_same(
 def test_killed_and_started_again_it_ends_the_same(finished, tiny_pipeline, tmp_path, capsys):
   workdir, log = tmp_path / "run", tmp_path / "log"
   arguments = runs.arguments(tiny_pipeline, workdir)
-  process = _start(arguments, log, devices=1)
-  deadline = time.monotonic() + 240
-  while time.monotonic() < deadline and process.poll() is None:
-    file = workdir / "metrics.jsonl"
-    saved = (workdir / "checkpoints" / "2" / "checksums.json").exists()
-    if saved and file.exists() and file.read_bytes().count(b"\n") >= 3:
-      break
-    time.sleep(0.002)
-  assert process.poll() is None, log.read_text()[-2000:]
-  os.kill(process.pid, signal.SIGKILL)
-  process.wait()
+  runs.kill(arguments, workdir, log, saved=2, logged=3)
   assert not (workdir / "report.html").exists()
   capsys.readouterr()
   assert main.main(arguments) == 0
