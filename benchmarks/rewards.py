@@ -4,8 +4,9 @@
 
 Each method trains from the defaults of its configuration until it has sampled equally many
 images: by the learned reward `shapes.preference` with each seed, and, where it needs no
-gradient of the reward, by the exact verifier `shapes.correct` with the first seed. Beside them
-train SFT, DPO and DRO, which learn from data, as `methods.py` has tuned them. While it trains,
+gradient of the reward, by the exact verifier `shapes.correct` with the first seed. LPO's reward
+is a latent reward model, trained on the data with the same seed. Beside them train SFT, DPO and
+DRO, which learn from data, as `methods.py` has tuned them. While it trains,
 each online run looks at the learned reward and at the truth eight times. Finished runs leave
 records in `docs/rewards/`, so an interrupted campaign resumes. The script writes tables of
 `docs/rewards.md`, and `results.json` and `curves.png` into the folder.
@@ -33,7 +34,8 @@ LEARNED, EXACT = "shapes.preference", "shapes.correct"
 IMAGES = 2048  # that the policy samples in a run of an online method
 LOOKS, LOOKED = 8, 24  # during a run; prompts of a look, with two images each
 ROUNDS = ("awm", "nft", "dgpo", "ppo", "prdp", "d3po", "rwr", "best_of", "online_dpo")
-THROUGH = ("spo", "draft", "draft_lv", "alignprop", "refl")  # whose reward is in the program
+# Whose reward is in the program.
+THROUGH = ("spo", "lpo", "draft", "draft_lv", "alignprop", "refl")
 OFFLINE = ("sft", "dpo", "dro")
 HEADS = {LEARNED: "learned", **comparison.TITLES}
 
@@ -58,16 +60,30 @@ def main(argv: list[str]) -> None:
       arguments, looks = _offline_arguments, {}
       if method not in OFFLINE:
         arguments, looks = online_arguments, {"measure": _read_looks, "prompts": LOOKED}
-      records[name, seed] = campaign.record_run(
-        runs,
-        f"{method}{'-exact' if reward else ''}-{seed}",
-        arguments(name, options, f"seed={seed}"),
-        **looks,
-      )
+      run = f"{method}{'-exact' if reward else ''}-{seed}"
+      judge = [f"steps.judge={_judge_of(options, seed)}"] if method == "lpo" else []
+      given = arguments(name, options, *judge, f"seed={seed}")
+      if judge and not (runs.report_only or campaign.read_record(runs, run, given)):
+        _train_judge(options, seed)
+      records[name, seed] = campaign.record_run(runs, run, given, **looks)
   missing = [f"{name} {seed}" for (name, seed), record in records.items() if not record]
   if missing or not base:
     sys.exit("not finished yet: " + ", ".join(missing or [campaign.BASE]))
   report(records, base, runs, options)
+
+
+def _judge_of(options: argparse.Namespace, seed: int) -> Path:
+  """Returns the workdir of LPO's judge."""
+  return options.runs / f"latent_reward-{seed}"
+
+
+def _train_judge(options: argparse.Namespace, seed: int) -> None:
+  """Trains LPO's judge on the data's pairs, unless that is done."""
+  fields = (*options.set, f"seed={seed}")
+  given = [f"--config=configs/latent_reward.py:{options.preset}"]
+  given += [f"--config.{field}" for field in fields]
+  if not campaign.run(_judge_of(options, seed), given):
+    sys.exit(1)
 
 
 def names_of(options: argparse.Namespace) -> list[str]:

@@ -33,9 +33,9 @@ def get_config(preset: str = "shapes") -> ConfigDict:
   if preset == "shapes":
     c.optim.lr = 1e-4
     c.optim.ema_decay = 0.99
-    c.train.batch_size = 64
-    c.train.num_updates = 1000
-    c.train.updates_per_iteration = 100
+    c.train.batch_size = 32
+    c.train.num_updates = 300
+    c.train.updates_per_iteration = 50
   if preset in base_config.PUBLISHED:
     c.optim.lr = 1e-5
     c.optim.warmup_updates = 0

@@ -391,9 +391,13 @@ def test_rewards(surroundings, tmp_path, monkeypatch, scores_are_equal):
 
   monkeypatch.setattr(campaign.main, "main", run)
   given = [f for f in surroundings if f != "train.num_updates=1" and "num_prompts" not in f]
-  arguments = [*given, "--seeds", "0", "1", f"--tuned={tuned}", "--only", "awm", "sft"]
+  arguments = [*given, "--seeds", "0", "1", f"--tuned={tuned}", "--only", "awm", "lpo", "sft"]
   program.main(arguments)
-  assert list(asked) == ["awm-0", "sft-0", "awm-exact-0", "awm-1", "sft-1"]
+  of_lpo = [f"{name}-{seed}" for seed in (0, 1) for name in ("latent_reward", "lpo")]
+  of_first = ["awm-0", *of_lpo[:2], "sft-0", "awm-exact-0"]
+  assert list(asked) == [*of_first, "awm-1", *of_lpo[2:], "sft-1"]
+  judge = tmp_path / "runs" / "latent_reward-1"
+  assert f"--config.steps.judge={judge}" in asked["lpo-1"] and judge.exists()
   assert "--config.rounds.scorers=('shapes.preference',)" in asked["awm-1"]
   assert "--config.rounds.scorers=('shapes.correct',)" in asked["awm-exact-0"]
   # Two rounds of eight images, an update and a look at each.
