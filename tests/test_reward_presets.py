@@ -18,10 +18,9 @@ def _write(preset, directory):
   return families.write_pipeline(preset, directory, shallow=True)
 
 
-# Four images of a round; of `ppo`, four steps of each or a window, of `d3po` two of a pair, and
-# of `spo` two steps with candidates.
+# Four images of a round; of `ppo`, four steps of each or a window, and of `spo` two steps with
+# candidates. A pair of steps of SD 1.5 is in test_latent_judge.
 CASES = [
-  ("d3po", "sd15", {"train.batch_size": 2, "rounds.updates": 2, "train.num_updates": 2}),
   (
     "spo",
     "sdxl",
