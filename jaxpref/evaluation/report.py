@@ -272,6 +272,8 @@ def _p(entry: dict[str, Any]) -> str:
 
 
 def _tie(text: str) -> str:
+  """Keeps numbers and their units or exponents on one line."""
+  text = re.sub(r"(?<=\de)-(?=\d)", "\N{NON-BREAKING HYPHEN}", text)
   return re.sub(r" (?=%)|(?<=\bp) (?=[=<])|(?<= [=<]) ", "\N{NO-BREAK SPACE}", text)
 
 
