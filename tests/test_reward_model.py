@@ -132,9 +132,7 @@ def test_margins_have_equal_noise(pipeline):
     return params * x_t.sum(axis=(1, 2, 3)) + t  # the level is the same for both
 
   for level in (0, 700):
-    got = judge_evaluator._margins(
-      score, schedule, 2.0, batch, None, jnp.int32(level), jax.random.key(5), 0
-    )
+    got = judge_evaluator._margins(score, schedule, 5, 2.0, batch, None, jnp.int32(level), 0)
     alpha = np.sqrt(np.float64(schedule.alpha_bar[level]))
     sums = np.float64(x0).sum(axis=(2, 3, 4))
     np.testing.assert_allclose(got, 2 * alpha * (sums[:, 0] - sums[:, 1]), rtol=1e-3, atol=1e-3)

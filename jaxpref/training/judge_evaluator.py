@@ -41,7 +41,8 @@ class JudgeEvaluator:
     if config.judge.guidance > 1:
       self._uncond = sharding.replicate(encode.encode_no_prompt(pipeline, mesh), mesh)
     score = reward_model.make_score(pipeline, guidance=config.judge.guidance, mesh=mesh)
-    self._margins = jax.jit(functools.partial(_margins, score, prepared.schedule))
+    seed = config.evaluate.seed
+    self._margins = jax.jit(functools.partial(_margins, score, prepared.schedule, seed))
 
   def is_due(self, done: int) -> bool:
     """Tells whether a test during the run follows after `done` updates."""
@@ -61,15 +62,14 @@ class JudgeEvaluator:
     prepared = self._prepared
     count, mesh = len(self._rows["labels"]["desirable"]), prepared.mesh
     size = sharding.round_up(min(_AT_ONCE, count), mesh)
-    levels = levels_lib.level_at(prepared.schedule, jnp.asarray(SHARES))
-    key = rng.key_of(prepared.config.evaluate.seed, "held out", 0)
+    levels = np.asarray(levels_lib.level_at(prepared.schedule, jnp.asarray(SHARES)))
     found = []
     for level in levels:
       right = []
       for start in range(0, count, size):
         index = np.arange(start, start + size).clip(max=count - 1)
         batch = sharding.place_batch(self._rows, mesh, index)
-        margins = self._margins(params, batch, self._uncond, level, key, start)
+        margins = self._margins(params, batch, self._uncond, level, start)
         right += (sharding.to_host(margins)[: count - start] > 0).tolist()
       interval = wilson_interval(sum(right), len(right))
       accuracy = {"mean": float(np.mean(right)), "interval": interval, "pairs": len(right)}
@@ -117,16 +117,16 @@ class JudgeEvaluator:
 def _margins(
   score: reward_model.Score,
   schedule: schedule_lib.Schedule,
+  seed: int,
   params: Any,
   batch: Any,
   uncond: Any,
   level: jax.Array,
-  key: jax.Array,
   start: int,
 ) -> jax.Array:
   """Returns the differences of the rewards of pairs, [B], at a level and with equal noise."""
   x0 = batch["latents"]
-  count = x0.shape[0]
+  count, key = x0.shape[0], rng.key_of(seed, "held out", 0)
   keys = jax.vmap(lambda i: jax.random.fold_in(key, start + i))(jnp.arange(count))
   eps = jax.vmap(lambda k: jax.random.normal(k, (1, *x0.shape[2:])))(keys)
   t = jnp.full(count, level)
