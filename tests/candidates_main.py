@@ -30,14 +30,13 @@ def make_judge(pipeline, kind):
     vae = pipeline.modules["vae"]
     return Judge({"red": toy_scorers.REWARDS["red"]("float32")}, (2.0,), vae, 1)
 
-  def score(factor, x_t, t, cond, uncond):
+  def score(params, x_t, t, cond, uncond):
     """Returns the mean of the latents and of the text, more for larger t."""
     text = cond["text"].mean(axis=(1, 2)) - uncond["text"].mean()
-    return factor * (x_t.mean(axis=(1, 2, 3)) + text) * (1 + t)
+    return params["factor"] * (x_t.mean(axis=(1, 2, 3)) + text) * (1 + t)
 
-  reward = load_run.RewardModel(pipeline, np.float32(3.0), 1, 1.0, "")
-  empty = encode.encode_no_prompt(pipeline, sharding.make_mesh())
-  return LatentJudge(reward, score, jax.tree.map(jnp.asarray, empty))
+  params = {"encoder": {}, "factor": np.float32(3.0)}
+  return LatentJudge(load_run.RewardModel(pipeline, params, 1, 1.0, ""), score, "float32")
 
 
 def make_program(pipeline, mesh, captions, count, gaps=(0.0, 0.0), kind="images"):
@@ -48,7 +47,7 @@ def make_program(pipeline, mesh, captions, count, gaps=(0.0, 0.0), kind="images"
     **{"mesh": mesh, "solver": "ddim", "num_steps": STEPS, "guidance": SCALE},
     **{"candidates": count, "first": FIRST, "gaps": gaps},
   )
-  return program, judge.place(pipeline.params["vae"], mesh), judge.tokenize(captions)
+  return program, judge.place(pipeline, mesh), judge.tokenize(captions)
 
 
 def chosen_of(seeds):

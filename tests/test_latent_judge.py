@@ -95,6 +95,7 @@ def test_candidates_resume_to_the_same_bits(trained, tiny_pipeline, tmp_path, ca
     ("latent_reward", {"lora.rank": 2}, "lora.rank and model.start do not apply"),
     ("latent_reward", {"judge.held_out": 100_000}, "judge.held_out = 100000 leaves"),
     ("latent_reward", {"loss.name": "sft"}, "the section judge do not fit"),
+    ("latent_reward", {"loss.space": "eps"}, "has no errors"),
   ],
 )
 def test_settings_that_do_not_fit_are_refused(method, changes, message, tiny_pipeline):
@@ -139,7 +140,7 @@ def test_flops_of_an_update(tiny_pipeline, trained):
   steps, images = config.rollout.num_steps, config.rounds.num_prompts
   assert work["judge"] == 2 * images * (steps - config.steps.first) * one
   assert work["rollout"] == images * steps * forward
-  assert one < 2 * forward  # both with and without the prompt, half of the network each
+  assert 0.4 * forward < one < 1.2 * forward  # half of the network, with and without the prompt
 
 
 def test_plans_refuse_it(capsys):

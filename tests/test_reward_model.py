@@ -144,6 +144,12 @@ def _rows(captions):
   return row_set.collect([row_set.Row((image + i, image), c) for i, c in enumerate(captions)])
 
 
+def test_white_space_makes_no_other_caption():
+  rows = _rows([f"caption{' ' * (1 + i % 2)}{i // 2}" for i in range(60)])
+  rest, held = row_set.hold_out(rows, 6, seed=0)
+  assert len(held) == 6 and not rest.has_caption_in(held.used_captions())
+
+
 def test_held_out_rows_have_captions_of_their_own():
   rows = _rows([f"caption {i // 3}" for i in range(60)])
   rest, held = row_set.hold_out(rows, 7, seed=4)

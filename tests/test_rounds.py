@@ -228,7 +228,7 @@ def test_steps_resumed_between_rounds_end_with_the_same_bits(
   killed = tmp_path / "killed"
   given = runs.arguments(tiny_pipeline, killed, "ppo", **fields)
   runs.kill(given, killed, tmp_path / "log", saved=4, logged=5)
-  assert not (killed / "report.html").exists()
+  assert not (killed / "checkpoints" / "6").exists()
   assert main.main(given) == 0
   ours, theirs = (runs.parameters(at)[1] for at in (killed, whole))
   for path, array in theirs.items():

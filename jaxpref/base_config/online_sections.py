@@ -96,7 +96,7 @@ def judge(c: ConfigDict) -> None:
 
 
 def have_candidates(c: ConfigDict) -> bool:
-  """Tells whether a run's steps have candidates, which scorers compare."""
+  """Tells whether a run's steps have candidates, which a judge compares."""
   return "steps" in c and c.steps.candidates > 0
 
 

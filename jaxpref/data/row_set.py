@@ -135,14 +135,18 @@ def hold_out(rows: RowSet, least: int, *, seed: int) -> tuple[RowSet, RowSet]:
   Raises:
     UserError: less than half of the rows would be left to train on.
   """
-  order = np.random.default_rng(seed).permutation(len(rows.captions))
-  sizes = np.bincount(rows.caption, minlength=len(order))[order]
+  numbers: dict[str, int] = {}  # white space does not count
+  words = [" ".join(rows.caption_of(i).split()) for i in range(len(rows))]
+  group = np.array([numbers.setdefault(text, len(numbers)) for text in words], np.int64)
+  order = np.random.default_rng(seed).permutation(len(numbers))
+  sizes = np.bincount(group, minlength=len(order))[order]
   chosen = order[: np.searchsorted(np.cumsum(sizes), least) + 1]
-  held = np.isin(rows.caption, chosen)
+  held = np.isin(group, chosen)
   if 2 * held.sum() > len(rows):
     raise UserError(
       f"judge.held_out = {least} leaves {count(int((~held).sum()), 'row')} of {len(rows)} to "
-      "train on: lower it"
+      f"train on, since rows of one caption stay together ({count(len(order), 'caption')}): "
+      "lower it, or take more data"
     )
   rest, out = (
     dataclasses.replace(

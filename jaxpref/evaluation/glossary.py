@@ -118,8 +118,8 @@ METRICS: dict[str, Metric] = {
     "rise from 0."
   ),
   "judge/accuracy": Metric(
-    "Share of pairs whose preferred image has the larger reward, before they are trained on. "
-    "Chance is one half.",
+    "Share of an update's pairs whose preferred image has the larger reward. Chance is one "
+    "half; after the first pass over the data these pairs have been trained on.",
     "share",
   ),
   "prdp/log_ratio": Metric(

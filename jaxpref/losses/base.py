@@ -125,6 +125,12 @@ class Needs:
         if len(values) > 2:
           one_of = f"one of {', '.join(values)}"
         raise UserError(f"Needs: {field} must be {one_of} (got {given!r})")
+    others = self.reference, self.old, self.residuals, self.rollout, self.condition, self.arms
+    if self.judges and (self.rows != "pairs" or any(others)):
+      raise UserError(
+        "Needs: with judges=True, rows must be 'pairs', and reference, old, residuals, "
+        "rollout, condition and arms cannot be set"
+      )
     if not (isinstance(self.arms, tuple) and all(isinstance(arm, str) for arm in self.arms)):
       raise UserError(f"Needs: arms must be a tuple of names (got {self.arms!r})")
 
@@ -164,7 +170,8 @@ class Terms(NamedTuple):
   """The input of `objective`, for one micro-batch.
 
   Attributes:
-    err: the policy's errors by arm, float32 [B], or residuals (see `Needs.residuals`).
+    err: the policy's errors by arm, float32 [B], or residuals (see `Needs.residuals`), or the
+      rewards of a reward model (see `Needs.judges`).
     ref: the reference's errors, without gradient; empty without a reference.
     labels: further columns of the rows, [B].
     mean: averages an array over the micro-batches of all devices, to a scalar.

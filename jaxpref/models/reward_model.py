@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxpref import sharding
 from jaxpref.diffusion import guidance as guidance_lib
 from jaxpref.errors import UserError
 from jaxpref.models import unet
@@ -29,9 +30,9 @@ def check(pipeline: Pipeline) -> None:
   """Refuses models that do not have a first half.
 
   Raises:
-    UserError: the family has none, or the model is an improver.
+    UserError: the family has none.
   """
-  if pipeline.family.make_encode is None or pipeline.is_improver:
+  if pipeline.family.make_encode is None:
     raise UserError(
       f"{pipeline.path} is of {pipeline.family.name}: latent reward models are made of the "
       "UNets of Stable Diffusion"
@@ -80,19 +81,27 @@ def make_score(pipeline: Pipeline, *, guidance: float, **options: Any) -> Score:
     pipeline: the modules.
     guidance: scale by which the features of the last layer are guided; at most 1: they are not.
     **options: those of `Family.make_encode`.
+
+  Returns:
+    `score`, see `Score`. The sizes that SDXL is given stay those of the conditioning.
   """
-  encode = _make_encode(pipeline, **options)
+  encode, mesh = _make_encode(pipeline, **options), options.get("mesh")
+
+  def whole(x):
+    return x if mesh is None or mesh.shape["fsdp"] == 1 else sharding.gather_params(x, mesh)
 
   def score(params, x_t, t, cond, uncond):
     features = functools.partial(_pool_features, encode, params["encoder"])
     if guidance > 1:
+      uncond = {**uncond, **{name: cond[name] for name in ("time_ids",) if name in cond}}
       without, seen = guidance_lib.without_and_with(features, cond, uncond)(x_t, t)
       guided = without + guidance * (seen - without)
       last = _size_of_last(encode, params["encoder"], x_t, t, cond)
       seen = jnp.concatenate([seen[:, :-last], guided[:, -last:]], axis=1)
     else:
       seen = features(x_t, t, cond)
-    image, text = seen @ params["image"], pool_text(cond) @ params["text"]
+    image = seen @ whole(params["image"])
+    text = pool_text(cond) @ whole(params["text"])
     return jnp.exp(params["logit_scale"]) * _cosine(image, text)
 
   return score

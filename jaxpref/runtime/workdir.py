@@ -34,7 +34,7 @@ LOCK = ".lock"
 # their contents instead of their paths.
 BY_CONTENT = (
   *("data.path", "data.split", "data.follow_links", "data.max_bad_share", "data.score"),
-  *("model.path", "model.start"),
+  *("model.path", "model.start", "steps.judge"),
 )
 # Fields and sections that may change when a run is resumed.
 RESUME_SAFE = (

@@ -106,7 +106,7 @@ class Alarms:
 
 
 def trained_scorers(config: ConfigDict) -> tuple[str, ...]:
-  """Returns the scorers whose sum is the reward of an online run."""
+  """Returns the scorers whose sum is the reward of an online run, or stands for it."""
   for section in ("rounds", "pathwise"):
     if section in config:
       return tuple(config[section].scorers)
@@ -244,6 +244,8 @@ def _judge(
     resamples=_RESAMPLES,
     selected_by=trained_scorers(prepared.config),
   )
-  said = reward_hacking.find_hacking(found, role="is trained on")
+  of_latents = "steps" in prepared.config and prepared.config.steps.judge
+  role = "stands for the judge of latents" if of_latents else "is trained on"
+  said = reward_hacking.find_hacking(found, role=role)
   spread = vendi.vendi_score(diversity.pixel_features(images))
   return {"scores": scores, "vendi": spread, "said": said}

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from jaxpref import scorers, sharding
 from jaxpref.models import vae as vae_lib
+from jaxpref.models.pipeline import Pipeline
 from jaxpref.scorers import Reward
 
 
@@ -29,10 +30,10 @@ class Judge:
   vae: Any
   at_once: int
 
-  def place(self, vae_params: Any, mesh: Any) -> dict[str, Any]:
-    """Puts all parameters on every device: the argument `params` of `score`."""
+  def place(self, pipeline: Pipeline, mesh: Any) -> dict[str, Any]:
+    """Puts the VAE and the scorers on every device: the argument `params` of `score`."""
     trees = {name: reward.params for name, reward in self.rewards.items()}
-    return sharding.replicate({"vae": vae_params, "scorers": trees}, mesh)
+    return sharding.replicate({"vae": pipeline.params["vae"], "scorers": trees}, mesh)
 
   def tokenize(self, prompts: Sequence[str]) -> dict[str, Any]:
     """Returns what the scorers read of prompts, numpy arrays [N, ...] by scorer."""

@@ -11,17 +11,17 @@ import numpy as np
 
 from jaxpref import rng, sharding
 from jaxpref.data import encode
+from jaxpref.data.built_rows import StoredImages
 from jaxpref.diffusion import levels as levels_lib
 from jaxpref.diffusion import schedule as schedule_lib
 from jaxpref.evaluation import best_checkpoint, report
 from jaxpref.evaluation.paired_tests import wilson_interval
 from jaxpref.models import reward_model
-from jaxpref.runtime import distributed, jax_setup, metrics
+from jaxpref.runtime import distributed, jax_setup, metrics, watchdog
 from jaxpref.runtime import workdir as workdir_lib
 from jaxpref.training.setup import Prepared
 
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the training levels, from little to much noise
-_AT_ONCE = 64  # pairs
 
 
 class JudgeEvaluator:
@@ -53,6 +53,7 @@ class JudgeEvaluator:
 
   def evaluate(self, models: Mapping[str, Any], done: int) -> None:
     """Tests the averaged parameters, 'tuned', and writes `evaluation/<done>/accuracy.json`."""
+    watchdog.rest()  # while its program is compiled
     found = self._test(models["tuned"])
     file = self._workdir / "evaluation" / str(done) / "accuracy.json"
     distributed.first(lambda: workdir_lib.write_json(file, found))
@@ -61,7 +62,8 @@ class JudgeEvaluator:
     """Returns the accuracy by noise level, over all held-out pairs."""
     prepared = self._prepared
     count, mesh = len(self._rows["labels"]["desirable"]), prepared.mesh
-    size = sharding.round_up(min(_AT_ONCE, count), mesh)
+    train = prepared.config.train
+    size = sharding.round_up(min(train.batch_size // train.accumulate, count), mesh)
     levels = np.asarray(levels_lib.level_at(prepared.schedule, jnp.asarray(SHARES)))
     found = []
     for level in levels:
@@ -71,6 +73,7 @@ class JudgeEvaluator:
         batch = sharding.place_batch(self._rows, mesh, index)
         margins = self._margins(params, batch, self._uncond, level, start)
         right += (sharding.to_host(margins)[: count - start] > 0).tolist()
+        watchdog.beat_or_stop()
       interval = wilson_interval(sum(right), len(right))
       accuracy = {"mean": float(np.mean(right)), "interval": interval, "pairs": len(right)}
       found.append({"level": float(level), **accuracy})
@@ -83,10 +86,12 @@ class JudgeEvaluator:
     directory = self._workdir / "evaluation" / str(config.train.num_updates)
     found = workdir_lib.read_json(directory / "accuracy.json", _are_accuracies)
     table = [_row(of) for of in found]
+    stored = prepared.rows.images
     facts = {
       "updates": config.train.num_updates,
       "training rows": f"{len(prepared.rows)} pairs",
       "held-out rows": f"{len(prepared.held_out)} pairs",
+      **(stored.table.about if isinstance(stored, StoredImages) else {}),
       **prepared.data.words(),
       "seed": config.seed,
       **jax_setup.facts(),

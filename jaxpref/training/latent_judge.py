@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -25,17 +24,27 @@ class LatentJudge:
   Attributes:
     reward: as its run has trained it.
     model: its function.
-    uncond: conditioning that its guidance leads away from, a tree of [1, ...].
+    frozen_dtype: of its encoder's weights on the devices.
   """
 
   reward: load_run.RewardModel
   model: reward_model.Score
-  uncond: Any
+  frozen_dtype: Any
 
-  def place(self, vae_params: Any, mesh: Mesh) -> dict[str, Any]:
-    """Puts all parameters on every device: the argument `params` of `score`."""
-    own = {"model": self.reward.params, "uncond": self.uncond}
-    return sharding.replicate({"vae": vae_params, **own}, mesh)
+  def place(self, pipeline: Pipeline, mesh: Mesh) -> dict[str, Any]:
+    """Puts what it needs on the devices: the argument `params` of `score`.
+
+    The VAE and the conditioning that its guidance leads away from are on every device; its own
+    parameters are sharded as the denoiser's.
+
+    Args:
+      pipeline: of the policy, with the parameters of its VAE and text encoders.
+      mesh: of the devices.
+    """
+    encoder = pipeline.freeze(self.reward.params["encoder"], self.frozen_dtype)
+    model = sharding.place_params({**self.reward.params, "encoder": encoder}, mesh)
+    shared = {"vae": pipeline.params["vae"], "uncond": encode.encode_no_prompt(pipeline, mesh)}
+    return {"model": model, **sharding.replicate(shared, mesh)}
 
   def tokenize(self, prompts: Sequence[str]) -> dict[str, Any]:  # noqa: ARG002
     """Returns nothing: it reads the conditioning of the policy."""
@@ -71,23 +80,34 @@ def check_training(config: ConfigDict, needs: Needs) -> None:
       f"loss {config.loss.name!r} and the section judge do not fit: it is for the losses that "
       "train a latent reward model, which need it"
     )
+  if needs.judges and ("rounds" in config or "pathwise" in config):
+    raise UserError("a latent reward model learns from pairs of the data: it has no samples")
   if needs.judges and (config.lora.rank or config.model.start):
     raise UserError(
       "lora.rank and model.start do not apply to a latent reward model, which begins as the "
       "first half of the denoiser, and is trained whole"
     )
+  if needs.judges and config.loss.space != "model":
+    raise UserError("loss.space must be 'model': a latent reward model has no errors")
 
 
-def load_latent_judge(name: str, pipeline: Pipeline, mesh: Mesh) -> LatentJudge:
+def load_latent_judge(
+  name: str, pipeline: Pipeline, mesh: Mesh, *, frozen_dtype: Any
+) -> LatentJudge:
   """Loads the model of a run of `configs/latent_reward.py`.
 
   Args:
     name: the run's workdir.
-    pipeline: of the policy, which must encode images and prompts as the judge's own.
+    pipeline: of the policy, which must encode images and prompts, and noise latents, as the
+      judge's own.
     mesh: of the devices.
+    frozen_dtype: of its encoder's weights on the devices.
+
+  Returns:
+    The judge, with parameters on the host.
 
   Raises:
-    UserError: it is not such a run, or its VAE or text encoders are others.
+    UserError: it is not such a run, or its VAE, text encoders or noise schedule are others.
   """
   found = load_run.load_reward_model(name, dtype=pipeline.denoiser.dtype)
   ours, theirs = pipeline.part_digests, found.pipeline.part_digests
@@ -97,6 +117,11 @@ def load_latent_judge(name: str, pipeline: Pipeline, mesh: Mesh) -> LatentJudge:
         f"steps.judge: {name} was trained with another {part} than that of {pipeline.path}, so "
         "it cannot read its latents and prompts"
       )
+  skips = pipeline.clip_skip, found.pipeline.clip_skip
+  schedules = pipeline.configs["scheduler"], found.pipeline.configs["scheduler"]
+  for what, (own, of_judge) in {"model.clip_skip": skips, "scheduler": schedules}.items():
+    if own != of_judge:
+      raise UserError(f"steps.judge: {name} was trained with another {what} than this run's")
   model = reward_model.make_score(found.pipeline, guidance=found.guidance, mesh=mesh)
-  uncond = jax.tree.map(jnp.asarray, encode.encode_no_prompt(pipeline, mesh))
-  return LatentJudge(found, model, uncond)
+  weightless = dataclasses.replace(found.pipeline, params={})  # its modules are all it needs
+  return LatentJudge(found._replace(pipeline=weightless), model, frozen_dtype)

@@ -37,7 +37,7 @@ class PromptBatches:
     captions = [rows.caption_of(i) for i in range(len(rows))]
     self._cond = encode.encode_prompts(pipeline, mesh, captions)
     self._tokens = judge.tokenize(captions)
-    self._judge = judge.place(pipeline.params["vae"], mesh)
+    self._judge = judge.place(pipeline, mesh)
     self._part = Part(row_set.collect([row_set.Row((), c) for c in captions]), {})
     self._count, self._cursor = len(captions), 0
 

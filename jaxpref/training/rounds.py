@@ -54,7 +54,7 @@ class Rounds:
       self._plan = step_rows.plan_steps(prepared.config, pipeline)
     self._tokens = None
     if judge := prepared.judge:  # of candidates
-      self._decoder = judge.place(pipeline.params["vae"], mesh)
+      self._decoder = judge.place(pipeline, mesh)
       self._tokens = judge.tokenize(self._captions)
     else:
       self._decoder = sharding.place_params(pipeline.params["vae"], mesh)

@@ -141,7 +141,7 @@ def check_resumes(
     "data": "training images",
     "pipeline": "base pipeline's weights",
     "start": "weights in model.start",
-    "judge": "reward model in steps.judge",
+    "judge": "weights of the reward model in steps.judge",
   }
   for name, thing in things.items():
     if stored.get(name) != identity.get(name):

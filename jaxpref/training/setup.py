@@ -96,6 +96,9 @@ def prepare(config: ConfigDict) -> Prepared:
   checked = check(config)
   kind = rows_kind(config, checked.loss)
   rows, tally, prompts = read_data(config, kind, image_size=checked.pipeline.image_size)
+  held_out = None
+  if checked.loss.needs.judges:
+    rows, held_out = hold_out(rows, config.judge.held_out, seed=config.seed)
   check_data(checked, rows)
   evaluate.check_count(len(prompts), config.evaluate.images_per_prompt)
   usable = evaluate.usable_scorers(config.evaluate.scorers, prompts)
@@ -107,9 +110,6 @@ def prepare(config: ConfigDict) -> Prepared:
     inputs["start"] = checked.start["digest"]
   if isinstance(checked.judge, LatentJudge):
     inputs["judge"] = checked.judge.reward.digest
-  held_out = None
-  if checked.loss.needs.judges:
-    rows, held_out = hold_out(rows, config.judge.held_out, seed=config.seed)
   return Prepared(
     **vars(checked),
     inputs=inputs,
@@ -278,7 +278,9 @@ def _load_judge(
   if config.steps.judge:
     if mesh is None:
       return None
-    return latent_judge.load_latent_judge(config.steps.judge, pipeline, mesh)
+    return latent_judge.load_latent_judge(
+      config.steps.judge, pipeline, mesh, frozen_dtype=config.model.frozen_dtype
+    )
   return load_judge(config.rounds, vae, at_once=1, dtype=dtype)
 
 

@@ -57,8 +57,8 @@ def make_candidate_sampler(
     candidates: K, outputs of a step.
     first: first step with candidates.
     gaps: least difference of the best and the worst candidate's probabilities, the softmax of
-      their two scores, at the steps with the least and the most noise; in between it is linear
-      in the noise's deviation. Pairs with a smaller one get equal scores.
+      their two scores, at the trained steps with the least and the most noise; in between it
+      is linear in the noise's deviation. Pairs with a smaller one get equal scores.
 
   Returns:
     `sample(params, judge_params, cond, uncond, seeds, chosen, tokens) -> (latents
@@ -211,8 +211,7 @@ def _take(
     step_rows.pick_own(x.swapaxes(0, 1), picks - first) for x in seen
   )
   labels = step_rows.labels_at(grid, table, schedule, picks)
-  assert table.noise is not None  # of a stochastic solver
-  lowest, highest = (f(table.noise[first:], axis=0)[:, None] for f in (jnp.min, jnp.max))
+  lowest, highest = (f(labels["std"], axis=1, keepdims=True) for f in (jnp.min, jnp.max))
   share = (labels["std"] - lowest) / jnp.maximum(highest - lowest, 1e-12)
   # softmax of two scores: the difference of its entries is tanh of half their difference.
   decided = jnp.tanh((better - worse) / 2) > gaps[0] + (gaps[1] - gaps[0]) * share

@@ -119,7 +119,8 @@ def make_train_step(
   """Makes the jitted program of one update.
 
   Args:
-    denoise: (params, x_t, t, cond) -> prediction.
+    denoise: (params, x_t, t, cond) -> prediction, or the `reward_model.Score` of a loss that
+      trains one.
     schedule: noise schedule, from `levels.training_schedule`.
     loss: from `losses.make_loss`.
     tx: optimizer.
@@ -292,11 +293,9 @@ def _micro_loss(
   of_old = {}
   if loss.needs.old:
     of_old = jax.lax.stop_gradient(residuals_of(adapt(old, base), guide, rows, arms))
-  err, err_old = to_errors(residuals), to_errors(of_old)
-  err_ref = known or to_errors(of_reference)
-  if loss.needs.judges:
-    err, terms = {}, Terms(residuals, {}, rows.labels, mean)
-  elif loss.needs.residuals:
+  err = {} if loss.needs.judges else to_errors(residuals)
+  err_ref, err_old = known or to_errors(of_reference), to_errors(of_old)
+  if loss.needs.residuals or loss.needs.judges:
     terms = Terms(residuals, of_reference, rows.labels, mean, of_old)
   else:
     terms = Terms(err, err_ref, rows.labels, mean, err_old)
