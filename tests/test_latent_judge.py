@@ -145,7 +145,7 @@ def test_flops_of_an_update(tiny_pipeline, trained):
 
 def test_plans_refuse_it(capsys):
   assert estimate.main(["--config=configs/latent_reward.py:sd15", "--topology=v5e:8"]) == 2
-  assert "the memory of its reward model is not estimated" in capsys.readouterr().err
+  assert "cannot be planned: the memory of decoder, scorer and" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("preset", ["sd15", "sdxl"])

@@ -92,7 +92,8 @@ def _run(argv: list[str]) -> None:
     )
   if "pathwise" in config or "judge" in config or base_config.have_candidates(config):
     raise UserError(
-      f"{config.name} cannot be planned: the memory of its reward model is not estimated"
+      f"{config.name} cannot be planned: the memory of decoder, scorer and reward model is not "
+      "estimated"
     )
   numbers = plan(config, flags["topology"], mfu=mfu)
   print(describe(numbers), flush=True)

@@ -273,11 +273,9 @@ def _load_judge(
   if "pathwise" in config:
     pathwise_settings.check_model(config, pipeline)
     return load_judge(config.pathwise, vae, at_once=config.pathwise.at_once, dtype=dtype)
-  if not base_config.have_candidates(config):
+  if not base_config.have_candidates(config) or (config.steps.judge and mesh is None):
     return None
-  if config.steps.judge:
-    if mesh is None:
-      return None
+  if config.steps.judge and mesh:
     return latent_judge.load_latent_judge(
       config.steps.judge, pipeline, mesh, frozen_dtype=config.model.frozen_dtype
     )
