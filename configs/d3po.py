@@ -38,7 +38,7 @@ def get_config(preset: str = "shapes") -> ConfigDict:
     c.rollout.guidance = c.evaluate.guidance
     c.rounds.num_prompts = 32
     c.steps.trained = 4
-    c.train.batch_size, c.train.accumulate = 128, 2
+    c.train.batch_size = 128
   if preset in base_config.PUBLISHED:
     c.loss.beta = 0.1
     c.rounds.num_prompts, c.rounds.updates = 20, 20

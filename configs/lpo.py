@@ -45,7 +45,9 @@ def get_config(preset: str = "shapes") -> ConfigDict:
     c.rollout.guidance = c.evaluate.guidance
     c.rollout.num_steps = 10
     c.rounds.num_prompts = 32
-    c.train.batch_size, c.train.accumulate = 288, 4  # nine steps of each image
+    c.train.batch_size = 288  # nine steps of each image
+    c.loss.beta = 20.0  # more would follow noise: latents have few numbers
+    c.optim.lr = 1e-4
   if preset in base_config.PUBLISHED:
     c.data.num_experts = 4000
     c.rounds.num_prompts = 40

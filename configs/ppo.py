@@ -67,7 +67,7 @@ def get_config(preset: str = "shapes") -> ConfigDict:
   if model == "shapes":
     c.rollout.guidance = c.evaluate.guidance
     c.steps.trained = 4
-    c.train.batch_size, c.train.accumulate = 256, 4
+    c.train.batch_size = 256
   if model in base_config.FLOWS:
     _set_flow_grpo(c)
   elif model in base_config.PUBLISHED:

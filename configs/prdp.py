@@ -31,7 +31,7 @@ def get_config(preset: str = "shapes") -> ConfigDict:
     c.rollout.guidance = c.evaluate.guidance
     c.rollout.num_steps = 10
     c.rounds.num_prompts, c.rounds.images_per_prompt = 32, 2
-    c.train.batch_size, c.train.accumulate = 32, 4
+    c.train.batch_size = 32
   if preset in base_config.PUBLISHED:
     c.rounds.num_prompts, c.rounds.images_per_prompt = 64, 2
     c.rollout.num_steps = 50

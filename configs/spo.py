@@ -46,7 +46,7 @@ def get_config(preset: str = "shapes") -> ConfigDict:
     c.rollout.num_steps = 10
     c.rounds.num_prompts = 32
     c.steps.first = 2
-    c.train.batch_size, c.train.accumulate = 224, 4  # seven steps of each image
+    c.train.batch_size = 224  # seven steps of each image
   if preset in base_config.PUBLISHED:
     c.data.num_experts = 4000
     c.rounds.num_prompts = 40

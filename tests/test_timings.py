@@ -58,6 +58,7 @@ def test_scripts_in_small(tiny_pipeline, tmp_path, capsys, monkeypatch):
   import attention
   import dro_loop
   import levers
+  import loops
   import method_times
 
   out = tmp_path / "dro.json"
@@ -81,6 +82,9 @@ def test_scripts_in_small(tiny_pipeline, tmp_path, capsys, monkeypatch):
   numbers = json.loads((tmp_path / "levers.json").read_text())
   # Of a policy's two passes and a reference's one, the last is left out.
   assert numbers["dpo, known errors"]["FLOPs / as configured"] == pytest.approx(3 / 4)
+  loops.main(["--rows=2", "--channels=4", "--turns=1", f"--out={tmp_path / 'loops.json'}"])
+  found = json.loads((tmp_path / "loops.json").read_text())["ratios"]
+  assert all(of["straight"] == 1.0 and of.keys() >= {"loop"} for of in found.values())
   attention.main(["--shapes=1x16x2x8", "--turns=1", f"--out={tmp_path / 'attention.json'}"])
   assert "| DRO | pairs a second |" in capsys.readouterr().out
 
