@@ -28,45 +28,23 @@ def get_config(preset: str = "shapes") -> ConfigDict:
   c = base_config.base("lpo", preset)
   base_config.rounds(c)
   base_config.steps(c)
-  c.loss.name = "step_pairs"
+  base_config.candidates(c)  # its scorers rate whole images, for the alarms
   c.loss.beta = 500.0  # strength of the tie
-  c.loss.clip = 0.1  # largest distance of a step's ratio from 1
-  c.rounds.images_per_prompt = 1
-  c.steps.candidates = 4
   c.steps.judge = f"runs/latent_reward-{preset}"
-  if preset not in base_config.PUBLISHED:
-    c.rounds.scorers = ("shapes.preference",)  # of whole images, for the alarms
-  if preset == "tiny":
-    c.rounds.num_prompts = 4
-    c.rollout.num_steps = 3
-    c.steps.candidates = 2
-    c.train.batch_size = 8  # steps: two of each image
+  rounds = 500  # five epochs
   if preset == "shapes":
-    c.rollout.guidance = c.evaluate.guidance
-    c.rollout.num_steps = 10
-    c.rounds.num_prompts = 32
     c.train.batch_size = 288  # nine steps of each image
     c.loss.beta = 20.0  # more would follow noise: latents have few numbers
     c.optim.lr = 1e-4
   if preset in base_config.PUBLISHED:
-    c.data.num_experts = 4000
-    c.rounds.num_prompts = 40
-    c.rollout.num_steps = 20
-    c.rollout.guidance = 5.0
-    c.rollout.batch_size = 10
     c.steps.gap, c.steps.gap_noisy = 0.35, 0.5
-    c.lora.rank, c.lora.alpha = 4, 4.0
-    c.optim.lr = 6e-5
-    c.rounds.updates = 10  # as many steps of 40 images
+    c.rounds.updates = 10  # of 80 steps: all 20 of 40 images
     c.train.batch_size, c.train.accumulate = 80, 8
-    c.train.num_updates = 500 * c.rounds.updates
-    c.train.updates_per_iteration = 20 * c.rounds.updates
   if preset == "sdxl":
     c.rounds.num_prompts, c.train.batch_size, c.train.accumulate = 32, 32, 8
     c.steps.gap, c.steps.gap_noisy = 0.45, 0.6
-    c.rounds.updates = 20
-    c.train.num_updates = 625 * c.rounds.updates
+    c.rounds.updates, rounds = 20, 625
+  if preset in base_config.PUBLISHED:
+    c.train.num_updates = rounds * c.rounds.updates
     c.train.updates_per_iteration = 20 * c.rounds.updates
-    c.lora.rank, c.lora.alpha = 64, 64.0
-    c.optim.lr = 1e-5
   return c

@@ -29,41 +29,19 @@ def get_config(preset: str = "shapes") -> ConfigDict:
   c = base_config.base("spo", preset)
   base_config.rounds(c)
   base_config.steps(c)
-  c.loss.name = "step_pairs"
+  base_config.candidates(c)
   c.loss.beta = 10.0  # strength of the tie
-  c.loss.clip = 0.1  # largest distance of a step's ratio from 1
-  c.rounds.images_per_prompt = 1
-  c.steps.candidates = 4
-  if preset not in base_config.PUBLISHED:
-    c.rounds.scorers = ("shapes.preference",)
-  if preset == "tiny":
-    c.rounds.num_prompts = 4
-    c.rollout.num_steps = 3
-    c.steps.candidates = 2
-    c.train.batch_size = 8  # steps: two of each image
   if preset == "shapes":
-    c.rollout.guidance = c.evaluate.guidance
-    c.rollout.num_steps = 10
-    c.rounds.num_prompts = 32
     c.steps.first = 2
     c.train.batch_size = 224  # seven steps of each image
   if preset in base_config.PUBLISHED:
-    c.data.num_experts = 4000
-    c.rounds.num_prompts = 40
-    c.rollout.num_steps = 20
-    c.rollout.guidance = 5.0
-    c.rollout.batch_size = 10
     c.steps.first, c.steps.gap = 2 if preset in base_config.FLOWS else 4, 0.3
-    c.lora.rank, c.lora.alpha = 4, 4.0
-    c.optim.lr = 6e-5
     c.rounds.updates = 7 if preset in base_config.FLOWS else 16  # as many steps of 40 images
     c.train.batch_size, c.train.accumulate = 40, 4
     c.train.num_updates = 1000 * c.rounds.updates
     c.train.updates_per_iteration = 20 * c.rounds.updates
   if preset == "sdxl":
     c.steps.candidates, c.steps.gap = 2, 0.4
-    c.lora.rank, c.lora.alpha = 64, 64.0
-    c.optim.lr = 1e-5
   if preset in base_config.FLOWS:
     base_config.sample_as_flow_grpo(c)
   return c

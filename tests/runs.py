@@ -90,11 +90,17 @@ def check_resumed(pipeline, root, method, *, updates, **fields):
   shutil.copytree(whole, parts)
   _return_to(parts, first)
   assert main.main(arguments(pipeline, parts, method, **given)) == 0
-  ours, theirs = (parameters(at)[1] for at in (parts, whole))
-  for path, array in theirs.items():
-    np.testing.assert_array_equal(ours[path], array, err_msg=path)
+  check_same(parts, whole)
   check_glossary(lines(whole))
   return whole, parts
+
+
+def check_same(workdir, other):
+  """Checks that the newest checkpoints of two runs have the same step and bits."""
+  ours, theirs = parameters(workdir), parameters(other)
+  assert ours[0] == theirs[0]
+  for path, array in theirs[1].items():
+    np.testing.assert_array_equal(ours[1][path], array, err_msg=path)
 
 
 def kill(arguments, workdir, log, *, saved, logged):

@@ -230,9 +230,7 @@ def test_steps_resumed_between_rounds_end_with_the_same_bits(
   runs.kill(given, killed, tmp_path / "log", saved=4, logged=5)
   assert not (killed / "checkpoints" / "6").exists()
   assert main.main(given) == 0
-  ours, theirs = (runs.parameters(at)[1] for at in (killed, whole))
-  for path, array in theirs.items():
-    np.testing.assert_array_equal(ours[path], array, err_msg=path)
+  runs.check_same(killed, whole)
   assert [line["loss"] for line in runs.lines(killed)] == [line["loss"] for line in lines]
 
 

@@ -136,9 +136,7 @@ def test_stopped_and_started_again_it_ends_the_same(
   assert "saved after update 3 of 4" in capsys.readouterr().err
   assert checkpoint_files.steps(workdir / "checkpoints") == [2, 3]
   assert main.main(arguments) == 0
-  ours, theirs = runs.parameters(workdir)[1], runs.parameters(finished)[1]
-  for path, array in theirs.items():
-    np.testing.assert_array_equal(ours[path], array, err_msg=path)
+  runs.check_same(workdir, finished)
 
 
 @pytest.mark.long
@@ -150,10 +148,7 @@ def test_killed_and_started_again_it_ends_the_same(finished, tiny_pipeline, tmp_
   capsys.readouterr()
   assert main.main(arguments) == 0
   assert "resuming after update 2 of 4" in capsys.readouterr().err
-  ours, theirs = runs.parameters(workdir), runs.parameters(finished)
-  assert ours[0] == theirs[0]
-  for path, array in theirs[1].items():
-    np.testing.assert_array_equal(ours[1][path], array, err_msg=path)
+  runs.check_same(workdir, finished)
   timeless = lambda line: {  # noqa: E731
     k: v for k, v in line.items() if k != "time" and not k.startswith(("time/", "perf/"))
   }

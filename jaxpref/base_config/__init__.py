@@ -21,6 +21,7 @@ NO_FLOWS = presets.NO_FLOWS
 LORA_FLOWS = presets.LORA_FLOWS
 rounds, steps = online_sections.rounds, online_sections.steps
 sample_as_flow_grpo = online_sections.sample_as_flow_grpo
+candidates = online_sections.candidates
 have_candidates, judge = online_sections.have_candidates, online_sections.judge
 pathwise, align_by_lora = online_sections.pathwise, online_sections.align_by_lora
 

@@ -75,6 +75,36 @@ def steps(c: ConfigDict) -> None:
   c.steps.common_start = False  # sample all images of a prompt from the same noise
 
 
+def candidates(c: ConfigDict) -> None:
+  """Sets what SPO and LPO have in common: pairs of a step's candidates; call `steps` first."""
+  c.loss.name = "step_pairs"
+  c.loss.clip = 0.1  # largest distance of a step's ratio from 1
+  c.rounds.images_per_prompt = 1
+  c.steps.candidates = 4
+  if c.preset not in presets.PUBLISHED:
+    c.rounds.scorers = ("shapes.preference",)
+  if c.preset == "tiny":
+    c.rounds.num_prompts = 4
+    c.rollout.num_steps = 3
+    c.steps.candidates = 2
+    c.train.batch_size = 8  # steps: two of each image
+  if c.preset == "shapes":
+    c.rollout.guidance = c.evaluate.guidance
+    c.rollout.num_steps = 10
+    c.rounds.num_prompts = 32
+  if c.preset in presets.PUBLISHED:
+    c.data.num_experts = 4000
+    c.rounds.num_prompts = 40
+    c.rollout.num_steps = 20
+    c.rollout.guidance = 5.0
+    c.rollout.batch_size = 10
+    c.lora.rank, c.lora.alpha = 4, 4.0
+    c.optim.lr = 6e-5
+  if c.preset == "sdxl":
+    c.lora.rank, c.lora.alpha = 64, 64.0
+    c.optim.lr = 1e-5
+
+
 def sample_as_flow_grpo(c: ConfigDict) -> None:
   """Sets the stochastic sampler of Flow-GRPO, for flow-matching models."""
   c.rollout.solver = "flow_sde"

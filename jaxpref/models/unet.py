@@ -134,23 +134,12 @@ def refuse_unsupported(config: Mapping[str, Any], supported: Mapping[str, Any]) 
     raise UserError(f"diffusers' Flax modules do not support {given}")
 
 
-def make_denoise(
-  unet: nn.Module,
-  *,
-  attention: str = "auto",
-  norm: str = "auto",
-  remat: str = "none",
-  mesh: Mesh | None = None,
-) -> Denoise:
+def make_denoise(unet: nn.Module, **options: Any) -> Denoise:
   """Returns the UNet's forward pass as `denoise(params, x_t, t, cond)`.
 
   Args:
     unet: from `build_unet`.
-    attention: 'stock', 'xla', 'cudnn' or 'splash', see `kernels.dot_product_attention`, or
-      'auto', see `kernels.resolve_attention`.
-    norm: 'stock', 'lean' (`interceptors.lean_norm`), or 'auto', which is 'stock' on CPUs.
-    remat: a key of `interceptors.REMAT`.
-    mesh: see `denoiser.make_denoise`. Kernels that XLA cannot shard need it.
+    **options: the keyword arguments of `as_function`.
   """
 
   def apply(variables, x_t, t, cond):
@@ -159,27 +148,24 @@ def make_denoise(
     out: Any = unet.apply(variables, x_t, t, cond["text"], _added(cond))
     return out.sample
 
-  return _as_function(apply, unet, attention=attention, norm=norm, remat=remat, mesh=mesh)
+  return as_function(apply, unet, **options)
 
 
-def make_encode(
-  unet: nn.Module,
-  *,
-  attention: str = "auto",
-  norm: str = "auto",
-  remat: str = "none",
-  mesh: Mesh | None = None,
-) -> denoiser.Encode:
+def make_encode(unet: nn.Module, **options: Any) -> denoiser.Encode:
   """Returns the UNet's first half as `encode(params, x_t, t, cond)`.
 
-  Its features are the outputs of all down blocks and of the middle block, in this order. The
-  arguments are those of `make_denoise`; `params` may lack what `encoder_params` leaves out.
+  Its features are the outputs of all down blocks and of the middle block, in this order.
+  `params` may lack what `encoder_params` leaves out.
+
+  Args:
+    unet: from `build_unet`.
+    **options: the keyword arguments of `as_function`.
   """
 
   def apply(variables, x_t, t, cond):
     return unet.apply(variables, x_t, t, cond["text"], _added(cond), method=_encode)
 
-  return _as_function(apply, unet, attention=attention, norm=norm, remat=remat, mesh=mesh)
+  return as_function(apply, unet, **options)
 
 
 def encoder_params(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,10 +197,26 @@ def _added(cond: denoiser.Cond) -> dict[str, jax.Array] | None:
   return {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]}
 
 
-def _as_function(
-  apply: Any, unet: nn.Module, *, attention: str, norm: str, remat: str, mesh: Mesh | None
+def as_function(
+  apply: Any,
+  unet: nn.Module,
+  *,
+  attention: str = "auto",
+  norm: str = "auto",
+  remat: str = "none",
+  mesh: Mesh | None = None,
 ) -> Any:
-  """Returns `denoiser.make_denoise` of `apply` with these kernels, see `make_denoise`."""
+  """Makes a call of the UNet a function of its parameters, see `denoiser.make_denoise`.
+
+  Args:
+    apply: (variables, x_t, t, cond) -> result.
+    unet: from `build_unet`.
+    attention: 'stock', 'xla', 'cudnn' or 'splash', see `kernels.dot_product_attention`, or
+      'auto', see `kernels.resolve_attention`.
+    norm: 'stock', 'lean' (`interceptors.lean_norm`), or 'auto', which is 'stock' on CPUs.
+    remat: a key of `interceptors.REMAT`.
+    mesh: see `denoiser.make_denoise`. Kernels that XLA cannot shard need it.
+  """
   platform = jax.default_backend()
   attention = kernels.resolve_attention(attention, platform)
   if norm == "auto":

@@ -19,6 +19,8 @@ from jaxpref.evaluation.paired_tests import wilson_interval
 from jaxpref.models import reward_model
 from jaxpref.runtime import distributed, jax_setup, metrics, watchdog
 from jaxpref.runtime import workdir as workdir_lib
+from jaxpref.training import train_step
+from jaxpref.training.batch import Arms
 from jaxpref.training.setup import Prepared
 
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the training levels, from little to much noise
@@ -136,11 +138,9 @@ def _margins(
   eps = jax.vmap(lambda k: jax.random.normal(k, (1, *x0.shape[2:])))(keys)
   t = jnp.full(count, level)
   x_t = schedule_lib.add_noise(schedule, x0, jnp.broadcast_to(eps, x0.shape), t)
-  twice = lambda x: jnp.repeat(x, 2, axis=0)  # noqa: E731
-  flat = x_t.reshape(-1, *x0.shape[2:])
-  t_in = schedule_lib.timestep_input(schedule, twice(t))
-  rewards = score(params, flat, t_in, jax.tree.map(twice, batch["cond"]), uncond)
-  return rewards[::2] - rewards[1::2]
+  arms = Arms(x_t, x_t, t, batch["cond"], {}, {})  # rewards have no target
+  found = train_step.rewards(score, schedule, params, uncond, arms, ("w", "l"))
+  return found["w"] - found["l"]
 
 
 def _row(found: Mapping[str, Any]) -> dict[str, str]:

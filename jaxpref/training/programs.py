@@ -257,8 +257,6 @@ def abstract_programs(checked: Checked) -> tuple[Programs, Arguments]:
     start = trained if config.lora.rank else jax.eval_shape(freeze, trained)
   kept = kept_base(checked, base)
   scale = checked.pipeline.classifier_free_scale(step_rows.training_guidance(config))
-  if needs.judges:
-    scale = config.judge.guidance
   guide = uncond if scale > 1 else None
   whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
   placed_batch = _placed(batch, jax.tree.map(lambda _: rows, batch))

@@ -328,6 +328,8 @@ def abstract_labels(
 
 
 def training_guidance(config: ConfigDict) -> float:
-  """Returns the guidance scale of the trained predictions; 1 without guidance."""
+  """Returns the guidance scale of trained predictions or rewards; at most 1: no guidance."""
+  if "judge" in config:
+    return config.judge.guidance
   guided = "steps" in config and config.steps.guided and config.rollout.guidance > 1
   return config.rollout.guidance if guided else 1.0

@@ -32,7 +32,7 @@ from jaxpref.runtime import (
   watchdog,
 )
 from jaxpref.runtime import workdir as workdir_lib
-from jaxpref.training import anomalies, batch_maker, flops, programs, run_state
+from jaxpref.training import anomalies, batch_maker, flops, programs, run_state, step_rows
 from jaxpref.training import inputs as inputs_lib
 from jaxpref.training.alarms import Alarms
 from jaxpref.training.judge_evaluator import JudgeEvaluator
@@ -267,10 +267,8 @@ def _encode_no_prompt(prepared: Prepared) -> tuple[Any, Any]:
   dropped = encode.encode_dropped_prompt(pipeline, mesh, config.data.dropped_prompt)
   guide = None
   samples = prepared.loss.needs.rollout or "rounds" in config or "pathwise" in config
-  scale = pipeline.classifier_free_scale(config.rollout.guidance) if samples else 1.0
-  if "judge" in config:
-    scale = config.judge.guidance
-  if scale > 1:
+  scale = config.rollout.guidance if samples else step_rows.training_guidance(config)
+  if pipeline.classifier_free_scale(scale) > 1:
     guide = sharding.replicate(encode.encode_no_prompt(pipeline, mesh), mesh)
   return sharding.replicate(dropped, mesh), guide
 

@@ -194,7 +194,7 @@ def _make_residuals(
 ) -> Callable[..., dict[str, jax.Array]]:
   """Returns the function (params, guide, rows, arms) -> residuals, or rewards, by arm."""
   if needs.judges:
-    return functools.partial(_rewards, denoise, schedule)
+    return functools.partial(rewards, denoise, schedule)
   if needs.of_steps:
     return functools.partial(step_rows.residuals, denoise, schedule, guidance)
   of_images = functools.partial(_residuals, denoise, schedule, space)
@@ -415,7 +415,7 @@ def _flat_inputs(
   return x_t, t, jax.tree.map(lambda c: jnp.repeat(c, count, axis=0), rows.cond)
 
 
-def _rewards(
+def rewards(
   score: Callable[..., jax.Array],
   schedule: schedule_lib.Schedule,
   params: Any,
@@ -423,7 +423,16 @@ def _rewards(
   rows: batch_lib.Arms,
   arms: Sequence[str],
 ) -> dict[str, jax.Array]:
-  """Returns a latent reward model's rewards by arm, float32 [R] each."""
+  """Computes a latent reward model's rewards by arm, float32 [R] each.
+
+  Args:
+    score: a `reward_model.Score`.
+    schedule: noise schedule.
+    params: of the model.
+    guide: conditioning that its guidance leads away from, a tree of [1, ...], or None.
+    rows: noised images; their targets are not used.
+    arms: names of a row's images.
+  """
   count = len(arms)
-  rewards = score(params, *_flat_inputs(schedule, rows, count), guide)
-  return {arm: rewards.reshape(-1, count)[:, i] for i, arm in enumerate(arms)}
+  found = score(params, *_flat_inputs(schedule, rows, count), guide).reshape(-1, count)
+  return {arm: found[:, i] for i, arm in enumerate(arms)}
