@@ -151,6 +151,11 @@ def gather_params(tree: Any, mesh: Mesh) -> Any:
   return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, whole), tree)
 
 
+def platform_of(mesh: Mesh | AbstractMesh | None) -> str:
+  """Returns the platform of a mesh's devices, or JAX's default if it has no devices yet."""
+  return mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
+
+
 def current_mesh(mesh: Mesh) -> Mesh | AbstractMesh:
   """Returns the mesh to name inside a jitted function.
 

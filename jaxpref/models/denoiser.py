@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxpref import sharding
-from jaxpref.models import lora
+from jaxpref.models import convolution, lora
 
 Params = Mapping[str, Any]
 # A denoiser's conditioning, one row per prompt. Every family has 'text' [B, L, D]; some have
@@ -65,6 +65,8 @@ def make_denoise(
     # The stack of interceptors is global and read during tracing, so it is set inside.
     with contextlib.ExitStack() as stack:
       added = [lora.interceptor(params.scale)] if adapted else []
+      if sharding.platform_of(mesh) == "cpu":
+        added += [convolution.fast_in_loops]
       for interceptor in (*interceptors, *added):
         stack.enter_context(nn.intercept_methods(interceptor))
       return apply(variables, x_t, t, cond)

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxpref.models import convolution
 from jaxpref.models import text as text_lib
 
 MEAN, STD = 0.5, 0.25  # of pixels in [0, 1]
@@ -139,7 +140,8 @@ def image_features(towers: Towers, params: Any, pixels: jax.Array) -> jax.Array:
     params: their parameters.
     pixels: float [B, S, S, 3], normalized with `MEAN` and `STD`.
   """
-  return _unit(towers.image.apply({"params": params["image"]}, pixels))
+  with nn.intercept_methods(convolution.fast_in_loops):
+    return _unit(towers.image.apply({"params": params["image"]}, pixels))
 
 
 def text_features(towers: Towers, params: Any, ids: jax.Array) -> jax.Array:

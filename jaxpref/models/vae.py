@@ -17,6 +17,7 @@ from diffusers import FlaxAutoencoderKL
 from diffusers.configuration_utils import flax_register_to_config
 
 from jaxpref.errors import UserError
+from jaxpref.models import convolution
 from jaxpref.models.unet import module_fields, refuse_unsupported
 
 # Options of PyTorch's class that the Flax module lacks, and the value that it implements.
@@ -157,7 +158,8 @@ def encode_moments(vae: nn.Module, params: Any, images: jax.Array):
     `(mean, logvar)`, each [B, C, h, w], unscaled, log-variance clipped to [-30, 20]; -inf if
     the VAE has no posterior.
   """
-  moments: Any = vae.apply({"params": params}, images, method="moments")
+  with nn.intercept_methods(convolution.fast_in_loops):
+    moments: Any = vae.apply({"params": params}, images, method="moments")
   return moments
 
 
@@ -222,7 +224,8 @@ def decode_sliced(
 def decode_unit(vae: Any, params: Any, latents: jax.Array) -> jax.Array:
   """Decodes scaled latents [B, C, h, w] to images [B, 3, H, W] in about [-1, 1]."""
   z = latents / vae.scaling_factor + vae.shift_factor
-  pixels: Any = vae.apply({"params": params}, z, method="pixels")
+  with nn.intercept_methods(convolution.fast_in_loops):
+    pixels: Any = vae.apply({"params": params}, z, method="pixels")
   return pixels
 
 

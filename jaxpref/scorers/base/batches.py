@@ -34,7 +34,7 @@ def on_devices(model: Any) -> Any:
 
 def batch_size(mesh: Mesh) -> int:
   """Returns the rows of a batch."""
-  if mesh.devices.flat[0].platform == "cpu":
+  if sharding.platform_of(mesh) == "cpu":
     return _CPU_ROWS * mesh.size
   return min(_ROWS, max(1, _WHOLE // mesh.size)) * mesh.size
 
