@@ -6,7 +6,8 @@ After Deng et al. 2024 (https://arxiv.org/abs/2402.08714), who train Stable Diff
 code is unpublished, and all numbers here are ours: DDIM with eta 1 and all of its steps, as in
 DDPO, pairs of images of a prompt, and a beta for rewards that are divided by the deviation of
 all of them. Log-probabilities are means over a latent's elements, so a beta of 5000 for Stable
-Diffusion's 16,384 elements stands for 0.3 of their sum. Log-ratios are not clipped.
+Diffusion's 16,384 elements stands for 0.3 of their sum. `loss.clip` is DDPO's; it matters only
+with `rounds.updates` above 1.
 """
 
 from ml_collections import ConfigDict
@@ -22,6 +23,7 @@ def get_config(preset: str = "shapes") -> ConfigDict:
   base_config.rounds(c)
   base_config.steps(c)
   c.loss.beta = 5000.0 if preset in base_config.PUBLISHED else 300.0  # strength of the tie
+  c.loss.clip = 1e-4  # largest change of a step's log-ratio in a round
   c.rounds.scale = "global"
   c.rounds.clip = 0.0  # rewards are not clipped
   if preset == "tiny":

@@ -49,7 +49,7 @@ HYPER = {  # each method's settings, chosen so that they matter in this toy prob
     "tie": "step",
     "weight_reference": 0.2,
   },
-  "prdp": {"beta": 0.5},
+  "prdp": {"beta": 0.5, "clip": 0.01},
   "step_pairs": {"beta": 20.0, "clip": 0.1},
   "sdpo": {"beta": 20.0, "mu": 0.2, "guarded": "dpo"},
   "sft": {},

@@ -155,9 +155,23 @@ def ppo(
   return fit + weight_reference * factor[tie] * err(p["x"] - r["x"])
 
 
-def prdp(p, r, advantage, beta):
-  """Of log-ratios, for which errors stand here."""
-  return (beta * (err(p["a"]) - err(p["b"])) - (advantage[:, 0] - advantage[:, 1])) ** 2
+def of_steps(residual):
+  """Numbers [S, B] that stand for the log-ratios of trajectories of S steps."""
+  return np.square(residual).mean(1).T
+
+
+def prdp(p, r, advantage, beta, clip, old=None):
+  """The larger one of two losses: of the log-ratios, and of clipped ones."""
+
+  def loss(a, b):
+    return (beta * (a.sum(0) - b.sum(0)) - (advantage[:, 0] - advantage[:, 1])) ** 2
+
+  now = [of_steps(p[arm]) for arm in "ab"]
+  if old is None:
+    return loss(*now)
+  before = [of_steps(old[arm]) for arm in "ab"]
+  near = [u.clip(v - clip, v + clip) for u, v in zip(now, before, strict=True)]
+  return np.maximum(loss(*now), loss(*near))
 
 
 def step_pairs(p, r, std, reward, beta, clip):

@@ -37,6 +37,9 @@ def _mean_loss(case, desirable, size=1.0):
       unmoved = make_losses.residuals(make_losses.CASES[case][1])[0]
       labels, old = jax.tree.map(jnp.float32, make_losses.scored(case, unmoved))
       old = {arm: size * of for arm, of in old.items()}
+    if module.NEEDS.rows == "paths":
+      by_step = lambda tree: {a: jnp.square(x).mean(1).T for a, x in tree.items()}  # noqa: E731
+      pair, old = (by_step(policy), {}), by_step(old)
     terms = losses.Terms(*pair, labels, jnp.mean, old)
     per_sample, _ = module.objective(terms, **hyper)
     return per_sample.mean(), per_sample

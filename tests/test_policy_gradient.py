@@ -271,7 +271,7 @@ def pair_log_ratios(shift, step):
   reference = jnp.array(A)[k] * x + OLD[0] * jnp.array(B)[k] + OLD[1] * jnp.array(C)[k] * x
   std = jnp.full(x.shape[:2], jnp.array(S)[k])
   of = lambda mean: jax.vmap(likelihood.gaussian_log_prob)(after, mean, std)  # noqa: E731
-  return of(reference + shift[k]) - of(reference)
+  return of(reference + shift[k]) - of(reference), None
 
 
 def pairs(count=6):
@@ -283,7 +283,10 @@ def pairs(count=6):
 
 
 def prdp_of(reward_a, reward_b):
-  return lambda u: (losses.prdp_loss(*u, reward_a, reward_b, beta=BETA), None)
+  def loss(ratios, _):
+    return losses.prdp_loss(*ratios.sum(0), reward_a, reward_b, beta=BETA), None
+
+  return loss
 
 
 def test_prdp_is_zero_at_the_optimum_of_the_regularised_reward():
@@ -306,7 +309,9 @@ def test_two_passes_give_prdps_gradient(wrong):
   steps, r_a, r_b = pairs()
 
   def naive(shift):
-    u = sum(pair_log_ratios(shift, jax.tree.map(lambda x, k=k: x[k], steps)) for k in range(3))
+    u = sum(
+      pair_log_ratios(shift, jax.tree.map(lambda x, k=k: x[k], steps))[0] for k in range(3)
+    )
     return losses.prdp_loss(*u, r_a, r_b, beta=BETA).mean()
 
   loss, _, slope = two_pass.two_pass_gradient(

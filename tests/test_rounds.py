@@ -240,6 +240,8 @@ def test_pairs_of_trajectories_resume_to_the_same_bits(surroundings, tiny_pipeli
   whole, _ = runs.check_resumed(tiny_pipeline, tmp_path, "prdp", updates=(2, 4), **fields)
   lines = runs.lines(whole)
   assert abs(lines[0]["prdp/log_ratio"]) < 1e-3 < abs(lines[-1]["prdp/log_ratio"])
+  # Of the second update on the same trajectories, not of the first one.
+  assert lines[0]["prdp/far"] == 0 < lines[1]["prdp/far"]
 
 
 @pytest.mark.long

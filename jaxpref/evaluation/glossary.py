@@ -126,6 +126,11 @@ METRICS: dict[str, Metric] = {
     "How much larger the log-ratio of a pair's better trajectory is than the other's, times "
     "beta. Starts at 0 and should rise to prdp/reward."
   ),
+  "prdp/far": Metric(
+    "Share of the steps whose log-ratio has changed by more than loss.clip since they were "
+    "sampled.",
+    "share",
+  ),
   "prdp/reward": Metric("Mean absolute difference of the advantages of a pair."),
   "rwr/square_weight": Metric(
     "Mean square of the weights, whose mean is 1. The number of images divided by it is the "

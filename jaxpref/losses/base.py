@@ -62,8 +62,8 @@ class Needs:
       'step_pairs': two steps of a prompt's images, the better one first ('w', 'l'): the same
         step of two trajectories, with the labels of 'steps' [B, 2], or two steps from one
         state, whose labels of the step are [B, 1],
-      'paths': two trajectories of a prompt's samples ('a', 'b'): instead of errors, their
-        log-ratios of policy and reference, with labels [B, 2],
+      'paths': two trajectories of a prompt's samples ('a', 'b'): instead of errors, the
+        log-ratios of policy and reference in each step, [S, B], with labels [B, 2],
       'groups': all samples of a prompt ('1', '2', ...), with the same labels [B, G],
       'prompts': no image; the label `reward` of a sample that is made inside of the update,
         through which the gradient goes.

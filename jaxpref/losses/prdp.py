@@ -3,9 +3,12 @@
 Deng et al., 2024, https://arxiv.org/abs/2402.08714. With u the sum of a trajectory's
 log-ratios of policy and reference, the loss of two trajectories a and b of one prompt is
 (beta (u_a - u_b) - (r_a - r_b))^2. It is 0 for all pairs exactly where the policy is the
-reference times exp(r / beta), normalised. The paper also clips log-ratios near those of the
-policy that has sampled; here they are not clipped.
+reference times exp(r / beta), normalised. If several updates learn from the same trajectories,
+a step's log-ratio that has moved far since they were sampled has no gradient where it would
+lower the loss.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,11 @@ import jax.numpy as jnp
 from jaxpref.losses.base import Needs, Terms
 
 NEEDS = Needs(rows="paths", reference=True)
+
+
+def refine(needs: Needs, updates: int) -> Needs:
+  """Adds the policy that has sampled, if several updates learn from its trajectories."""
+  return dataclasses.replace(needs, old=updates > 1)
 
 
 def prdp_loss(
@@ -33,12 +41,24 @@ def prdp_loss(
   return jnp.square(beta * (u_a - u_b) - (reward_a - reward_b))
 
 
-def objective(terms: Terms, *, beta):
+def objective(terms: Terms, *, beta, clip):
   """Returns the loss and metrics, as `jaxpref.losses.base` describes."""
-  u_a, u_b = terms.err["a"], terms.err["b"]
-  reward_a, reward_b = terms.labels["advantage"].T
-  gap, wanted = beta * (u_a - u_b), reward_a - reward_b
-  return prdp_loss(u_a, u_b, reward_a, reward_b, beta=beta), {
+  rewards = terms.labels["advantage"].T
+  u_a, u_b = terms.err["a"].sum(axis=0), terms.err["b"].sum(axis=0)
+  loss = prdp_loss(u_a, u_b, *rewards, beta=beta)
+  metrics = {}
+  if terms.old:
+    near = {
+      arm: jnp.clip(u, terms.old[arm] - clip, terms.old[arm] + clip)
+      for arm, u in terms.err.items()
+    }
+    sums = (u.sum(axis=0) for u in near.values())
+    loss = jnp.maximum(loss, prdp_loss(*sums, *rewards, beta=beta))
+    moved = [jnp.abs(terms.err[arm] - terms.old[arm]) > clip for arm in near]
+    metrics["prdp/far"] = jnp.stack(moved).mean(axis=(0, 1), dtype=jnp.float32)
+  gap, wanted = beta * (u_a - u_b), rewards[0] - rewards[1]
+  return loss, {
     "prdp/log_ratio": gap * jnp.sign(wanted),
     "prdp/reward": jnp.abs(wanted),
+    **metrics,
   }

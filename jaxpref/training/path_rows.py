@@ -39,7 +39,7 @@ def gradients(
 
   Args:
     residuals_of: (params, guide, rows, arms) -> {'x': outputs less means} of single steps.
-    loss: on the log-ratios of both trajectories.
+    loss: on the steps' log-ratios of both trajectories.
     arms: their names.
     adapt: (trained parameters, base) -> the policy's parameters.
     trained: the trained parameters.
@@ -47,7 +47,7 @@ def gradients(
     rows: from `make_arms`.
     mean: averages an array over the micro-batches of all devices.
   """
-  base, start, _, guide = fixed
+  base, start, old, guide = fixed
   reference = base if start is None else adapt(start, base)
   sides = len(arms)
   cond = jax.tree.map(lambda x: jnp.repeat(x, sides, axis=0), rows.cond)
@@ -68,12 +68,19 @@ def gradients(
   def of_policy(trained, step):
     return log_prob(adapt(trained, base), step)
 
-  def objective(u):
-    return loss.objective(Terms(dict(zip(arms, u, strict=True)), {}, rows.labels, mean))
+  def log_ratios(trained, step):
+    fixed = log_prob(reference, step)
+    of_old = of_policy(old, step) - fixed if loss.needs.old else None
+    return of_policy(trained, step) - fixed, of_old
+
+  def objective(ratios, of_old):
+    by_arm = [
+      {} if of is None else {arm: of[:, i] for i, arm in enumerate(arms)}
+      for of in (ratios, of_old)
+    ]
+    return loss.objective(Terms(by_arm[0], {}, rows.labels, mean, by_arm[1]))
 
   values, metrics, found = two_pass.two_pass_gradient(
-    lambda trained, step: of_policy(trained, step) - log_prob(reference, step),
-    *(trained, steps, objective),
-    log_probs=of_policy,
+    *(log_ratios, trained, steps, objective), log_probs=of_policy
   )
   return found, jax.tree.map(jnp.mean, {"loss": values, **metrics})

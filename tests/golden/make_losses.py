@@ -106,14 +106,16 @@ CASES = {
     )
     for variant, clip in (("guarded", 0.02), ("region", 0.05))
   },
-  "prdp": ("prdp", ("a", "b"), {"beta": 2.5}),
+  "prdp": ("prdp", ("a", "b"), {"beta": 2.5, "clip": 0.1}),
+  "prdp-fresh": ("prdp", ("a", "b"), {"beta": 2.5, "clip": 0.1}),
   "step_pairs": ("step_pairs", ("w", "l"), {"beta": 7.0, "clip": 0.1}),
   "step_pairs-free": ("step_pairs", ("w", "l"), {"beta": 7.0, "clip": 0.0}),
 }
 PPO = ("ppo", "ppo-dpok", "ppo-cps", "ppo-score", "ppo-guarded", "ppo-region")
 STEP_PAIRS = ("step_pairs", "step_pairs-free")
-SCORED = ("rwr", "awm", "nft", "dgpo", "prdp", *PPO, *STEP_PAIRS)
-FRESH = ("rwr", "prdp", "ppo-score", *STEP_PAIRS)  # without a lagging policy
+PRDP = ("prdp", "prdp-fresh")
+SCORED = ("rwr", "awm", "nft", "dgpo", *PRDP, *PPO, *STEP_PAIRS)
+FRESH = ("rwr", "prdp-fresh", "ppo-score", *STEP_PAIRS)  # without a lagging policy
 ROWS, SHAPE = 6, (2, 3)
 
 
@@ -128,7 +130,7 @@ def residuals(arms):
 def scored(case, policy):
   """Labels and the lagging policy's residuals, for losses on scored samples."""
   rng = np.random.default_rng(21)
-  shape = {"dgpo": (ROWS, 4)} | dict.fromkeys(("prdp", *STEP_PAIRS), (ROWS, 2))
+  shape = {"dgpo": (ROWS, 4)} | dict.fromkeys((*PRDP, *STEP_PAIRS), (ROWS, 2))
   shape = shape.get(case, ROWS)
   labels = {"advantage": rng.standard_normal(shape), "weight": rng.random(shape)}
   old = {a: v + 0.15 * rng.standard_normal(v.shape) for a, v in policy.items()}
