@@ -68,7 +68,7 @@ def cost_of(name: str) -> dict[str, Any]:
     images = rounds.num_prompts * rounds.images_per_prompt / rounds.updates
     judged = 0
     if base_config.have_candidates(config) and not config.steps.judge:
-      judged = config.steps.candidates * (config.rollout.num_steps - config.steps.first)
+      judged = config.steps.candidates * base_config.comparisons(config)
     cost["decode"] = images * (1 + judged) * of_decoder(checked.pipeline)
   elif "pathwise" not in config:
     images *= len(rows_lib.arms_of(checked.loss.needs.rows, config.data.list_size))

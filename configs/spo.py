@@ -12,9 +12,8 @@ with eta 1 and guidance 5, 4 candidates from step 4 on, pairs whose probabilitie
 than 0.3, beta 10, ratios clipped at 0.1, AdamW at 6e-5 with a weight decay of 1e-4, LoRA of
 rank 4, 40 prompts a round and 40 pairs an update on four devices, 10 epochs of 4000 prompts.
 There a pair that is not decided takes no place in an update. `sdxl` differs as there: 2
-candidates, 0.4, LoRA of rank 64, 1e-5. But there two candidates run on for three steps before
-they are compared, and here they are compared at once. `shapes` has numbers of its own. `sd35m`,
-`sana` and `flux` have the sampler of Flow-GRPO (`configs/ppo.py`).
+candidates that are compared after four steps, 0.4, LoRA of rank 64, 1e-5. `shapes` has numbers
+of its own. `sd35m`, `sana` and `flux` have the sampler of Flow-GRPO (`configs/ppo.py`).
 """
 
 from ml_collections import ConfigDict
@@ -41,7 +40,7 @@ def get_config(preset: str = "shapes") -> ConfigDict:
     c.train.num_updates = 1000 * c.rounds.updates
     c.train.updates_per_iteration = 20 * c.rounds.updates
   if preset == "sdxl":
-    c.steps.candidates, c.steps.gap = 2, 0.4
+    c.steps.candidates, c.steps.apart, c.steps.gap = 2, 4, 0.4
   if preset in base_config.FLOWS:
     base_config.sample_as_flow_grpo(c)
   return c

@@ -39,13 +39,13 @@ def make_judge(pipeline, kind):
   return LatentJudge(load_run.RewardModel(pipeline, params, 1, 1.0, ""), score, "float32")
 
 
-def make_program(pipeline, mesh, captions, count, gaps=(0.0, 0.0), kind="images"):
+def make_program(pipeline, mesh, captions, count, gaps=(0.0, 0.0), kind="images", apart=1):
   """Returns the sampler, the judge's parameters, and what it reads of captions."""
   judge = make_judge(pipeline, kind)
   program = step_candidates.make_candidate_sampler(
     *(pipeline.make_denoise(mesh=mesh), pipeline, judge),
     **{"mesh": mesh, "solver": "ddim", "num_steps": STEPS, "guidance": SCALE},
-    **{"candidates": count, "first": FIRST, "gaps": gaps},
+    **{"candidates": count, "first": FIRST, "apart": apart, "gaps": gaps},
   )
   return program, judge.place(pipeline, mesh), judge.tokenize(captions)
 

@@ -104,6 +104,7 @@ OPTIONS = {
     ("loss.weight_reference=0.1", 3 + 1),
     ("rounds.updates=2", 3 + 1),
   ],
+  "spo": [("steps.apart=2", 2 * (3 + 1))],  # the steps of a pair begin at two states
   "prdp": [("rounds.updates=2", 2 * 1 * (1 + 3 + 1 + 1))],
   "dpo": [("data.noise_draws=2", 6), ("lora.rank=2", 2 * 2 + 2)],
 }

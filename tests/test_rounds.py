@@ -247,6 +247,7 @@ def test_pairs_of_trajectories_resume_to_the_same_bits(surroundings, tiny_pipeli
 @pytest.mark.long
 def test_pairs_of_candidates_resume_to_the_same_bits(surroundings, tiny_pipeline, tmp_path):
   fields = {"evaluate.num_prompts": 1, "optim.lr": 0.01, "train.updates_per_iteration": 1}
+  fields["steps.apart"] = 2  # pairs of a prompt's candidates have inputs of their own
   whole, _ = runs.check_resumed(tiny_pipeline, tmp_path, "spo", updates=(1, 2), **fields)
   first, last = runs.lines(whole)
   assert first["rewards/margin"] == pytest.approx(0.0, abs=1e-3)

@@ -23,6 +23,7 @@ rounds, steps = online_sections.rounds, online_sections.steps
 sample_as_flow_grpo = online_sections.sample_as_flow_grpo
 candidates = online_sections.candidates
 have_candidates, judge = online_sections.have_candidates, online_sections.judge
+share_inputs, comparisons = online_sections.share_inputs, online_sections.comparisons
 pathwise, align_by_lora = online_sections.pathwise, online_sections.align_by_lora
 
 # Choices of fields; the modules that implement them import them from here.
@@ -318,6 +319,7 @@ RULES: Rules = {
   "steps.eta": _POSITIVE,
   **dict.fromkeys(("steps.trained", "steps.window", "steps.hold"), _at_least(0)),
   **dict.fromkeys(("steps.candidates", "steps.first"), _at_least(0)),
+  "steps.apart": _at_least(1),
   **dict.fromkeys(("steps.gap", "steps.gap_noisy"), _SHARE),
   "judge.width": _at_least(1),
   "judge.held_out": _at_least(2),  # one has no interval

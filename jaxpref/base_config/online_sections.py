@@ -70,6 +70,7 @@ def steps(c: ConfigDict) -> None:
   c.steps.candidates = 0  # outputs of a step that are compared, best and worst; 0: no
   c.steps.judge = ""  # a run of configs/latent_reward.py that compares them; '': rounds.scorers
   c.steps.first = 0  # first step that has candidates
+  c.steps.apart = 1  # steps that candidates take before they are compared
   c.steps.gap = 0.0  # least difference of the probabilities of best and worst
   c.steps.gap_noisy = 0.0  # the same of the step with the most noise; 0: as of all others
   c.steps.common_start = False  # sample all images of a prompt from the same noise
@@ -128,6 +129,16 @@ def judge(c: ConfigDict) -> None:
 def have_candidates(c: ConfigDict) -> bool:
   """Tells whether a run's steps have candidates, which a judge compares."""
   return "steps" in c and c.steps.candidates > 0
+
+
+def share_inputs(c: ConfigDict) -> bool:
+  """Tells whether the steps of each pair begin at one state."""
+  return have_candidates(c) and c.steps.apart == 1
+
+
+def comparisons(c: ConfigDict) -> int:
+  """Counts how often the candidates of an image are compared."""
+  return -((c.steps.first - c.rollout.num_steps) // c.steps.apart)
 
 
 def pathwise(c: ConfigDict) -> None:

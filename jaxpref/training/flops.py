@@ -79,7 +79,7 @@ def of_update(checked: Checked, forward: float) -> dict[str, float]:
     return _of_reward_model(checked)
   config, needs = checked.config, checked.loss.needs
   rows, states = config.train.batch_size, config.rollout.states if needs.rollout else 1
-  arms = 1 if base_config.have_candidates(config) else len(checked.arms)  # from one state
+  arms = 1 if base_config.share_inputs(config) else len(checked.arms)
   trained = arms - has_own_targets(checked)
   passes = 2 if config.lora.rank else 3
   scale_of = checked.pipeline.classifier_free_scale
@@ -99,7 +99,7 @@ def of_update(checked: Checked, forward: float) -> dict[str, float]:
     samples = online.num_prompts * online.images_per_prompt / online.updates
     cost["rollout"] = samples * guided * _evaluations(checked) * forward
     if "steps" in config and config.steps.judge:
-      judged = config.steps.candidates * (config.rollout.num_steps - config.steps.first)
+      judged = config.steps.candidates * base_config.comparisons(config)
       cost["judge"] = samples * judged * _of_latent_judge(checked)
   if needs.rollout:
     chunk = rollout_lib.chunk_size(rows, config.rollout.batch_size, devices=checked.mesh.size)
@@ -116,11 +116,13 @@ def _evaluations(checked: Checked) -> int:
   """Counts the predictions for a round's image."""
   config = checked.config
   steps = config.rollout.num_steps
-  if not base_config.have_candidates(config) or config.steps.judge:
+  if not base_config.have_candidates(config):
     return int(steps)
   first = config.steps.first
+  # A latent judge compares without predictions, so that only the chosen candidate has one.
+  alone = base_config.comparisons(config) if config.steps.judge else 1
   # A candidate's prediction judges it, and serves its own step if it is chosen.
-  return int(first + 1 + config.steps.candidates * (steps - 1 - first))
+  return int(first + alone + config.steps.candidates * (steps - alone - first))
 
 
 def _of_reward_model(checked: Checked) -> dict[str, float]:

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from jaxpref import sharding
+from jaxpref import base_config, sharding
 from jaxpref.data import rows as rows_lib
 from jaxpref.diffusion import schedule as schedule_lib
 from jaxpref.models import denoiser, reward_model
@@ -166,6 +166,7 @@ def _make_sampler(checked: Checked, denoise: denoiser.Denoise) -> Callable:
     mesh=checked.mesh,
     candidates=config.steps.candidates,
     first=config.steps.first,
+    apart=config.steps.apart,
     gaps=(config.steps.gap, config.steps.gap_noisy or config.steps.gap),
   )
 
@@ -217,7 +218,7 @@ def _shape_of_steps(checked: Checked, count: int) -> tuple[int, ...]:
   if kind == "steps":
     return (count,)
   if kind == "step_pairs":
-    return (count, 1 if checked.config.steps.candidates else 2)
+    return (count, 1 if base_config.share_inputs(checked.config) else 2)
   return (count, 2, step_rows.plan_steps(checked.config, checked.pipeline).trained)
 
 

@@ -310,9 +310,9 @@ def _rows_of_candidates(
   labels: Mapping[str, np.ndarray], group: np.ndarray, steps: step_rows.Steps
 ) -> dict[str, Any]:
   """Makes rows of the best and the worst candidate of each step, see `step_candidates`."""
-  count = steps.latents.shape[1]
+  count, inputs = steps.latents.shape[1], steps.latents.shape[2] - 2
   flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), steps)
-  of_step = {name: flat.labels[name][:, None] for name in step_rows.LABELS}
+  of_step = {n: np.stack([flat.labels[n]] * inputs, axis=1) for n in step_rows.LABELS}
   sides = np.stack([flat.labels["better"], flat.labels["worse"]], axis=1)
   advantage = np.repeat(labels["advantage"], count)
   both = {"reward": sides, "advantage": np.stack([advantage, advantage], axis=1)}

@@ -1,12 +1,14 @@
 """Samples of the policy whose steps have several candidates, which a judge compares.
 
-At each step the policy samples K outputs from one state. Each is judged by its own prediction
-of the clean image, decoded and scored (SPO), or as it is by a latent reward model (LPO). The
-best and the worst become a row; a random one is the next step's input, so that rows of later
-steps do not depend on the judge's choice.
+From one state the policy samples K candidates, which go on alone for one step or a few. Each is
+then judged by its own prediction of the clean image, decoded and scored (SPO), or as it is by a
+latent reward model (LPO). The steps of the best and of the worst become rows; a random one is
+the state where the next candidates begin, so that rows of later steps do not depend on the
+judge's choice.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -42,6 +44,7 @@ def make_candidate_sampler(
   guidance: float,
   candidates: int,
   first: int,
+  apart: int,
   gaps: tuple[float, float],
 ) -> Callable[..., tuple[jax.Array, vae_lib.Decoded, step_rows.Steps]]:
   """Makes the jitted program that samples images and the pairs of steps on their way.
@@ -54,8 +57,9 @@ def make_candidate_sampler(
     solver: a stochastic one of order 1, see `step_rows.SOLVERS`.
     num_steps: N, number of solver steps.
     guidance: classifier-free guidance scale; at most 1: no guidance.
-    candidates: K, outputs of a step.
+    candidates: K, samples from one state.
     first: first step with candidates.
+    apart: steps that candidates take before they are compared; the last ones may take fewer.
     gaps: least difference of the best and the worst candidate's probabilities, the softmax of
       their two scores, at the trained steps with the least and the most noise; in between it
       is linear in the noise's deviation. Pairs with a smaller one get equal scores.
@@ -63,9 +67,9 @@ def make_candidate_sampler(
   Returns:
     `sample(params, judge_params, cond, uncond, seeds, chosen, tokens) -> (latents
     [B, C, h, w], Decoded, Steps)`. `judge_params` and `tokens` are those of the judge, and the
-    other arguments those of `policy_sampler.make_policy_sampler`. Steps have an input and two
-    outputs, the best and the worst, [B, S, 3, C, h, w], and the further labels `better` and
-    `worse`, their scores.
+    other arguments those of `policy_sampler.make_policy_sampler`. Steps have the inputs and
+    the outputs of the best and the worst candidate, [B, S, 4, C, h, w], or, if `apart` is 1,
+    their common input and both outputs; and their scores as the labels `better` and `worse`.
   """
   shape, schedule = pipeline.latent_shape, pipeline.schedule
   score_each, reads_noise = _make_score(judge, mesh), isinstance(judge, LatentJudge)
@@ -80,15 +84,10 @@ def make_candidate_sampler(
     table = sampler_lib.coefficients(grid, solver=solver, eta=eta)
 
     def predict(x_t, k):
-      """Predicts clean latents [B, K, C, h, w] of inputs of step k, in one call."""
       many = lambda x: jnp.repeat(x, x_t.shape[1], axis=0)  # noqa: E731
-      guided = guidance_lib.classifier_free(
-        lambda x, t, c: denoise(params, x, t, c), jax.tree.map(many, cond), uncond, guidance
-      )
-      t = schedule_lib.timestep_input(schedule, many(grid.timesteps[k]))
-      flat = x_t.reshape(-1, *shape)
-      of = schedule.prediction_type, guided(flat, t), flat, many(grid.log_snr[k])
-      return schedule_lib.split_at(*of)[0].reshape(x_t.shape)
+      of = functools.partial(denoise, params), jax.tree.map(many, cond), uncond, guidance
+      guided, levels = guidance_lib.classifier_free(*of), (grid.timesteps[k], grid.log_snr[k])
+      return _predict_clean(guided, schedule, x_t, *map(many, levels))
 
     def predict_one(x_t, k):
       return predict(x_t[:, None], k)[:, 0]
@@ -97,36 +96,56 @@ def make_candidate_sampler(
       return score_each(judge_params, latents, t, cond, tokens)
 
     def plain(x_t, k):
-      outputs = _draw(grid, table, keys, k, x_t, predict_one(x_t, k), 1)
-      return outputs[:, 0], None
+      before = x_t[:, None], predict_one(x_t, k)[:, None]
+      return _draw(grid, table, keys, k, *before)[:, 0], None
 
-    def branched(carry, k):
-      x_t, x0 = carry
-      outputs = _draw(grid, table, keys, k, x_t, x0, candidates)
-      taken = _choose(keys, k, candidates)
+    branch = functools.partial(
+      _branch, predict, functools.partial(_draw, grid, table, keys), candidates
+    )
+
+    def branched(carry, start):
+      path = branch(*carry, start, apart)
+      outputs, end = path[-1][1], start + apart
+      taken = _choose(keys, start, candidates)
       after = step_rows.pick_own(outputs, taken)
-      t = schedule_lib.timestep_input(schedule, grid.timesteps[k + 1])
+      t = schedule_lib.timestep_input(schedule, grid.timesteps[end])
       if reads_noise:
-        scores, x0 = score(outputs, t), predict_one(after, k + 1)
+        scores, x0 = score(outputs, t), predict_one(after, end)
       else:
-        found = predict(outputs, k + 1)
+        found = predict(outputs, end)
         scores, x0 = score(found, t), step_rows.pick_own(found, taken)
-      return (after, x0), (x_t, *_ends(outputs, scores))
+      return (after, x0), _ends(path, scores, common=apart == 1)
 
-    x_t = sampler_lib.initial_noise(begins, shape)
-    x_t, _ = jax.lax.scan(plain, x_t, jnp.arange(first))
-    last = num_steps - 1
+    x_t, _ = jax.lax.scan(plain, sampler_lib.initial_noise(begins, shape), jnp.arange(first))
     carry = x_t, predict_one(x_t, first)
-    (x_t, x0), seen = jax.lax.scan(branched, carry, jnp.arange(first, last))
-    # The last step's outputs are the images themselves, without noise.
-    outputs = _draw(grid, table, keys, last, x_t, x0, candidates)
-    ends = x_t, *_ends(outputs, score(outputs, jnp.zeros_like(grid.timesteps[0])))
-    latents = step_rows.pick_own(outputs, _choose(keys, last, candidates))
-    seen = jax.tree.map(lambda of, end: jnp.concatenate([of, end[None]]), seen, ends)
+    *starts, last = range(first, num_steps, apart)
+    carry, seen = jax.lax.scan(branched, carry, jnp.array(starts, int))
+    # The last outputs are the images themselves, without noise.
+    path = branch(*carry, last, num_steps - last)
+    scores = score(path[-1][1], jnp.zeros_like(grid.timesteps[0]))
+    latents = step_rows.pick_own(path[-1][1], _choose(keys, last, candidates))
+    seen = jax.tree.map(
+      lambda of, end: jnp.concatenate([of.reshape(last - first, *of.shape[2:]), end]),
+      *(seen, _ends(path, scores, common=apart == 1)),
+    )
     steps = _take(seen, grid, table, schedule, picks, first, gaps)
     return latents, vae_lib.decode(pipeline.modules["vae"], judge_params["vae"], latents), steps
 
   return sample
+
+
+def _predict_clean(
+  denoise: Callable[[jax.Array, jax.Array], jax.Array],
+  schedule: schedule_lib.Schedule,
+  x_t: jax.Array,
+  timesteps: jax.Array,
+  log_snr: jax.Array,
+) -> jax.Array:
+  """Predicts clean latents in one call, [B, K, C, h, w], of latents at levels [B K]."""
+  flat = x_t.reshape(-1, *x_t.shape[2:])
+  prediction = denoise(flat, schedule_lib.timestep_input(schedule, timesteps))
+  x0, _ = schedule_lib.split_at(schedule.prediction_type, prediction, flat, log_snr)
+  return x0.reshape(x_t.shape)
 
 
 def _make_score(judge: Judge | LatentJudge, mesh: Mesh) -> Callable[..., jax.Array]:
@@ -158,22 +177,50 @@ def _make_score(judge: Judge | LatentJudge, mesh: Mesh) -> Callable[..., jax.Arr
 
 
 def _draw(
-  grid: Grid,
-  table: Coefficients,
-  keys: jax.Array,
-  k: jax.Array,
+  grid: Grid, table: Coefficients, keys: jax.Array, k: Any, x_t: jax.Array, x0: jax.Array
+) -> jax.Array:
+  """Samples outputs of step k of inputs and their predicted clean latents, [B, K, C, h, w].
+
+  The first has the plain sampler's noise.
+  """
+  flat = (x.reshape(-1, *x.shape[2:]) for x in (x_t, x0))
+  step = likelihood.step_at(table, jnp.full(x_t.shape[0] * x_t.shape[1], k))
+  mean, std = (
+    of.reshape(*x_t.shape[:2], *of.shape[1:]) for of in likelihood.step_moments(step, *flat)
+  )
+  each = jax.vmap(jax.random.fold_in, in_axes=(0, None))
+  noise = [sampler_lib.step_noise(keys, k, x_t.shape[2:])]
+  for j in range(1, x_t.shape[1]):
+    noise.append(sampler_lib.step_noise(each(keys, grid.num_steps + j), k, x_t.shape[2:]))
+  return mean + schedule_lib.per_sample(std, mean) * jnp.stack(noise, axis=1)
+
+
+def _branch(
+  predict: Callable,
+  sample: Callable,
+  candidates: int,
   x_t: jax.Array,
   x0: jax.Array,
+  start: Any,
   count: int,
-) -> jax.Array:
-  """Samples outputs of step k, [B, count, C, h, w]; the first has the plain sampler's noise."""
-  step = likelihood.step_at(table, jnp.full(x_t.shape[0], k))
-  mean, std = likelihood.step_moments(step, x_t, x0)
-  each = jax.vmap(jax.random.fold_in, in_axes=(0, None))
-  noise = [sampler_lib.step_noise(keys, k, x_t.shape[1:])]
-  for j in range(1, count):
-    noise.append(sampler_lib.step_noise(each(keys, grid.num_steps + j), k, x_t.shape[1:]))
-  return mean[:, None] + schedule_lib.per_sample(std, mean)[:, None] * jnp.stack(noise, axis=1)
+) -> list[tuple[jax.Array, jax.Array]]:
+  """Samples `count` steps of candidates from `start` on: inputs and outputs, [B, K, C, h, w].
+
+  Args:
+    predict: (inputs, number of the step) -> predicted clean latents.
+    sample: (number of the step, inputs, their predicted clean latents) -> outputs.
+    candidates: K.
+    x_t: where they begin, [B, C, h, w].
+    x0: the predicted clean latents there.
+    start: number of the first step.
+    count: of steps.
+  """
+  x_t, x0 = (jnp.repeat(x[:, None], candidates, axis=1) for x in (x_t, x0))
+  path = [(x_t, sample(start, x_t, x0))]
+  for k in range(1, count):
+    x_t = path[-1][1]
+    path.append((x_t, sample(start + k, x_t, predict(x_t, start + k))))
+  return path
 
 
 def _choose(keys: jax.Array, k: jax.Array, count: int) -> jax.Array:
@@ -186,15 +233,28 @@ def _choose(keys: jax.Array, k: jax.Array, count: int) -> jax.Array:
   return jax.vmap(one)(keys)
 
 
-def _ends(outputs: jax.Array, scores: jax.Array) -> tuple[jax.Array, ...]:
-  """Returns the best and the worst of outputs [B, K, ...], and their scores."""
-  best, worst = scores.argmax(axis=1), scores.argmin(axis=1)
-  return (
-    step_rows.pick_own(outputs, best),
-    step_rows.pick_own(outputs, worst),
-    step_rows.pick_own(scores, best),
-    step_rows.pick_own(scores, worst),
-  )
+def _ends(
+  path: Sequence[tuple[jax.Array, jax.Array]], scores: jax.Array, *, common: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns the steps of the best and of the worst candidate, and their scores.
+
+  Args:
+    path: inputs and outputs of L steps, [B, K, C, h, w].
+    scores: of the candidates, [B, K].
+    common: whether all inputs are equal.
+
+  Returns:
+    Latents [L, B, 3 or 4, C, h, w], see `make_candidate_sampler`, and both scores, [L, B].
+  """
+  ends = scores.argmax(axis=1), scores.argmin(axis=1)
+
+  def both(of):
+    return [step_rows.pick_own(of, end) for end in ends]
+
+  steps = [[*both(before)[: 1 if common else 2], *both(after)] for before, after in path]
+  latents = jnp.stack([jnp.stack(step, axis=1) for step in steps])
+  better, worse = (jnp.repeat(of[None], len(path), axis=0) for of in both(scores))
+  return latents, better, worse
 
 
 def _take(
@@ -207,13 +267,11 @@ def _take(
   gaps: tuple[float, float],
 ) -> step_rows.Steps:
   """Takes the steps with numbers `picks`, [B, S], out of those from `first` on."""
-  x_t, best, worst, better, worse = (
-    step_rows.pick_own(x.swapaxes(0, 1), picks - first) for x in seen
-  )
+  latents, better, worse = (step_rows.pick_own(x.swapaxes(0, 1), picks - first) for x in seen)
   labels = step_rows.labels_at(grid, table, schedule, picks)
   lowest, highest = (f(labels["std"], axis=1, keepdims=True) for f in (jnp.min, jnp.max))
   share = (labels["std"] - lowest) / jnp.maximum(highest - lowest, 1e-12)
   # softmax of two scores: the difference of its entries is tanh of half their difference.
   decided = jnp.tanh((better - worse) / 2) > gaps[0] + (gaps[1] - gaps[0]) * share
   labels |= {"better": jnp.where(decided, better, worse), "worse": worse}
-  return step_rows.Steps(jnp.stack([x_t, best, worst], axis=2), labels)
+  return step_rows.Steps(latents, labels)

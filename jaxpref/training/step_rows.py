@@ -56,7 +56,8 @@ class Steps:
   """S steps of each of B trajectories.
 
   Attributes:
-    latents: inputs and outputs, float32 [B, S, 2, C, h, w]; of candidates [B, S, 3, C, h, w].
+    latents: inputs and outputs, float32 [B, S, 2, C, h, w]; of candidates [B, S, 3 or 4, C, h,
+      w], see `step_candidates`.
     labels: `LABELS` of the steps, [B, S] each, and further ones of candidates.
   """
 
@@ -88,6 +89,8 @@ def plan_steps(config: ConfigDict, pipeline: Pipeline) -> Plan:
   noisy = int(np.sum(np.asarray(table.noise) > 0))
   if steps.judge and not steps.candidates:
     raise UserError("steps.judge compares candidates: set steps.candidates to 2 or more")
+  if steps.apart > 1 and not steps.candidates:
+    raise UserError("steps.apart is about candidates: set steps.candidates to 2 or more")
   if steps.candidates:
     _check_candidates(config, noisy)
     return Plan(rollout.num_steps, noisy, noisy, noisy - steps.first, skipped=steps.first)
