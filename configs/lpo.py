@@ -1,4 +1,4 @@
-"""LPO: at each step, the best and the worst of several candidates by a latent reward model.
+"""LPO: the best and the worst of several candidates by a latent reward model.
 
   python -m jaxpref.main --config=configs/latent_reward.py
   python -m jaxpref.main --config=configs/lpo.py

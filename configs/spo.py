@@ -1,4 +1,4 @@
-"""SPO: at each step, the best and the worst of several candidates from one state.
+"""SPO: the best and the worst of several candidates from one state.
 
   python -m jaxpref.main --config=configs/spo.py
 
@@ -12,8 +12,9 @@ with eta 1 and guidance 5, 4 candidates from step 4 on, pairs whose probabilitie
 than 0.3, beta 10, ratios clipped at 0.1, AdamW at 6e-5 with a weight decay of 1e-4, LoRA of
 rank 4, 40 prompts a round and 40 pairs an update on four devices, 10 epochs of 4000 prompts.
 There a pair that is not decided takes no place in an update. `sdxl` differs as there: 2
-candidates that are compared after four steps, 0.4, LoRA of rank 64, 1e-5. `shapes` has numbers
-of its own. `sd35m`, `sana` and `flux` have the sampler of Flow-GRPO (`configs/ppo.py`).
+candidates that are compared after four steps, 0.4, LoRA of rank 64, 1e-5, 8 prompts a round and
+16 pairs an update. `shapes` has numbers of its own. `sd35m`, `sana` and `flux` have the sampler
+of Flow-GRPO (`configs/ppo.py`).
 """
 
 from ml_collections import ConfigDict
@@ -41,6 +42,10 @@ def get_config(preset: str = "shapes") -> ConfigDict:
     c.train.updates_per_iteration = 20 * c.rounds.updates
   if preset == "sdxl":
     c.steps.candidates, c.steps.apart, c.steps.gap = 2, 4, 0.4
+    c.rounds.num_prompts = c.rounds.updates = c.rollout.batch_size = 8
+    c.train.batch_size = 16
+    c.train.num_updates = 5000 * c.rounds.updates
+    c.train.updates_per_iteration = 100 * c.rounds.updates
   if preset in base_config.FLOWS:
     base_config.sample_as_flow_grpo(c)
   return c

@@ -152,8 +152,10 @@ def gather_params(tree: Any, mesh: Mesh) -> Any:
 
 
 def platform_of(mesh: Mesh | AbstractMesh | None) -> str:
-  """Returns the platform of a mesh's devices, or JAX's default if it has no devices yet."""
-  return mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
+  """Returns the platform of a mesh's devices, '' of an abstract one, JAX's default of None."""
+  if isinstance(mesh, Mesh):
+    return mesh.devices.flat[0].platform
+  return jax.default_backend() if mesh is None else ""
 
 
 def current_mesh(mesh: Mesh) -> Mesh | AbstractMesh:

@@ -1,6 +1,6 @@
 """Samples with candidates on a mesh, for test_step_candidates.py.
 
-python candidates_main.py PIPELINE DATA FSDP KIND
+python candidates_main.py PIPELINE DATA FSDP KIND APART
 
 Prints JSON, see `sample`.
 """
@@ -39,24 +39,26 @@ def make_judge(pipeline, kind):
   return LatentJudge(load_run.RewardModel(pipeline, params, 1, 1.0, ""), score, "float32")
 
 
-def make_program(pipeline, mesh, captions, count, gaps=(0.0, 0.0), kind="images", apart=1):
+def make_program(
+  pipeline, mesh, captions, count, gaps=(0.0, 0.0), kind="images", apart=1, steps=STEPS
+):
   """Returns the sampler, the judge's parameters, and what it reads of captions."""
   judge = make_judge(pipeline, kind)
   program = step_candidates.make_candidate_sampler(
     *(pipeline.make_denoise(mesh=mesh), pipeline, judge),
-    **{"mesh": mesh, "solver": "ddim", "num_steps": STEPS, "guidance": SCALE},
+    **{"mesh": mesh, "solver": "ddim", "num_steps": steps, "guidance": SCALE},
     **{"candidates": count, "first": FIRST, "apart": apart, "gaps": gaps},
   )
   return program, judge.place(pipeline, mesh), judge.tokenize(captions)
 
 
-def chosen_of(seeds):
+def chosen_of(seeds, steps=STEPS):
   """Returns the strength of each step's noise, the steps with candidates, and the starts."""
-  picks = np.broadcast_to(np.arange(FIRST, STEPS), (len(seeds), STEPS - FIRST))
-  return jnp.full(STEPS, ETA), picks, seeds
+  picks = np.broadcast_to(np.arange(FIRST, steps), (len(seeds), steps - FIRST))
+  return jnp.full(steps, ETA), picks, seeds
 
 
-def sample(path, *, data, fsdp, kind):
+def sample(path, *, data, fsdp, kind, apart=1):
   """Samples eight images with three candidates.
 
   Returns:
@@ -66,7 +68,7 @@ def sample(path, *, data, fsdp, kind):
   pipeline, mesh = load_pipeline(path), sharding.make_mesh(data=data, fsdp=fsdp)
   captions = [f"{n} {color} circles" for n in ("two", "three") for color in ("red", "blue")] * 2
   seeds = np.arange(8, dtype=np.uint32)
-  program, placed, tokens = make_program(pipeline, mesh, captions, 3, kind=kind)
+  program, placed, tokens = make_program(pipeline, mesh, captions, 3, kind=kind, apart=apart)
   eta, picks, _ = chosen_of(seeds)
   cond = encode.encode_prompts(pipeline, mesh, captions)
   cond, tokens, at, picks = sharding.place_batch((cond, tokens, seeds, picks), mesh)
@@ -91,5 +93,6 @@ def sample(path, *, data, fsdp, kind):
 
 
 if __name__ == "__main__":
-  data, fsdp = (int(argument) for argument in sys.argv[2:4])
-  print(json.dumps(sample(sys.argv[1], data=data, fsdp=fsdp, kind=sys.argv[4])))
+  data, fsdp, apart = (int(sys.argv[i]) for i in (2, 3, 5))
+  found = sample(sys.argv[1], data=data, fsdp=fsdp, kind=sys.argv[4], apart=apart)
+  print(json.dumps(found))

@@ -1,5 +1,6 @@
 """Convolutions for loops on CPUs: JAX's values and gradients, in the layout with fast code."""
 
+import contextlib
 import functools
 import re
 
@@ -41,6 +42,34 @@ def test_gradients_are_jaxs_own(in_float64, size, strides, padding):
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12), got, want)
 
 
+def test_gradients_keep_bfloat16():
+  x, kernel = (
+    jnp.asarray(draw(*shape), jnp.bfloat16) for shape in ((3, 8, 9, 5), (3, 3, 5, 6))
+  )
+
+  def gradients(convolve):
+    loss = lambda x, kernel: jnp.sum(convolve(x, kernel, (2, 2), "SAME"))  # noqa: E731
+    return jax.grad(loss, (0, 1))(x, kernel)
+
+  for got, want in zip(gradients(convolution.convolve), gradients(own), strict=True):
+    assert got.dtype == want.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float32(got), np.float32(want), rtol=0.02, atol=0.05)
+
+
+def test_gradients_of_each_row(in_float64):
+  """Mapped over rows, as of scorers that see one image at a time."""
+  rows, kernel = jnp.asarray(draw(3, 2, 6, 6, 4)), jnp.asarray(draw(3, 3, 4, 5, seed=1))
+
+  def gradients(convolve):
+    loss = lambda x, kernel: jnp.sum(jnp.sin(convolve(x, kernel, (2, 2), "SAME")))  # noqa: E731
+    return jax.vmap(jax.grad(loss, (0, 1)), (0, None))(rows, kernel)
+
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12),
+    *(gradients(convolve) for convolve in (convolution.convolve, own)),
+  )
+
+
 @pytest.mark.parametrize("wanted", [0, 1, (0, 1)])
 def test_what_is_not_asked_for_is_not_computed(wanted):
   x, kernel = jnp.ones((2, 8, 8, 4)), jnp.ones((3, 3, 4, 4))
@@ -52,22 +81,21 @@ def test_what_is_not_asked_for_is_not_computed(wanted):
   assert count(convolution.convolve) == count(own)
 
 
-def test_other_devices_compute_jaxs_own(monkeypatch):
+def test_other_devices_compute_jaxs_own():
   layer = nn.Conv(8, (3, 3))
   x = jnp.ones((2, 8, 8, 4))
   params = layer.init(jax.random.key(0), x)
 
-  def loss(params, intercept):
-    with nn.intercept_methods(intercept):
-      return layer.apply(params, x).sum()
+  def program(context):
+    def loss(params):
+      with context:
+        return layer.apply(params, x).sum()
 
-  def program(intercept):
-    return str(jax.make_jaxpr(jax.grad(lambda params: loss(params, intercept)))(params))
+    return str(jax.make_jaxpr(jax.grad(loss))(params))
 
-  unchanged = program(lambda call, a, k, _: call(*a, **k))
-  assert program(convolution.fast_in_loops) != unchanged
-  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-  assert program(convolution.fast_in_loops) == unchanged
+  unchanged = program(contextlib.nullcontext())
+  assert program(convolution.fast_in_loops("cpu")) != unchanged
+  assert program(convolution.fast_in_loops("gpu")) == unchanged
 
 
 def compiled_layouts(function, *arguments):
@@ -97,7 +125,7 @@ def test_the_denoisers_gradients_have_fast_code_in_loops(tiny_pipeline, monkeypa
   gradient = jax.grad(lambda params: jnp.mean(jnp.square(denoise(params, *given))))
   for trained in (params, adapted):
     assert compiled_layouts(gradient, trained) == {FAST}
-  monkeypatch.setattr(convolution, "fast_in_loops", lambda call, a, k, _: call(*a, **k))
+  monkeypatch.setattr(convolution, "fast_in_loops", lambda _: contextlib.nullcontext())
   assert compiled_layouts(gradient, params) > {FAST}
 
 
@@ -123,6 +151,6 @@ def test_other_layers_keep_their_convolution(options):
   layer = nn.Conv(8, (3, 3), padding=1, **options)
   x = jnp.asarray(draw(2, 8, 8, 4), jnp.float32)
   params = layer.init(jax.random.key(0), x)
-  with nn.intercept_methods(convolution.fast_in_loops):
+  with convolution.fast_in_loops("cpu"):
     out = layer.apply(params, x)
   np.testing.assert_array_equal(out, layer.apply(params, x))

@@ -140,6 +140,11 @@ def test_flops_of_an_update(tiny_pipeline, trained):
   steps, images = config.rollout.num_steps, config.rounds.num_prompts
   assert work["judge"] == 2 * images * (steps - config.steps.first) * one
   assert work["rollout"] == images * steps * forward
+  # Compared after two steps and after the third one, with one prediction more in between.
+  config.steps.apart, config.steps.gap_noisy = 2, 0.0
+  apart = flops.of_update(setup.check(config), forward)
+  assert apart["judge"] == 2 * images * 2 * one
+  assert apart["rollout"] == images * (steps + 1) * forward
   assert 0.4 * forward < one < 1.2 * forward  # half of the network, with and without the prompt
 
 

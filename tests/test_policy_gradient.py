@@ -302,6 +302,26 @@ def test_prdp_is_zero_at_the_optimum_of_the_regularised_reward():
   np.testing.assert_allclose(mean, tilted, rtol=1e-12)
 
 
+def test_two_passes_weight_each_step_by_its_own_derivative():
+  steps, r_a, r_b = pairs()
+  shift, factor = jnp.array(0.9 * SHIFT), jnp.array([1.0, 3.0, -2.0])[:, None, None]
+
+  def log_ratios(shift, step):
+    return pair_log_ratios(shift, step)[0], factor[step["k"]]
+
+  def loss(ratios, factors):
+    return jnp.square((factors * jnp.sin(ratios)).sum((0, 1)) - r_a + r_b), None
+
+  def naive(shift):
+    of = [log_ratios(shift, jax.tree.map(lambda x, k=k: x[k], steps)) for k in range(3)]
+    return loss(*map(jnp.stack, zip(*of, strict=True)))[0].mean()
+
+  values, _, slope = two_pass.two_pass_gradient(log_ratios, shift, steps, loss)
+  np.testing.assert_allclose(values.mean(), naive(shift), rtol=1e-12)
+  np.testing.assert_allclose(slope, jax.grad(naive)(shift), rtol=1e-10)
+  assert np.abs(slope).min() > 1e-3
+
+
 @pytest.mark.parametrize(
   "wrong", [0.9 * SHIFT, pytest.param(0 * SHIFT, marks=pytest.mark.long)]
 )

@@ -24,7 +24,13 @@ CASES = [
   (
     "spo",
     "sdxl",
-    {"train.batch_size": 8, "rounds.updates": 1, "steps.first": 0, "steps.gap": 0.0},
+    {
+      "train.batch_size": 8,
+      "rounds.updates": 1,
+      "steps.first": 0,
+      "steps.apart": 2,
+      "steps.gap": 0.0,
+    },
   ),
   ("ppo", "sd35m_mix", {"train.batch_size": 8, "rounds.updates": 1, "steps.window": 2}),
   ("refl", "sdxl", {"train.batch_size": 2, "loss.target": 1000.0}),  # above the toy scores

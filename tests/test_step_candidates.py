@@ -17,7 +17,7 @@ from jaxpref.errors import UserError
 from jaxpref.evaluation import sampling
 from jaxpref.models import load_pipeline
 from jaxpref.models import vae as vae_lib
-from jaxpref.training import policy_sampler, setup, step_candidates, step_rows
+from jaxpref.training import policy_sampler, rounds, setup, step_candidates, step_rows
 
 SEEDS = np.array([3, 2**31], np.uint32)
 CAPTIONS = ["a red circle", "two blue squares"]
@@ -41,7 +41,8 @@ def sample(pipeline, texts, count, **options):
   program, placed, tokens = candidates_main.make_program(
     pipeline, sharding.make_mesh(), CAPTIONS, count, **options
   )
-  return program(pipeline.params["unet"], placed, *texts, SEEDS, CHOSEN, tokens)
+  chosen = candidates_main.chosen_of(SEEDS, options.get("steps", STEPS))
+  return program(pipeline.params["unet"], placed, *texts, SEEDS, chosen, tokens)
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +66,16 @@ def test_one_candidate_is_the_plain_sampler(pipeline, texts):
   assert (steps.labels["better"] == steps.labels["worse"]).all()
 
 
-@pytest.mark.parametrize("apart", [1, 2])
-def test_pairs_by_hand(pipeline, texts, of_three, apart):
+@pytest.mark.parametrize(("apart", "count"), [(1, STEPS), (2, 7), (3, 6)])
+def test_pairs_by_hand(pipeline, texts, of_three, apart, count):
   """A loop over images and steps, with DDIM's equation in float64."""
-  latents, _, steps = of_three if apart == 1 else sample(pipeline, texts, 3, apart=apart)
+  latents, _, steps = of_three
+  if apart > 1:
+    latents, _, steps = sample(pipeline, texts, 3, apart=apart, steps=count)
   denoise = jax.jit(pipeline.make_denoise(mesh=sharding.make_mesh()))
   decode = jax.jit(lambda p, z: vae_lib.decode_unit(pipeline.modules["vae"], p, z))
   shape, schedule = pipeline.latent_shape, pipeline.schedule
-  grid = sampling.grid_of(pipeline, shape, STEPS, "ddim", 1)
+  grid = sampling.grid_of(pipeline, shape, count, "ddim", 1)
   levels = np.float64(grid.log_snr[:, 0])
   alpha = 1 / (1 + np.exp(-levels))  # share of the signal, in squares
 
@@ -102,12 +105,12 @@ def test_pairs_by_hand(pipeline, texts, of_three, apart):
 
   for row, seed in enumerate(SEEDS):
     key = rng.key_of(0, "generate", seed)
-    keys = [key, *(jax.random.fold_in(key, STEPS + j) for j in (1, 2))]
+    keys = [key, *(jax.random.fold_in(key, count + j) for j in (1, 2))]
     x = np.float64(sampler_lib.initial_noise(key[None], shape)[0])
     for k in range(FIRST):
       x, _ = step(x, k, row, key)
-    for start in range(FIRST, STEPS, apart):
-      end = min(start + apart, STEPS)
+    for start in range(FIRST, count, apart):
+      end = min(start + apart, count)
       paths, stds = [[x] for _ in keys], []
       for k in range(start, end):
         for path, own in zip(paths, keys, strict=True):
@@ -115,7 +118,7 @@ def test_pairs_by_hand(pipeline, texts, of_three, apart):
           path.append(after)
         stds.append(std)
       ends = [path[-1] for path in paths]
-      scores = np.array([score(x if end == STEPS else clean(x, end, row)) for x in ends])
+      scores = np.array([score(x if end == count else clean(x, end, row)) for x in ends])
       best, worst = paths[scores.argmax()], paths[scores.argmin()]
       for i, k in enumerate(range(start, end)):
         inputs = [best[i]] if apart == 1 else [best[i], worst[i]]
@@ -129,17 +132,20 @@ def test_pairs_by_hand(pipeline, texts, of_three, apart):
     np.testing.assert_allclose(latents[row], x, atol=2e-4)
 
 
-def test_latents_are_judged_at_their_own_level(pipeline, texts, of_three):
+@pytest.mark.parametrize("apart", [1, 2])
+def test_latents_are_judged_at_their_own_level(pipeline, texts, of_three, apart):
   """And which candidate goes on does not depend on the judge."""
-  latents, _, steps = sample(pipeline, texts, 3, kind="latents")
-  np.testing.assert_allclose(latents, of_three[0], atol=1e-4)
-  np.testing.assert_allclose(steps.latents[:, :, 0], of_three[2].latents[:, :, 0], atol=1e-4)
+  latents, _, steps = sample(pipeline, texts, 3, kind="latents", apart=apart)
+  if apart == 1:
+    np.testing.assert_allclose(latents, of_three[0], atol=1e-4)
+    np.testing.assert_allclose(steps.latents[:, :, 0], of_three[2].latents[:, :, 0], atol=1e-4)
   grid = sampling.grid_of(pipeline, pipeline.latent_shape, STEPS, "ddim", 1)
   level = np.append(np.float64(grid.timesteps[FIRST + 1 :, 0]), 0.0)  # images have no noise
   text = np.float64(texts[0]["text"]).mean(axis=(1, 2)) - np.float64(texts[1]["text"]).mean()
-  for side, name in ((1, "better"), (2, "worse")):
-    means = np.float64(steps.latents[:, :, side]).mean(axis=(2, 3, 4))
-    want = 3 * (means + text[:, None]) * (1 + level)
+  judged = [0, 1, 2] if apart == 1 else [1, 1, 2]  # the step after which each is compared
+  for side, name in ((-2, "better"), (-1, "worse")):
+    means = np.float64(steps.latents[:, judged, side]).mean(axis=(2, 3, 4))
+    want = 3 * (means + text[:, None]) * (1 + level[judged])
     np.testing.assert_allclose(steps.labels[name], want, rtol=1e-4, atol=1e-3)
   assert (steps.labels["better"] > steps.labels["worse"])[:, :-1].all()
 
@@ -148,14 +154,15 @@ def test_latents_are_judged_at_their_own_level(pipeline, texts, of_three):
 def test_eight_devices_sample_what_one_does(tiny_pipeline):
   """And candidates are judged where they are: no latents are communicated."""
   program = conftest.ROOT / "tests" / "candidates_main.py"
-  for data, fsdp, kind in ((8, 1, "images"), (2, 4, "images"), (2, 4, "latents")):
-    ours = candidates_main.sample(str(tiny_pipeline), data=1, fsdp=1, kind=kind)
-    given = str(tiny_pipeline), str(data), str(fsdp), kind
+  cases = (8, 1, "images", 1), (2, 4, "images", 2), (2, 4, "latents", 1)
+  for data, fsdp, kind, apart in cases:
+    ours = candidates_main.sample(str(tiny_pipeline), data=1, fsdp=1, kind=kind, apart=apart)
+    given = str(tiny_pipeline), str(data), str(fsdp), kind, str(apart)
     found = conftest.on_eight_devices(program, *given)
     assert found["devices"] == 8
     for name in ("latents", "better", "worse"):
       np.testing.assert_allclose(found[name], ours[name], rtol=1e-3, atol=1e-3, err_msg=name)
-    assert max(found["moved"]) < 2e-3  # a few numbers
+    assert max(found["moved"]) == 0
 
 
 def test_a_pair_below_the_gap_has_equal_scores(pipeline, texts, of_three):
@@ -202,6 +209,8 @@ def test_the_random_choice_is_uniform():
     ("spo", {"steps.first": 2}, "one of the 2 steps with noise"),
     ("spo", {"steps.window": 1}, "must be 0 with steps.candidates"),
     ("ppo", {"steps.apart": 2}, "set steps.candidates to 2 or more"),
+    ("spo", {"steps.apart": 3}, "more than the 2 steps with noise"),
+    ("spo", {"steps.apart": 2, "steps.gap_noisy": 0.1}, "compared together have one gap"),
     ("ppo", {"steps.candidates": 2}, "does not compare outputs of a step"),
     ("spo", {"rounds.scorers": ("shapes.correct",)}, "shapes.correct"),
   ],
@@ -231,3 +240,26 @@ def test_a_common_input_is_two_equal_ones(pipeline, texts, of_three):
     np.testing.assert_allclose(found[0][arm], found[1][arm], atol=1e-4)
     noise = np.sqrt(np.square(found[0][arm]).mean((1, 2, 3)))
     np.testing.assert_allclose(noise, flat.labels["std"], rtol=0.5, atol=1e-3)
+
+
+def test_rows_of_candidates_that_went_on_alone():
+  """Each step's inputs and outputs, the better first, and its labels for both inputs."""
+  images, count = 2, 3
+  latents = np.arange(images * count * 4, dtype=np.float32).reshape(images, count, 4, 1, 1, 1)
+  numbers = np.arange(images * count, dtype=np.float32).reshape(images, count)
+  labels = {name: numbers + i for i, name in enumerate((*step_rows.LABELS, "better", "worse"))}
+  group, advantage = np.arange(images), np.array([5.0, 6.0])
+  rows = rounds.make_rows(
+    *("step_pairs", latents[:, 0, 0], {"advantage": advantage}, group, advantage),
+    step_rows.Steps(latents, labels),
+  )
+  assert rows["latents"].ravel().tolist() == list(range(24))
+  assert rows["group"].tolist() == [0, 0, 0, 1, 1, 1]
+  flat = numbers.ravel()
+  for i, name in enumerate(step_rows.LABELS):
+    np.testing.assert_array_equal(rows["labels"][name], np.stack([flat + i] * 2, axis=1))
+  sides = np.stack([flat + len(step_rows.LABELS), flat + len(step_rows.LABELS) + 1], axis=1)
+  np.testing.assert_array_equal(rows["labels"]["reward"], sides)
+  np.testing.assert_array_equal(
+    rows["labels"]["advantage"], np.repeat([[5.0], [6.0]], 3, axis=0) * [1, 1]
+  )

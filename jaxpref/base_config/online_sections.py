@@ -67,7 +67,7 @@ def steps(c: ConfigDict) -> None:
   c.steps.window = 0  # consecutive steps that have noise in a round; 0: all
   c.steps.hold = 0  # rounds until the window moves by a step; 0: random in the first half
   c.steps.guided = True  # train the guided prediction, which has sampled, or the plain one
-  c.steps.candidates = 0  # outputs of a step that are compared, best and worst; 0: no
+  c.steps.candidates = 0  # samples from one state that are compared; 0: no
   c.steps.judge = ""  # a run of configs/latent_reward.py that compares them; '': rounds.scorers
   c.steps.first = 0  # first step that has candidates
   c.steps.apart = 1  # steps that candidates take before they are compared

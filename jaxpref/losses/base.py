@@ -61,7 +61,8 @@ class Needs:
         of `jaxpref.training.step_rows`,
       'step_pairs': two steps of a prompt's images, the better one first ('w', 'l'): the same
         step of two trajectories, with the labels of 'steps' [B, 2], or two steps from one
-        state, whose labels of the step are [B, 1],
+        state, whose labels of the step are [B, 1], or of two candidates that have gone on alone
+        from one state, [B, 2],
       'paths': two trajectories of a prompt's samples ('a', 'b'): instead of errors, the
         log-ratios of policy and reference in each step, [S, B], with labels [B, 2],
       'groups': all samples of a prompt ('1', '2', ...), with the same labels [B, G],
@@ -171,11 +172,13 @@ class Terms(NamedTuple):
 
   Attributes:
     err: the policy's errors by arm, float32 [B], or residuals (see `Needs.residuals`), or the
-      rewards of a reward model (see `Needs.judges`).
-    ref: the reference's errors, without gradient; empty without a reference.
+      rewards of a reward model (see `Needs.judges`), or the steps' log-ratios of policy and
+      reference, [S, B], of rows that are 'paths'.
+    ref: the reference's errors, without gradient; empty without a reference, and of 'paths'.
     labels: further columns of the rows, [B].
     mean: averages an array over the micro-batches of all devices, to a scalar.
-    old: the lagging policy's errors, without gradient; empty if the loss does not need them.
+    old: the same as `err` of the lagging policy, without gradient; empty if the loss does not
+      need it.
   """
 
   err: Mapping[str, jax.Array]
@@ -305,7 +308,9 @@ def check_loss(loss: Loss, arms: Sequence[str], *, images: int) -> None:
       something else than losses [B] and metrics, or raises another exception.
   """
   needs, what = loss.needs, f"loss {loss.name!r}: objective"
-  shape = (2, 1, 1, 1) if needs.residuals else (2,)
+  shape: tuple[int, ...] = (2, 1, 1, 1) if needs.residuals else (2,)
+  if needs.rows == "paths":
+    shape = (3, 2)  # of steps and rows
   err = {arm: jnp.zeros(shape) for arm in arms}
   labels = _example_labels(loss, images)
 

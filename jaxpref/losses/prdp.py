@@ -3,9 +3,9 @@
 Deng et al., 2024, https://arxiv.org/abs/2402.08714. With u the sum of a trajectory's
 log-ratios of policy and reference, the loss of two trajectories a and b of one prompt is
 (beta (u_a - u_b) - (r_a - r_b))^2. It is 0 for all pairs exactly where the policy is the
-reference times exp(r / beta), normalised. If several updates learn from the same trajectories,
-a step's log-ratio that has moved far since they were sampled has no gradient where it would
-lower the loss.
+reference times exp(r / beta), normalised. With several updates a round, the loss of a pair is
+the larger of two: of its log-ratios, and of log-ratios clipped, step by step, to within `clip`
+of those of the policy that has sampled.
 """
 
 import dataclasses

@@ -5,36 +5,41 @@ but not inside of loops, where the gradients that JAX writes take up to 90 times
 (`benchmarks/loops.py`). Here gradients are written in the fast layout.
 """
 
+import contextlib
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 _PLAIN = (None, 1, (1, 1))  # no dilation
 
 
-def fast_in_loops(next_fun, args, kwargs, context: nn.module.InterceptorContext):
-  """Computes a layer of images by `convolve`, as a flax interceptor.
+def fast_in_loops(platform: str) -> contextlib.AbstractContextManager:
+  """Lets layers compute by `convolve` on CPUs; on other platforms nothing changes.
 
-  Layers with groups or dilation keep their convolution, and so do all on other devices.
+  Layers with groups or dilation keep their convolution.
   """
+  return nn.intercept_methods(_intercept) if platform == "cpu" else contextlib.nullcontext()
+
+
+def _intercept(next_fun, args, kwargs, context: nn.module.InterceptorContext):
   module = context.module
   if (
-    jax.default_backend() != "cpu"
-    or not isinstance(module, nn.Conv)
+    not isinstance(module, nn.Conv)
     or context.method_name != "__call__"
     or module.is_initializing()
-    or module.conv_general_dilated
-    or args[0].ndim != 4
+    or module.conv_general_dilated_cls
+    or np.size(module.kernel_size) != 2
     or module.feature_group_count != 1
     or module.input_dilation not in _PLAIN
     or module.kernel_dilation not in _PLAIN
   ):
     return next_fun(*args, **kwargs)
-  layer = module.clone(conv_general_dilated=convolve, parent=None)
+  layer = module.clone(conv_general_dilated_cls=lambda: convolve, parent=None)
   return layer.apply({"params": module.variables["params"]}, *args, **kwargs)
 
 
@@ -48,20 +53,38 @@ class _Axis(NamedTuple):
 
 
 def convolve(
-  x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, *, precision: Any = None, **_
+  x: jax.Array,
+  kernel: jax.Array,
+  strides: Any,
+  padding: Any,
+  *,
+  lhs_dilation: Any = (1, 1),
+  rhs_dilation: Any = (1, 1),
+  dimension_numbers: Any = None,  # noqa: ARG001
+  feature_group_count: int = 1,
+  precision: Any = None,
 ) -> jax.Array:
-  """Computes `jax.lax.conv_general_dilated` over height and width.
+  """Computes a convolution over height and width, for reverse-mode gradients.
 
   Args:
     x: [B, H, W, C].
     kernel: [h, w, C, D].
     strides: along both axes.
     padding: 'SAME', 'VALID' or two pairs.
+    lhs_dilation: must be 1.
+    rhs_dilation: must be 1.
+    dimension_numbers: those of the layouts above.
+    feature_group_count: must be 1.
     precision: see `jax.lax.conv_general_dilated`.
 
   Returns:
     [B, H', W', D].
+
+  Raises:
+    ValueError: there are groups or dilations.
   """
+  if {*lhs_dilation, *rhs_dilation, feature_group_count} != {1}:
+    raise ValueError("convolutions with groups or dilations are not supported")
   sizes, windows = x.shape[1:3], kernel.shape[:2]
   if isinstance(padding, str):
     padding = jax.lax.padtype_to_pads(sizes, windows, strides, padding)

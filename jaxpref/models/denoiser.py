@@ -65,10 +65,9 @@ def make_denoise(
     # The stack of interceptors is global and read during tracing, so it is set inside.
     with contextlib.ExitStack() as stack:
       added = [lora.interceptor(params.scale)] if adapted else []
-      if sharding.platform_of(mesh) == "cpu":
-        added += [convolution.fast_in_loops]
       for interceptor in (*interceptors, *added):
         stack.enter_context(nn.intercept_methods(interceptor))
+      stack.enter_context(convolution.fast_in_loops(sharding.platform_of(mesh)))
       return apply(variables, x_t, t, cond)
 
   return denoise

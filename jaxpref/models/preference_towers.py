@@ -140,7 +140,7 @@ def image_features(towers: Towers, params: Any, pixels: jax.Array) -> jax.Array:
     params: their parameters.
     pixels: float [B, S, S, 3], normalized with `MEAN` and `STD`.
   """
-  with nn.intercept_methods(convolution.fast_in_loops):
+  with convolution.fast_in_loops(jax.default_backend()):
     return _unit(towers.image.apply({"params": params["image"]}, pixels))
 
 

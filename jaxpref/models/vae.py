@@ -158,7 +158,7 @@ def encode_moments(vae: nn.Module, params: Any, images: jax.Array):
     `(mean, logvar)`, each [B, C, h, w], unscaled, log-variance clipped to [-30, 20]; -inf if
     the VAE has no posterior.
   """
-  with nn.intercept_methods(convolution.fast_in_loops):
+  with convolution.fast_in_loops(jax.default_backend()):
     moments: Any = vae.apply({"params": params}, images, method="moments")
   return moments
 
@@ -224,7 +224,7 @@ def decode_sliced(
 def decode_unit(vae: Any, params: Any, latents: jax.Array) -> jax.Array:
   """Decodes scaled latents [B, C, h, w] to images [B, 3, H, W] in about [-1, 1]."""
   z = latents / vae.scaling_factor + vae.shift_factor
-  with nn.intercept_methods(convolution.fast_in_loops):
+  with convolution.fast_in_loops(jax.default_backend()):
     pixels: Any = vae.apply({"params": params}, z, method="pixels")
   return pixels
 

@@ -8,7 +8,7 @@ judge's choice.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -105,7 +105,7 @@ def make_candidate_sampler(
 
     def branched(carry, start):
       path = branch(*carry, start, apart)
-      outputs, end = path[-1][1], start + apart
+      outputs, end = path[1][-1], start + apart
       taken = _choose(keys, start, candidates)
       after = step_rows.pick_own(outputs, taken)
       t = schedule_lib.timestep_input(schedule, grid.timesteps[end])
@@ -114,7 +114,7 @@ def make_candidate_sampler(
       else:
         found = predict(outputs, end)
         scores, x0 = score(found, t), step_rows.pick_own(found, taken)
-      return (after, x0), _ends(path, scores, common=apart == 1)
+      return (after, x0), _ends(*path, scores, common=apart == 1)
 
     x_t, _ = jax.lax.scan(plain, sampler_lib.initial_noise(begins, shape), jnp.arange(first))
     carry = x_t, predict_one(x_t, first)
@@ -122,11 +122,11 @@ def make_candidate_sampler(
     carry, seen = jax.lax.scan(branched, carry, jnp.array(starts, int))
     # The last outputs are the images themselves, without noise.
     path = branch(*carry, last, num_steps - last)
-    scores = score(path[-1][1], jnp.zeros_like(grid.timesteps[0]))
-    latents = step_rows.pick_own(path[-1][1], _choose(keys, last, candidates))
+    scores = score(path[1][-1], jnp.zeros_like(grid.timesteps[0]))
+    latents = step_rows.pick_own(path[1][-1], _choose(keys, last, candidates))
     seen = jax.tree.map(
       lambda of, end: jnp.concatenate([of.reshape(last - first, *of.shape[2:]), end]),
-      *(seen, _ends(path, scores, common=apart == 1)),
+      *(seen, _ends(*path, scores, common=apart == 1)),
     )
     steps = _take(seen, grid, table, schedule, picks, first, gaps)
     return latents, vae_lib.decode(pipeline.modules["vae"], judge_params["vae"], latents), steps
@@ -183,11 +183,8 @@ def _draw(
 
   The first has the plain sampler's noise.
   """
-  flat = (x.reshape(-1, *x.shape[2:]) for x in (x_t, x0))
-  step = likelihood.step_at(table, jnp.full(x_t.shape[0] * x_t.shape[1], k))
-  mean, std = (
-    of.reshape(*x_t.shape[:2], *of.shape[1:]) for of in likelihood.step_moments(step, *flat)
-  )
+  step = jax.tree.map(lambda of: of[k], table)
+  mean, std = jax.vmap(likelihood.step_moments, (None, 1, 1), (1, None))(step, x_t, x0)
   each = jax.vmap(jax.random.fold_in, in_axes=(0, None))
   noise = [sampler_lib.step_noise(keys, k, x_t.shape[2:])]
   for j in range(1, x_t.shape[1]):
@@ -203,8 +200,8 @@ def _branch(
   x0: jax.Array,
   start: Any,
   count: int,
-) -> list[tuple[jax.Array, jax.Array]]:
-  """Samples `count` steps of candidates from `start` on: inputs and outputs, [B, K, C, h, w].
+) -> tuple[jax.Array, jax.Array]:
+  """Samples `count` steps of candidates from `start` on.
 
   Args:
     predict: (inputs, number of the step) -> predicted clean latents.
@@ -214,13 +211,22 @@ def _branch(
     x0: the predicted clean latents there.
     start: number of the first step.
     count: of steps.
+
+  Returns:
+    Inputs and outputs, [count, B, K, C, h, w].
   """
   x_t, x0 = (jnp.repeat(x[:, None], candidates, axis=1) for x in (x_t, x0))
-  path = [(x_t, sample(start, x_t, x0))]
-  for k in range(1, count):
-    x_t = path[-1][1]
-    path.append((x_t, sample(start + k, x_t, predict(x_t, start + k))))
-  return path
+  after = sample(start, x_t, x0)
+  begin = x_t[None], after[None]
+  if count == 1:
+    return begin
+
+  def go_on(x_t, k):
+    after = sample(k, x_t, predict(x_t, k))
+    return after, (x_t, after)
+
+  _, rest = jax.lax.scan(go_on, after, start + jnp.arange(1, count))
+  return jax.tree.map(lambda *of: jnp.concatenate(of), begin, rest)
 
 
 def _choose(keys: jax.Array, k: jax.Array, count: int) -> jax.Array:
@@ -234,12 +240,13 @@ def _choose(keys: jax.Array, k: jax.Array, count: int) -> jax.Array:
 
 
 def _ends(
-  path: Sequence[tuple[jax.Array, jax.Array]], scores: jax.Array, *, common: bool
+  inputs: jax.Array, outputs: jax.Array, scores: jax.Array, *, common: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Returns the steps of the best and of the worst candidate, and their scores.
 
   Args:
-    path: inputs and outputs of L steps, [B, K, C, h, w].
+    inputs: of L steps, [L, B, K, C, h, w].
+    outputs: of these steps.
     scores: of the candidates, [B, K].
     common: whether all inputs are equal.
 
@@ -247,14 +254,12 @@ def _ends(
     Latents [L, B, 3 or 4, C, h, w], see `make_candidate_sampler`, and both scores, [L, B].
   """
   ends = scores.argmax(axis=1), scores.argmin(axis=1)
-
-  def both(of):
-    return [step_rows.pick_own(of, end) for end in ends]
-
-  steps = [[*both(before)[: 1 if common else 2], *both(after)] for before, after in path]
-  latents = jnp.stack([jnp.stack(step, axis=1) for step in steps])
-  better, worse = (jnp.repeat(of[None], len(path), axis=0) for of in both(scores))
-  return latents, better, worse
+  of_step = jax.vmap(step_rows.pick_own, in_axes=(0, None))
+  before, after = ([of_step(x, end) for end in ends] for x in (inputs, outputs))
+  better, worse = (
+    jnp.repeat(step_rows.pick_own(scores, end)[None], len(inputs), axis=0) for end in ends
+  )
+  return jnp.stack([*before[: 1 if common else 2], *after], axis=2), better, worse
 
 
 def _take(

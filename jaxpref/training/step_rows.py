@@ -120,6 +120,16 @@ def _check_candidates(config: ConfigDict, noisy: int) -> None:
       f"steps.candidates = {steps.candidates} from steps.first = {steps.first} on leave "
       f"nothing to compare: choose at least 2, and one of the {noisy} steps with noise"
     )
+  if steps.apart > noisy - steps.first:
+    raise UserError(
+      f"steps.apart = {steps.apart} is more than the {noisy - steps.first} steps with noise "
+      "from steps.first on"
+    )
+  if steps.apart > 1 and steps.gap_noisy:
+    raise UserError(
+      "steps.gap_noisy must be 0 with steps.apart above 1: steps that are compared together "
+      "have one gap"
+    )
   if steps.window or steps.trained:
     raise UserError(
       "steps.window and steps.trained must be 0 with steps.candidates: all steps from "
