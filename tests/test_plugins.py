@@ -110,6 +110,18 @@ def test_a_sound_objective(module):
   loss_of(module, ", reference=True", code)
 
 
+def test_a_loss_on_trajectories_gets_the_log_ratios_of_steps(module):
+  for part, refusal in ((".sum(0)", None), ("", r"of shape \[B\] .got \(3, 2\) for B = 2")):
+    code = f"def objective(terms):\n  return (terms.err['a'] - terms.err['b']){part}, {{}}\n"
+    module(LOSS.format("").replace("'pairs'", "'paths', reference=True") + code)
+    loss = losses.make_loss({"name": "theirs"})
+    check = lambda loss=loss: losses.check_loss(loss, ("a", "b"), images=2)  # noqa: E731
+    if refusal:
+      refused(refusal, check)
+    else:
+      check()
+
+
 OBJECTIVE = f"def objective(terms):\n  return {W}, {{}}\n"
 CONTENTS = [
   ("def objective(): pass", r"objective is called with \(terms\), .*\(\): too many positional"),
