@@ -31,6 +31,7 @@ def get_config(preset: str = "shapes") -> ConfigDict:
   base_config.steps(c)
   base_config.candidates(c)
   c.loss.beta = 10.0  # strength of the tie
+  rounds = 1000  # ten epochs
   if preset == "shapes":
     c.steps.first = 2
     c.train.batch_size = 224  # seven steps of each image
@@ -38,14 +39,13 @@ def get_config(preset: str = "shapes") -> ConfigDict:
     c.steps.first, c.steps.gap = 2 if preset in base_config.FLOWS else 4, 0.3
     c.rounds.updates = 7 if preset in base_config.FLOWS else 16  # as many steps of 40 images
     c.train.batch_size, c.train.accumulate = 40, 4
-    c.train.num_updates = 1000 * c.rounds.updates
-    c.train.updates_per_iteration = 20 * c.rounds.updates
   if preset == "sdxl":
     c.steps.candidates, c.steps.apart, c.steps.gap = 2, 4, 0.4
     c.rounds.num_prompts = c.rounds.updates = c.rollout.batch_size = 8
-    c.train.batch_size = 16
-    c.train.num_updates = 5000 * c.rounds.updates
-    c.train.updates_per_iteration = 100 * c.rounds.updates
+    c.train.batch_size, rounds = 16, 5000
+  if preset in base_config.PUBLISHED:
+    c.train.num_updates = rounds * c.rounds.updates
+    c.train.updates_per_iteration = rounds // 50 * c.rounds.updates
   if preset in base_config.FLOWS:
     base_config.sample_as_flow_grpo(c)
   return c

@@ -33,6 +33,7 @@ CASES = [
   {"name": "dspo", "data": 8},
   {"name": "awm", "data": 4, "fsdp": 2, "accumulate": 2, "refresh_every": 2},
   {"name": "dgpo", "data": 8},
+  {"name": "prdp", "data": 4, "fsdp": 2, "accumulate": 2},
   {"name": "prdp", "data": 4, "fsdp": 2, "accumulate": 2, "refresh_every": 2},
   {"name": "step_pairs", "data": 4, "fsdp": 2, "accumulate": 2},
   {"name": "ppo", "data": 4, "fsdp": 2, "accumulate": 2, "refresh_every": 2},

@@ -69,16 +69,16 @@ def gradients(
     return log_prob(adapt(trained, base), step)
 
   def log_ratios(trained, step):
-    fixed = log_prob(reference, step)
-    of_old = of_policy(old, step) - fixed if loss.needs.old else None
-    return of_policy(trained, step) - fixed, of_old
+    of_reference = log_prob(reference, step)
+    of_old = of_policy(old, step) - of_reference if loss.needs.old else None
+    return of_policy(trained, step) - of_reference, of_old
+
+  def by_arm(ratios):
+    return {arm: ratios[:, i] for i, arm in enumerate(arms)}
 
   def objective(ratios, of_old):
-    by_arm = [
-      {} if of is None else {arm: of[:, i] for i, arm in enumerate(arms)}
-      for of in (ratios, of_old)
-    ]
-    return loss.objective(Terms(by_arm[0], {}, rows.labels, mean, by_arm[1]))
+    of_old = {} if of_old is None else by_arm(of_old)
+    return loss.objective(Terms(by_arm(ratios), {}, rows.labels, mean, of_old))
 
   values, metrics, found = two_pass.two_pass_gradient(
     *(log_ratios, trained, steps, objective), log_probs=of_policy
