@@ -15,7 +15,6 @@ from jaxpref import config as config_lib
 from jaxpref import export, main, sharding
 from jaxpref.errors import UserError
 from jaxpref.models import reward_model, save
-from jaxpref.plan import estimate
 from jaxpref.training import flops, load_run, programs, setup
 
 pytestmark = pytest.mark.long
@@ -146,11 +145,6 @@ def test_flops_of_an_update(tiny_pipeline, trained):
   assert apart["judge"] == 2 * images * 2 * one
   assert apart["rollout"] == images * (steps + 1) * forward
   assert 0.4 * forward < one < 1.2 * forward  # half of the network, with and without the prompt
-
-
-def test_plans_refuse_it(capsys):
-  assert estimate.main(["--config=configs/latent_reward.py:sd15", "--topology=v5e:8"]) == 2
-  assert "cannot be planned: the memory of decoder, scorer and" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("preset", ["sd15", "sdxl"])

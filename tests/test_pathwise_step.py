@@ -15,7 +15,6 @@ from jaxpref import losses
 from jaxpref import rng as rng_lib
 from jaxpref.errors import UserError
 from jaxpref.losses.reward import reward_loss
-from jaxpref.plan import estimate
 from jaxpref.training import pathwise_settings, pathwise_step
 
 # Levels of Stable Diffusion at the steps' inputs, and of the end: that of timestep 0.
@@ -206,13 +205,6 @@ def test_settings_that_do_not_fit_are_refused(method, changes, message):
   with pytest.raises(UserError) as error:
     pathwise_settings.check(config, needs)
   assert message in str(error.value)
-
-
-@pytest.mark.parametrize("name", ["draft", "spo"])
-def test_a_plan_says_what_it_does_not_estimate(name, monkeypatch, capsys):
-  monkeypatch.chdir(conftest.ROOT)
-  assert estimate.main([f"--config=configs/{name}.py:tiny", "--topology=v5e:4x4"]) == 2
-  assert f"{name} cannot be planned: the memory of decoder" in capsys.readouterr().err
 
 
 def test_the_loss_of_rewards_needs_its_section():

@@ -14,7 +14,9 @@ import pytest
 from jaxpref import config as config_lib
 from jaxpref import sharding
 from jaxpref.errors import UserError
-from jaxpref.plan import estimate, tpu_compiler
+from jaxpref.models.pipeline import abstract_params
+from jaxpref.plan import estimate, memory, tpu_compiler
+from jaxpref.scorers import load_reward
 from jaxpref.training import programs, setup
 
 
@@ -82,6 +84,75 @@ def test_other_methods_and_devices():
   # Its frozen parts are the base, for the evaluation, and the start, its reference.
   dpo = planned("shapes", "v5p:2x2x2", search=False, config="configs/dpo.py:shapes")
   assert spin["memory"]["frozen copies"] == 2 * dpo["memory"]["frozen copies"]
+
+
+def _bytes(tree):
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def test_what_judges_samples_is_part_of_the_memory():
+  """Decoder and scorers, for each image at once; one step of a path, not all of them."""
+  config = config_lib.parse_args(["--config=configs/draft.py:shapes"], flags={})[0]
+  checked = setup.check(config, mesh=sharding.abstract_mesh(config.mesh, 1))
+  judge, pipeline = checked.judge, checked.pipeline
+  whole, _ = memory.judge_shapes(checked)
+  tokens = programs.abstract_prompts(checked, 1)["rows"]["tokens"]
+  kept = memory.kept_by_judge(judge, pipeline, whole, tokens)
+  # XLA's own count for the gradient of one image, which has scratch space too.
+  one = jax.ShapeDtypeStruct(pipeline.latent_shape, "float32")
+  words = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tokens)
+  reward = lambda x, params, words: sum(judge.score_one(params, x, words).values())  # noqa: E731
+  compiled = jax.jit(jax.grad(reward)).lower(one, whole, words).compile()
+  assert 0.5 < kept / compiled.memory_analysis().temp_size_in_bytes < 1
+
+  def found(*fields):
+    return planned("shapes", "h200:1", *fields, config="configs/draft.py:shapes", search=False)
+
+  numbers = found("pathwise.at_once=32")["memory"]
+  vae = _bytes(abstract_params(pipeline.modules["vae"]))
+  scorer = _bytes(judge.rewards["shapes.preference"].params)
+  assert numbers["judge of samples"] == (vae + scorer) / 2**30
+  assert numbers["kept for the backward pass"] == 32 * kept / 2**30
+  assert numbers["batch"] < 1e-3  # without the judge's weights, which are arguments too
+  # With one image at once the denoiser's step keeps more, with and without the prompt.
+  step = memory.kept_bytes(pipeline, attention="xla", norm="lean", remat="none")
+  few, more = (
+    found("pathwise.at_once=1", "model.remat=none", *more)["memory"]
+    for more in ([], ["pathwise.last=4", "rollout.num_steps=5"])
+  )
+  rows = config.train.batch_size // config.train.accumulate
+  assert few["kept for the backward pass"] == pytest.approx(2 * rows * step / 2**30, rel=1e-6)
+  assert more["kept for the backward pass"] == few["kept for the backward pass"]
+
+
+@pytest.mark.long
+def test_judges_of_candidates_and_their_training(sd15):
+  lpo = planned("shapes", "h200:8", search=False, config="configs/lpo.py:shapes")
+  trained = planned("shapes", "h200:1", search=False, config="configs/latent_reward.py:shapes")
+  spo = planned("shapes", "h200:1", search=False, config="configs/spo.py:shapes")
+  judges = [one["memory"]["judge of samples"] for one in (lpo, trained, spo)]
+  assert judges[1] == 0 and judges[2] > 0
+  vae = (
+    spo["memory"]["judge of samples"] - _bytes(load_reward("shapes.preference").params) / 2**30
+  )
+  assert judges[0] == pytest.approx(vae + trained["trained"] * 4 / 2**30, rel=1e-6)
+  # Half of a denoiser keeps less for an image than a denoiser.
+  pair = planned("shapes", "h200:1", search=False, config="configs/dpo.py:shapes")
+  one, other = (x["memory"]["kept for the backward pass"] for x in (trained, pair))
+  rows = [
+    config_lib.load_config(f"{name}:shapes").train.batch_size
+    for name in ("latent_reward", "dpo")
+  ]
+  assert 0.2 < (one / rows[0]) / (other / rows[1]) < 1
+  # At full width the latent judge is sharded as the denoiser is.
+  fields = ["--config=configs/lpo.py:sd15", f"--config.model.path={sd15}"]
+  config, _ = config_lib.parse_args(
+    [*fields, "--config.mesh.fsdp=8", "--config.train.accumulate=1"], flags={}
+  )
+  checked = setup.check(config, mesh=sharding.abstract_mesh(config.mesh, 8))
+  whole, split = memory.judge_shapes(checked)
+  assert set(whole) == {"vae"} and _bytes(split) > 2**29
+  assert memory.bytes_on_device(split, checked.mesh) < _bytes(split) / 7
 
 
 @pytest.mark.long

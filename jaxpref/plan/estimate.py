@@ -10,6 +10,7 @@ planner needs no accelerator, and only the configuration files of the model.
 
 import dataclasses
 import datetime
+import functools
 import math
 import os
 import re
@@ -19,7 +20,6 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxpref import base_config
 from jaxpref import config as config_lib
 from jaxpref.base_config import REMAT
 from jaxpref.errors import UserError
@@ -89,11 +89,6 @@ def _run(argv: list[str]) -> None:
   if "model" not in config or "loss" not in config:
     raise UserError(
       f"{config.name} cannot be planned: it does not train with a preference loss"
-    )
-  if "pathwise" in config or "judge" in config or base_config.have_candidates(config):
-    raise UserError(
-      f"{config.name} cannot be planned: the memory of decoder, scorer and reward model is not "
-      "estimated"
     )
   numbers = plan(config, flags["topology"], mfu=mfu)
   print(describe(numbers), flush=True)
@@ -202,6 +197,7 @@ class _Model:
     import jax  # noqa: PLC0415
 
     from jaxpref.models.pipeline import abstract_params  # noqa: PLC0415
+    from jaxpref.plan import memory  # noqa: PLC0415
 
     pipeline, dtype = checked.pipeline, checked.config.model.frozen_dtype
     params = {part: abstract_params(module) for part, module in pipeline.modules.items()}
@@ -209,7 +205,8 @@ class _Model:
     self.base = jax.eval_shape(lambda p: pipeline.freeze(p, dtype), denoiser)
     self.encoders = params
     self.fused = _has_fused_attention(checked, chip)
-    self._pipeline = pipeline
+    self.judge = memory.judge_shapes(checked)
+    self._checked = checked
     self._kept: dict[str, int] = {}
 
   def kept(self, remat: str) -> int:
@@ -219,10 +216,26 @@ class _Model:
     # Fused attention stores about as little as recomputed attention.
     remade = "attention" if remat == "none" and self.fused else remat
     if remade not in self._kept:
-      self._kept[remade] = memory.kept_bytes(
-        self._pipeline, attention="xla", norm="lean", remat=remade
-      )
+      config, pipeline = self._checked.config, self._checked.pipeline
+      options: dict[str, Any] = {"attention": "xla", "norm": "lean", "remat": remade}
+      if "judge" in config:
+        width = config.judge.width
+        found = memory.kept_by_reward_model(pipeline, width=width, **options)
+      else:
+        found = memory.kept_bytes(pipeline, **options)
+      self._kept[remade] = found
     return self._kept[remade]
+
+  @functools.cached_property
+  def kept_by_judge(self) -> int:
+    """Returns those of decoder and scorers, for an image of an update that samples."""
+    from jaxpref.plan import memory  # noqa: PLC0415
+    from jaxpref.training import programs  # noqa: PLC0415
+
+    judge, batch = self._checked.judge, programs.abstract_prompts(self._checked, 1)
+    whole, _ = self.judge
+    tokens = batch["rows"]["tokens"]
+    return memory.kept_by_judge(judge, self._checked.pipeline, whole, tokens)
 
 
 def _has_fused_attention(checked: Any, chip: Chip) -> bool:
@@ -282,12 +295,19 @@ def _memory(checked: Any, arguments: Any, model: _Model) -> dict[str, float]:
   on = lambda tree: memory.bytes_on_device(tree, mesh)  # noqa: E731
   arms = len(checked.arms) - programs.has_own_targets(checked)
   states = config.rollout.states if checked.loss.needs.rollout else 1
-  latents = config.train.batch_size * states * arms / config.train.accumulate / mesh.size
-  if step_rows.training_guidance(config) > 1:
+  images = config.train.batch_size / config.train.accumulate / mesh.size
+  samples = "pathwise" in config  # and has no arms: an update makes its own images
+  latents = images * (1 if samples else states * arms)
+  if (config.rollout.guidance if samples else step_rows.training_guidance(config)) > 1:
     latents *= 2
+  kept, batch = latents * model.kept(config.model.remat), arguments.batch
+  if samples:  # the backward pass recomputes one step, or decodes some images, at a time
+    kept = max(kept, min(images, config.pathwise.at_once) * model.kept_by_judge)
+    batch = batch["rows"]  # it holds the judge too
+  whole, split = model.judge
   wide = on(state.params)
   sums = wide if config.train.accumulate > 1 else 0
-  rows = (arguments.batch, arguments.rollout)
+  rows = (batch, arguments.rollout)
   parts = {
     "parameters, moments, average": wide + on(state.ema) + on(state.opt_state),
     "gradients": wide + sums,
@@ -295,7 +315,9 @@ def _memory(checked: Any, arguments: Any, model: _Model) -> dict[str, float]:
     # The base weights stay on the devices until the end, for the evaluation.
     "frozen copies": on(state.policy_copy) + on(model.base) + on(arguments.start),
     "text encoders, VAE": on(model.encoders),
-    "kept for the backward pass": latents * model.kept(config.model.remat),
+    "judge of samples": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(whole))
+    + on(split),
+    "kept for the backward pass": kept,
     "attention's logits": 0 if model.fused else latents * _logits_bytes(checked),
     "batch": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(rows)) / mesh.size
     + on(state.replay),

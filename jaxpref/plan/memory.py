@@ -1,13 +1,18 @@
 """Memory of a run on a device, from shapes alone."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpref import sharding
-from jaxpref.models.pipeline import Pipeline
+from jaxpref import base_config, sharding
+from jaxpref.models import reward_model
+from jaxpref.models.pipeline import Pipeline, abstract_params
+from jaxpref.training import flops
+from jaxpref.training.judge import Judge
+from jaxpref.training.setup import Checked
 
 
 def bytes_on_device(tree: Any, mesh: Any) -> int:
@@ -20,6 +25,29 @@ def bytes_on_device(tree: Any, mesh: Any) -> int:
   return sum(jax.tree.leaves(sizes))
 
 
+def judge_shapes(checked: Checked) -> tuple[Any, Any]:
+  """Returns the shapes of what judges the samples of a run.
+
+  Args:
+    checked: the run.
+
+  Returns:
+    What every device holds whole, and what is sharded as parameters are; empty trees if the
+    run has no judge.
+  """
+  config, pipeline, judge = checked.config, checked.pipeline, checked.judge
+  if "pathwise" not in config and not base_config.have_candidates(config):
+    return {}, {}
+  whole = {"vae": abstract_params(pipeline.modules["vae"])}
+  if isinstance(judge, Judge):
+    scorers = {name: reward.params for name, reward in judge.rewards.items()}
+    return {**whole, "scorers": jax.eval_shape(lambda: scorers)}, {}
+  of, width, _ = flops.latent_judge(checked)
+  model = reward_model.abstract_params(of, width=width)
+  freeze = lambda encoder: pipeline.freeze(encoder, config.model.frozen_dtype)  # noqa: E731
+  return whole, {**model, "encoder": jax.eval_shape(freeze, model["encoder"])}
+
+
 def kept_bytes(pipeline: Pipeline, **options: Any) -> int:
   """Computes the bytes that a denoiser's forward pass stores for the backward pass, per latent.
 
@@ -27,18 +55,62 @@ def kept_bytes(pipeline: Pipeline, **options: Any) -> int:
     pipeline: its parameters are not needed.
     **options: `attention`, `norm` and `remat` of `Family.make_denoise`.
   """
-  params = pipeline.abstract_denoiser()
-  denoise = pipeline.make_denoise(**options)
-  x_t = jax.ShapeDtypeStruct((1, *pipeline.latent_shape), jnp.float32)
   cond = pipeline.abstract_cond(1)
   if pipeline.is_improver:
-    cond |= {"image": x_t}
+    cond |= {"image": _latent(pipeline)}
+  arguments = _latent(pipeline), _LEVEL, cond
+  return _kept(pipeline.make_denoise(**options), pipeline.abstract_denoiser(), *arguments)
+
+
+def kept_by_reward_model(pipeline: Pipeline, *, width: int, **options: Any) -> int:
+  """Computes those of a latent reward model without guidance, per latent.
+
+  Args:
+    pipeline: of the denoiser whose first half it is.
+    width: of the space in which features and prompts are compared.
+    **options: as for `kept_bytes`.
+  """
+  score = reward_model.make_score(pipeline, guidance=1.0, **options)
+  params = reward_model.abstract_params(pipeline, width=width)
+  return _kept(score, params, _latent(pipeline), _LEVEL, pipeline.abstract_cond(1), None)
+
+
+def kept_by_judge(judge: Judge, pipeline: Pipeline, params: Any, tokens: Any) -> int:
+  """Computes those of the decoder and the scorers of an update that samples, per image.
+
+  Args:
+    judge: its parameters are not needed.
+    pipeline: of the policy.
+    params: shapes of `Judge.place`.
+    tokens: shapes of the tokens of one prompt or more, [B, ...].
+  """
+  latent = jax.ShapeDtypeStruct(pipeline.latent_shape, jnp.float32)
+  words = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tokens)
+  score = lambda x, p, w: judge.score_one(p, x, w)  # noqa: E731  # the gradient is the latent's
+  return _kept(score, latent, params, words, shared=params)
+
+
+_LEVEL = jax.ShapeDtypeStruct((1,), jnp.int32)
+
+
+def _latent(pipeline: Pipeline) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct((1, *pipeline.latent_shape), jnp.float32)
+
+
+def _kept(function: Callable, wanted: Any, *arguments: Any, shared: Any = None) -> int:
+  """Computes the bytes stored for the gradient of a function's first argument.
+
+  Args:
+    function: (wanted, *arguments) -> result.
+    wanted: shapes of the argument.
+    *arguments: shapes of the others.
+    shared: shapes of further parameters.
+  """
   residuals = jax.eval_shape(
-    lambda p, x, t, c: jax.vjp(lambda p: denoise(p, x, t, c), p)[1],
-    *(params, x_t, jax.ShapeDtypeStruct((1,), jnp.int32), cond),
+    lambda of, *rest: jax.vjp(lambda of: function(of, *rest), of)[1], wanted, *arguments
   )
-  # Residuals with a parameter's shape are parameters or their casts, which all latents share.
-  weights = {leaf.shape for leaf in jax.tree.leaves(params)}
+  # Residuals with a parameter's shape are parameters or their casts, which all rows share.
+  weights = {leaf.shape for leaf in jax.tree.leaves((wanted, shared))}
   return sum(
     leaf.size * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(residuals)

@@ -133,13 +133,19 @@ def _of_reward_model(checked: Checked) -> dict[str, float]:
 
 
 def _of_latent_judge(checked: Checked) -> float:
-  """Counts the FLOPs of a candidate's reward; of a plan, by the model of the run's preset."""
+  """Counts the FLOPs of a candidate's reward."""
+  pipeline, width, guidance = latent_judge(checked)
+  return of_reward(pipeline, width=width, guidance=guidance)
+
+
+def latent_judge(checked: Checked) -> tuple[Pipeline, int, float]:
+  """Returns a latent judge's pipeline, width and guidance; of a plan, the preset's usual."""
   if isinstance(checked.judge, LatentJudge):
     reward = checked.judge.reward
-    return of_reward(reward.pipeline, width=reward.width, guidance=reward.guidance)
+    return reward.pipeline, reward.width, reward.guidance
   usual = base_config.base("latent_reward", checked.config.preset)
   base_config.judge(usual)
-  return of_reward(checked.pipeline, width=usual.judge.width, guidance=usual.judge.guidance)
+  return checked.pipeline, usual.judge.width, usual.judge.guidance
 
 
 def of_reward(pipeline: Pipeline, *, width: int, guidance: float) -> float:

@@ -53,20 +53,19 @@ class Judge:
     Returns:
       Scores by scorer, float32 [B].
     """
+    once_more = jax.checkpoint(lambda row: self.score_one(params, *row))
+    return jax.lax.map(once_more, (latents, tokens), batch_size=self.at_once)
 
-    @jax.checkpoint
-    def of_one(row):
-      latent, words = row
-      image = vae_lib.decode_unit(self.vae, params["vae"], latent[None]).astype(jnp.float32)
-      unit = jnp.clip(image.transpose(0, 2, 3, 1) * 0.5 + 0.5, 0.0, 1.0)
-      return {
-        name: reward.score(
-          params["scorers"][name], unit, jax.tree.map(lambda x: x[None], words[name])
-        )[0]
-        for name, reward in self.rewards.items()
-      }
-
-    return jax.lax.map(of_one, (latents, tokens), batch_size=self.at_once)
+  def score_one(self, params: Any, latent: jax.Array, tokens: Any) -> dict[str, jax.Array]:
+    """Decodes and scores one latent, [C, h, w], see `score`; returns scores []."""
+    image = vae_lib.decode_unit(self.vae, params["vae"], latent[None]).astype(jnp.float32)
+    unit = jnp.clip(image.transpose(0, 2, 3, 1) * 0.5 + 0.5, 0.0, 1.0)
+    return {
+      name: reward.score(
+        params["scorers"][name], unit, jax.tree.map(lambda x: x[None], tokens[name])
+      )[0]
+      for name, reward in self.rewards.items()
+    }
 
   def total(self, scores: dict[str, jax.Array]) -> jax.Array:
     """Returns the weighted sum of scores, [B]."""
