@@ -41,10 +41,16 @@ from fuzz_runner import Target, check_line
 
 from jaxpref import config as config_lib
 from jaxpref import export, generate, main
-from jaxpref.data import images, prompt_files, row_set
+from jaxpref.data import images, row_set
 from jaxpref.data import rows as rows_lib
 from jaxpref.errors import UserError
-from jaxpref.evaluation import best_checkpoint, evaluate, image_files, score_files
+from jaxpref.evaluation import (
+  best_checkpoint,
+  evaluate,
+  image_files,
+  prompt_sets,
+  score_files,
+)
 from jaxpref.models import hub, pipeline, text, torch_layout, weights
 from jaxpref.plan import estimate
 from jaxpref.pretrain import run as pretrain
@@ -182,7 +188,7 @@ def _restore(directory: Path) -> str:
 
 def _read_prompts(directory: Path) -> str:
   file = str(directory / "prompts.txt")
-  return _digest(generate.read_prompts(file), prompt_files.choose_prompts(file, 9, [], seed=0))
+  return _digest(generate.read_prompts(file), prompt_sets.choose_prompts(file, 9, [], seed=0))
 
 
 def _read_generated(directory: Path) -> str:

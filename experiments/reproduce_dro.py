@@ -165,4 +165,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  steps_lib.main(main)

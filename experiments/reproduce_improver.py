@@ -181,4 +181,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  steps_lib.main(main)

@@ -8,15 +8,18 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import pandas as pd
 
 from jaxpref import config as config_lib
+from jaxpref import scorers as scorers_lib
+from jaxpref.errors import UserError
 from jaxpref.evaluate import candidates
 from jaxpref.evaluate import flags as flags_lib
+from jaxpref.evaluation import prompt_sets
 from jaxpref.plan import estimate
-from jaxpref.runtime import throughput
+from jaxpref.runtime import cli, throughput
 
 PROGRAMS = {  # module -> where its `main` is
   "jaxpref.data": "jaxpref.data.commands",
@@ -138,6 +141,16 @@ def _evaluations_of_comparison(arguments: Sequence[str], prompts: int) -> int:
   return images * flags.steps * sum(3 if model.improves else 2 for model in models)
 
 
+def main(experiment: Callable[[], None]) -> NoReturn:
+  """Runs an experiment and exits with its status; what a user can mend is one line."""
+
+  def run_experiment(argv: list[str]) -> None:
+    del argv  # `reproduce` reads it
+    experiment()
+
+  cli.run(lambda argv: cli.exit_status(run_experiment, argv))
+
+
 def reproduce(
   about: str,
   *,
@@ -186,9 +199,12 @@ def reproduce(
     )
   for name in ("data", "test", "model"):
     if not getattr(options, name):
-      parser.error(f"--{name} is missing (or --rehearse, or --plan)")
+      raise UserError(f"--{name} is missing (or --rehearse, or --plan)")
   if Path(options.test).suffix == ".parquet":
     options.test = f"pickapic-test:{Path(options.test).resolve()}"
+  # These are needed last, after days.
+  scorers_lib.find_files(scorers.values())
+  prompt_sets.load_prompts(str(options.test))
   prepare(options)
   run(make_steps(options, scorers), in_process=options.rehearse)
   text = tables(options.out, scorers)

@@ -80,7 +80,7 @@ def test_a_run_stops_where_its_reward_is_exploited(
   monkeypatch.setenv("TFDS_DATA_DIR", str(tfds_dir))
   fields = {
     "rounds.scorers": "('toy_scorers.red',)",
-    "evaluate.scorers": "('toy_scorers.green',)",
+    "evaluate.scorers": "('toy_scorers.green', 'toy_scorers.red')",
     "evaluate.num_prompts": 12,
     "alarms.num_prompts": 12,
     "train.stop_on_hacking": True,
@@ -105,6 +105,9 @@ def test_a_run_stops_where_its_reward_is_exploited(
   assert line["alarm/kl"] == 3 and 1 < line["alarm/vendi"] < 12
   # It goes on with the same command, told not to stop; then alarms look at real images.
   assert run("hacked", **{"train.stop_on_hacking": False}) == 0
+  results = json.loads((tmp_path / "hacked/evaluation/4/results.json").read_text())
+  marked = {key: entry["selected_training_data"] for key, entry in results.items()}
+  assert marked == {"toy_scorers.green-1": False, "toy_scorers.red-1": True}
   last = runs.lines(tmp_path / "hacked")[-1]
   assert last["step"] == 4 and last["alarm/kl"] > 0 and last["alarm/kl"] != 3
   with monkeypatch.context() as patch:

@@ -257,11 +257,21 @@ def test_an_improver_improves_another_models_images(tiny_pipeline, tmp_path, cap
     (["--models=a=shapes", "--scorers=shapes.nothing"], "unknown scorer"),
     (["--models=a=shapes", "--features=clip.x"], "'clip.x' is not a name of features"),
     (["--models=a=nowhere/at/all"], "--models: a: "),
+    # Before any image is generated.
+    (["--models=a=shapes", "--scorers=hpsv2.v2_0"], "hpsv2.v2_0/model.safetensors is missing"),
+    (["--models=a=shapes", "--scores=scores.csv"], "scores.csv"),
+    (["--models=a=shapes", "--geneval=a=results.jsonl"], "results.jsonl is not a file"),
+    (["--models=a=shapes", "--geneval=b=results.jsonl"], "give it as NAME=results.jsonl"),
+    (
+      ["--models=a=shapes", "--scorers=counting_scorers.contrast", "--selected-by=contrast"],
+      "--selected-by=contrast is not a scorer of this comparison (counting_scorers.contrast)",
+    ),
   ],
 )
 def test_what_cannot_be_is_one_line(flags, message, tmp_path, capsys, monkeypatch):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+  monkeypatch.setenv("JAXPREF_SCORERS", str(tmp_path / "scorers"))
   assert program.main([*flags, "--prompts=a ring", "--out=x"]) == 2
   err = capsys.readouterr().err
   assert message in err and err.count("\n") == 1

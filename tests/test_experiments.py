@@ -14,15 +14,19 @@ import reproduce_improver
 import steps
 
 
-def _run(name, *flags):
-  done = subprocess.run(
+def _start(name, *flags, **env):
+  return subprocess.run(
     [sys.executable, f"experiments/{name}.py", *flags],
     cwd=ROOT,
-    env=os.environ | WITHOUT_TORCH,
+    env=os.environ | WITHOUT_TORCH | env,
     capture_output=True,
     text=True,
     check=False,
   )
+
+
+def _run(name, *flags):
+  done = _start(name, *flags)
   assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
   return done.stdout
 
@@ -55,6 +59,26 @@ def test_the_paper_on_improvers_is_rehearsed(tmp_path):
   # The last iterations start from SPIN's last, and the reference is the base.
   (start,) = json.loads((tmp_path / "runs/iterative-2560/iterations/1/starts.json").read_text())
   assert start["reference"] == "base"
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    (["--plan=xyz"], "'xyz' is not one of v4"),
+    (["--data=x", "--test=y.parquet"], "--model is missing"),
+    # Found before days of training.
+    (
+      ["--data=x", "--test=y.parquet", "--model=z"],
+      "pickscore.v1/model.safetensors is missing",
+    ),
+  ],
+)
+def test_what_cannot_be_is_one_line(flags, message, tmp_path):
+  flags = [*flags, f"--out={tmp_path / 'out'}"]
+  scorers = {"JAXPREF_SCORERS": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+  done = _start("reproduce_improver", *flags, **scorers)
+  assert done.returncode == 2 and message in done.stderr
+  assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 def test_tables_stand_beside_the_published_numbers():

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from jaxpref import sharding
-from jaxpref.data import encode, prompt_files
+from jaxpref.data import encode
 from jaxpref.errors import UserError
-from jaxpref.evaluation import sampling
+from jaxpref.evaluation import prompt_sets, sampling
 from jaxpref.models import pipeline
 from jaxpref.scorers import shapes
 from jaxpref.shapes import prompts as shapes_prompts
@@ -59,17 +59,28 @@ def test_seeds_are_all_different():
 
 def test_choose_prompts(tmp_path):
   captions = ["b", "a", "c"]
-  assert sorted(prompt_files.choose_prompts("captions", 9, captions, seed=0)) == ["a", "b", "c"]
+  assert sorted(prompt_sets.choose_prompts("captions", 9, captions, seed=0)) == ["a", "b", "c"]
   file = tmp_path / "prompts.txt"
   file.write_text("one\n\n two \none\n")
-  assert sorted(prompt_files.choose_prompts(str(file), 9, [], seed=0)) == ["one", "two"]
-  assert len(prompt_files.choose_prompts("shapes", 30, [], seed=0)) == 30
+  assert sorted(prompt_sets.choose_prompts(str(file), 9, [], seed=0)) == ["one", "two"]
+  assert len(prompt_sets.choose_prompts("shapes", 30, [], seed=0)) == 30
+  # Sets by name, and tables: of all categories, each prompt once.
+  texts = {prompt.text for prompt in prompt_sets.load_prompts("partiprompts")}
+  assert set(prompt_sets.choose_prompts("partiprompts", 10**4, [], seed=0)) == texts
+  table = tmp_path / "prompts.tsv"
+  table.write_text("Prompt\tCategory\na ring\tx\na star\ty\na ring\tx\n")
+  assert sorted(prompt_sets.choose_prompts(str(table), 9, [], seed=0)) == ["a ring", "a star"]
 
 
 @pytest.mark.parametrize(
   ("source", "number", "message"),
-  [("shapes", 10**6, "test prompts"), ("/nowhere.txt", 3, "cannot read /nowhere.txt")],
+  [
+    ("shapes", 10**6, "test prompts"),
+    ("/nowhere.txt", 3, "cannot read /nowhere.txt"),
+    ("a ring", 3, "cannot read a ring"),  # not a prompt, which may be a misspelt file
+    ("pickapic-validation", 3, "name their file as pickapic-validation:PATH"),
+  ],
 )
 def test_prompts_that_there_are_not(source, number, message):
   with pytest.raises(UserError, match=message):
-    prompt_files.choose_prompts(source, number, [], seed=0)
+    prompt_sets.choose_prompts(source, number, [], seed=0)

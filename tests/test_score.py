@@ -26,6 +26,7 @@ from jaxpref import base_config, main
 from jaxpref.data import image_scores
 from jaxpref.data import rows as rows_lib
 from jaxpref.errors import UserError
+from jaxpref.evaluate import program as evaluate_program
 from jaxpref.runtime import workdir
 from jaxpref.score import chunk_scoring, score_images, score_parts
 
@@ -172,6 +173,13 @@ def test_a_run_marks_the_scorer_that_chose_its_experts(tiny_pipeline, tmp_path, 
   assert marked == {"toy_scorers.red-1": True, "toy_scorers.length-2-hf": False}
   page = (tmp_path / "run/report.html").read_text()
   assert "experts chosen by" in page and "8 experts" in page
+  # A comparison of models reads it from the run.
+  flags = [f"--models=base={tiny_pipeline},run={tmp_path / 'run'}", "--prompts=a ring"]
+  flags += ["--scorers=toy_scorers.red,toy_scorers.length", "--steps=2", "--resamples=50"]
+  assert evaluate_program.main([*flags, f"--out={tmp_path / 'compared'}"]) == 0
+  (pair,) = json.loads((tmp_path / "compared/results.json").read_text())["comparisons"]
+  marked = {key: one["selected_training_data"] for key, one in pair["scorers"].items()}
+  assert marked == {"toy_scorers.red-1": True, "toy_scorers.length-2-hf": False}
 
 
 def test_lists_are_scored(sets, tmp_path):

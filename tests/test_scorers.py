@@ -387,6 +387,15 @@ def test_missing_weights_say_where_they_are(tmp_path, monkeypatch):
     score("pickscore.v1", scorer_models.photographs())
 
 
+@pytest.mark.parametrize("name", SCORERS)
+def test_files_are_found_before_they_are_needed(name, root, tmp_path, monkeypatch):
+  scorers.find_files([name])
+  monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+  monkeypatch.setenv(store.ROOT, str(tmp_path))
+  with pytest.raises(UserError, match=r"model.safetensors is missing"):
+    scorers.find_files([name])
+
+
 def test_weights_and_tokenizer_from_the_hub(root, tmp_path, monkeypatch, photographs, golden):
   asked = {}
   source = root / "pickscore.v1"

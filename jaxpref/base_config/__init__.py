@@ -23,6 +23,7 @@ rounds, steps = online_sections.rounds, online_sections.steps
 sample_as_flow_grpo = online_sections.sample_as_flow_grpo
 candidates = online_sections.candidates
 have_candidates, judge = online_sections.have_candidates, online_sections.judge
+trained_scorers = online_sections.trained_scorers
 share_inputs, comparisons = online_sections.share_inputs, online_sections.comparisons
 pathwise, align_by_lora = online_sections.pathwise, online_sections.align_by_lora
 
@@ -169,7 +170,7 @@ def _add_train(c: ConfigDict) -> None:
 def _add_evaluate(c: ConfigDict) -> None:
   c.evaluate = ConfigDict()  # compares tuned and base model on the same prompts and noise
   c.evaluate.every = 0  # also evaluate every N checkpoints and keep the best; 0: at the end
-  c.evaluate.prompts = "auto"  # 'shapes' (held-out), 'captions', or a text file; 'auto'
+  c.evaluate.prompts = "auto"  # 'shapes' (held-out), 'captions', a prompt set or a file
   c.evaluate.num_prompts = 150  # largest number of prompts
   c.evaluate.images_per_prompt = 2  # of each model, from the same noise for both models
   c.evaluate.scorers = ("shapes.correct", "shapes.quality")  # FAMILY.NAME, see jaxpref/scorers

@@ -1,5 +1,8 @@
 """Sections of online training: by rewards of samples, or through the sampler."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from jaxpref.base_config import presets
@@ -124,6 +127,14 @@ def judge(c: ConfigDict) -> None:
     c.judge.width, c.judge.guidance = 64, c.evaluate.guidance
   if c.preset == "tiny":
     c.judge.held_out = 8
+
+
+def trained_scorers(c: Mapping[str, Any]) -> tuple[str, ...]:
+  """Returns the scorers whose sum is the reward of an online run, or stands for it."""
+  for section in ("rounds", "pathwise"):
+    if section in c:
+      return tuple(c[section]["scorers"])
+  return ()
 
 
 def have_candidates(c: ConfigDict) -> bool:

@@ -1,50 +1,11 @@
-"""The prompts of an evaluation, and files with one prompt per line."""
+"""Files of prompts."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from jaxpref.errors import UserError
-from jaxpref.shapes import prompts as shapes_prompts
 
 _LISTS = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet")  # no prompt ends like this
 _MAX_BYTES = 256 << 20  # half a million prompts of 500 bytes
-
-
-def choose_prompts(
-  source: str, num_prompts: int, captions: Sequence[str], *, seed: int
-) -> list[str]:
-  """Chooses the prompts of an evaluation.
-
-  Args:
-    source: 'shapes' for held-out prompts of the shapes world, 'captions' for the captions of
-      the training images, or the path of a text file with one prompt per line.
-    num_prompts: the largest number of prompts.
-    captions: of the training images, each once.
-    seed: selects prompts if the source has more than `num_prompts`.
-
-  Raises:
-    UserError: the file cannot be read or has no prompt, or the shapes world has fewer than
-      `num_prompts`.
-  """
-  if source == "shapes":
-    try:
-      return shapes_prompts.held_out(num_prompts, seed=seed)
-    except ValueError as error:
-      raise UserError(f"evaluate.num_prompts: {error}") from error
-  if not source:
-    raise UserError("evaluate.prompts is empty")
-  found: Sequence[str]
-  if source == "captions":
-    found = captions
-  else:
-    try:
-      found = list(dict.fromkeys(read_file(Path(source), shown=source)))
-    except UserError as error:
-      raise UserError(f"evaluate.prompts: {error}") from error
-  order = np.random.default_rng(seed).permutation(len(found))
-  return [found[i] for i in order[:num_prompts]]
 
 
 def path_in(text: str) -> Path | None:

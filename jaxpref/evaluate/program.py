@@ -52,6 +52,9 @@ def _run(argv: list[str]) -> None:
   _fill_guidance(flags, [candidate.model for candidate in found])
   order = [baseline, *(name for name in names if name != baseline)]
   images = score_table.list_images(order, prompts, flags)
+  flags.selected_by = _names(flags.selected_by)
+  summary.check(flags, images, usable)
+  flags.selected_by += _deciding(found, flags, usable)
   start, step = flags.shard or (0, 1)
   shares = {name: images[images["model"] == name][start::step] for name in order}
   samplers: dict[str, Any] = {}
@@ -115,6 +118,26 @@ def _fill_guidance(flags: argparse.Namespace, models: Sequence[str]) -> None:
   flags.guidance = usual
   if runs:
     flags.guidance = load_run.setting(runs[0], "evaluate", "guidance", usual)
+
+
+def _deciding(
+  found: Sequence[candidates.Candidate], flags: argparse.Namespace, scorers: Sequence[str]
+) -> list[str]:
+  """Returns the scorers to which the runs among the models are biased, and says which."""
+  from jaxpref.training import load_run  # noqa: PLC0415
+
+  decided: dict[str, list[str]] = {}
+  for candidate in found:
+    names = load_run.deciding_scorers(candidate.model, best=flags.step == "best")
+    for name in scorers:
+      if any(of == name or of.startswith(f"{name}-") for of in names):
+        decided.setdefault(name, []).append(candidate.name)
+  for name, models in decided.items():
+    if name not in flags.selected_by:
+      print(
+        f"{name} selected what {', '.join(models)} learned: it is marked, see --selected-by"
+      )
+  return list(decided)
 
 
 def _names(text: str) -> list[str]:

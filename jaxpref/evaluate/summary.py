@@ -132,17 +132,11 @@ def _rows(
     for model, of in images.groupby("model", sort=False)
     for key in keys
   ]
-  others = [
-    score_files.read_scores(user_path(path), images)
-    for path in filter(None, flags.scores.split(","))
-  ]
-  for part in filter(None, flags.geneval.split(",")):
-    model, _, path = part.partition("=")
+  others = _read_scores(flags, images)
+  for model, path in _geneval_files(flags, images).items():
     of = images[images["model"] == model]
-    if of.empty or not path:
-      raise UserError(f"--geneval={part}: give it as NAME=results.jsonl, a name of --models")
     seeds = [list(seeds) for _, seeds in of.groupby("prompt_id")["seed"]]
-    others.append(geneval.read_results(user_path(path), model=model, seeds=seeds))
+    others.append(geneval.read_results(path, model=model, seeds=seeds))
   imported = {
     f"{scorer}-{version}"
     for table in others
@@ -150,6 +144,47 @@ def _rows(
   }
   empty = pd.DataFrame(columns=list(score_rows.COLUMNS))
   return pd.concat([*own, *others] or [empty], ignore_index=True), sorted(imported)
+
+
+def check(flags: argparse.Namespace, images: pd.DataFrame, scorers: Sequence[str]) -> None:
+  """Refuses what the flags name and `write` would not find, before images are generated.
+
+  Args:
+    flags: of the program.
+    images: of all models, see `score_table.list_images`.
+    scorers: names of those that will score them.
+
+  Raises:
+    UserError: a file is missing or wrong, or --selected-by names no scorer of the comparison.
+  """
+  known = list(scorers)
+  for table in _read_scores(flags, images):
+    known += table["scorer"].unique()
+  for path in _geneval_files(flags, images).values():
+    if not path.is_file():
+      raise UserError(f"--geneval: {path} is not a file")
+    known.append(geneval.SCORER)
+  for name in flags.selected_by:
+    if not any(name == of or name.startswith(f"{of}-") for of in known):
+      raise UserError(
+        f"--selected-by={name} is not a scorer of this comparison ({', '.join(known)})"
+      )
+
+
+def _read_scores(flags: argparse.Namespace, images: pd.DataFrame) -> list[pd.DataFrame]:
+  paths = filter(None, flags.scores.split(","))
+  return [score_files.read_scores(user_path(path), images) for path in paths]
+
+
+def _geneval_files(flags: argparse.Namespace, images: pd.DataFrame) -> dict[str, Path]:
+  """Returns the files of --geneval by model."""
+  found = {}
+  for part in filter(None, flags.geneval.split(",")):
+    model, _, path = part.partition("=")
+    if not path or model not in set(images["model"]):
+      raise UserError(f"--geneval={part}: give it as NAME=results.jsonl, a name of --models")
+    found[model] = user_path(path)
+  return found
 
 
 def _compare(
@@ -160,9 +195,8 @@ def _compare(
   options: Mapping[str, Any],
 ) -> dict[str, Any]:
   if len(rows):
-    selected = [name.strip() for name in flags.selected_by.split(",") if name.strip()]
     return comparisons.compare_all(
-      rows, unit=flags.unit, selected_by=selected, imported=imported, **options
+      rows, unit=flags.unit, selected_by=flags.selected_by, imported=imported, **options
     )
   texts = [prompt.text for prompt in prompts]
   return {

@@ -62,7 +62,7 @@ def usable_scorers(names: Sequence[str], prompts: Sequence[str]) -> tuple[str, .
     prompts: of the evaluation.
 
   Raises:
-    UserError: a name is unknown.
+    UserError: a name is unknown, or files of a usable scorer are missing.
   """
   scorers.load_scorers(names)
   usable, refused = [], collections.defaultdict(list)
@@ -74,6 +74,7 @@ def usable_scorers(names: Sequence[str], prompts: Sequence[str]) -> tuple[str, .
       refused[str(error)].append(name)
   for reason, left_out in refused.items():
     _log.warning("not scored with %s: %s", ", ".join(left_out), reason)
+  scorers.find_files(usable)
   return tuple(usable)
 
 

@@ -18,6 +18,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jaxpref.data import bad_rows, parquet, prompt_files
 from jaxpref.data.sources import pickapic
 from jaxpref.errors import UserError, first_line
@@ -75,6 +77,47 @@ def load_prompts(name: str, *, seed: int = 0) -> list[Prompt]:
   if near := difflib.get_close_matches(known.lower(), SETS, n=1, cutoff=0.8):
     raise UserError(f"no prompt set {known!r}; did you mean {near[0]!r}?")
   return [Prompt(_decoded(name.strip()), UNCATEGORIZED, {})]
+
+
+def choose_prompts(
+  source: str, num_prompts: int, captions: Sequence[str], *, seed: int
+) -> list[str]:
+  """Chooses the prompts of a run's evaluation.
+
+  Args:
+    source: 'shapes' for held-out prompts of the shapes world, 'captions' for the captions of
+      the training images, or a set or a file as for `load_prompts`.
+    num_prompts: the largest number of prompts.
+    captions: of the training images, each once.
+    seed: selects prompts if the source has more than `num_prompts`.
+
+  Raises:
+    UserError: the set or the file cannot be read or has no prompt, or the shapes world has
+      fewer than `num_prompts`.
+  """
+  if source == _SHAPES:
+    try:
+      return shapes_prompts.held_out(num_prompts, seed=seed)
+    except ValueError as error:
+      raise UserError(f"evaluate.num_prompts: {error}") from error
+  if not source:
+    raise UserError("evaluate.prompts is empty")
+  found: Sequence[str]
+  if source == "captions":
+    found = captions
+  else:
+    try:
+      found = list(dict.fromkeys(prompt.text for prompt in _of_run(source)))
+    except UserError as error:
+      raise UserError(f"evaluate.prompts: {error}") from error
+  order = np.random.default_rng(seed).permutation(len(found))
+  return [found[i] for i in order[:num_prompts]]
+
+
+def _of_run(source: str) -> list[Prompt]:
+  """Loads a set or a file; unlike `load_prompts` no prompt, which may be a misspelt file."""
+  known, _, rest = source.partition(":")
+  return _of_set(known, rest) if known in SETS else _read(Path(source), UNCATEGORIZED)
 
 
 def summarize(prompts: Sequence[Prompt]) -> dict[str, Any]:

@@ -38,6 +38,7 @@ def _score(argv: list[str]) -> None:
     images, out = _open(flags)
   if not len(images):
     raise UserError(f"{flags.path} has no images")
+  scorers.find_files(names)
   number, total = flags.shard or distributed.launched()
   facts = {
     name: Facts(name, version, images.digest, len(images))

@@ -21,6 +21,12 @@ A family of differentiable scorers has
 
     REWARDS: dict[str, Callable[[str], Reward]]  # name -> (dtype) -> Reward
 
+A family whose scorers need files, such as weights, may have
+
+    FILES: dict[str, Callable[[], None]]  # name -> finds them, or raises a UserError
+
+so that a missing file is found before hours of work.
+
 A family whose models see images may have
 
     FEATURES: dict[str, Callable[[Images], np.ndarray]]  # name -> images -> float32 [N, D]
@@ -72,6 +78,22 @@ def load_scorers(names: Iterable[str]) -> dict[str, Entry]:
     UserError: a name is unknown; the message lists the known names.
   """
   return {name: _load(name) for name in names}
+
+
+def find_files(names: Iterable[str]) -> None:
+  """Finds the files of scorers before they are needed; downloads those that it can.
+
+  Args:
+    names: "<family>.<name>" each.
+
+  Raises:
+    UserError: a file is missing; says which, and where to get it.
+  """
+  for name in names:
+    family, _, short = name.rpartition(".")
+    if find := _entries(family, "FILES").get(short):
+      with plugins.one_line_errors(f"scorer {name!r}: its entry in FILES", find):
+        find()
 
 
 def load_reward(name: str, *, dtype: str = "float32") -> Reward:

@@ -4,6 +4,8 @@ Version 1 is a linear layer, version 2 five layers without activations, so both 
 the normalized feature. Prompts do not matter. The two are not on one scale.
 """
 
+import functools
+
 from jaxpref.scorers import clip
 from jaxpref.scorers.base import Published, version_of
 
@@ -41,6 +43,13 @@ def _reward(published: Published):
   return load
 
 
+def _find_files(published: Published) -> None:
+  from jaxpref.scorers.base import store  # noqa: PLC0415  # imports JAX
+
+  store.find_weights(published)
+  store.find_weights(clip.L14.published)
+
+
 SCORERS = {
   "v1": _entry(V1, "pil"),
   "v1_bf16": _entry(V1, "pil", "bfloat16"),
@@ -48,5 +57,8 @@ SCORERS = {
   "v2": _entry(V2, "pil"),
   "v2_bf16": _entry(V2, "pil", "bfloat16"),
   "v2_hf": _entry(V2, "hf"),
+}
+FILES = {
+  name: functools.partial(_find_files, V1 if name.startswith("v1") else V2) for name in SCORERS
 }
 REWARDS = {"v1": _reward(V1), "v2": _reward(V2)}

@@ -37,5 +37,6 @@ SCORERS = {
   "l14": L14.entry("hf"),
   "l14_bf16": L14.entry("hf", "bfloat16"),
 }
+FILES = {name: (H14 if name.startswith("h14") else L14).find_files for name in SCORERS}
 REWARDS = {"h14": H14.reward, "l14": L14.reward}
 FEATURES = {"h14": H14.features("pil"), "l14": L14.features("hf")}

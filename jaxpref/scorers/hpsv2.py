@@ -31,4 +31,5 @@ SCORERS = {
   "v2_1_pil": V2_1.entry("pil"),
   "v2_1_tensor_noaa": V2_1.entry("tensor_noaa"),
 }
+FILES = {name: (V2_0 if name.startswith("v2_0") else V2_1).find_files for name in SCORERS}
 REWARDS = {"v2_0": V2_0.reward, "v2_1": V2_1.reward}

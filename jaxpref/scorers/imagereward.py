@@ -25,5 +25,12 @@ def _reward(dtype: str):
   return blip_scores.reward(V1, dtype)
 
 
+def _find_files() -> None:
+  from jaxpref.scorers.base import store  # noqa: PLC0415  # imports JAX
+
+  store.find_bert_vocabulary(store.find_weights(V1))
+
+
 SCORERS = {"v1": _entry("float32"), "v1_bf16": _entry("bfloat16")}
+FILES = dict.fromkeys(SCORERS, _find_files)
 REWARDS = {"v1": _reward}

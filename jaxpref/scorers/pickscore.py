@@ -20,4 +20,5 @@ V1 = Cosine(
 )
 
 SCORERS = {"v1": V1.entry("hf"), "v1_bf16": V1.entry("hf", "bfloat16")}
+FILES = dict.fromkeys(SCORERS, V1.find_files)
 REWARDS = {"v1": V1.reward}

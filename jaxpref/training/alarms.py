@@ -15,9 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 import pandas as pd
-from ml_collections import ConfigDict
 
-from jaxpref import rng, scorers, sharding
+from jaxpref import base_config, rng, scorers, sharding
 from jaxpref.data import encode
 from jaxpref.diffusion import guidance as guidance_lib
 from jaxpref.diffusion import sampler, schedule, timesteps
@@ -84,7 +83,9 @@ class Alarms:
     if self._look is None:
       self._look = _make_look(prepared, prompts, settings.images_per_prompt)
     captions = list(np.repeat(prompts, settings.images_per_prompt))
-    names = tuple(dict.fromkeys((*trained_scorers(prepared.config), *prepared.scorers)))
+    names = tuple(
+      dict.fromkeys((*base_config.trained_scorers(prepared.config), *prepared.scorers))
+    )
     if self._base_scores is None:
       images, _ = self._look(lora.without_additions(base, policy), base)
       self._base_scores = distributed.first(lambda: _score(names, images, captions))
@@ -103,14 +104,6 @@ class Alarms:
     distributed.first(lambda: workdir_lib.write_json(file, record))
     for sentence in self.said:
       _log.warning("after update %d: %s", done, sentence)
-
-
-def trained_scorers(config: ConfigDict) -> tuple[str, ...]:
-  """Returns the scorers whose sum is the reward of an online run, or stands for it."""
-  for section in ("rounds", "pathwise"):
-    if section in config:
-      return tuple(config[section].scorers)
-  return ()
 
 
 def _make_look(prepared: Prepared, prompts: Sequence[str], each: int) -> Callable:
@@ -242,7 +235,7 @@ def _judge(
     baseline="base",
     seed=prepared.config.evaluate.seed,
     resamples=_RESAMPLES,
-    selected_by=trained_scorers(prepared.config),
+    selected_by=base_config.trained_scorers(prepared.config),
   )
   of_latents = "steps" in prepared.config and prepared.config.steps.judge
   role = "stands for the judge of latents" if of_latents else "is trained on"

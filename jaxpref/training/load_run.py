@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from jaxpref import sharding
+from jaxpref import base_config, sharding
 from jaxpref.errors import UserError
 from jaxpref.evaluation import best_checkpoint as best_checkpoint_lib
 from jaxpref.models import denoiser, hub, lora, reward_model
@@ -207,6 +207,25 @@ def setting(name: str, section: str, field: str, default: float) -> float:
   if not is_run(name):
     return default
   return _read_config(trained_in(user_path(name))).get(section, {}).get(field, default)
+
+
+def deciding_scorers(name: str, *, best: bool) -> tuple[str, ...]:
+  """Returns the scorers that judge a run's images with a bias, which other models do not have.
+
+  They are those of its reward, that which has chosen its experts and, for its best checkpoint,
+  that which has chosen the checkpoint.
+
+  Args:
+    name: of the model.
+    best: whether its best checkpoint is judged.
+  """
+  if not is_run(name):
+    return ()
+  config = _read_config(trained_in(user_path(name)))
+  chosen = [config.get("data", {}).get("score", "")]
+  if best:
+    chosen += config.get("evaluate", {}).get("scorers", [])[:1]
+  return (*base_config.trained_scorers(config), *filter(None, chosen))
 
 
 def is_run(name: str) -> bool:

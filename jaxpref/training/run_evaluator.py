@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxpref import base_config
 from jaxpref.data.built_rows import CHOSEN_BY, StoredImages
 from jaxpref.evaluation import best_checkpoint, evaluate
 from jaxpref.runtime import checkpoint_files, distributed, jax_setup
@@ -70,10 +71,11 @@ class RunEvaluator:
     self.keep_best()
 
   def _selected_by(self) -> tuple[str, ...]:
-    """Returns the scorer that chose the experts, if one did: it is biased towards them."""
+    """Returns the scorers of the reward and that of the experts, which judge with a bias."""
     stored = self._prepared.rows.images
     chosen = stored.table.about.get(CHOSEN_BY) if isinstance(stored, StoredImages) else None
-    return (chosen,) if chosen else ()
+    trained = base_config.trained_scorers(self._prepared.config)
+    return (*trained, chosen) if chosen else trained
 
   def keep_best(self) -> None:
     """Finds the best evaluated checkpoint, if there are several, and protects it."""

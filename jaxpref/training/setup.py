@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxpref import base_config, losses, rng, sharding
-from jaxpref.data import built_rows, prompt_files, sources
+from jaxpref.data import built_rows, sources
 from jaxpref.data import rows as rows_lib
 from jaxpref.data.bad_rows import Tally
 from jaxpref.data.row_set import RowSet, hold_out
@@ -19,7 +19,7 @@ from jaxpref.diffusion import timesteps as timesteps_lib
 from jaxpref.diffusion.flow import Density
 from jaxpref.diffusion.schedule import Schedule
 from jaxpref.errors import UserError
-from jaxpref.evaluation import evaluate
+from jaxpref.evaluation import evaluate, prompt_sets
 from jaxpref.models import denoiser, reward_model
 from jaxpref.models import lora as lora_lib
 from jaxpref.models import pipeline as pipeline_lib
@@ -184,7 +184,7 @@ def read_data(
   rows = rows_lib.load_rows(
     kind, config.data, image_size=image_size, seed=config.seed, tally=tally
   )
-  prompts = prompt_files.choose_prompts(
+  prompts = prompt_sets.choose_prompts(
     prompts_source(config),
     config.evaluate.num_prompts,
     rows.used_captions(),
@@ -358,7 +358,7 @@ def check_steps(pipeline: pipeline_lib.Pipeline, field: str, num_steps: int) -> 
 
 
 def prompts_source(config: ConfigDict) -> str:
-  """Returns the source of an evaluation's prompts, for `prompt_files.choose_prompts`."""
+  """Returns the source of an evaluation's prompts, for `prompt_sets.choose_prompts`."""
   if config.evaluate.prompts != "auto":
     return config.evaluate.prompts
   return "shapes" if sources.name_of(config.data) == "shapes" else "captions"

@@ -73,6 +73,12 @@ class Cosine:
 
     return version_of(self.number, variant, dtype), score
 
+  def find_files(self) -> None:
+    """Finds the weights and CLIP's vocabulary: the entry of `FILES`."""
+    from jaxpref.scorers.base import store  # noqa: PLC0415  # imports JAX
+
+    store.find_clip_vocabulary(store.find_weights(self.published), cleaning=self.cleaning)
+
   def features(self, variant: str) -> Callable[[Images], np.ndarray]:
     """Makes the entry of `FEATURES`: CLIP's features of images, of length 1.
 
