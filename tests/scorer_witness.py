@@ -1,10 +1,14 @@
-"""Scores of the PyTorch originals: transformers' models and image processor, torch's resize."""
+"""Scores of the PyTorch originals: transformers' models and image processor, torch's resize.
+
+open_clip's own class is imported where it is used, since most environments do not have it.
+"""
 
 import json
 import re
 from pathlib import Path
 
 import numpy as np
+import scorer_models
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -95,6 +99,21 @@ def clip_scores(
   of_texts = model.get_text_features(input_ids=token_ids(directory, prompts, cleaning))
   cosines = (_unit(of_images) * _unit(of_texts)).sum(-1)
   return (model.logit_scale.exp() if scale is None else scale) * cosines
+
+
+@torch.no_grad()
+def open_clip_scores(words: int, values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+  """Returns 100 cosines of open_clip's own class, with its weights by its own names."""
+  import open_clip
+
+  vision = {"image_size": 224, "layers": 2, "width": 160, "head_width": 80, "patch_size": 28}
+  text = {"context_length": 77, "vocab_size": words, "width": 48, "heads": 3, "layers": 2}
+  model = open_clip.CLIP(48, vision, text).eval()
+  tensors = scorer_models.open_clip_tensors(words, 7)
+  model.load_state_dict({name: torch.tensor(array) for name, array in tensors.items()})
+  of_images = model.encode_image(values, normalize=True)
+  of_texts = model.encode_text(ids, normalize=True)
+  return 100 * (of_images * of_texts).sum(-1)
 
 
 def aesthetic_scores(head: Path, clip: Path, values: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 import scorer_models
 from conftest import ROOT, WITHOUT_TORCH, live, xla_flags
+from PIL import Image
 from safetensors.numpy import load_file
+from test_tokenizer import clips_own_vocabulary, needs_vocabulary
 from transformers.models.clip import modeling_flax_clip
 
 from jaxpref import scorers
@@ -257,24 +259,51 @@ def test_ablations_of_image_reward_are_seen(root, photographs, golden, monkeypat
     assert not close(got, want, rtol=1e-4), name
 
 
-def test_open_clips_names(tmp_path, photographs, golden):
-  words = scorer_models.write_tokenizer(tmp_path)
+def score_by_open_clips_names(directory: Path, words: int, *, images, prompts, variant: str):
+  """Returns our scores of `open_clip_tensors`; `directory` has the tokenizer."""
   tensors = scorer_models.open_clip_tensors(words, 7)
   assert open_clip_names.is_open_clip(tensors)
-  save.save_tensors(
-    tmp_path / "model.safetensors",
-    open_clip_names.to_transformers(tensors),
-  )
-  (tmp_path / "config.json").write_text(json.dumps(scorer_models.open_clip_config(words)))
+  renamed = open_clip_names.to_transformers(tensors)
+  save.save_tensors(directory / "model.safetensors", renamed)
+  (directory / "config.json").write_text(json.dumps(scorer_models.open_clip_config(words)))
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(store, "find_weights", lambda published: tmp_path)
-    scorer = base.Cosine(base.Published("x", where="x"), "1", "H14", "ftfy")
-    got = clip_scores.score(
-      scorer, photographs, scorer_models.PROMPTS, variant="tensor_aa", dtype="float32"
-    )
+    patch.setattr(store, "find_weights", lambda published: directory)
+    scorer = base.Cosine(base.Published(directory.name, where="x"), "1", "H14", "ftfy")
+    return clip_scores.score(scorer, images, prompts, variant=variant, dtype="float32")
+
+
+def test_open_clips_names(tmp_path, photographs, golden):
+  words = scorer_models.write_tokenizer(tmp_path)
+  got = score_by_open_clips_names(
+    tmp_path, words, images=photographs, prompts=scorer_models.PROMPTS, variant="tensor_aa"
+  )
   assert close(got, golden["open_clip"])
+  tensors = scorer_models.open_clip_tensors(words, 7)
   with pytest.raises(UserError, match="does not have: a, b"):
     open_clip_names.to_transformers({**tensors, "b": tensors["visual.proj"], "a": np.ones(3)})
+
+
+@live
+@needs_vocabulary
+def test_scores_are_those_of_the_installed_open_clip(tmp_path, photographs):
+  """Its class, names, transforms and tokenizer, at reduced width with the whole vocabulary."""
+  import open_clip
+  import scorer_witness
+  import torch
+
+  clips_own_vocabulary(tmp_path)
+  tokenizer = open_clip.tokenizer.SimpleTokenizer()
+  prepare = open_clip.image_transform(
+    224, is_train=False, mean=scorer_witness.MEAN, std=scorer_witness.STD
+  )
+  # In the last prompt the end token is spelled out, which open_clip takes for words.
+  prompts = [*scorer_models.PROMPTS[:-1], "naïve ﬁne art of a cat"]
+  values = torch.stack([prepare(Image.fromarray(image)) for image in photographs])
+  want = scorer_witness.open_clip_scores(tokenizer.vocab_size, values, tokenizer(prompts))
+  got = score_by_open_clips_names(
+    tmp_path, tokenizer.vocab_size, images=photographs, prompts=prompts, variant="pil"
+  )
+  assert np.ptp(got) > 0.1 and close(got, want.numpy())
 
 
 @functools.cache

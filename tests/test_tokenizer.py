@@ -140,8 +140,9 @@ def test_odd_texts_have_pytorchs_ids(directory):
   compare(directory)
 
 
-needs_vocabulary = pytest.mark.skipif(
-  importlib.util.find_spec("open_clip") is None, reason="no vocabulary"
+needs_vocabulary = pytest.mark.skipif(  # it is a file of the package
+  importlib.util.find_spec("open_clip") is None,
+  reason="open_clip is not installed",
 )
 
 

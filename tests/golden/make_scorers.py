@@ -20,7 +20,6 @@ _LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
 for _name in ("nms", "qnms"):
   _LIBRARY.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
-import open_clip  # noqa: E402
 import scorer_models  # noqa: E402
 import scorer_witness  # noqa: E402
 import test_scorers  # noqa: E402
@@ -48,25 +47,6 @@ def resize_and_crop(image, variant):
   )
 
 
-@torch.no_grad()
-def of_open_clip(directory: Path) -> list[float]:
-  """Returns 100 cosines of open_clip's own class, with its weights by its own names."""
-  words = scorer_models.write_tokenizer(directory)
-  vision = {"image_size": 224, "layers": 2, "width": 160, "head_width": 80, "patch_size": 28}
-  text = {"context_length": 77, "vocab_size": words, "width": 48, "heads": 3, "layers": 2}
-  model = open_clip.CLIP(48, vision, text).eval()
-  tensors = scorer_models.open_clip_tensors(words, 7)
-  state = {name: torch.tensor(array) for name, array in tensors.items()}
-  missing = set(model.state_dict()) ^ set(state)
-  assert not missing, missing
-  model.load_state_dict(state)
-  values = [scorer_witness.pixel_values(i, "tensor_aa") for i in scorer_models.photographs()]
-  ids = scorer_witness.token_ids(directory, scorer_models.PROMPTS, "ftfy", padding="max_length")
-  images = model.encode_image(torch.stack(values), normalize=True)
-  texts = model.encode_text(ids, normalize=True)
-  return (100 * (images * texts).sum(-1)).tolist()
-
-
 def main() -> None:
   """Writes the file."""
   scorer_witness.resize_and_crop = resize_and_crop
@@ -78,7 +58,12 @@ def main() -> None:
       name: test_scorers.witness(name, root, scorer_models.photographs()).tolist()
       for name in test_scorers.SCORERS
     }
-    scores["open_clip"] = of_open_clip(root / "open_clip")
+    own = root / "open_clip"
+    words = scorer_models.write_tokenizer(own)
+    values = [scorer_witness.pixel_values(i, "tensor_aa") for i in scorer_models.photographs()]
+    ids = scorer_witness.token_ids(own, scorer_models.PROMPTS, "ftfy", padding="max_length")
+    found = scorer_witness.open_clip_scores(words, torch.stack(values), ids)
+    scores["open_clip"] = found.tolist()
   versions = {name: importlib.metadata.version(name) for name in PACKAGES}
   rows = [
     f"  {json.dumps(k)}: {json.dumps([round(x, 7) for x in v])}" for k, v in scores.items()
