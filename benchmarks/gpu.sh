@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that docs/performance.md has of a GPU, part by part, at full width.
+# Everything that docs/performance.md has of a GPU, and the scorers, part by part, at full width.
 #   benchmarks/gpu.sh OUT PART [PART ...]
 # A part that fails leaves the others be; none takes longer than LIMIT seconds, 540 by default.
 # PyTorch is needed beside jaxpref[cuda] for what is compared with it.
@@ -45,6 +45,9 @@ part() {
       declare -A fields=([stock]="model.attention=xla" [norm]="model.norm=stock" [remat]="model.remat=blocks")
       timed benchmarks/train_step.py "${sd15[@]}" --rows=16 --set "${fields[$1]}" --turns=3 \
         --out="$out/gpu_$1.json" ;;
+    scorers | scorers_float32) # images a second, weights of no meaning
+      declare -A dtypes=([scorers]=bfloat16 [scorers_float32]=float32)
+      timed benchmarks/scorers.py --images=64 --repeats=5 --dtype="${dtypes[$1]}" --out="$out/gpu_$1.json" ;;
     *) echo "no part $1" >&2; return 2 ;;
   esac
 }

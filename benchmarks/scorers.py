@@ -1,17 +1,20 @@
 """Throughput of the neural scorers at full width, with weights of no meaning.
 
-  python benchmarks/scorers.py [--networks=clip_h14 ...] [--images=2] [--dtype=float32]
+  python benchmarks/scorers.py [--networks clip_h14 ...] [--images=2] [--dtype=float32]
+    [--out=docs/performance/gpu_scorers.json]
   python benchmarks/scorers.py --table
 
 Measures images a second of each network, images and prompts together, and of each way to resize
 an image. FLOPs are counted from the program, and hours for a million images follow from them.
-The results replace those of the same network in docs/scorers/throughput.json, from which the
-table of docs/scorers.md is made.
+The results replace those of the same network in --out, by default docs/scorers/throughput.json,
+from which the table of docs/scorers.md is made. benchmarks/gpu.sh has the parts for a GPU.
 """
 
 import argparse
+import datetime
 import json
 import os
+import platform
 import sys
 import time
 from pathlib import Path
@@ -35,9 +38,11 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--images", type=int, default=2, help="of a batch")
   parser.add_argument("--repeats", type=int, default=2)
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+  parser.add_argument("--out", type=Path, default=TARGET, help="JSON file for the results")
   parser.add_argument("--table", action="store_true", help="print the table, measure nothing")
   options = parser.parse_args(argv)
-  found = json.loads(TARGET.read_text(encoding="utf-8")) if TARGET.exists() else {}
+  out = options.out
+  found = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
   if not options.table:
     from jaxpref.runtime import workdir
 
@@ -45,12 +50,12 @@ def main(argv: list[str]) -> None:
     found["resizing"] = resizing()
     for name in options.networks:
       found.setdefault("networks", {})[name] = measure(name, options)
-      workdir.write_bytes(TARGET, (json.dumps(found, indent=1) + "\n").encode())
+      workdir.write_bytes(out, (json.dumps(found, indent=1) + "\n").encode())
   print(table(found))
 
 
 def machine() -> dict:
-  """Returns the processor, the number of its cores in use, and the library's version."""
+  """Returns the device, the number of cores in use, date and versions."""
   import jax
 
   models = [
@@ -62,6 +67,8 @@ def machine() -> dict:
   return {
     "device": device.device_kind if device.platform != "cpu" else models[0],
     "cores": len(os.sched_getaffinity(0)),
+    "date": str(datetime.date.today()),
+    "python": platform.python_version(),
     "jax": jax.__version__,
   }
 
