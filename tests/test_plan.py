@@ -152,7 +152,7 @@ def test_judges_of_candidates_and_their_training(sd15):
   checked = setup.check(config, mesh=sharding.abstract_mesh(config.mesh, 8))
   whole, split = memory.judge_shapes(checked)
   assert set(whole) == {"vae"} and _bytes(split) > 2**29
-  assert memory.bytes_on_device(split, checked.mesh) < _bytes(split) / 7
+  assert memory.bytes_on_device(split, checked.mesh) < _bytes(split) / 6  # but small tensors
 
 
 @pytest.mark.long
