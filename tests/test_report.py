@@ -240,6 +240,13 @@ def test_a_scorer_that_selected_the_data_does_not_speak_first():
     report.verdict(results, headline="x-1")
 
 
+def test_a_win_by_the_scorer_that_selected_the_data_alone_decides_nothing(tmp_path):
+  chose = {"a-1": {**WON, "selected_training_data": True}}
+  page = Page(write(tmp_path / "report.html", results=chose)).text
+  assert "Undecided" in page and "Tuned model preferred" not in page
+  assert "a-1 selected the training data, so it is not evidence." in page
+
+
 def test_panels_place_points_and_hide_no_value():
   spike = [(i, 0.0) for i in range(1000)]
   spike[437] = (437, 10.0)

@@ -126,9 +126,9 @@ def verdicts(results: Mapping[str, Any]) -> list[dict[str, str]]:
     if one["baseline"] != baseline:
       continue
     model, result = one["model"], one["verdict"]["result"]
-    counted = [k for k in keys if k in one["scorers"]]
-    counted = [k for k in counted if not about[k]["selected_training_data"]] or counted
-    if not counted:
+    given = [k for k in keys if k in one["scorers"]]
+    counted = [k for k in given if not about[k]["selected_training_data"]]
+    if not given:
       continue
     begin = {
       "won": f"{model} is better than {baseline}",
@@ -136,8 +136,12 @@ def verdicts(results: Mapping[str, Any]) -> list[dict[str, str]]:
       "mixed": f"The scorers disagree on {model} against {baseline}",
       "undecided": f"It is undecided whether {model} or {baseline} is better",
     }[result]
-    said = [f"{key} {_rate(one['scorers'][key])}" for key in counted]
-    found.append({"result": result, "text": f"{begin}: {'; '.join(said)}."})
+    said = "; ".join(f"{key} {_rate(one['scorers'][key])}" for key in counted)
+    if not counted:
+      chose = " and ".join(f"{key} ({_rate(one['scorers'][key])})" for key in given)
+      them = "it is" if len(given) == 1 else "they are"
+      said = f"no scorer counts. {chose} selected the training data, so {them} not evidence"
+    found.append({"result": result, "text": f"{begin}: {said}."})
   return found
 
 

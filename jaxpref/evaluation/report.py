@@ -66,8 +66,7 @@ def write_report(
     config: the resolved configuration as nested mappings.
     results: from `statistics.compare`.
     categories: from `statistics.by_category`.
-    curves: (step, value) points of each metric; non-finite values are left out and counted
-      under their panel.
+    curves: (step, value) points of each metric; non-finite values are counted, not shown.
     examples: mappings with `prompt, category, seed`, `base_png, tuned_png` (bytes of a PNG or
       JPEG file) and `scores`, {scorer: {"base": x, "tuned": y}} with the keys of `results`. The
       page says that they were chosen at random.
@@ -75,8 +74,7 @@ def write_report(
     headline: the scorer that the verdict quotes; see `verdict`.
     held_out: whether the model was trained on none of the prompts.
     improves: whether the tuned model's images are improved versions of the base's images.
-    iterations: rows of the table of an iterative run, column -> text, all with the same
-      columns.
+    iterations: rows of an iterative run's table, column -> text, all with the same columns.
     pairs: examples of the training pairs of an iterative run: mappings with `prompt`, `note`
       and `winner_png, loser_png`.
     said: the page's first sentence; '' for the `verdict` on the results.
@@ -264,6 +262,8 @@ def _state(results: Mapping[str, dict[str, Any]], judge: str | None) -> str:
     return "unscored"
   result = outcome(results[judge])
   others = {outcome(e) for e in results.values() if not e["selected_training_data"]}
+  if not others:
+    return "undecided"
   return "mixed" if {"won", "lost"} <= others | {result} else result
 
 
