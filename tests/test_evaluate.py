@@ -169,7 +169,7 @@ def test_the_report_shows_every_model_scorer_and_filter(finished):
   for name in ("base", "same", "noisy"):
     assert page.count(f'alt="{name}: a ring"') == 2
   assert 'id="won-2"' in page and 'id="lost-2"' in page and 'id="won-0"' not in page
-  assert re.search(r'class="pair (won|lost)-2"', page)  # `same` neither wins nor loses
+  assert re.search(r'class="pair (won|lost)-2 random"', page)  # `same` neither wins nor loses
   for words in ("Score against diversity", "Each against each", "1 repeated, merged"):
     assert words in page
   assert page.count("<svg") == 4

@@ -18,7 +18,7 @@ def choose(
   images: pd.DataFrame,
   results: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
-  """Chooses prompts at random, then those with the largest losses and gains of any model.
+  """Chooses prompts at random, and those with the largest losses and gains of any model.
 
   Args:
     flags: of the program.
@@ -27,21 +27,23 @@ def choose(
     results: from `comparisons.compare_all`.
 
   Returns:
-    Examples for `models_report.write`: the first image of each prompt.
+    Examples for `models_report.write`: the first image of each prompt. The prompt with the
+    largest loss of any model by the first scorer comes first, and so on.
   """
   first = images.groupby("prompt_id")["seed"].min().to_dict()
   order = np.random.default_rng(flags.seed).permutation(sorted(first))
-  chosen = [int(i) for i in order[: flags.examples]]
+  at_random = [int(i) for i in order[: flags.examples]]
+  chosen, worst = list(at_random), {}
   keys = models_report.order_scorers(results)
   is_first = [first.get(p) == s for p, s in zip(rows["prompt_id"], rows["seed"], strict=True)]
   table = rows[np.array(is_first, bool)]
   table = table.assign(key=table["scorer"] + "-" + table["version"]).dropna(subset="score")
   if keys:
-    judged = table[table["key"] == keys[0]]
-    wide = judged.pivot(index="prompt_id", columns="model", values="score")
-    for model in wide.columns.drop(results["baseline"]):
-      change = (wide[model] - wide[results["baseline"]]).dropna().sort_values()
+    changes = _changes(table[table["key"] == keys[0]], results)
+    for model in changes:
+      change = changes[model].dropna().sort_values()
       chosen += [int(i) for i in [*change.index[:_EXTREMES], *change.index[::-1][:_EXTREMES]]]
+    worst = changes.min(axis=1).dropna().to_dict()
   scores = {
     (int(p), str(key), str(model)): float(score)
     for p, key, model, score in zip(
@@ -60,6 +62,7 @@ def choose(
       "prompt": about.loc[i, "prompt"],
       "category": about.loc[i, "category"],
       "seed": int(first[i]),
+      "at_random": i in at_random,
       "images": {name: files[name, i, first[i]] for name in results["models"]},
       "scores": {
         key: {
@@ -68,5 +71,13 @@ def choose(
         for key in keys
       },
     }
-    for i in dict.fromkeys(chosen)
+    for i in sorted(dict.fromkeys(chosen), key=lambda i: worst.get(i, np.inf))
   ]
+
+
+def _changes(judged: pd.DataFrame, results: Mapping[str, Any]) -> pd.DataFrame:
+  """Returns score minus the baseline's by prompt and other model; NaN where one is missing."""
+  baseline = results["baseline"]
+  wide = judged.pivot(index="prompt_id", columns="model", values="score")
+  wide = wide.reindex(columns=list(results["models"]))
+  return wide.drop(columns=baseline).sub(wide[baseline], axis=0)

@@ -41,8 +41,9 @@ def write(
       `diversity.compare_diversity`.
     categories: from `comparisons.category_means`.
     units: scorer's key -> model -> the compared values, one per prompt, for distributions.
-    examples: mappings with `prompt, category, seed`; `images`, model -> path of a PNG; and
-      `scores`, key -> model -> score. Models without the image are left out of both.
+    examples: mappings with `prompt, category, seed`; `at_random`, whether the prompt was chosen
+      at random; `images`, model -> path of a PNG; and `scores`, key -> model -> score. Models
+      without the image are left out of both. The page keeps their order.
     warnings: sentences that are shown first.
     facts: label -> value.
 
@@ -81,7 +82,7 @@ def write(
       spread=spread,
       diversity=diversity,
       categories=_categories(categories, keys, models),
-      examples=[_example(e, results, judge) for e in examples],
+      examples=_ranked([_example(e, results, judge) for e in examples], len(models)),
       plot_width=plots.WIDTH,
       plot_height=plots.HEIGHT,
       plot_bottom=plots.HEIGHT - plots.BOTTOM,
@@ -216,7 +217,7 @@ def _example(
   scores = example["scores"]
   judged = scores.get(judge, {}) if judge else {}
   base = judged.get(results["baseline"])
-  sides, tags = [], []
+  sides, tags, changes = [], [], {}
   for model, file in example["images"].items():
     badges = [
       (
@@ -232,16 +233,29 @@ def _example(
     if base is not None and model in judged:
       change = judged[model] - base
     word = "" if not change else "won" if change > 0 else "lost"
+    index = list(results["models"]).index(model)
+    changes[index] = change
     if word:
-      tags.append(f"{word}-{list(results['models']).index(model)}")
+      tags.append(f"{word}-{index}")
     sides.append({"name": model, "badges": badges, "word": word, **_thumbnail(file)})
   return {
     "category": example["category"],
     "seed": example["seed"],
     **report.caption(example["prompt"]),
     "sides": sides,
-    "tags": " ".join(tags),
+    "changes": changes,
+    "ranks": {},
+    "tags": " ".join([*tags, *(["random"] if example["at_random"] else [])]),
   }
+
+
+def _ranked(examples: list[dict[str, Any]], models: int) -> list[dict[str, Any]]:
+  """Adds `ranks` to the examples: of each model, 0 for the example with its largest loss."""
+  for index in range(1, models):
+    order = sorted(examples, key=lambda example: example["changes"].get(index, 0.0))
+    for rank, example in enumerate(order):
+      example["ranks"][index] = rank
+  return examples
 
 
 def _thumbnail(file: Any) -> dict[str, Any]:
