@@ -201,7 +201,9 @@ def test_scores_of_other_judges_are_compared_and_marked(arguments, finished, tmp
 
 
 @pytest.mark.long
-def test_images_of_genevals_prompts_lie_as_its_program_reads_them(tiny_pipeline, tmp_path):
+def test_images_of_genevals_prompts_lie_as_its_program_reads_them(
+  tiny_pipeline, tmp_path, capsys
+):
   """And its results come back as scores."""
   flags = [f"--models=base={tiny_pipeline},same={tiny_pipeline}", "--prompts=geneval"]
   flags += [
@@ -226,6 +228,10 @@ def test_images_of_genevals_prompts_lie_as_its_program_reads_them(tiny_pipeline,
   assert program.main([*flags, given, "--resamples=50"]) == 0
   entry = _of(_results(tmp_path / "out"), "same", "geneval-1")
   assert (entry["tuned"]["mean"], entry["tie"]) == (0.5, 1)
+  found = _results(tmp_path / "out")["geneval"]
+  assert list(found) == ["base", "same"] and found["same"]["overall"] == 0.5
+  assert "GenEval, same\n" in capsys.readouterr().out
+  assert 'id="geneval"' in (tmp_path / "out/report.html").read_text()
 
 
 @pytest.mark.long

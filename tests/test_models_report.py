@@ -10,7 +10,7 @@ from PIL import Image
 from test_comparisons import table
 
 from jaxpref.evaluate import examples
-from jaxpref.evaluation import comparisons, diversity, models_report
+from jaxpref.evaluation import comparisons, diversity, geneval, models_report
 
 PROMPTS = 8
 
@@ -115,3 +115,21 @@ def test_filters_sort_by_the_model_that_they_name(three):
 def test_a_judge_without_scores_of_the_baseline_sorts_nothing(three):
   three.rows = three.rows[three.rows["model"] != "base"]
   assert [one["at_random"] for one in three.choose()] == [True] * 10
+
+
+def test_genevals_numbers_are_those_of_its_paper(three):
+  """The mean of the tasks, not of the images; a task that a model lacks is left open."""
+  assert 'id="geneval"' not in three.write()
+  tasks = ["counting"] * 10 + ["colors"] * 40
+  rows = pd.DataFrame(
+    {"category": tasks, "prompt_id": range(50), "score": [1.0] * 10 + [0.0, 1.0] * 20}
+  )
+  three.results["geneval"] = {
+    "base": geneval.summarize_results(rows, resamples=20),
+    "dro": geneval.summarize_results(rows[:10], resamples=20),
+  }
+  page = three.write().replace("\N{NO-BREAK SPACE}", " ")
+  section = page[page.index('id="geneval"') : page.index('id="geneval"') + 6000]
+  shares = re.findall(r"(?:<td>|^)\s*([\d.]+ %|-)(?:<|$)", section, re.MULTILINE)
+  assert shares[4:6] == ["100.0 %", "100.0 %"] and shares[6:8] == ["50.0 %", "-"]
+  assert shares[12:18] == ["75.0 %", "100.0 %", "60.0 %", "100.0 %", "60.0 %", "100.0 %"]

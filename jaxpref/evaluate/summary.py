@@ -58,7 +58,8 @@ def write(
   whole = len(images.drop_duplicates(_IMAGE))
   images = _common(images)
   names = list(images["model"].unique())
-  rows, imported = _rows(flags, images, keys)
+  detected = _read_geneval(flags, images)
+  rows, imported = _rows(flags, images, keys, list(detected.values()))
   options: dict[str, Any] = {
     "baseline": baseline,
     "models": names,
@@ -71,6 +72,10 @@ def write(
     )
   except ValueError as error:
     raise UserError(str(error)) from error
+  results["geneval"] = {
+    model: geneval.summarize_results(of, resamples=flags.resamples)
+    for model, of in detected.items()
+  }
   categories = comparisons.category_means(rows, imported=imported) if len(rows) else []
   if len(rows):
     score_rows.write_rows(flags.out / ROWS, rows, imported=imported)
@@ -92,6 +97,8 @@ def write(
   if len(rows):
     print(comparison_text.comparisons_text(results))
   print(comparison_text.diversity_text(results["diversity"]))
+  for model, found in results["geneval"].items():
+    print(f"GenEval, {model}\n{geneval.to_text(found)}\n")
   for one in models_report.verdicts(results):
     print(one["text"])
   for warning in warnings:
@@ -123,8 +130,21 @@ def _common(images: pd.DataFrame) -> pd.DataFrame:
   return there.reset_index(drop=True)
 
 
+def _read_geneval(flags: argparse.Namespace, images: pd.DataFrame) -> dict[str, pd.DataFrame]:
+  """Reads what GenEval's program found, by model: rows of `geneval.read_results`."""
+  found = {}
+  for model, path in _geneval_files(flags, images).items():
+    of = images[images["model"] == model]
+    seeds = [list(seeds) for _, seeds in of.groupby("prompt_id")["seed"]]
+    found[model] = geneval.read_results(path, model=model, seeds=seeds)
+  return found
+
+
 def _rows(
-  flags: argparse.Namespace, images: pd.DataFrame, keys: Sequence[str]
+  flags: argparse.Namespace,
+  images: pd.DataFrame,
+  keys: Sequence[str],
+  detected: Sequence[pd.DataFrame],
 ) -> tuple[pd.DataFrame, list[str]]:
   """Returns the rows of scores, and the keys of the scorers that were imported."""
   own = [
@@ -132,11 +152,7 @@ def _rows(
     for model, of in images.groupby("model", sort=False)
     for key in keys
   ]
-  others = _read_scores(flags, images)
-  for model, path in _geneval_files(flags, images).items():
-    of = images[images["model"] == model]
-    seeds = [list(seeds) for _, seeds in of.groupby("prompt_id")["seed"]]
-    others.append(geneval.read_results(path, model=model, seeds=seeds))
+  others = [*_read_scores(flags, images), *detected]
   imported = {
     f"{scorer}-{version}"
     for table in others

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from jaxpref.evaluation import diversity as diversity_lib
-from jaxpref.evaluation import plots, report
+from jaxpref.evaluation import geneval, plots, report
 from jaxpref.evaluation.score_text import number, p_text, percent
 from jaxpref.runtime.workdir import write_bytes
 
@@ -38,7 +38,8 @@ def write(
     path: path of the report.
     title: heading of the page.
     results: from `comparisons.compare_all`, with `diversity` from
-      `diversity.compare_diversity`.
+      `diversity.compare_diversity` and, if GenEval's program judged models, `geneval`: model ->
+      `geneval.summarize_results`.
     categories: from `comparisons.category_means`.
     units: scorer's key -> model -> the compared values, one per prompt, for distributions.
     examples: mappings with `prompt, category, seed`; `at_random`, whether the prompt was chosen
@@ -82,6 +83,8 @@ def write(
       spread=spread,
       diversity=diversity,
       categories=_categories(categories, keys, models),
+      geneval=results.get("geneval", {}),
+      tasks=geneval.TASKS,
       examples=_ranked([_example(e, results, judge) for e in examples], len(models)),
       plot_width=plots.WIDTH,
       plot_height=plots.HEIGHT,
