@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from jaxpref.evaluation import glossary, image_grid, report
+from jaxpref.evaluation import glossary, image_grid, panels, report
 
 EVIL = "<script>alert('x')</script> & \"quotes\""
 
@@ -250,7 +250,7 @@ def test_a_win_by_the_scorer_that_selected_the_data_alone_decides_nothing(tmp_pa
 def test_panels_place_points_and_hide_no_value():
   spike = [(i, 0.0) for i in range(1000)]
   spike[437] = (437, 10.0)
-  loss, err = report.panels(
+  loss, err = panels.lay_out(
     {"loss": spike, "err/a": [(0, 1.0), (10, 3.0)], "err/b": [(5, float("inf"))]}
   )
   assert loss["title"] == "loss" and err["title"] == "err"
@@ -262,11 +262,11 @@ def test_panels_place_points_and_hide_no_value():
   assert err["series"][0]["line"] == "M42 130L332 8"
   assert err["series"][0]["band"] == "" and err["dropped"] == 1
   assert [label for _, label in err["grid"]] == ["1", "2", "3"]
-  assert report.panels({"x": [(0, float("nan"))], "y": []}) == []
+  assert panels.lay_out({"x": [(0, float("nan"))], "y": []}) == []
 
 
 def labels(name, values):
-  [panel] = report.panels({name: list(enumerate(values, 1))})
+  [panel] = panels.lay_out({name: list(enumerate(values, 1))})
   return [label for _, label in panel["grid"]], panel["series"][0]
 
 
@@ -361,7 +361,7 @@ def test_the_glossary_is_short_and_knows_no_strangers():
   ],
 )
 def test_ticks_are_round_and_inside(low, high, expected):
-  np.testing.assert_allclose(report.ticks(low, high), expected, atol=1e-15)
+  np.testing.assert_allclose(panels.ticks(low, high), expected, atol=1e-15)
 
 
 def test_flatten():

@@ -23,6 +23,7 @@ from jaxpref.data.images import decode
 from jaxpref.errors import DamagedError, UserError, first_line
 from jaxpref.evaluation import (
   image_grid,
+  panels,
   report,
   sampling,
   score_rows,
@@ -316,7 +317,7 @@ def write_report(
   facts: Mapping[str, Any],
   *,
   held_out: bool,
-  curves: Mapping[str, report.Curve] | None = None,
+  curves: Mapping[str, panels.Curve] | None = None,
   **more: Any,
 ) -> Path:
   """Prints the tables of an evaluation and writes `report.html`; returns its path.

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxpref.evaluation import report
+from jaxpref.evaluation import panels
 
 WIDTH, HEIGHT = 380, 220
 LEFT, BOTTOM = 48, 24  # margins
@@ -36,8 +36,8 @@ def _marks(
   percents: bool = False,
 ) -> list[tuple[float, str]]:
   """Returns places and labels of an axis."""
-  ticks = report.ticks(*ends)
-  texts = report.labels(ticks, percents=percents)
+  ticks = panels.ticks(*ends)
+  texts = panels.labels(ticks, percents=percents)
   return [(place(tick, ends), text) for tick, text in zip(ticks, texts, strict=True)]
 
 

@@ -7,37 +7,28 @@ follow the reader's light or dark scheme. A content security policy forbids all 
 
 import base64
 import io
-import itertools
 import json
-import math
 import os
 import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 from PIL import Image
 
-from jaxpref.evaluation import glossary
+from jaxpref.evaluation import panels
 from jaxpref.evaluation.paired_tests import TOLERANCE
 from jaxpref.evaluation.score_text import number, p_is, p_text, percent
 from jaxpref.evaluation.statistics import outcome
 from jaxpref.runtime.workdir import write_bytes
 
-PANEL_WIDTH, PANEL_HEIGHT = 340, 150
-_LEFT, _RIGHT, _TOP, _BOTTOM = 42, 8, 8, 20
-_BUCKETS = 120
-_ONE_PANEL = ("err", "time")  # prefixes of metrics with a common unit, which share a panel
 _TINY = 128  # images up to this size are enlarged by nearest neighbour
 CAPTION = 160  # characters of a prompt that are always shown
 _UNFOLDED = 2000  # characters of a prompt that are shown when it is unfolded
 _VALUE = 500  # characters of a value of the configuration or the facts
 # Control characters, and those that reorder the text after them.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-
-Curve = Sequence[tuple[float, float]]
 
 
 def write_report(
@@ -47,7 +38,7 @@ def write_report(
   config: Mapping[str, Any],
   results: Mapping[str, dict[str, Any]],
   categories: Sequence[Mapping[str, Any]],
-  curves: Mapping[str, Curve],
+  curves: Mapping[str, panels.Curve],
   examples: Sequence[Mapping[str, Any]],
   facts: Mapping[str, Any],
   headline: str | None = None,
@@ -98,9 +89,9 @@ def write_report(
     judge=judge,
     results={key: results[key] for key in order},
     categories=_category_tables(categories, results, order),
-    panels=panels(curves),
-    panel_width=PANEL_WIDTH,
-    panel_height=PANEL_HEIGHT,
+    panels=panels.lay_out(curves),
+    panel_width=panels.WIDTH,
+    panel_height=panels.HEIGHT,
     examples=[_example(e, results, judge) for e in examples],
     config=[(name, shorten(value, _VALUE)) for name, value in flatten(config)],
     facts={name: shorten(str(value), _VALUE) for name, value in facts.items()},
@@ -199,23 +190,6 @@ def remarks(results: Mapping[str, dict[str, Any]], *, headline: str | None = Non
   return said
 
 
-def panels(curves: Mapping[str, Curve]) -> list[dict[str, Any]]:
-  """Lays out small plots: SVG paths, labels and meanings, in the order of the metrics.
-
-  Long curves are split into at most 120 runs of points. The line shows the mean of each run,
-  and the band shows its range, so that no extreme value is hidden. The axis goes from 0 to 1
-  for shares, starts at 0 for counts, and covers the range of other metrics. The axis of a
-  constant goes from 0 to twice its value.
-  """
-  grouped: dict[str, dict[str, Curve]] = {}
-  for name, curve in curves.items():
-    prefix = name.split("/")[0]
-    shared = prefix in _ONE_PANEL and "/" in name
-    grouped.setdefault(prefix if shared else name, {})[name] = curve
-  laid_out = [_panel(title, lines) for title, lines in grouped.items()]
-  return [panel for panel in laid_out if panel]
-
-
 def flatten(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
   """Lists the leaves of a nested mapping as ("a.b", JSON text), in their order."""
   flat = []
@@ -234,15 +208,6 @@ def shorten(text: str, length: int) -> str:
   cut = text[:length]
   space = cut.rfind(" ")  # some scripts have no spaces
   return f"{cut[:space] if space >= length // 2 else cut} ..."
-
-
-def ticks(low: float, high: float) -> list[float]:
-  """Returns two to five multiples of 1, 2 or 5 times 10^n within [low, high]."""
-  widest = (high - low) / 2 * (1 + 1e-9)
-  power = 10.0 ** math.floor(math.log10(widest))
-  step = max(m * power for m in (1, 2, 5) if m == 1 or m * power <= widest)
-  first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-  return [i * step for i in range(first, last + 1)]
 
 
 def _judge(results: Mapping[str, dict[str, Any]], headline: str | None) -> str:
@@ -309,86 +274,6 @@ def _category_tables(
     placed = list(zip(rows, places, strict=True))
     tables.append({"scorer": scorer, "low": low, "high": high, "rows": placed})
   return tables
-
-
-def _panel(title: str, lines: Mapping[str, Curve]) -> dict[str, Any] | None:
-  points, dropped = {}, 0
-  for name, curve in lines.items():
-    array = np.asarray(curve, np.float64).reshape(-1, 2)
-    finite = np.isfinite(array).all(axis=1)
-    dropped += int((~finite).sum())
-    if finite.any():
-      kept = array[finite]
-      points[name] = kept[np.argsort(kept[:, 0], kind="stable")]
-  if not points:
-    return None
-  (x_low, low), (x_high, high) = (
-    f([f(a, axis=0) for a in points.values()], axis=0) for f in (np.min, np.max)
-  )
-  scales = {found.scale for name in lines if (found := glossary.find_metric(name))}
-  low, high = _range(low, high, scales)
-  steps = [t for t in ticks(low, high) if "count" not in scales or t == round(t)]
-  shown = percent if scales == {"share"} else "{:.3g}".format
-
-  def x(step: float) -> float:
-    share = (step - x_low) / (x_high - x_low) if x_high > x_low else 0.5
-    return round(_LEFT + share * (PANEL_WIDTH - _LEFT - _RIGHT), 1)
-
-  def y(value: float) -> float:
-    share = (value - low) / (high - low)
-    return round(PANEL_HEIGHT - _BOTTOM - share * (PANEL_HEIGHT - _TOP - _BOTTOM), 1)
-
-  series = []
-  for name, array in points.items():
-    runs = np.array_split(array, min(len(array), _BUCKETS))
-    middle = [(x(r[:, 0].mean()), y(r[:, 1].mean())) for r in runs]
-    upper = [(x(r[:, 0].mean()), y(r[:, 1].max())) for r in runs]
-    lower = [(x(r[:, 0].mean()), y(r[:, 1].min())) for r in runs]
-    first, last = array[0], array[-1]
-    series.append(
-      {
-        "name": name,
-        "line": _path(middle),
-        "band": _path(upper + lower[::-1]) if len(array) > _BUCKETS else "",
-        "dot": middle[-1],
-        "last": shown(last[1]),
-        "text": f"{name} from {first[1]:.3g} at step {first[0]:.0f} "
-        f"to {last[1]:.3g} at step {last[0]:.0f}",
-      }
-    )
-  return {
-    "title": title,
-    "series": series,
-    "grid": list(zip(map(y, steps), labels(steps, percents=scales == {"share"}), strict=True)),
-    "meanings": [
-      (name, found.meaning) for name in lines if (found := glossary.find_metric(name))
-    ],
-    "first": f"{x_low:,.0f}",
-    "last": f"{x_high:,.0f}" if x_high > x_low else "",
-    "dropped": dropped,
-  }
-
-
-def _range(low: float, high: float, scales: Set[str]) -> tuple[float, float]:
-  """Returns the ends of the axis for metrics of these scales with values in [low, high]."""
-  if scales & {"share", "count"}:
-    low, high = min(low, 0.0), max(high, 1.0)
-  if high - low <= 1e-9 * max(abs(high), abs(low)):
-    low, high = min(2 * low, 0.0), max(2 * high, 0.0)
-  return (low, high) if high > low else (0.0, 1.0)
-
-
-def labels(steps: Sequence[float], *, percents: bool) -> list[str]:
-  """Formats ticks with enough digits to distinguish neighbours."""
-  if percents:
-    return [percent(t) for t in steps]
-  widest, step = max(map(abs, steps)), min(b - a for a, b in itertools.pairwise(steps))
-  digits = max(6, 1 + math.ceil(math.log10(widest / step)))
-  return [f"{t:.{digits}g}" for t in steps]
-
-
-def _path(points: Sequence[tuple[float, float]]) -> str:
-  return "M" + "L".join(f"{px:g} {py:g}" for px, py in points)
 
 
 def _example(
