@@ -8,7 +8,18 @@ import pytest
 import scipy.stats
 from test_comparisons import table
 
-from jaxpref.evaluation import comparison_text, comparisons, diversity, reward_hacking, vendi
+from jaxpref import config
+from jaxpref.evaluation import (
+  comparison_text,
+  comparisons,
+  diversity,
+  evaluate,
+  reward_hacking,
+  score_rows,
+  statistics,
+  vendi,
+)
+from jaxpref.runtime import workdir
 
 PROMPTS, ALIKE = 20, 4
 
@@ -80,7 +91,11 @@ def test_one_image_of_a_prompt_has_no_diversity():
     features_of([1, 1])[first], images[first], name="x", baseline="base"
   )
   assert found["by_prompt"] is None and found["overall"]["dro"]["images"] == PROMPTS
-  assert "dro" in comparison_text.diversity_text(found)
+  size = found["overall"]["dro"]
+  assert comparison_text.diversity_rows(found)[::2] == [
+    ("model", "Vendi", "distance"),
+    ("dro", f"{size['vendi']:.3f}", f"{size['distance']:.3f}"),
+  ]
 
 
 def test_prompts_of_one_text_are_measured_together():
@@ -154,6 +169,65 @@ def test_a_rise_that_others_contradict_is_warned_of():
 )
 def test_no_warning_without_contradiction(changes):
   assert reward_hacking.find_hacking(*hacked(**changes)) == []
+
+
+def test_a_run_is_warned_of_by_what_selected_its_data_or_what_it_is_trained_on():
+  found, measured = hacked(chosen=0.5, held_out=-0.5, spread=0.2)
+  [one] = found["comparisons"]
+  [said] = reward_hacking.find_in_run(one["scorers"], [])
+  assert said.startswith("tuned against base: chosen-1 (+0.")
+  assert "which selected the training data, rises, but clip-1 (-0." in said
+  one["scorers"]["chosen-1"]["selected_training_data"] = False
+  assert reward_hacking.find_in_run(one["scorers"], []) == []
+  [said] = reward_hacking.find_in_run(one["scorers"], [], trained=["chosen"])
+  assert "which is trained on, rises, but clip-1 (-0." in said
+  for one in measured[0]["by_prompt"]["comparisons"]:
+    one["model"] = "tuned"
+  [said] = reward_hacking.find_in_run(
+    found["comparisons"][0]["scorers"], measured, trained=["chosen"]
+  )
+  assert "vendi.pixels-1 (-" in said
+
+
+@pytest.mark.parametrize("trained", [(), ("chosen",)])
+def test_the_report_of_a_run_has_diversity_and_the_warning(tmp_path, capsys, trained):
+  """Of an evaluation whose first scorer chose the data, or is what the run is trained on."""
+  rng = np.random.default_rng(0)
+  base = rng.normal(size=(PROMPTS, ALIKE))
+  rows = [
+    table({"base": base, "tuned": base + up + 0.1 * rng.normal(size=base.shape)}, scorer=name)
+    for name, up in (("chosen", 0.5), ("clip", 0.0))
+  ]
+  results = statistics.compare(pd.concat(rows), selected_by=() if trained else ["chosen"])
+  statistics.write_results(tmp_path / "results.json", results)
+  score_rows.write_rows(tmp_path / "scores.parquet", pd.concat(rows))
+  workdir.write_json(tmp_path / "examples.json", [])
+  found = diversity.compare_diversity(
+    features_of([1.0, 0.2]), images_of(("base", "tuned")), name="pixels", baseline="base"
+  )
+  workdir.write_json(tmp_path / "diversity.json", found)
+  report = evaluate.write_report(
+    *(tmp_path, tmp_path, config.load_config("dro:tiny"), {}), held_out=True, trained=trained
+  )
+  printed, page = capsys.readouterr().out, report.read_text()
+  role = "is trained on" if trained else "selected the training data"
+  assert (
+    f"which {role}, rises, but vendi.pixels-1 (-" in printed and f"which {role}, rises" in page
+  )
+  assert comparison_text.diversity_text(found) in printed
+  assert f"{found['overall']['tuned']['vendi']:.3f}" in page
+
+
+def test_results_of_diversity_are_told_from_other_values():
+  found = diversity.compare_diversity(
+    features_of([1, 1]), images_of(), name="x", baseline="base"
+  )
+  assert diversity.is_diversity(found) and diversity.is_diversity(found | {"by_prompt": None})
+  assert not any(diversity.is_diversity(value) for value in (None, [], {}, {"features": "x"}))
+  assert not diversity.is_diversity(found | {"features": "y"})
+  assert not diversity.is_diversity(found | {"overall": {"base": {"vendi": "2"}}})
+  del found["by_prompt"]["comparisons"][0]["scorers"]["vendi.x-1"]["holm"]
+  assert not diversity.is_diversity(found)
 
 
 def test_no_warning_without_a_selecting_scorer():

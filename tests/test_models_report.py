@@ -10,7 +10,7 @@ from PIL import Image
 from test_comparisons import table
 
 from jaxpref.evaluate import examples
-from jaxpref.evaluation import comparisons, diversity, geneval, models_report
+from jaxpref.evaluation import comparison_text, comparisons, diversity, geneval, models_report
 
 PROMPTS = 8
 
@@ -115,6 +115,30 @@ def test_filters_sort_by_the_model_that_they_name(three):
 def test_a_judge_without_scores_of_the_baseline_sorts_nothing(three):
   three.rows = three.rows[three.rows["model"] != "base"]
   assert [one["at_random"] for one in three.choose()] == [True] * 10
+
+
+def test_diversity_has_its_table_with_every_measure_and_p_value(three):
+  page = three.write()
+  section = page[page.index('id="diversity"') : page.index('id="pictures-section"')]
+  for line in comparison_text.diversity_rows(three.results["diversity"])[1:]:
+    cells = "".join(f'<td role="cell" data-label="[^"]+">{re.escape(x)}</td>' for x in line[1:])
+    assert re.search(rf"</i>{line[0]}</th>{cells}", section.replace("\N{NO-BREAK SPACE}", " "))
+  assert "a mean over prompts" in section and "against base." in section
+
+
+def test_diversity_is_shown_without_scorers_and_with_one_image_of_a_prompt(three):
+  first = three.images["seed"] % 10 == 0
+  features = np.random.default_rng(1).normal(size=(first.sum(), 5))
+  three.results |= {"comparisons": [], "scorers": {}, "groups": {}}
+  three.results["models"] = {name: {} for name in three.results["models"]}
+  three.results["diversity"] = diversity.compare_diversity(
+    features, three.images[first], name="pixels", baseline="base"
+  )
+  three.rows, three.images = three.rows[:0], three.images[first]
+  page = three.write()
+  overall = three.results["diversity"]["overall"]["dpo"]
+  assert f">{overall['vendi']:.3f}</td>" in page and f">{overall['distance']:.3f}</td>" in page
+  assert "Prompts have one image each, so there is no diversity by prompt." in page
 
 
 def test_genevals_numbers_are_those_of_its_paper(three):

@@ -240,6 +240,18 @@ def test_a_scorer_that_selected_the_data_does_not_speak_first():
     report.verdict(results, headline="x-1")
 
 
+def test_the_diversity_of_both_models_and_the_warnings_are_shown(tmp_path):
+  assert 'id="diversity"' not in write(tmp_path / "none.html")
+  overall = {"base": {"vendi": 3.25, "distance": 0.125, "images": 9}}
+  overall["tuned"] = {"vendi": 2.5, "distance": None, "images": 9}
+  found = {"features": "pixels", "by_prompt": None, "overall": overall}
+  text = write(tmp_path / "a.html", diversity=found, warnings=[f"a falls {EVIL}"])
+  page = Page(text).text
+  for words in ("3.250", "0.125", "2.500", "no diversity by prompt", f"a falls {EVIL}"):
+    assert words in page
+  assert '<p class="warning">' in text
+
+
 def test_a_win_by_the_scorer_that_selected_the_data_alone_decides_nothing(tmp_path):
   chose = {"a-1": {**WON, "selected_training_data": True}}
   page = Page(write(tmp_path / "report.html", results=chose)).text

@@ -16,7 +16,8 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from jaxpref import main
-from jaxpref.evaluation import evaluate
+from jaxpref.data.images import decode
+from jaxpref.evaluation import diversity, evaluate, vendi
 from jaxpref.models import pipeline as pipeline_lib
 from jaxpref.runtime import checkpoint_files, metrics
 from jaxpref.shapes import prompts
@@ -87,9 +88,13 @@ def test_a_run_leaves_what_it_promises(finished, capsys):
     assert entry["base"]["n"] == entry["tuned"]["n"] == 6
     assert entry["win"] + entry["tie"] + entry["loss"] == pytest.approx(1.0)
     assert len(entry["interval"]) == 2 and "p_value" in entry
+  spread = json.loads((finished / "evaluation" / "4" / "diversity.json").read_text())
   images = sorted((finished / "evaluation" / "4" / "images" / "tuned").iterdir())
+  vendi_score = vendi.vendi_score(diversity.pixel_features([decode(file) for file in images]))
+  assert spread["overall"]["tuned"]["vendi"] == pytest.approx(vendi_score)
   assert len(images) == 6 and Image.open(images[0]).size == (16, 16)
   html = (finished / "report.html").read_text()
+  assert f"{spread['overall']['tuned']['vendi']:.3f}" in html
   assert "data:image/png;base64" in html
   assert list((finished / "profile").rglob("*.xplane.pb"))
   assert not re.search(r"""(?:src|href)=["']?(?!data:|#|["'])""", html)

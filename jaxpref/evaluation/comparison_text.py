@@ -43,28 +43,39 @@ def comparisons_text(found: dict[str, Any]) -> str:
 
 
 def diversity_text(found: dict[str, Any]) -> str:
-  """Formats the results of `diversity.compare_diversity` as a table.
+  """Formats the results of `diversity.compare_diversity` as a table for the terminal."""
+  return f"Diversity by {found['features']}\n{table(diversity_rows(found), left=1)}\n"
 
-  The difference and its p-values are those of the Vendi score by prompt.
+
+def diversity_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
+  """Lists a heading and the row of each model, for the results of `compare_diversity`.
+
+  The difference and its p-values are those of the Vendi score by prompt. If prompts have one
+  image each, the columns of diversity by prompt are left out.
   """
-  by_prompt = found["by_prompt"] or {"models": {}, "comparisons": [], "baseline": None}
+  overall = {
+    model: tuple(number(of[measure]) for measure in ("vendi", "distance"))
+    for model, of in found["overall"].items()
+  }
+  head: tuple[str, ...] = ("model", "Vendi", "distance")
+  by_prompt = found["by_prompt"]
+  if by_prompt is None:
+    return [head, *((model, *sizes) for model, sizes in overall.items())]
   vendi, distance = (f"{measure}.{found['features']}-1" for measure in ("vendi", "distance"))
   entries = {
     one["model"]: one["scorers"][vendi]
     for one in by_prompt["comparisons"]
     if one["baseline"] == by_prompt["baseline"]
   }
-  lines = [("model", "Vendi", "distance", "Vendi by prompt", "distance by prompt", *_TESTED)]
-  for model, overall in found["overall"].items():
-    of = by_prompt["models"].get(model)
-    means = [number(of[key]["mean"]) if of else "-" for key in (vendi, distance)]
+  lines = [(*head, "Vendi by prompt", "distance by prompt", *_TESTED)]
+  for model, sizes in overall.items():
+    means = (number(by_prompt["models"][model][key]["mean"]) for key in (vendi, distance))
     tests = [""] * len(_TESTED)
     if model in entries:
       change = number(entries[model]["difference"], sign=True)
       tests = [change, *(p_text(entries[model][p]) for p in ("p_value", "holm"))]
-    sizes = (number(overall[measure]) for measure in ("vendi", "distance"))
     lines.append((model, *sizes, *means, *tests))
-  return f"Diversity by {found['features']}\n{table(lines, left=1)}\n"
+  return lines
 
 
 def _summary(of: dict[str, Any]) -> tuple[str, ...]:

@@ -120,6 +120,26 @@ def compare_diversity(
   return {"by_prompt": by_prompt, "features": name, "overall": overall}
 
 
+def is_diversity(value: Any) -> bool:
+  """Checks whether a value has the structure of the results of `compare_diversity`."""
+  try:
+    keys = {f"{measure}.{value['features']}-{VERSION}" for measure in _MEASURES}
+    by_prompt = value["by_prompt"]
+    if not all(
+      isinstance(of["vendi"], int | float) and isinstance(of["distance"], int | float | None)
+      for of in value["overall"].values()
+    ):
+      return False
+    return by_prompt is None or (
+      comparisons.are_comparisons(by_prompt)
+      and value["overall"].keys() <= by_prompt["models"].keys()
+      and all(keys <= of.keys() for of in by_prompt["models"].values())
+      and all("holm" in one["scorers"][k] for one in by_prompt["comparisons"] for k in keys)
+    )
+  except (AttributeError, KeyError, TypeError):
+    return False
+
+
 def _checked(features: np.ndarray, images: pd.DataFrame) -> pd.DataFrame:
   """Returns the images with their `place` among the features and their `unit`."""
   missing = [column for column in _OF_IMAGES if column not in images.columns]

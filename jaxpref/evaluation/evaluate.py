@@ -22,9 +22,12 @@ from jaxpref.data.encode import encode_images, encode_prompts
 from jaxpref.data.images import decode
 from jaxpref.errors import DamagedError, UserError, first_line
 from jaxpref.evaluation import (
+  comparison_text,
+  diversity,
   image_grid,
   panels,
   report,
+  reward_hacking,
   sampling,
   score_rows,
   score_text,
@@ -36,7 +39,8 @@ from jaxpref.runtime import distributed, metrics, progress, watchdog
 from jaxpref.runtime import workdir as workdir_lib
 
 RESULTS = "results.json"
-_SCORES, _EXAMPLES = "scores.parquet", "examples.json"
+_SCORES, _EXAMPLES, _DIVERSITY = "scores.parquet", "examples.json", "diversity.json"
+_FEATURES = "pixels"  # what diversity is measured by
 _GRID_PAIRS = 12
 _MOST_IMAGES = 1_000_000  # per model; all of them are held in memory
 _log = logging.getLogger(__name__)
@@ -102,8 +106,8 @@ def evaluate(
     settings: the configuration's `evaluate` section.
     scorer_names: names of the scorers; may be empty.
     mesh: devices that share a batch.
-    directory: gets images/, scores.parquet, examples.json, grid.png and, last, results.json,
-      which `write_report` reads.
+    directory: gets images/, scores.parquet, diversity.json, examples.json, grid.png and, last,
+      results.json, which `write_report` reads.
     prefix: text that is put before each prompt of the tuned model.
     improve: the configuration's `improve` section if the tuned model is an improver; its input
       images are then the base's images.
@@ -222,21 +226,19 @@ def _judge(
     for model in models
   }
   categories = scorers.categorize(scorer_names, texts)
+  about = pd.DataFrame(
+    {
+      "prompt_id": np.repeat(np.arange(len(prompts)), repeats),
+      "seed": seeds.astype(np.int64),
+      "prompt": texts,
+      "category": categories,
+    }
+  )
+  workdir_lib.write_json(directory / _DIVERSITY, _compare_diversity(images, about))
   results: dict[str, Any] = {}
   if scores:
     rows = pd.concat(
-      pd.DataFrame(
-        {
-          "model": model,
-          "prompt_id": np.repeat(np.arange(len(prompts)), repeats),
-          "seed": seeds.astype(np.int64),
-          "prompt": texts,
-          "category": categories,
-          "scorer": name,
-          "version": version,
-          "score": values,
-        }
-      )
+      about.assign(model=model, scorer=name, version=version, score=values)
       for (name, version, model), values in scores.items()
     )
     results = statistics.compare(rows, selected_by=selected_by)
@@ -257,6 +259,31 @@ def _judge(
   workdir_lib.write_json(directory / _EXAMPLES, examples)
   _save_grid(directory / "grid.png", images, texts, order[:_GRID_PAIRS])
   statistics.write_results(directory / RESULTS, results)
+
+
+def _compare_diversity(images: Mapping[str, np.ndarray], about: pd.DataFrame) -> dict[str, Any]:
+  """Compares the diversity of the models' images; `about` has a row for each image of one."""
+  models = ("base", "tuned")
+  return diversity.compare_diversity(
+    np.concatenate([diversity.pixel_features(images[model]) for model in models]),
+    pd.concat([about.assign(model=model) for model in models], ignore_index=True),
+    name=_FEATURES,
+    baseline="base",
+    models=models,
+  )
+
+
+def read_diversity(directory: Path) -> dict[str, Any] | None:
+  """Reads the diversity of an evaluation, see `diversity.compare_diversity`.
+
+  Returns:
+    The results; None if an earlier version, which did not measure it, made the evaluation.
+
+  Raises:
+    DamagedError: the file is damaged.
+  """
+  file = directory / _DIVERSITY
+  return workdir_lib.read_json(file, diversity.is_diversity) if file.exists() else None
 
 
 def read_results(directory: Path) -> dict[str, Any]:
@@ -317,6 +344,8 @@ def write_report(
   facts: Mapping[str, Any],
   *,
   held_out: bool,
+  trained: Collection[str] = (),
+  role: str = "is trained on",
   curves: Mapping[str, panels.Curve] | None = None,
   **more: Any,
 ) -> Path:
@@ -328,6 +357,8 @@ def write_report(
     config: the run's configuration.
     facts: labels and values, see `report.write_report`.
     held_out: whether the model was trained on none of the prompts.
+    trained: as for `reward_hacking.find_in_run`.
+    role: as for `reward_hacking.find_in_run`.
     curves: training curves; by default the workdir's metrics.
     more: further sections, see `report.write_report`.
   """
@@ -337,6 +368,10 @@ def write_report(
   for example in examples:
     for model in ("base", "tuned"):
       example[f"{model}_png"] = _read_png(directory / "images" / model, example["seed"])
+  spread = read_diversity(directory)
+  warnings = reward_hacking.find_in_run(
+    results, [spread] if spread else [], trained=trained, role=role
+  )
   path = workdir / "report.html"
   report.write_report(
     path,
@@ -348,11 +383,17 @@ def write_report(
     examples=examples,
     facts=facts,
     held_out=held_out,
+    diversity=spread,
+    warnings=warnings,
     **more,
   )
   if results:
     print(score_text.to_text(results, table))
     print(report.verdict(results, held_out=held_out))
+  if spread:
+    print(f"\n{comparison_text.diversity_text(spread)}")
+  for warning in warnings:
+    print(f"warning: {warning}")
   print(f"report: {path}\nimages and scores: {directory}")
   return path
 

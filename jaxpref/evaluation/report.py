@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 from PIL import Image
 
-from jaxpref.evaluation import panels
+from jaxpref.evaluation import comparison_text, panels
 from jaxpref.evaluation.paired_tests import TOLERANCE
 from jaxpref.evaluation.score_text import number, p_is, p_text, percent
 from jaxpref.evaluation.statistics import outcome
@@ -48,6 +48,8 @@ def write_report(
   pairs: Sequence[Mapping[str, Any]] = (),
   said: str = "",
   accuracies: Sequence[Mapping[str, str]] = (),
+  diversity: Mapping[str, Any] | None = None,
+  warnings: Sequence[str] = (),
 ) -> None:
   """Writes the report of a run as one self-contained HTML file, atomically.
 
@@ -70,6 +72,8 @@ def write_report(
       and `winner_png, loser_png`.
     said: the page's first sentence; '' for the `verdict` on the results.
     accuracies: rows of the table of a reward model's test, column -> text.
+    diversity: from `diversity.compare_diversity`; None if it was not measured.
+    warnings: sentences that are shown below the first one.
 
   Raises:
     ValueError: the headline is unknown, or an image cannot be read.
@@ -83,6 +87,8 @@ def write_report(
     title=title,
     verdict=said or verdict(results, headline=headline, held_out=held_out),
     accuracies=accuracies,
+    diversity=diversity,
+    warnings=warnings,
     held_out=held_out,
     remarks=remarks(results, headline=headline),
     state=_state(results, judge),
@@ -120,6 +126,7 @@ def make_environment() -> jinja2.Environment:
     lstrip_blocks=True,
   )
   environment.filters.update(number=number, p_text=p_text, tie=_tie)
+  environment.filters["diversity_rows"] = comparison_text.diversity_rows
   environment.filters["percent"] = lambda share: _tie(percent(share))
   return environment
 

@@ -5,7 +5,7 @@ worse. The signs are a scorer with no part in the training that falls, or a loss
 Reports and the alarms of online runs have the same rule.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from jaxpref.evaluation import statistics
@@ -55,6 +55,32 @@ def find_hacking(
         "may not be an improvement."
       )
   return said
+
+
+def find_in_run(
+  results: dict[str, Any],
+  diversity: Sequence[dict[str, Any]] = (),
+  *,
+  trained: Collection[str] = (),
+  role: str = "is trained on",
+) -> list[str]:
+  """Writes the sentence on a training run's model against its base, if there is one.
+
+  Args:
+    results: from `statistics.compare`.
+    diversity: as for `find_hacking`.
+    trained: scorers that the run is trained on, instead of those of `selected_by`.
+    role: of the scorers of `trained`, after "which".
+  """
+  one = {"baseline": "base", "model": "tuned", "scorers": results}
+  found = {"baseline": "base", "comparisons": [one]}
+  if not trained:
+    return find_hacking(found, diversity)
+  one["scorers"] = {
+    key: entry | {"selected_training_data": key.rpartition("-")[0] in trained}
+    for key, entry in results.items()
+  }
+  return find_hacking(found, diversity, role=role)
 
 
 def _diversity_of(of: dict[str, Any], baseline: str, model: str) -> dict[str, Any]:

@@ -284,7 +284,7 @@ def outcome(entry: dict[str, Any], *, adjusted: bool = False) -> str:
     adjusted: whether p is adjusted for the number of scorers (`holm`), not `p_value`.
   """
   low, high = entry["interval"]
-  p = entry["holm" if adjusted else "p_value"]
+  p = entry.get("holm") if adjusted else entry["p_value"]
   if low is None or p is None or p >= 0.05:
     return "undecided"
   if low > 0.5 and entry["difference"] > 0:

@@ -106,6 +106,12 @@ class Alarms:
       _log.warning("after update %d: %s", done, sentence)
 
 
+def role_of(config: ConfigDict) -> str:
+  """Returns what the scorers of `trained_scorers` are to a run, after "which"."""
+  of_latents = "steps" in config and config.steps.judge
+  return "stands for the judge of latents" if of_latents else "is trained on"
+
+
 def _make_look(prepared: Prepared, prompts: Sequence[str], each: int) -> Callable:
   """Makes `look(params, base) -> (images uint8 [N, H, W, 3], divergences [steps, N])`."""
   config, pipeline, mesh = prepared.config, prepared.pipeline, prepared.mesh
@@ -237,8 +243,6 @@ def _judge(
     resamples=_RESAMPLES,
     selected_by=base_config.trained_scorers(prepared.config),
   )
-  of_latents = "steps" in prepared.config and prepared.config.steps.judge
-  role = "stands for the judge of latents" if of_latents else "is trained on"
-  said = reward_hacking.find_hacking(found, role=role)
+  said = reward_hacking.find_hacking(found, role=role_of(prepared.config))
   spread = vendi.vendi_score(diversity.pixel_features(images))
   return {"scores": scores, "vendi": spread, "said": said}

@@ -11,6 +11,7 @@ from jaxpref.data.built_rows import CHOSEN_BY, StoredImages
 from jaxpref.evaluation import best_checkpoint, evaluate
 from jaxpref.runtime import checkpoint_files, distributed, jax_setup
 from jaxpref.runtime.checkpoint import Checkpointer
+from jaxpref.training import alarms
 from jaxpref.training.setup import Prepared, rows_kind
 
 
@@ -116,6 +117,8 @@ class RunEvaluator:
       facts,
       held_out=not prepared.rows.has_caption_in(prepared.prompts),
       improves=prepared.pipeline.is_improver,
+      trained=base_config.trained_scorers(config),
+      role=alarms.role_of(config),
     )
 
   def _find_best(self) -> best_checkpoint.Best | None:
