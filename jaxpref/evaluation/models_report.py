@@ -142,7 +142,7 @@ def verdicts(results: Mapping[str, Any]) -> list[dict[str, str]]:
     }[result]
     said = "; ".join(f"{key} {_rate(one['scorers'][key])}" for key in counted)
     if not counted:
-      chose = " and ".join(f"{key} ({_rate(one['scorers'][key])})" for key in given)
+      chose = " and ".join(f"{key}, {_rate(one['scorers'][key])}," for key in given)
       them = "it is" if len(given) == 1 else "they are"
       said = f"no scorer counts. {chose} selected the training data, so {them} not evidence"
     found.append({"result": result, "text": f"{begin}: {said}."})
