@@ -318,13 +318,17 @@ def test_damaged_scores_are_refused(tmp_path, content):
   for content in DAMAGES.values():
     (tmp_path / "examples.json").write_bytes(content)
     refused(job, tmp_path / "examples.json")
+  seen = {"prompt": "a", "category": "colors", "seed": 0}
+  for score in ("0.5", [], None):
+    wrong = [{**seen, "scores": {"s-1": {"base": 0.5, "tuned": score}}}]
+    workdir_lib.write_json(tmp_path / "examples.json", wrong)
+    refused(job, tmp_path / "examples.json")
   workdir_lib.write_json(tmp_path / "examples.json", [])
   for content in DAMAGES.values():
     (tmp_path / "diversity.json").write_bytes(content)
     refused(job, tmp_path / "diversity.json")
   (tmp_path / "diversity.json").unlink()  # an earlier version's evaluation has none
-  seen = {"prompt": "a", "category": "colors", "seed": 0, "scores": {}}
-  (tmp_path / "examples.json").write_text(json.dumps([seen]))
+  (tmp_path / "examples.json").write_text(json.dumps([{**seen, "scores": {}}]))
   refused(job, "00000000.png is missing or damaged")
 
 

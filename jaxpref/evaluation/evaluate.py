@@ -317,7 +317,9 @@ def _are_examples(value: Any) -> bool:
     and isinstance(one.get("category"), str)
     and isinstance(one.get("scores"), dict)
     and all(
-      isinstance(of, dict) and {"base", "tuned"} <= of.keys() for of in one["scores"].values()
+      isinstance(of, dict)
+      and all(isinstance(of.get(model), int | float) for model in ("base", "tuned"))
+      for of in one["scores"].values()
     )
     for one in value
   )
