@@ -21,7 +21,7 @@ from transformers import CLIPTokenizerFast
 
 from jaxpref import config as config_lib
 from jaxpref.data import build, generated_pairs
-from jaxpref.evaluation import best_checkpoint, image_files, score_rows, statistics
+from jaxpref.evaluation import best_checkpoint, diversity, image_files, score_rows, statistics
 from jaxpref.models import pipeline, text
 from jaxpref.runtime import checkpoint, metrics
 from jaxpref.runtime import workdir as workdir_lib
@@ -230,6 +230,10 @@ def make_workdir(directory: Path, tiny: Path) -> None:
   frame = scores_of_images(rng)
   score_rows.write_rows(made / "scores.parquet", frame)
   statistics.write_results(made / "results.json", statistics.compare(frame))
+  pairs = frame.assign(prompt=(frame["seed"] // 2).astype(str))  # two images of a prompt
+  features = np.random.default_rng(1).random((len(frame), 3))
+  spread = diversity.compare_diversity(features, pairs, name="pixels", baseline="base")
+  workdir_lib.write_json(made / "diversity.json", spread)
   scores = {"s-1": {"base": 0.1, "tuned": 0.2}}
   example = {"prompt": "prompt 0", "category": "c", "seed": 0, "scores": scores}
   workdir_lib.write_json(made / "examples.json", [example])
