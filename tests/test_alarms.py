@@ -10,7 +10,8 @@ import pytest
 import runs
 from conftest import ROOT
 
-from jaxpref import main
+from jaxpref import base_config, main
+from jaxpref import config as config_lib
 from jaxpref.diffusion import ddim, timesteps
 from jaxpref.rewards import likelihood
 from jaxpref.runtime import checkpoint_files
@@ -70,6 +71,17 @@ def colored(of_policy):
     return look
 
   return make
+
+
+def test_the_scorers_that_a_run_learns_from():
+  """A latent judge is none of them; what stands for it in the alarms judges without a bias."""
+  assert base_config.reward_scorers(config_lib.load_config("dpo:shapes")) == ()
+  for name in ("ppo", "draft", "spo"):
+    config = config_lib.load_config(f"{name}:shapes")
+    assert base_config.reward_scorers(config) == base_config.trained_scorers(config) != ()
+  config = config_lib.load_config("lpo:shapes")
+  config.steps.judge = "runs/judge"
+  assert base_config.reward_scorers(config) == () != base_config.trained_scorers(config)
 
 
 @pytest.mark.long

@@ -24,6 +24,7 @@ sample_as_flow_grpo = online_sections.sample_as_flow_grpo
 candidates = online_sections.candidates
 have_candidates, judge = online_sections.have_candidates, online_sections.judge
 trained_scorers = online_sections.trained_scorers
+reward_scorers = online_sections.reward_scorers
 share_inputs, comparisons = online_sections.share_inputs, online_sections.comparisons
 pathwise, align_by_lora = online_sections.pathwise, online_sections.align_by_lora
 

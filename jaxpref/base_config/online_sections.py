@@ -137,6 +137,11 @@ def trained_scorers(c: Mapping[str, Any]) -> tuple[str, ...]:
   return ()
 
 
+def reward_scorers(c: Mapping[str, Any]) -> tuple[str, ...]:
+  """Returns the scorers that an online run learns from; none if its judge is a trained one."""
+  return () if "steps" in c and c["steps"].get("judge") else trained_scorers(c)
+
+
 def have_candidates(c: ConfigDict) -> bool:
   """Tells whether a run's steps have candidates, which a judge compares."""
   return "steps" in c and c.steps.candidates > 0

@@ -135,7 +135,9 @@ def _read_geneval(flags: argparse.Namespace, images: pd.DataFrame) -> dict[str, 
   found = {}
   for model, path in _geneval_files(flags, images).items():
     of = images[images["model"] == model]
-    seeds = [list(seeds) for _, seeds in of.groupby("prompt_id")["seed"]]
+    # By the number of the prompt; one without an image has none.
+    numbers = range(int(of["prompt_id"].max()) + 1)
+    seeds = [of.loc[of["prompt_id"] == i, "seed"].tolist() for i in numbers]
     found[model] = geneval.read_results(path, model=model, seeds=seeds)
   return found
 

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import pandas as pd
+from ml_collections import ConfigDict
 
 from jaxpref import base_config, rng, scorers, sharding
 from jaxpref.data import encode

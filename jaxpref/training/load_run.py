@@ -225,7 +225,7 @@ def deciding_scorers(name: str, *, best: bool) -> tuple[str, ...]:
   chosen = [config.get("data", {}).get("score", "")]
   if best:
     chosen += config.get("evaluate", {}).get("scorers", [])[:1]
-  return (*base_config.trained_scorers(config), *filter(None, chosen))
+  return (*base_config.reward_scorers(config), *filter(None, chosen))
 
 
 def is_run(name: str) -> bool:

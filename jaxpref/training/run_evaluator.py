@@ -75,8 +75,8 @@ class RunEvaluator:
     """Returns the scorers of the reward and that of the experts, which judge with a bias."""
     stored = self._prepared.rows.images
     chosen = stored.table.about.get(CHOSEN_BY) if isinstance(stored, StoredImages) else None
-    trained = base_config.trained_scorers(self._prepared.config)
-    return (*trained, chosen) if chosen else trained
+    learned = base_config.reward_scorers(self._prepared.config)
+    return (*learned, chosen) if chosen else learned
 
   def keep_best(self) -> None:
     """Finds the best evaluated checkpoint, if there are several, and protects it."""
