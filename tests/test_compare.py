@@ -218,7 +218,7 @@ def test_text_table():
     "quality-1 * 0.400 ± 0.200 0.525 ± 0.096 +0.125 50 % 25 % 25 % 62 % (50 to 75 %) 0.34"
   )
   assert len(lines[0]) == len(lines[1]) == len(lines[2])
-  assert "* selected the training data" in lines[3]
+  assert "* had a part in the training" in lines[3]
   assert " ".join(lines[-1].split()) == "counting quality-1 0.400 0.525 +0.125 4"
   assert score_text.to_text({}, []).startswith("scorer")
 

@@ -346,7 +346,7 @@ def test_tables_of_several_models():
   assert len({len(line) for line in first[:8]}) == 1
   assert first[8:] == [
     "Compared with base by the mean of each prompt's images; std is over prompts.",
-    "* selected the training data, so it is not evidence",
+    "* had a part in the training, so it is not evidence",
     "1 prompt with the text of another, merged with it",
     "judge-1: 1 pair of base and dro/seed0 left out, because a score is missing",
     "judge-1: 1 pair of base and dro/seed1 left out, because a score is missing",

@@ -149,7 +149,7 @@ def hacked(*, chosen, held_out, spread):
 def test_a_rise_that_others_contradict_is_warned_of():
   [said] = reward_hacking.find_hacking(*hacked(chosen=0.5, held_out=-0.5, spread=0.2))
   assert said.startswith("dro against base: chosen-1 (+0.")
-  assert "which selected the training data, rises, but clip-1 (-0." in said
+  assert "which had a part in the training, rises, but clip-1 (-0." in said
   assert " and vendi.pixels-1 (-" in said and "distance" not in said
   found, _ = hacked(chosen=0.5, held_out=-0.5, spread=0.2)
   [said] = reward_hacking.find_hacking(found, role="is trained on")
@@ -176,7 +176,7 @@ def test_a_run_is_warned_of_by_what_selected_its_data_or_what_it_is_trained_on()
   [one] = found["comparisons"]
   [said] = reward_hacking.find_in_run(one["scorers"], [])
   assert said.startswith("tuned against base: chosen-1 (+0.")
-  assert "which selected the training data, rises, but clip-1 (-0." in said
+  assert "which had a part in the training, rises, but clip-1 (-0." in said
   one["scorers"]["chosen-1"]["selected_training_data"] = False
   assert reward_hacking.find_in_run(one["scorers"], []) == []
   [said] = reward_hacking.find_in_run(one["scorers"], [], trained=["chosen"])
@@ -210,7 +210,7 @@ def test_the_report_of_a_run_has_diversity_and_the_warning(tmp_path, capsys, tra
     *(tmp_path, tmp_path, config.load_config("dro:tiny"), {}), held_out=True, trained=trained
   )
   printed, page = capsys.readouterr().out, report.read_text()
-  role = "is trained on" if trained else "selected the training data"
+  role = "is trained on" if trained else "had a part in the training"
   assert (
     f"which {role}, rises, but vendi.pixels-1 (-" in printed and f"which {role}, rises" in page
   )

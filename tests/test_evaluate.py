@@ -191,7 +191,7 @@ def test_scores_of_other_judges_are_compared_and_marked(arguments, finished, tmp
   found = _of(_results(out), "noisy", "judge-7")
   assert (found["win"], found["dropped"], found["selected_training_data"]) == (1, 1, True)
   assert _results(out)["scorers"]["judge-7"]["imported"]
-  assert "selected the training data: no evidence" in (out / "report.html").read_text()
+  assert "had a part in the training: no evidence" in (out / "report.html").read_text()
   (tmp_path / "judge.csv").write_text(
     "model,prompt_id,seed,scorer,version,score\nx,0,0,j,1,1\n"
   )

@@ -41,7 +41,7 @@ def test_the_paper_on_dro_is_rehearsed(tmp_path):
   assert table.count("(21.52)") == 1 and "numbers mean nothing" in table
   assert "--config.model.start" in out and "[10/10] compare" in out
   page = (tmp_path / "comparison" / "report.html").read_text()
-  assert "selected the training data: no evidence" in page and 'alt="kto-sft: ' in page
+  assert "had a part in the training: no evidence" in page and 'alt="kto-sft: ' in page
   again = _run("reproduce_dro", "--rehearse", f"--out={tmp_path}")
   assert again.count("finished before") == 8 and "is built already" in again
   assert (tmp_path / "table.md").read_text() == table

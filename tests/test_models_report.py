@@ -32,7 +32,7 @@ def test_a_verdict_says_that_scorers_which_selected_the_data_do_not_count():
   assert one["text"].startswith(
     "It is undecided whether dro or base is better: no scorer counts. chosen-1, 100 % wins"
   )
-  assert one["text"].endswith(", selected the training data, so it is not evidence.")
+  assert one["text"].endswith(", had a part in the training, so it is not evidence.")
   [one] = models_report.verdicts(compared(["a", "b"], ["a", "b"]))
   assert " and b-1, 100 % wins" in one["text"] and "so they are not evidence." in one["text"]
 

@@ -232,7 +232,7 @@ def test_a_scorer_that_selected_the_data_does_not_speak_first():
   }
   assert "b-1 prefers the base model in 60 %" in report.verdict(results)
   assert report.remarks(results) == [
-    "a-1 selected the training data, so it is not evidence.",
+    "a-1 had a part in the training, so it is not evidence.",
     "c-1 prefers the tuned model: 71 % of the pairs for the tuned model, p = 1e-12.",
   ]
   assert "c-1 prefers the tuned model" in report.verdict(results, headline="c-1")
@@ -256,7 +256,7 @@ def test_a_win_by_the_scorer_that_selected_the_data_alone_decides_nothing(tmp_pa
   chose = {"a-1": {**WON, "selected_training_data": True}}
   page = Page(write(tmp_path / "report.html", results=chose)).text
   assert "Undecided" in page and "Tuned model preferred" not in page
-  assert "a-1 selected the training data, so it is not evidence." in page
+  assert "a-1 had a part in the training, so it is not evidence." in page
 
 
 def test_panels_place_points_and_hide_no_value():

@@ -40,7 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
     "--selected-by",
     default="",
     metavar="NAME,...",
-    help="scorers that selected the training data; they are shown but do not decide",
+    help="scorers that had a part in the training; they are shown but do not decide",
   )
   add(
     "--scores",

@@ -134,9 +134,7 @@ def _deciding(
         decided.setdefault(name, []).append(candidate.name)
   for name, models in decided.items():
     if name not in flags.selected_by:
-      print(
-        f"{name} selected what {', '.join(models)} learned: it is marked, see --selected-by"
-      )
+      print(f"{name} had a part in the training of {', '.join(models)}: it does not decide")
   return list(decided)
 
 

@@ -110,7 +110,7 @@ def _notes(found: dict[str, Any]) -> Iterator[str]:
   unit = _UNITS.get(found["unit"], f"by each prompt's image of median {judge}")
   yield f"Compared with {found['baseline']} {unit}; std is over prompts."
   if any(of["selected_training_data"] for of in found["scorers"].values()):
-    yield "* selected the training data, so it is not evidence"
+    yield "* had a part in the training, so it is not evidence"
   if found["merged_prompts"]:
     yield f"{count(found['merged_prompts'], 'prompt')} with the text of another, merged with it"
   for one in found["comparisons"]:

@@ -144,7 +144,7 @@ def verdicts(results: Mapping[str, Any]) -> list[dict[str, str]]:
     if not counted:
       chose = " and ".join(f"{key}, {_rate(one['scorers'][key])}," for key in given)
       them = "it is" if len(given) == 1 else "they are"
-      said = f"no scorer counts. {chose} selected the training data, so {them} not evidence"
+      said = f"no scorer counts. {chose} had a part in the training, so {them} not evidence"
     found.append({"result": result, "text": f"{begin}: {said}."})
   return found
 

@@ -188,7 +188,7 @@ def remarks(results: Mapping[str, dict[str, Any]], *, headline: str | None = Non
   said = []
   for key, entry in results.items():
     if entry["selected_training_data"]:
-      said.append(f"{key} selected the training data, so it is not evidence.")
+      said.append(f"{key} had a part in the training, so it is not evidence.")
     elif key != judge and not entry["binary"]:
       said.append(
         f"{key} prefers {words[outcome(entry)]}: "

@@ -16,7 +16,7 @@ def find_hacking(
   found: dict[str, Any],
   diversity: Sequence[dict[str, Any]] = (),
   *,
-  role: str = "selected the training data",
+  role: str = "had a part in the training",
 ) -> list[str]:
   """Writes one sentence for each model whose scores contradict each other.
 

@@ -49,7 +49,7 @@ def to_text(results: dict[str, Any], categories: list[dict[str, Any]]) -> str:
     lines.append((key + flag, *sides, change, *shares, rate_text(e), p_text(e["p_value"])))
   text = table(lines, left=1)
   if any(e["selected_training_data"] for e in results.values()):
-    text += "\n* selected the training data, so it is not evidence"
+    text += "\n* had a part in the training, so it is not evidence"
   lines = [("category", "scorer", "base", "tuned", "difference", "n")]
   for r in categories:
     means = (number(r[s]) for s in ("base", "tuned"))
