@@ -29,6 +29,7 @@ def _run(argv: list[str]) -> None:
   config, flags = config_lib.parse_args(argv, flags=FLAGS)
   config_lib.validate(config)
   # Imported late, so that errors on the command line do not wait for JAX.
+  from jaxpref import base_config, scorers  # noqa: PLC0415
   from jaxpref.runtime import distributed, wandb_run, watchdog  # noqa: PLC0415
   from jaxpref.training import iterate, setup, train  # noqa: PLC0415
 
@@ -44,6 +45,8 @@ def _run(argv: list[str]) -> None:
     lambda: iterate.prepare(config) if iterative else setup.prepare(config)
   )
   distributed.check_same("inputs", prepared.inputs)
+  judging = (*prepared.scorers, *base_config.trained_scorers(config))
+  distributed.first(lambda: scorers.find_files(judging))  # process 0 scores
   safe = iterate.RESUME_SAFE if iterative else workdir_lib.RESUME_SAFE
   with (
     distributed.open_workdir(path, config, resume_safe=safe) as workdir,

@@ -13,6 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
+from jaxpref import scorers
 from jaxpref.data import generated_pairs
 from jaxpref.errors import DamagedError, UserError
 from jaxpref.evaluation import best_checkpoint, evaluate, image_files, score_rows, statistics
@@ -69,6 +70,12 @@ def test_a_configuration_is_refused(tmp_path, content):
     ("evaluate", {"guidance": "7"}),
     ("evaluate", 3),
     ("data", {"good_prefix": 1}),
+    ("data", {"score": 5}),
+    ("model", {"path": "shapes", "start": 5}),
+    ("rounds", {}),
+    ("rounds", {"scorers": "x"}),
+    ("pathwise", {"scorers": [1]}),
+    ("steps", None),
   ],
 )
 def test_a_configuration_with_other_types_is_refused(tmp_path, section, value):
@@ -263,7 +270,7 @@ def scores():
     "prompt": ["a", "a", "b", "b"],
     "category": "colors",
     "scorer": "s",
-    "version": "1",
+    "version": "1-a",
     "score": [0.0, 1.0, 1.0, 0.5],
   }
   return pd.DataFrame(columns)
@@ -273,13 +280,14 @@ def scores():
 def test_an_evaluation_is_made_again(tmp_path, content):
   directory = tmp_path / "evaluation" / "2"
   directory.mkdir(parents=True)
-  settings = {"scorers": [["s", "1"]], "num_steps": 2}
+  settings = {"scorers": [["s", "1-a"]], "num_steps": 2}  # a version may have dashes
   statistics.write_results(
     directory / "results.json", statistics.compare(scores(), resamples=10)
   )
   best_checkpoint.write_settings(directory, settings)
   assert best_checkpoint.is_made(directory, settings)
-  assert best_checkpoint.find(tmp_path, settings, [2]) == best_checkpoint.Best(2, "s-1", 0.75)
+  assert best_checkpoint.find(tmp_path, settings, [2]) == best_checkpoint.Best(2, "s-1-a", 0.75)
+  assert best_checkpoint.find(tmp_path, settings | {"scorers": []}, [2]) is None
   shutil.copytree(directory, directory.with_name("02"))
   for name in ("results.json", "settings.json"):
     before = (directory / name).read_bytes()
@@ -381,6 +389,33 @@ def test_images_with_damaged_settings_are_not_overwritten(tmp_path, content):
   file.unlink()
   os.mkfifo(file)
   refused(lambda: image_files.is_generated(file, {"seed": 1}), file)
+
+
+def test_scorers_that_a_run_learned_from(tmp_path):
+  """Those of its reward, its experts, its start and its best checkpoint."""
+
+  def write(name, **sections):
+    config = {"model": {"path": "shapes"}, "train": {}} | sections
+    workdir_lib.write_json(tmp_path / name / "config.json", config)
+    workdir_lib.write_json(tmp_path / name / "starts.json", [])
+    return str(tmp_path / name)
+
+  chosen = write("chosen", data={"score": "/scores/hpsv2.v2_0-2.0-tensor_aa.parquet"})
+  from_it = {"model": {"path": "shapes", "start": chosen}}
+  online = write("online", rounds={"scorers": ["pickscore.v1"]}, **from_it)
+  latent = write("latent", rounds={"scorers": ["a.b"]}, steps={"judge": "J"})
+  of = load_run.deciding_scorers
+  assert of("shapes") == of(write("plain", data={"score": ""})) == of(latent) == ()
+  assert of(online) == ("pickscore.v1", "hpsv2.v2_0-2.0-tensor_aa")
+  best_checkpoint.write(tmp_path / "chosen", best_checkpoint.Best(2, "clip.h14-1-pil", 0.5))
+  assert of(chosen, best=True) == ("hpsv2.v2_0-2.0-tensor_aa", "clip.h14-1-pil")
+  # Variants of a network are no judges of each other.
+  names = ["hpsv2.v2_0_pil", "hpsv2.v2_1", "clip.h14_bf16", "pickscore.v1", "shapes.quality"]
+  found = scorers.with_weights_of(names, [*of(chosen, best=True), "shapes.quality-2"])
+  assert found == ["hpsv2.v2_0_pil", "clip.h14_bf16", "shapes.quality"]
+  assert scorers.with_weights_of(["aesthetic.v1_hf", "aesthetic.v2"], ["aesthetic.v1"]) == [
+    "aesthetic.v1_hf"
+  ]
 
 
 def test_a_finished_iteration_is_named_by_a_plain_number(tmp_path):

@@ -181,6 +181,9 @@ def test_a_run_is_warned_of_by_what_selected_its_data_or_what_it_is_trained_on()
   assert reward_hacking.find_in_run(one["scorers"], []) == []
   [said] = reward_hacking.find_in_run(one["scorers"], [], trained=["chosen"])
   assert "which is trained on, rises, but clip-1 (-0." in said
+  versions = {f"{key}-hf": entry for key, entry in one["scorers"].items()}
+  [said] = reward_hacking.find_in_run(versions, [], trained=["chosen"])
+  assert "which is trained on, rises, but clip-1-hf (-0." in said
   for one in measured[0]["by_prompt"]["comparisons"]:
     one["model"] = "tuned"
   [said] = reward_hacking.find_in_run(

@@ -268,6 +268,11 @@ def test_an_improver_improves_another_models_images(tiny_pipeline, tmp_path, cap
     (["--models=a=shapes", "--scores=scores.csv"], "scores.csv"),
     (["--models=a=shapes", "--geneval=a=results.jsonl"], "results.jsonl is not a file"),
     (["--models=a=shapes", "--geneval=b=results.jsonl"], "give it as NAME=results.jsonl"),
+    (["--models=a=shapes", "--geneval=a=x,a=y"], "--geneval names 'a' twice"),
+    (
+      ["--models=a=shapes", "--scorers=shapes.quality", "--selected-by=shapes.quality-9"],
+      "--selected-by=shapes.quality-9 is not a scorer of this comparison (shapes.quality)",
+    ),
     (
       ["--models=a=shapes", "--scorers=counting_scorers.contrast", "--selected-by=contrast"],
       "--selected-by=contrast is not a scorer of this comparison (counting_scorers.contrast)",

@@ -123,6 +123,23 @@ def test_what_judges_samples_is_part_of_the_memory():
   rows = config.train.batch_size // config.train.accumulate
   assert few["kept for the backward pass"] == pytest.approx(2 * rows * step / 2**30, rel=1e-6)
   assert more["kept for the backward pass"] == few["kept for the backward pass"]
+  # ReFL does not recompute its prediction. DRaFT-LV judges several images of each prompt.
+  refl, several = (
+    planned("shapes", "h200:1", *more, config=f"configs/{name}.py:shapes", search=False)
+    for name, more in (
+      ("refl", []),
+      ("draft_lv", ["pathwise.at_once=64", "pathwise.repeats=2"]),
+    )
+  )
+  config = config_lib.load_config("refl:shapes")
+  rows = config.train.batch_size // config.train.accumulate
+  guided = 2 if config.rollout.guidance > 1 else 1
+  both = guided * rows * step + min(rows, config.pathwise.at_once) * kept
+  found_kept = refl["memory"]["kept for the backward pass"]
+  assert found_kept == pytest.approx(both / 2**30, rel=1e-6)
+  config = config_lib.load_config("draft_lv:shapes")
+  judged = min(64, 2 * config.train.batch_size // config.train.accumulate)
+  assert several["memory"]["kept for the backward pass"] == judged * kept / 2**30
 
 
 @pytest.mark.long

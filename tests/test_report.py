@@ -257,6 +257,19 @@ def test_a_win_by_the_scorer_that_selected_the_data_alone_decides_nothing(tmp_pa
   page = Page(write(tmp_path / "report.html", results=chose)).text
   assert "Undecided" in page and "Tuned model preferred" not in page
   assert "a-1 had a part in the training, so it is not evidence." in page
+  assert report.verdict(chose).endswith(
+    "it is undecided which model is better: a-1 prefers the tuned model in 71 % of the pairs "
+    "(95 % interval 66 to 76 %, p = 1e-12), but had a part in the training, so it is not "
+    "evidence."
+  )
+
+
+def test_a_binary_reward_is_not_part_of_the_verdict():
+  right = entry(0.6, [0.55, 0.65], base=0.4, tuned=0.6) | {"binary": True}
+  results = {"a-1": right, "b-1": WON}
+  assert "a-1 rise from 40 % to 60 %" in report.verdict(results)
+  results["a-1"] = right | {"selected_training_data": True}
+  assert "a-1" not in report.verdict(results)
 
 
 def test_panels_place_points_and_hide_no_value():

@@ -60,7 +60,12 @@ def load_rows(
   name = sources.name_of(data)
   if name not in ("built", "shapes") and sources.is_built(data.path):
     raise UserError(f"{data.path} is a built data set: leave out data.source = {name!r}")
-  if data.score and (kind != "experts" or data.experts != "top" or name != "built"):
+  # Pairs that an iterative run has generated: there it chose the images that are learned.
+  if (
+    data.score
+    and name != "online"
+    and (kind != "experts" or data.experts != "top" or name != "built")
+  ):
     raise UserError(
       f"data.score = {data.score!r} chooses experts: it needs a loss that learns from experts, "
       "data.experts=top, and a data.path that is built and scored (python -m jaxpref.data "

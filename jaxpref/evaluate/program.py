@@ -44,6 +44,7 @@ def _run(argv: list[str]) -> None:
   texts = [prompt.text for prompt in prompts]
   scorers = _names(flags.scorers)
   usable = evaluate.usable_scorers(scorers, texts)
+  scorers_lib.find_files(usable)
   _check_unit(flags.unit, usable)
   if flags.features != "pixels":
     scorers_lib.load_features(flags.features)
@@ -124,14 +125,14 @@ def _deciding(
   found: Sequence[candidates.Candidate], flags: argparse.Namespace, scorers: Sequence[str]
 ) -> list[str]:
   """Returns the scorers to which the runs among the models are biased, and says which."""
+  from jaxpref import scorers as scorers_lib  # noqa: PLC0415
   from jaxpref.training import load_run  # noqa: PLC0415
 
   decided: dict[str, list[str]] = {}
   for candidate in found:
     names = load_run.deciding_scorers(candidate.model, best=flags.step == "best")
-    for name in scorers:
-      if any(of == name or of.startswith(f"{name}-") for of in names):
-        decided.setdefault(name, []).append(candidate.name)
+    for name in scorers_lib.with_weights_of(scorers, names):
+      decided.setdefault(name, []).append(candidate.name)
   for name, models in decided.items():
     if name not in flags.selected_by:
       print(f"{name} had a part in the training of {', '.join(models)}: it does not decide")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from jaxpref import scorers
+from jaxpref import scorers as scorers_lib
 from jaxpref.data import images as images_lib
 from jaxpref.errors import UserError, count
 from jaxpref.evaluate import examples, score_table
@@ -109,7 +109,7 @@ def write(
 
 def _features(name: str, files: Sequence[Path]) -> np.ndarray:
   """Computes the features that diversity is measured by, a part of the images at a time."""
-  function = diversity.pixel_features if name == "pixels" else scorers.load_features(name)
+  function = diversity.pixel_features if name == "pixels" else scorers_lib.load_features(name)
   parts = [
     function([images_lib.decode(file) for file in files[start : start + _DECODED]])
     for start in range(0, len(files), _DECODED)
@@ -175,15 +175,17 @@ def check(flags: argparse.Namespace, images: pd.DataFrame, scorers: Sequence[str
   Raises:
     UserError: a file is missing or wrong, or --selected-by names no scorer of the comparison.
   """
-  known = list(scorers)
+  known = {name: f"{name}-{of}" for name, (of, _) in scorers_lib.load_scorers(scorers).items()}
   for table in _read_scores(flags, images):
-    known += table["scorer"].unique()
+    known |= {
+      name: f"{name}-{of}" for name, of in zip(table["scorer"], table["version"], strict=True)
+    }
   for path in _geneval_files(flags, images).values():
     if not path.is_file():
       raise UserError(f"--geneval: {path} is not a file")
-    known.append(geneval.SCORER)
+    known[geneval.SCORER] = f"{geneval.SCORER}-{geneval.VERSION}"
   for name in flags.selected_by:
-    if not any(name == of or name.startswith(f"{of}-") for of in known):
+    if name not in known and name not in known.values():
       raise UserError(
         f"--selected-by={name} is not a scorer of this comparison ({', '.join(known)})"
       )
@@ -201,6 +203,8 @@ def _geneval_files(flags: argparse.Namespace, images: pd.DataFrame) -> dict[str,
     model, _, path = part.partition("=")
     if not path or model not in set(images["model"]):
       raise UserError(f"--geneval={part}: give it as NAME=results.jsonl, a name of --models")
+    if model in found:
+      raise UserError(f"--geneval names {model!r} twice")
     found[model] = user_path(path)
   return found
 

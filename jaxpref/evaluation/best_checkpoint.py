@@ -80,14 +80,15 @@ def find(workdir: Path, settings: dict[str, Any], saved: Collection[int]) -> Bes
   Returns:
     The best checkpoint; None without a scorer or an evaluation. The earliest of equal ones.
   """
-  found = []
+  if not settings["scorers"]:
+    return None
+  found, decides = [], "-".join(settings["scorers"][0])
   for directory in (workdir / "evaluation").glob("*"):
     update = number_of(directory.name)
     if update is None or update not in saved or not is_made(directory, settings):
       continue
-    for scorer, entry in evaluate.read_results(directory).items():
-      if scorer.rpartition("-")[::2] in map(tuple, settings["scorers"][:1]):
-        found.append(Best(update, scorer, entry["tuned"]["mean"]))
+    if entry := evaluate.read_results(directory).get(decides):
+      found.append(Best(update, decides, entry["tuned"]["mean"]))
   # Of equal scores the earliest, which has moved least from the base.
   return max(found, key=lambda b: (b.mean, -b.update), default=None)
 

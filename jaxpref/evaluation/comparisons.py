@@ -103,7 +103,7 @@ def compare_all(
 def judge(entries: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
   """Sums up a comparison: what scorers say together, and the outcome of each.
 
-  Scorers that selected the training data have no part in it.
+  Scorers that had a part in the training have none in it.
 
   Args:
     entries: from `statistics.compare`.

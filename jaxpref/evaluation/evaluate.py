@@ -67,7 +67,7 @@ def usable_scorers(names: Sequence[str], prompts: Sequence[str]) -> tuple[str, .
     prompts: of the evaluation.
 
   Raises:
-    UserError: a name is unknown, or files of a usable scorer are missing.
+    UserError: a name is unknown.
   """
   scorers.load_scorers(names)
   usable, refused = [], collections.defaultdict(list)
@@ -79,7 +79,6 @@ def usable_scorers(names: Sequence[str], prompts: Sequence[str]) -> tuple[str, .
       refused[str(error)].append(name)
   for reason, left_out in refused.items():
     _log.warning("not scored with %s: %s", ", ".join(left_out), reason)
-  scorers.find_files(usable)
   return tuple(usable)
 
 
@@ -112,7 +111,7 @@ def evaluate(
     improve: the configuration's `improve` section if the tuned model is an improver; its input
       images are then the base's images.
     known: images by model of an earlier evaluation with equal settings, which are reused.
-    selected_by: scorers that selected the training data, see `statistics.compare`.
+    selected_by: scorers that had a part in the training, see `statistics.compare`.
 
   Returns:
     The images by model, uint8 [N, H, W, 3]; images of a prompt follow each other.

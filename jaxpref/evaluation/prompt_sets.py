@@ -116,8 +116,10 @@ def choose_prompts(
 
 def _of_run(source: str) -> list[Prompt]:
   """Loads a set or a file; unlike `load_prompts` no prompt, which may be a misspelt file."""
-  known, _, rest = source.partition(":")
-  return _of_set(known, rest) if known in SETS else _read(Path(source), UNCATEGORIZED)
+  known, _, rest = source.strip().partition(":")
+  if known in SETS or (known == _SHAPES and rest.isdecimal()):
+    return load_prompts(source)
+  return _read(user_path(source), UNCATEGORIZED)
 
 
 def summarize(prompts: Sequence[Prompt]) -> dict[str, Any]:

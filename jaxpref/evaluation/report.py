@@ -168,11 +168,13 @@ def verdict(
   if entry["p_value"] is not None:
     by = f"95 % interval {percent(low)[:-2]} to {percent(high)}, {_p(entry)}"
   said = f"{judge} prefers the {side} model in {percent(rate)} of the pairs ({by})"
-  if result == "undecided":
+  if entry["selected_training_data"]:
+    said += ", but had a part in the training, so it is not evidence"
+  if result == "undecided" or entry["selected_training_data"]:
     said = f"it is undecided which model is better: {said}"
   text = f"{where}, {said}"
   for key in results:
-    if results[key]["binary"] and key != judge:
+    if results[key]["binary"] and key != judge and not results[key]["selected_training_data"]:
       change = outcome(results[key])
       clash = {result, change} == {"won", "lost"}
       text += f"; {'but ' if clash else ''}{_correctness(key, results[key], change)}"

@@ -76,8 +76,9 @@ def find_in_run(
   found = {"baseline": "base", "comparisons": [one]}
   if not trained:
     return find_hacking(found, diversity)
+  begins = tuple(f"{name}-" for name in trained)  # keys are "<scorer>-<version>"
   one["scorers"] = {
-    key: entry | {"selected_training_data": key.rpartition("-")[0] in trained}
+    key: entry | {"selected_training_data": key.startswith(begins)}
     for key, entry in results.items()
   }
   return find_hacking(found, diversity, role=role)

@@ -45,8 +45,8 @@ def compare(
     seed: seed of the bootstrap and of the permutation test, the same for each scorer, so that
       a scorer's numbers do not depend on the other scorers.
     resamples: number of bootstrap resamples and of random permutations.
-    selected_by: keys ("<scorer>-<version>") or names of scorers that selected the training
-      data; they are flagged and do not count for verdicts.
+    selected_by: keys ("<scorer>-<version>") or names of scorers that had a part in the
+      training; they are flagged and do not count for verdicts.
     imported: keys or names of scorers whose scores may be missing or NaN. Such pairs are left
       out and counted; for other scorers they are an error.
 

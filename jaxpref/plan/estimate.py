@@ -5,7 +5,8 @@
 It counts parameters, FLOPs per update by phase, and memory per device. It says whether the run
 fits, and which settings make it fit. For TPUs, if libtpu is installed, --compile=yes compiles
 the run's programs with the TPU compiler, for its own numbers of memory and communication. The
-planner needs no accelerator, and only the configuration files of the model.
+planner needs no accelerator, and only the configuration files of the model; of scorers inside
+of the program (`draft`, `refl`, `spo`) it reads the weights.
 """
 
 import dataclasses
@@ -301,8 +302,13 @@ def _memory(checked: Any, arguments: Any, model: _Model) -> dict[str, float]:
   if (config.rollout.guidance if samples else step_rows.training_guidance(config)) > 1:
     latents *= 2
   kept, batch = latents * model.kept(config.model.remat), arguments.batch
-  if samples:  # the backward pass recomputes one step, or decodes some images, at a time
-    kept = max(kept, min(images, config.pathwise.at_once) * model.kept_by_judge)
+  if samples:
+    of = config.pathwise
+    judged = images * (of.repeats if of.method == "renoised" else 1)
+    judged = min(judged, of.at_once) * model.kept_by_judge
+    # The backward pass recomputes a step, or decodes images, at a time; only a prediction
+    # inside of the trajectory is not recomputed.
+    kept = kept + judged if of.method == "predicted" else max(kept, judged)
     batch = batch["rows"]  # it holds the judge too
   whole, split = model.judge
   wide = on(state.params)

@@ -25,7 +25,8 @@ A family whose scorers need files, such as weights, may have
 
     FILES: dict[str, Callable[[], None]]  # name -> finds them, or raises a UserError
 
-so that a missing file is found before hours of work.
+so that a missing file is found before hours of work. Scorers with the same function are
+variants of one network.
 
 A family whose models see images may have
 
@@ -94,6 +95,22 @@ def find_files(names: Iterable[str]) -> None:
     if find := _entries(family, "FILES").get(short):
       with plugins.one_line_errors(f"scorer {name!r}: its entry in FILES", find):
         find()
+
+
+def with_weights_of(names: Iterable[str], others: Iterable[str]) -> list[str]:
+  """Returns those scorers that are among the others, or have the files of one.
+
+  Args:
+    names: "<family>.<name>" each.
+    others: names, or keys "<family>.<name>-<version>".
+  """
+
+  def identity(name: str) -> Any:
+    family, _, short = name.partition("-")[0].rpartition(".")
+    return _entries(family, "FILES").get(short, name.partition("-")[0])
+
+  known = [identity(other) for other in others]
+  return [name for name in names if identity(name) in known]
 
 
 def load_reward(name: str, *, dtype: str = "float32") -> Reward:

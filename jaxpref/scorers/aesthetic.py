@@ -58,7 +58,8 @@ SCORERS = {
   "v2_bf16": _entry(V2, "pil", "bfloat16"),
   "v2_hf": _entry(V2, "hf"),
 }
-FILES = {
-  name: functools.partial(_find_files, V1 if name.startswith("v1") else V2) for name in SCORERS
+_FIND = {
+  published.name[-1]: functools.partial(_find_files, published) for published in (V1, V2)
 }
+FILES = {name: _FIND[name[1]] for name in SCORERS}
 REWARDS = {"v1": _reward(V1), "v2": _reward(V2)}

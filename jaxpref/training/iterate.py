@@ -73,6 +73,7 @@ class Prepared:
     prompts: of the evaluations.
     inputs: digests of the models and the data.
     data: counts of the rows that were left out, by reason.
+    scorers: names of those that can judge the prompts.
   """
 
   config: ConfigDict
@@ -81,6 +82,7 @@ class Prepared:
   prompts: list[str]
   inputs: dict[str, str]
   data: Tally
+  scorers: tuple[str, ...]
 
 
 def prepare(config: ConfigDict) -> Prepared:
@@ -112,9 +114,9 @@ def prepare(config: ConfigDict) -> Prepared:
   # As they would be read from a file with one prompt per line.
   prompts = list(dict.fromkeys(" ".join(prompt.split()) for prompt in prompts))
   evaluate.check_count(len(prompts), config.evaluate.images_per_prompt)
-  evaluate.usable_scorers(config.evaluate.scorers, prompts)
+  usable = evaluate.usable_scorers(config.evaluate.scorers, prompts)
   inputs["data"] = rows.digest
-  return Prepared(config, checked.mesh, rows, prompts, inputs, tally)
+  return Prepared(config, checked.mesh, rows, prompts, inputs, tally, usable)
 
 
 def _check_data(data: ConfigDict) -> None:

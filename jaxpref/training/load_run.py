@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,8 @@ PAIRS, ITERATIONS = "pairs", "iterations"
 _NEEDED = ("model", "train")
 _READ: dict[str, Any] = {
   **dict.fromkeys(("model.path", "model.variant", "train.checkpoints"), str),
-  **dict.fromkeys(("lora.targets", "data.good_prefix"), str),
+  **dict.fromkeys(("model.start", "lora.targets", "data.good_prefix", "data.score"), str),
+  "steps.judge": str,
   **dict.fromkeys(("lora.rank", "model.image_size", "judge.width"), int),
 }
 _NUMBERS = (
@@ -209,23 +211,34 @@ def setting(name: str, section: str, field: str, default: float) -> float:
   return _read_config(trained_in(user_path(name))).get(section, {}).get(field, default)
 
 
-def deciding_scorers(name: str, *, best: bool) -> tuple[str, ...]:
-  """Returns the scorers that judge a run's images with a bias, which other models do not have.
+def learned_from(config: Mapping[str, Any]) -> tuple[str, ...]:
+  """Returns the scorers, as names or keys, that judge a run's images with a bias.
 
-  They are those of its reward, that which has chosen its experts and, for its best checkpoint,
-  that which has chosen the checkpoint.
+  They are those of its reward, that which has chosen its experts, and those of the run that it
+  starts from.
 
   Args:
-    name: of the model.
-    best: whether its best checkpoint is judged.
+    config: of the run.
+  """
+  chosen, start = config.get("data", {}).get("score", ""), config["model"].get("start", "")
+  if chosen.endswith(".parquet"):  # a file of scores, named by its key
+    chosen = Path(chosen).stem
+  before = deciding_scorers(start) if start else ()
+  return (*base_config.reward_scorers(config), *([chosen] if chosen else []), *before)
+
+
+def deciding_scorers(name: str, *, best: bool = False) -> tuple[str, ...]:
+  """Returns the scorers, as names or keys, that judge a model's images with a bias.
+
+  Args:
+    name: of the model; only a run's has such scorers.
+    best: whether the run's best checkpoint is judged, which a scorer has chosen as well.
   """
   if not is_run(name):
     return ()
-  config = _read_config(trained_in(user_path(name)))
-  chosen = [config.get("data", {}).get("score", "")]
-  if best:
-    chosen += config.get("evaluate", {}).get("scorers", [])[:1]
-  return (*base_config.reward_scorers(config), *filter(None, chosen))
+  workdir = trained_in(user_path(name))
+  chosen = [best_checkpoint_lib.read(workdir).scorer] if best else []
+  return (*learned_from(_read_config(workdir)), *chosen)
 
 
 def is_run(name: str) -> bool:
@@ -280,6 +293,11 @@ def _is_config(found: Any) -> bool:
     values = found.get(section, {})
     number = values.get(name, 0.0) if isinstance(values, dict) else None
     if not isinstance(number, int | float) or not math.isfinite(number):
+      return False
+  for section in ("rounds", "pathwise"):
+    values = found.get(section, {"scorers": []})
+    names = values.get("scorers") if isinstance(values, dict) else None
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
       return False
   rank = found.get("lora", {}).get("rank", 0)
   if not 0 <= rank < 2**31 or (rank and not {"alpha", "targets"} <= found["lora"].keys()):

@@ -123,16 +123,15 @@ def check_rows(config: ConfigDict, of_prompt: int) -> None:
 
 
 def check_scorers(settings: ConfigDict, captions: Sequence[str]) -> None:
-  """Refuses scorers that are unknown, lack files, or cannot judge a prompt.
+  """Refuses scorers that are unknown or cannot judge a prompt.
 
   Args:
     settings: the configuration's section `rounds` or `pathwise`.
     captions: the prompts.
 
   Raises:
-    UserError: a scorer is unknown or lacks a file, or cannot judge one of the prompts.
+    UserError: a scorer is unknown, or cannot judge one of the prompts.
   """
   for name in settings.scorers:
     scorers.load_scorers([name])
     scorers.categorize([name], captions)
-  scorers.find_files(settings.scorers)

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxpref import base_config
-from jaxpref.data.built_rows import CHOSEN_BY, StoredImages
+from jaxpref import base_config, scorers
+from jaxpref.data.built_rows import StoredImages
 from jaxpref.evaluation import best_checkpoint, evaluate
 from jaxpref.runtime import checkpoint_files, distributed, jax_setup
 from jaxpref.runtime.checkpoint import Checkpointer
-from jaxpref.training import alarms
+from jaxpref.training import alarms, load_run
 from jaxpref.training.setup import Prepared, rows_kind
 
 
@@ -72,11 +72,9 @@ class RunEvaluator:
     self.keep_best()
 
   def _selected_by(self) -> tuple[str, ...]:
-    """Returns the scorers of the reward and that of the experts, which judge with a bias."""
-    stored = self._prepared.rows.images
-    chosen = stored.table.about.get(CHOSEN_BY) if isinstance(stored, StoredImages) else None
-    learned = base_config.reward_scorers(self._prepared.config)
-    return (*learned, chosen) if chosen else learned
+    """Returns the scorers that judge this run with a bias, see `load_run.learned_from`."""
+    learned = load_run.learned_from(self._prepared.config)
+    return tuple(scorers.with_weights_of(self._prepared.scorers, learned))
 
   def keep_best(self) -> None:
     """Finds the best evaluated checkpoint, if there are several, and protects it."""

@@ -101,7 +101,8 @@ def prepare(config: ConfigDict) -> Prepared:
     rows, held_out = hold_out(rows, config.judge.held_out, seed=config.seed)
   check_data(checked, rows)
   evaluate.check_count(len(prompts), config.evaluate.images_per_prompt)
-  usable = evaluate.usable_scorers(config.evaluate.scorers, prompts)
+  scorers = dict.fromkeys((*config.evaluate.scorers, *base_config.reward_scorers(config)))
+  usable = evaluate.usable_scorers(tuple(scorers), prompts)
   for section in ("rounds", "pathwise"):
     if section in config:
       rounds_settings.check_scorers(config[section], rows.used_captions())
