@@ -45,7 +45,7 @@ def _run(argv: list[str]) -> None:
     lambda: iterate.prepare(config) if iterative else setup.prepare(config)
   )
   distributed.check_same("inputs", prepared.inputs)
-  judging = (*prepared.scorers, *base_config.trained_scorers(config))
+  judging = dict.fromkeys((*prepared.scorers, *base_config.trained_scorers(config)))
   distributed.first(lambda: scorers.find_files(judging))  # process 0 scores
   safe = iterate.RESUME_SAFE if iterative else workdir_lib.RESUME_SAFE
   with (

@@ -192,6 +192,12 @@ def test_scores_of_other_judges_are_compared_and_marked(arguments, finished, tmp
   assert (found["win"], found["dropped"], found["selected_training_data"]) == (1, 1, True)
   assert _results(out)["scorers"]["judge-7"]["imported"]
   assert "had a part in the training: no evidence" in (out / "report.html").read_text()
+  # Of two versions, one had a part in the training.
+  both = pd.concat([rows, rows.assign(version="8")])
+  both.drop(columns=["prompt", "category"]).to_csv(tmp_path / "judge.csv", index=False)
+  assert program.main([*flags, "--selected-by=judge-7"]) == 0
+  versions = [_of(_results(out), "noisy", f"judge-{i}") for i in (7, 8)]
+  assert [of["selected_training_data"] for of in versions] == [True, False]
   (tmp_path / "judge.csv").write_text(
     "model,prompt_id,seed,scorer,version,score\nx,0,0,j,1,1\n"
   )

@@ -70,7 +70,8 @@ def test_choose_prompts(tmp_path):
   table = tmp_path / "prompts.tsv"
   table.write_text("Prompt\tCategory\na ring\tx\na star\ty\na ring\tx\n")
   assert sorted(prompt_sets.choose_prompts(str(table), 9, [], seed=0)) == ["a ring", "a star"]
-  assert len(prompt_sets.choose_prompts("shapes:7", 9, [], seed=0)) == 7
+  some, others = (prompt_sets.choose_prompts("shapes:7", 9, [], seed=i) for i in (0, 1))
+  assert len(some) == len(others) == 7 and set(some) != set(others)
 
 
 @pytest.mark.parametrize(

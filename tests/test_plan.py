@@ -97,7 +97,7 @@ def test_what_judges_samples_is_part_of_the_memory():
   judge, pipeline = checked.judge, checked.pipeline
   whole, _ = memory.judge_shapes(checked)
   tokens = programs.abstract_prompts(checked, 1)["rows"]["tokens"]
-  kept = memory.kept_by_judge(judge, pipeline, whole, tokens)
+  kept = memory.kept_by_judge(judge, pipeline, tokens)
   # XLA's own count for the gradient of one image, which has scratch space too.
   one = jax.ShapeDtypeStruct(pipeline.latent_shape, "float32")
   words = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tokens)

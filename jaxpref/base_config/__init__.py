@@ -171,7 +171,7 @@ def _add_train(c: ConfigDict) -> None:
 def _add_evaluate(c: ConfigDict) -> None:
   c.evaluate = ConfigDict()  # compares tuned and base model on the same prompts and noise
   c.evaluate.every = 0  # also evaluate every N checkpoints and keep the best; 0: at the end
-  c.evaluate.prompts = "auto"  # 'shapes' (held-out), 'captions', a prompt set or a file
+  c.evaluate.prompts = "auto"  # or 'shapes' (held-out), 'captions', a prompt set or a file
   c.evaluate.num_prompts = 150  # largest number of prompts
   c.evaluate.images_per_prompt = 2  # of each model, from the same noise for both models
   c.evaluate.scorers = ("shapes.correct", "shapes.quality")  # FAMILY.NAME, see jaxpref/scorers

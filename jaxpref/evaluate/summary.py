@@ -155,11 +155,7 @@ def _rows(
     for key in keys
   ]
   others = [*_read_scores(flags, images), *detected]
-  imported = {
-    f"{scorer}-{version}"
-    for table in others
-    for scorer, version in zip(table["scorer"], table["version"], strict=True)
-  }
+  imported = _keys(others)
   empty = pd.DataFrame(columns=list(score_rows.COLUMNS))
   return pd.concat([*own, *others] or [empty], ignore_index=True), sorted(imported)
 
@@ -175,20 +171,25 @@ def check(flags: argparse.Namespace, images: pd.DataFrame, scorers: Sequence[str
   Raises:
     UserError: a file is missing or wrong, or --selected-by names no scorer of the comparison.
   """
-  known = {name: f"{name}-{of}" for name, (of, _) in scorers_lib.load_scorers(scorers).items()}
-  for table in _read_scores(flags, images):
-    known |= {
-      name: f"{name}-{of}" for name, of in zip(table["scorer"], table["version"], strict=True)
-    }
+  known = {f"{name}-{of}": name for name, (of, _) in scorers_lib.load_scorers(scorers).items()}
+  known |= _keys(_read_scores(flags, images))
   for path in _geneval_files(flags, images).values():
     if not path.is_file():
       raise UserError(f"--geneval: {path} is not a file")
-    known[geneval.SCORER] = f"{geneval.SCORER}-{geneval.VERSION}"
+    known[f"{geneval.SCORER}-{geneval.VERSION}"] = geneval.SCORER
   for name in flags.selected_by:
-    if name not in known and name not in known.values():
-      raise UserError(
-        f"--selected-by={name} is not a scorer of this comparison ({', '.join(known)})"
-      )
+    if not score_rows.named((name,), known):
+      names = ", ".join(dict.fromkeys(known.values()))
+      raise UserError(f"--selected-by={name} is not a scorer of this comparison ({names})")
+
+
+def _keys(tables: Sequence[pd.DataFrame]) -> dict[str, str]:
+  """Returns the scorers of tables of scores as key -> name."""
+  return {
+    f"{scorer}-{version}": scorer
+    for table in tables
+    for scorer, version in table[["scorer", "version"]].drop_duplicates().to_numpy()
+  }
 
 
 def _read_scores(flags: argparse.Namespace, images: pd.DataFrame) -> list[pd.DataFrame]:

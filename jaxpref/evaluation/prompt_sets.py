@@ -107,18 +107,18 @@ def choose_prompts(
     found = captions
   else:
     try:
-      found = list(dict.fromkeys(prompt.text for prompt in _of_run(source)))
+      found = list(dict.fromkeys(prompt.text for prompt in _of_run(source, seed)))
     except UserError as error:
       raise UserError(f"evaluate.prompts: {error}") from error
   order = np.random.default_rng(seed).permutation(len(found))
   return [found[i] for i in order[:num_prompts]]
 
 
-def _of_run(source: str) -> list[Prompt]:
+def _of_run(source: str, seed: int) -> list[Prompt]:
   """Loads a set or a file; unlike `load_prompts` no prompt, which may be a misspelt file."""
   known, _, rest = source.strip().partition(":")
   if known in SETS or (known == _SHAPES and rest.isdecimal()):
-    return load_prompts(source)
+    return load_prompts(source, seed=seed)
   return _read(user_path(source), UNCATEGORIZED)
 
 

@@ -234,9 +234,7 @@ class _Model:
     from jaxpref.training import programs  # noqa: PLC0415
 
     judge, batch = self._checked.judge, programs.abstract_prompts(self._checked, 1)
-    whole, _ = self.judge
-    tokens = batch["rows"]["tokens"]
-    return memory.kept_by_judge(judge, self._checked.pipeline, whole, tokens)
+    return memory.kept_by_judge(judge, self._checked.pipeline, batch["rows"]["tokens"])
 
 
 def _has_fused_attention(checked: Any, chip: Chip) -> bool:
@@ -287,8 +285,6 @@ def _memory(checked: Any, arguments: Any, model: _Model) -> dict[str, float]:
       mesh.
     model: of the run.
   """
-  import jax  # noqa: PLC0415
-
   from jaxpref.plan import memory  # noqa: PLC0415
   from jaxpref.training import programs, step_rows  # noqa: PLC0415
 
@@ -321,12 +317,10 @@ def _memory(checked: Any, arguments: Any, model: _Model) -> dict[str, float]:
     # The base weights stay on the devices until the end, for the evaluation.
     "frozen copies": on(state.policy_copy) + on(model.base) + on(arguments.start),
     "text encoders, VAE": on(model.encoders),
-    "judge of samples": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(whole))
-    + on(split),
+    "judge of samples": memory.tree_bytes(whole) + on(split),
     "kept for the backward pass": kept,
     "attention's logits": 0 if model.fused else latents * _logits_bytes(checked),
-    "batch": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(rows)) / mesh.size
-    + on(state.replay),
+    "batch": memory.tree_bytes(rows) / mesh.size + on(state.replay),
   }
   parts = {name: value / GIB for name, value in parts.items()}
   return {**parts, "total": sum(parts.values())}

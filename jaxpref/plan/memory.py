@@ -25,6 +25,11 @@ def bytes_on_device(tree: Any, mesh: Any) -> int:
   return sum(jax.tree.leaves(sizes))
 
 
+def tree_bytes(tree: Any) -> int:
+  """Computes the bytes of a tree of shapes."""
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def judge_shapes(checked: Checked) -> tuple[Any, Any]:
   """Returns the shapes of what judges the samples of a run.
 
@@ -38,10 +43,9 @@ def judge_shapes(checked: Checked) -> tuple[Any, Any]:
   config, pipeline, judge = checked.config, checked.pipeline, checked.judge
   if "pathwise" not in config and not base_config.have_candidates(config):
     return {}, {}
-  whole = {"vae": abstract_params(pipeline.modules["vae"])}
   if isinstance(judge, Judge):
-    scorers = {name: reward.params for name, reward in judge.rewards.items()}
-    return {**whole, "scorers": jax.eval_shape(lambda: scorers)}, {}
+    return judge.abstract_params(), {}
+  whole = {"vae": abstract_params(pipeline.modules["vae"])}
   of, width, _ = flops.latent_judge(checked)
   model = reward_model.abstract_params(of, width=width)
   freeze = lambda encoder: pipeline.freeze(encoder, config.model.frozen_dtype)  # noqa: E731
@@ -75,15 +79,15 @@ def kept_by_reward_model(pipeline: Pipeline, *, width: int, **options: Any) -> i
   return _kept(score, params, _latent(pipeline), _LEVEL, pipeline.abstract_cond(1), None)
 
 
-def kept_by_judge(judge: Judge, pipeline: Pipeline, params: Any, tokens: Any) -> int:
+def kept_by_judge(judge: Judge, pipeline: Pipeline, tokens: Any) -> int:
   """Computes those of the decoder and the scorers of an update that samples, per image.
 
   Args:
-    judge: its parameters are not needed.
+    judge: only its parameters' shapes matter.
     pipeline: of the policy.
-    params: shapes of `Judge.place`.
     tokens: shapes of the tokens of one prompt or more, [B, ...].
   """
+  params = judge.abstract_params()
   latent = jax.ShapeDtypeStruct(pipeline.latent_shape, jnp.float32)
   words = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tokens)
   score = lambda x, p, w: judge.score_one(p, x, w)  # noqa: E731  # the gradient is the latent's
@@ -111,8 +115,4 @@ def _kept(function: Callable, wanted: Any, *arguments: Any, shared: Any = None) 
   )
   # Residuals with a parameter's shape are parameters or their casts, which all rows share.
   weights = {leaf.shape for leaf in jax.tree.leaves((wanted, shared))}
-  return sum(
-    leaf.size * leaf.dtype.itemsize
-    for leaf in jax.tree.leaves(residuals)
-    if leaf.shape not in weights
-  )
+  return tree_bytes([x for x in jax.tree.leaves(residuals) if x.shape not in weights])

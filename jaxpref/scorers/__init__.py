@@ -106,8 +106,9 @@ def with_weights_of(names: Iterable[str], others: Iterable[str]) -> list[str]:
   """
 
   def identity(name: str) -> Any:
-    family, _, short = name.partition("-")[0].rpartition(".")
-    return _entries(family, "FILES").get(short, name.partition("-")[0])
+    name = name.partition("-")[0]
+    family, _, short = name.rpartition(".")
+    return _entries(family, "FILES").get(short, name)
 
   known = [identity(other) for other in others]
   return [name for name in names if identity(name) in known]

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from jaxpref import scorers, sharding
 from jaxpref.models import vae as vae_lib
-from jaxpref.models.pipeline import Pipeline
+from jaxpref.models.pipeline import Pipeline, abstract_params
 from jaxpref.scorers import Reward
 
 
@@ -34,6 +34,12 @@ class Judge:
     """Puts the VAE and the scorers on every device: the argument `params` of `score`."""
     trees = {name: reward.params for name, reward in self.rewards.items()}
     return sharding.replicate({"vae": pipeline.params["vae"], "scorers": trees}, mesh)
+
+  def abstract_params(self) -> dict[str, Any]:
+    """Returns the shapes of `place`."""
+    shape_of = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
+    trees = {name: reward.params for name, reward in self.rewards.items()}
+    return {"vae": abstract_params(self.vae), "scorers": jax.tree.map(shape_of, trees)}
 
   def tokenize(self, prompts: Sequence[str]) -> dict[str, Any]:
     """Returns what the scorers read of prompts, numpy arrays [N, ...] by scorer."""

@@ -19,7 +19,7 @@ from jaxpref.data import rows as rows_lib
 from jaxpref.diffusion import schedule as schedule_lib
 from jaxpref.models import denoiser, reward_model
 from jaxpref.models import lora as lora_lib
-from jaxpref.models.pipeline import Pipeline, abstract_params
+from jaxpref.models.pipeline import Pipeline
 from jaxpref.training import batch as batch_lib
 from jaxpref.training import optimizer as optimizer_lib
 from jaxpref.training import pathwise_step, policy_sampler, step_candidates, step_rows
@@ -287,8 +287,7 @@ def abstract_prompts(checked: Checked, count: int) -> dict[str, Any]:
     "tokens": shapes(judge.tokenize([""] * count)),
     "seed": jax.ShapeDtypeStruct((count,), jnp.uint32),
   }
-  scored = {name: reward.params for name, reward in judge.rewards.items()}
-  params = {"vae": abstract_params(pipeline.modules["vae"]), "scorers": shapes(scored)}
+  params = judge.abstract_params()
   guide = pipeline.abstract_cond(1) if checked.config.rollout.guidance > 1 else None
   return {
     "rows": _placed(rows, jax.tree.map(lambda _: of_rows, rows)),
