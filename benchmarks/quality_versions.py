@@ -3,8 +3,9 @@
   python benchmarks/quality_versions.py
 
 docs/shapes/records.parquet has images of each method from a campaign of benchmarks/methods.py
-that was scored by version 1. The script scores them again. It also scores clean renders, and
-the same scenes with one flaw each, at both sizes. It writes the two tables into docs/shapes.md.
+that was scored by version 1. The script scores them again. It also scores clean renders, the
+same scenes with one flaw each, and images of the corpus, whose flaws and utility for the
+simulated annotator are known, at both sizes. It writes the three tables into docs/shapes.md.
 """
 
 import datetime
@@ -22,19 +23,21 @@ import records
 from PIL import Image, ImageEnhance
 
 from jaxpref.scorers import load_scorers
-from jaxpref.shapes import flaws, prompts, render, verifier
+from jaxpref.shapes import annotator, flaws, prompts, render, verifier
 
 RECORDS, DOCUMENT = Path("docs/shapes/records.parquet"), Path("docs/shapes.md")
 SCORER, FIRST = "shapes.quality", "1"
 CLEAN = 0.5  # an image of the base counts as clean from this score on
 SCENES, SEED = 60, 0  # of the table of flaws
 STEP = 0.001  # smaller changes of a score do not count
+AGREEMENT = 1500  # images of the corpus in the table of agreement
 
 
 def main() -> None:
   """Writes the tables."""
   write_versions()
   write_flaws()
+  write_agreement()
 
 
 def write_versions() -> None:
@@ -129,6 +132,40 @@ def score_flaws(count: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
   for factor in (1.5, 2, 3):
     found[f"saturation x {factor}"] = both(clean, lambda x, f=factor: oversaturate(x, f))
   return found
+
+
+def write_agreement() -> None:
+  """Writes the table of correlations with the simulated annotator."""
+  packages = ", ".join(f"{p} {metadata.version(p)}" for p in ("numpy", "scipy", "Pillow"))
+  found = correlate(AGREEMENT)
+  lines = [
+    f"{campaign.made_by('python benchmarks/quality_versions.py')}, {packages}. Version "
+    f"{load_scorers([SCORER])[SCORER][0]} of {SCORER}: correlations (Pearson's r) with the "
+    f"annotator over {AGREEMENT} images of the corpus, seed {SEED}: with the penalties for "
+    "looks, subtracted, and with the whole utility.",
+    "",
+    "| size | looks | utility |",
+    "|---|---|---|",
+    *(f"| {size} pixels | {looks:.3f} | {whole:.3f} |" for size, looks, whole in found),
+  ]
+  campaign.write_into(DOCUMENT, "\n".join(lines), "agreement")
+  print("\n".join(lines))
+
+
+def correlate(count: int) -> list[tuple[int, float, float]]:
+  """Returns size, correlation with looks and with the utility, over `count` corpus images."""
+  looks, utilities, scores = [], [], []
+  for i in range(count):
+    rng = np.random.default_rng([SEED, i])
+    spec = prompts.draw_prompt(rng, "train")
+    image, names = flaws.corpus_image(spec, rng)
+    half = np.asarray(Image.fromarray(image).reduce(2))
+    looks.append(-sum(annotator.PENALTIES.get(name, 0.0) for name in names))
+    utilities.append(annotator.utility(names, spec))
+    scores.append([verifier.visual_quality(of) for of in (image, half)])
+  of_size = zip((64, 32), np.transpose(scores), strict=True)
+  wanted = looks, utilities
+  return [(size, *(float(np.corrcoef(x, of)[0, 1]) for x in wanted)) for size, of in of_size]
 
 
 def oversaturate(image: np.ndarray, factor: float) -> np.ndarray:
