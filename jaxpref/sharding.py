@@ -167,6 +167,12 @@ def current_mesh(mesh: Mesh) -> Mesh | AbstractMesh:
   return mesh if around.empty else around
 
 
+def auto_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+  """Returns the names of the axes that are not manual, see `current_mesh`."""
+  kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+  return tuple(name for name, kind in kinds if kind != AxisType.Manual)
+
+
 def replicate(tree: Any, mesh: Mesh) -> Any:
   """Puts a whole copy of every array on every device."""
   return jax.tree.map(lambda x: _place(x, replicated(mesh)), tree)

@@ -244,7 +244,7 @@ def _texts_at_once(ids: Sequence[Any]) -> int:
 
 
 def tokens_of(pipeline: Pipeline, texts: Sequence[str]) -> list[Lazy]:
-  """Returns the texts' token ids of each encoder, which are made when they are read."""
+  """Returns the texts' ids, see `_tokenizers`, which are made when they are read."""
 
   def lazy(tokenize: Callable[[Sequence[str], bool], np.ndarray]) -> Lazy:
     length = tokenize([""], False).shape[1]
@@ -255,12 +255,15 @@ def tokens_of(pipeline: Pipeline, texts: Sequence[str]) -> list[Lazy]:
 
 
 def _tokenizers(pipeline: Pipeline) -> list[Callable[[Sequence[str], bool], np.ndarray]]:
-  """Returns (texts, negative) -> token ids [N, L] of each text encoder."""
+  """Returns (texts, negative) -> token ids [N, L] of each text encoder, then of the scorer."""
   kinds = pipeline.family.tokenizers(pipeline.modules).values()
-  return [
+  found: list[Callable[[Sequence[str], bool], np.ndarray]] = [
     functools.partial(kind.tokenize, tokenizer)
     for kind, tokenizer in zip(kinds, pipeline.tokenizers, strict=True)
   ]
+  if scorer := pipeline.scorer:
+    found.append(lambda texts, _: scorer.tokenize(texts))
+  return found
 
 
 def _text_params(pipeline: Pipeline) -> dict[str, Any]:
@@ -278,7 +281,10 @@ def _text_program(
 def _encode_ids(
   pipeline: Pipeline, size: tuple[int, ...] | None, skip: int, params: Any, ids: Any
 ) -> Cond:
-  cond = pipeline.family.encode(pipeline.modules, params, ids, clip_skip=skip)
+  own = ids[: len(pipeline.encoders)]
+  cond = pipeline.family.encode(pipeline.modules, params, own, clip_skip=skip)
+  if pipeline.scorer:
+    cond["tokens"] = ids[-1]
   if pipeline.family.takes_sizes:
     rows = cond["text"].shape[0]
     cond["time_ids"] = jnp.broadcast_to(time_ids_of(pipeline, size), (rows, 6))

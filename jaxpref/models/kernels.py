@@ -10,7 +10,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxpref import sharding
@@ -117,9 +117,7 @@ def _over_rows(local: Callable, rows: int, mesh: Mesh) -> Callable | None:
   are already one device's, returns `local`.
   """
   current = sharding.current_mesh(mesh)
-  kinds = dict(zip(current.axis_names, current.axis_types, strict=True))
-  axes = tuple(name for name, kind in kinds.items() if kind != AxisType.Manual)
-  if not axes:
+  if not (axes := sharding.auto_axes(current)):
     return local
   if rows % math.prod(current.shape[name] for name in axes):
     return None

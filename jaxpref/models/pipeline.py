@@ -47,6 +47,7 @@ class Pipeline:
     digest: changes with any name or stored value of the weights.
     clip_skip: number of last layers of the text encoders to skip, see `text.encode_text`.
     image_size: height and width in pixels of the images of training, and by default of others.
+    scorer: a `scorers.Reward` whose token ids are the part 'tokens' of conditionings, or None.
   """
 
   path: Path
@@ -59,6 +60,7 @@ class Pipeline:
   digest: str
   clip_skip: int
   image_size: int
+  scorer: Any = None
 
   @property
   def denoiser(self) -> Any:
@@ -157,13 +159,13 @@ class Pipeline:
     return abstract_params(self.denoiser)
 
   def abstract_cond(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes of the denoiser's conditioning for a batch of `rows`.
-
-    An improver's image is not among them.
-    """
+    """Returns the shapes of a conditioning of `rows` prompts, without an improver's image."""
     cond = self.family.abstract_cond(self.modules, rows)
     if self.family.takes_sizes:
       cond["time_ids"] = jax.ShapeDtypeStruct((rows, 6), jnp.float32)
+    if self.scorer:
+      ids = self.scorer.tokenize([""])
+      cond["tokens"] = jax.ShapeDtypeStruct((rows, *ids.shape[1:]), ids.dtype)
     return cond
 
   def freeze(self, params: Any, dtype: Any) -> Any:

@@ -229,6 +229,21 @@ def decode_unit(vae: Any, params: Any, latents: jax.Array) -> jax.Array:
   return pixels
 
 
+def decode_clipped(vae: Any, params: Any, latents: jax.Array) -> jax.Array:
+  """Decodes scaled latents to pixels that are clipped to [0, 1], but not rounded.
+
+  Args:
+    vae: from `build_vae`.
+    params: its parameters.
+    latents: [B, C, h, w].
+
+  Returns:
+    float32 [B, H, W, 3].
+  """
+  images = decode_unit(vae, params, latents).astype(jnp.float32)
+  return jnp.clip(images.transpose(0, 2, 3, 1) * 0.5 + 0.5, 0.0, 1.0)
+
+
 def decode_tiled(
   vae: Any,
   params: Any,

@@ -64,8 +64,7 @@ class Judge:
 
   def score_one(self, params: Any, latent: jax.Array, tokens: Any) -> dict[str, jax.Array]:
     """Decodes and scores one latent, [C, h, w], see `score`; returns scores []."""
-    image = vae_lib.decode_unit(self.vae, params["vae"], latent[None]).astype(jnp.float32)
-    unit = jnp.clip(image.transpose(0, 2, 3, 1) * 0.5 + 0.5, 0.0, 1.0)
+    unit = vae_lib.decode_clipped(self.vae, params["vae"], latent[None])
     return {
       name: reward.score(
         params["scorers"][name], unit, jax.tree.map(lambda x: x[None], tokens[name])
