@@ -20,15 +20,30 @@ from jaxpref.plan import tpu_compiler
 from jaxpref.training import load_run, policy_sampler, step_candidates
 from jaxpref.training.judge import Judge
 from jaxpref.training.latent_judge import LatentJudge
+from jaxpref.training.step_judge import StepJudge
 
 STEPS, FIRST, ETA, SCALE = 4, 1, 0.8, 3.0
 
 
 def make_judge(pipeline, kind):
-  """Returns a judge: of the 'images' twice the mean of red, or of the 'latents'."""
+  """Returns a judge: of the 'images' twice the mean of red, of their 'levels', or of 'latents'.
+
+  That of the levels multiplies the mean by 1 + t / 100, and adds the length of the caption.
+  """
   if kind == "images":
     vae = pipeline.modules["vae"]
     return Judge({"red": toy_scorers.REWARDS["red"]("float32")}, (2.0,), vae, 1)
+
+  if kind == "levels":
+    red = toy_scorers.REWARDS["red"]("float32")._replace(tokenize=_lengths)
+
+    def score_images(trained, images, t, ids):
+      mean = 255 * images[..., 0].mean(axis=(1, 2))
+      return trained["model"]["factor"] * mean * (1 + t / 100) + ids[:, 0] + trained["time"]
+
+    trained = {"model": {"factor": np.float32(2.0)}, "time": np.float32(0.0)}
+    reward = load_run.StepReward(pipeline, "", red, trained, "")
+    return StepJudge(reward, score_images, "float32")
 
   def score(params, x_t, t, cond, uncond):
     """Returns the mean of the latents and of the text, more for larger t."""
@@ -37,6 +52,10 @@ def make_judge(pipeline, kind):
 
   params = {"encoder": {}, "factor": np.float32(3.0)}
   return LatentJudge(load_run.RewardModel(pipeline, params, 1, 1.0, ""), score, "float32")
+
+
+def _lengths(captions):
+  return np.array([[len(caption)] for caption in captions], np.int32)
 
 
 def make_program(

@@ -65,7 +65,7 @@ def test_it_is_no_model_of_images(trained, tiny_pipeline, tmp_path, capsys):
   assert export.main([f"--workdir={trained}", f"--out={tmp_path / 'x'}"]) == 2
   assert "give it as steps.judge" in capsys.readouterr().err
   for wrong in (str(tiny_pipeline), str(tmp_path), ""):
-    with pytest.raises(UserError, match="is not the workdir of a latent reward model"):
+    with pytest.raises(UserError, match="is not the workdir of a reward model"):
       load_run.load_reward_model(wrong)
 
 
@@ -89,7 +89,7 @@ def test_candidates_resume_to_the_same_bits(trained, tiny_pipeline, tmp_path, ca
   ("method", "changes", "message"),
   [
     ("lpo", {}, "steps.judge"),
-    ("lpo", {"steps.judge": "runs/missing"}, "is not the workdir of a latent reward model"),
+    ("lpo", {"steps.judge": "runs/missing"}, "is not the workdir of a reward model"),
     ("ppo", {"steps.judge": "runs/x"}, "set steps.candidates to 2 or more"),
     ("latent_reward", {"lora.rank": 2}, "lora.rank and model.start do not apply"),
     ("latent_reward", {"judge.held_out": 100_000}, "judge.held_out = 100000 leaves"),

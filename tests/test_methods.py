@@ -24,7 +24,7 @@ METHODS = (
 PATHWISE = ("draft", "draft_lv", "alignprop", "refl")  # whose updates sample
 ROUNDS = ("awm", "best_of", "dgpo", "online_dpo", "rwr", "ppo", "d3po")  # others: see RESUMED
 ITERATIVE = ("iterative_dpo", "spin")  # see test_iterate
-LATENT = ("latent_reward", "lpo")  # see test_latent_judge
+LATENT = ("latent_reward", "lpo", "step_reward")  # see test_latent_judge and test_step_judge
 # What further options there are, run by one method each.
 OPTIONS = {
   "kto": {"data.noise_draws": 2},
@@ -137,6 +137,7 @@ def test_presets_are_sound(name, preset):
   other = {"iterative_dpo": "dpo", "online_dpo": "dpo", "best_of": "sft"}
   other |= dict.fromkeys(PATHWISE, "reward")
   other |= dict.fromkeys(("d3po", "lpo", "spo"), "step_pairs")
+  other["step_reward"] = "latent_reward"
   assert config.loss.name == other.get(name, name)
   losses.make_loss(config.loss)
   assert config.train.batch_size % config.train.accumulate == 0

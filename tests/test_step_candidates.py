@@ -66,12 +66,16 @@ def test_one_candidate_is_the_plain_sampler(pipeline, texts):
   assert (steps.labels["better"] == steps.labels["worse"]).all()
 
 
-@pytest.mark.parametrize(("apart", "count"), [(1, STEPS), (2, 7), (3, 6)])
-def test_pairs_by_hand(pipeline, texts, of_three, apart, count):
+CASES = [(1, STEPS, "images"), (2, 7, "images"), (3, 6, "images")]
+LEVELS = [(1, STEPS, "levels"), (2, 7, "levels")]
+
+
+@pytest.mark.parametrize(("apart", "count", "kind"), [*CASES, *LEVELS])
+def test_pairs_by_hand(pipeline, texts, of_three, apart, count, kind):
   """A loop over images and steps, with DDIM's equation in float64."""
   latents, _, steps = of_three
-  if apart > 1:
-    latents, _, steps = sample(pipeline, texts, 3, apart=apart, steps=count)
+  if apart > 1 or kind == "levels":
+    latents, _, steps = sample(pipeline, texts, 3, apart=apart, steps=count, kind=kind)
   denoise = jax.jit(pipeline.make_denoise(mesh=sharding.make_mesh()))
   decode = jax.jit(lambda p, z: vae_lib.decode_unit(pipeline.modules["vae"], p, z))
   shape, schedule = pipeline.latent_shape, pipeline.schedule
@@ -91,9 +95,13 @@ def test_pairs_by_hand(pipeline, texts, of_three, apart, count):
       return signal * x - noise * guided
     return (x - noise * guided) / signal
 
-  def score(x0):
+  def score(x0, k, row):
     image = decode(pipeline.params["vae"], jnp.float32(x0)[None])
-    return 2 * 255 * np.clip(np.float64(image[0, 0]) * 0.5 + 0.5, 0, 1).mean()
+    red = 2 * 255 * np.clip(np.float64(image[0, 0]) * 0.5 + 0.5, 0, 1).mean()
+    if kind == "images":
+      return red
+    t = 0 if k == count else float(grid.timesteps[k, 0])  # of the candidate, not of the step
+    return red * (1 + t / 100) + len(CAPTIONS[row])
 
   def step(x, k, row, key):
     """Returns a step's output, and the deviation of its noise."""
@@ -118,7 +126,8 @@ def test_pairs_by_hand(pipeline, texts, of_three, apart, count):
           path.append(after)
         stds.append(std)
       ends = [path[-1] for path in paths]
-      scores = np.array([score(x if end == count else clean(x, end, row)) for x in ends])
+      found = [x if end == count else clean(x, end, row) for x in ends]
+      scores = np.array([score(x0, end, row) for x0 in found])
       best, worst = paths[scores.argmax()], paths[scores.argmin()]
       for i, k in enumerate(range(start, end)):
         seen = steps.latents[row, k - FIRST]
@@ -154,7 +163,7 @@ def test_latents_are_judged_at_their_own_level(pipeline, texts, of_three, apart)
 def test_eight_devices_sample_what_one_does(tiny_pipeline):
   """And candidates are judged where they are: no latents are communicated."""
   program = conftest.ROOT / "tests" / "candidates_main.py"
-  cases = (8, 1, "images", 1), (2, 4, "images", 2), (2, 4, "latents", 1)
+  cases = (8, 1, "images", 1), (2, 4, "images", 2), (2, 4, "latents", 1), (2, 4, "levels", 1)
   for data, fsdp, kind, apart in cases:
     ours = candidates_main.sample(str(tiny_pipeline), data=1, fsdp=1, kind=kind, apart=apart)
     given = str(tiny_pipeline), str(data), str(fsdp), kind, str(apart)

@@ -23,6 +23,7 @@ rounds, steps = online_sections.rounds, online_sections.steps
 sample_as_flow_grpo = online_sections.sample_as_flow_grpo
 candidates = online_sections.candidates
 have_candidates, judge = online_sections.have_candidates, online_sections.judge
+step_judge = online_sections.step_judge
 trained_scorers = online_sections.trained_scorers
 reward_scorers = online_sections.reward_scorers
 share_inputs, comparisons = online_sections.share_inputs, online_sections.comparisons
@@ -323,7 +324,7 @@ RULES: Rules = {
   **dict.fromkeys(("steps.candidates", "steps.first"), _at_least(0)),
   "steps.apart": _at_least(1),
   **dict.fromkeys(("steps.gap", "steps.gap_noisy"), _SHARE),
-  "judge.width": _at_least(1),
+  **dict.fromkeys(("judge.width", "judge.at_once"), _at_least(1)),
   "judge.held_out": _at_least(2),  # one has no interval
   "judge.guidance": _NOT_NEGATIVE,
   "pathwise.method": _one_of("last", "renoised", "predicted"),
@@ -383,7 +384,8 @@ LIMITS: Mapping[str, float] = {
   "rounds.images_per_prompt": 1000,
   "judge.width": 65_536,
   "judge.guidance": 1000,
-  **dict.fromkeys(("pathwise.repeats", "pathwise.at_once", "alarms.images_per_prompt"), 1000),
+  **dict.fromkeys(("pathwise.repeats", "pathwise.at_once", "judge.at_once"), 1000),
+  "alarms.images_per_prompt": 1000,
   "train.batch_size": 2**20,
   "train.hang_minutes": 1_000_000,  # two years
 }

@@ -71,7 +71,7 @@ def steps(c: ConfigDict) -> None:
   c.steps.hold = 0  # rounds until the window moves by a step; 0: random in the first half
   c.steps.guided = True  # train the guided prediction, which has sampled, or the plain one
   c.steps.candidates = 0  # samples from one state that are compared; 0: no
-  c.steps.judge = ""  # a run of configs/latent_reward.py that compares them; '': rounds.scorers
+  c.steps.judge = ""  # a run of latent_reward or step_reward that compares; '': rounds.scorers
   c.steps.first = 0  # first step that has candidates
   c.steps.apart = 1  # steps that candidates take before they are compared
   c.steps.gap = 0.0  # least difference of the probabilities of best and worst
@@ -127,6 +127,21 @@ def judge(c: ConfigDict) -> None:
     c.judge.width, c.judge.guidance = 64, c.evaluate.guidance
   if c.preset == "tiny":
     c.judge.held_out = 8
+
+
+def step_judge(c: ConfigDict) -> None:
+  """Adds the section for the training of a step-aware preference model."""
+  c.judge = ConfigDict()
+  c.judge.scorer = "shapes.preference"  # differentiable, FAMILY.NAME: what it begins as
+  c.judge.guidance = c.evaluate.guidance  # of the predicted images; at most 1: none
+  c.judge.at_once = 8  # images that a device decodes and scores at once
+  c.judge.held_out = 200  # pairs to test it on, at least, with captions of their own
+  if c.preset == "tiny":
+    c.judge.held_out = 8
+  if c.preset in presets.PUBLISHED:
+    c.judge.scorer = "pickscore.v1"
+    c.judge.guidance = 5.0
+    c.judge.at_once = 1
 
 
 def trained_scorers(c: Mapping[str, Any]) -> tuple[str, ...]:

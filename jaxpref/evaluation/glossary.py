@@ -115,7 +115,7 @@ METRICS: dict[str, Metric] = {
   ),
   "judge/margin": Metric(
     "How much larger the reward of the preferred image of a pair is than the other's. Should "
-    "rise from 0."
+    "rise: from 0, or from the margin of the scorer that the model begins as."
   ),
   "judge/accuracy": Metric(
     "Share of an update's pairs whose preferred image has the larger reward. Chance is one "

@@ -78,8 +78,9 @@ class Needs:
       timestep.
     residuals: whether `objective` gets predictions minus targets, [B, C, h, w], instead of
       their mean squares.
-    judges: whether a latent reward model is trained, see `jaxpref.models.reward_model`:
-      instead of errors, `objective` gets its rewards of the noised images, [B].
+    judges: whether a reward model is trained, see `reward_model` and `step_reward` in
+      `jaxpref.models`: instead of errors, `objective` gets its rewards of the noised images or
+      of those predicted from them, [B].
     condition: 'image' if the denoiser has a clean image as a further input, which `arrange`
       chooses. The denoiser's input is widened for it.
     arms: names of the errors, if `arrange` changes those of the rows.

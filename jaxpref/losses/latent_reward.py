@@ -1,8 +1,9 @@
-"""Latent reward model: its rewards of noised images explain the preferences of pairs.
+"""A reward model: its rewards of noised images explain the preferences of pairs.
 
 LPO: Zhang et al., 2025, https://arxiv.org/abs/2502.01051. The Bradley-Terry model, as for
 reward models of language: the preferred image of a pair has the larger reward, where both have
-the same noise and level. `jaxpref.models.reward_model` has the model.
+the same noise and level. `jaxpref.models.reward_model` has the model. `step_reward` there is
+SPO's, which rates the clean images that a frozen denoiser predicts from the noised ones.
 """
 
 import jax

@@ -109,8 +109,8 @@ class Alarms:
 
 def role_of(config: ConfigDict) -> str:
   """Returns what the scorers of `trained_scorers` are to a run, after "which"."""
-  of_latents = "steps" in config and config.steps.judge
-  return "stands for the judge of latents" if of_latents else "is trained on"
+  trained = "steps" in config and config.steps.judge
+  return "stands for the trained judge" if trained else "is trained on"
 
 
 def _make_look(prepared: Prepared, prompts: Sequence[str], each: int) -> Callable:

@@ -14,14 +14,16 @@ import numpy as np
 from scipy import stats
 
 from jaxpref import base_config
-from jaxpref.models import reward_model
+from jaxpref.models import reward_model, step_reward
+from jaxpref.models import vae as vae_lib
 from jaxpref.models.pipeline import Pipeline, abstract_params
-from jaxpref.training import pathwise_step, step_rows
+from jaxpref.training import judge_settings, pathwise_step, step_rows
 from jaxpref.training import rollout as rollout_lib
 from jaxpref.training.judge import Judge
 from jaxpref.training.latent_judge import LatentJudge
 from jaxpref.training.programs import abstract_prompts, has_own_targets
 from jaxpref.training.setup import Checked
+from jaxpref.training.step_judge import StepJudge
 
 
 def count(jaxpr: Any) -> float:
@@ -70,11 +72,15 @@ def of_update(checked: Checked, forward: float) -> dict[str, float]:
   Returns:
     FLOPs by phase: 'policy' and, if the run has them, 'reference', 'old' and 'rollout'. The
     rollout of rounds is shared by their updates; decoding and scorers are not counted. 'judge'
-    is a latent reward model's work on candidates or, of updates that sample, decoder and
-    scorers with their backward pass; what is recomputed counts there.
+    is a trained reward model's work on candidates, with its decoder if it has one, or, of
+    updates that sample, decoder and scorers with their backward pass; what is recomputed counts
+    there. Of a step-aware preference model, 'reference' is the work of the frozen denoiser and
+    decoder, and 'policy' also counts what is recomputed.
   """
   if "pathwise" in checked.config:
     return _of_pathwise(checked, forward)
+  if judge_settings.reads_images(checked.config):
+    return _of_step_reward(checked, forward)
   if checked.loss.needs.judges:
     return _of_reward_model(checked)
   config, needs = checked.config, checked.loss.needs
@@ -100,7 +106,7 @@ def of_update(checked: Checked, forward: float) -> dict[str, float]:
     cost["rollout"] = samples * guided * _evaluations(checked) * forward
     if "steps" in config and config.steps.judge:
       judged = config.steps.candidates * base_config.comparisons(config)
-      cost["judge"] = samples * judged * _of_latent_judge(checked)
+      cost["judge"] = samples * judged * _of_trained_judge(checked)
   if needs.rollout:
     chunk = rollout_lib.chunk_size(rows, config.rollout.batch_size, devices=checked.mesh.size)
     cost["rollout"] = (
@@ -120,7 +126,8 @@ def _evaluations(checked: Checked) -> int:
     return int(steps)
   first = config.steps.first
   # A latent judge compares without predictions, so that only the chosen candidate has one.
-  alone = base_config.comparisons(config) if config.steps.judge else 1
+  latent = config.steps.judge and not isinstance(checked.judge, StepJudge)
+  alone = base_config.comparisons(config) if latent else 1
   # A candidate's prediction judges it, and serves its own step if it is chosen.
   return int(first + alone + config.steps.candidates * (steps - alone - first))
 
@@ -132,8 +139,44 @@ def _of_reward_model(checked: Checked) -> dict[str, float]:
   return {"policy": 3 * config.train.batch_size * len(checked.arms) * reward}
 
 
-def _of_latent_judge(checked: Checked) -> float:
+def _of_step_reward(checked: Checked, forward: float) -> dict[str, float]:
+  """Counts the FLOPs of an update of a step-aware preference model."""
+  config, pipeline = checked.config, checked.pipeline
+  images = config.train.batch_size * len(checked.arms)
+  guided = 2 if config.judge.guidance > 1 else 1
+  score_images = step_reward.make_score_images(pipeline.scorer)
+  score, decode = _of_images(pipeline, pipeline.scorer, score_images)
+  return {"policy": images * score, "reference": images * (guided * forward + decode)}
+
+
+def _of_images(
+  pipeline: Pipeline, scorer: Any, score_images: Any, *, learns: bool = True
+) -> tuple[float, float]:
+  """Counts the FLOPs of a step-aware reward of an image, and those of its decoder.
+
+  Args:
+    pipeline: of the VAE.
+    scorer: that the model began as.
+    score_images: the model's function.
+    learns: count the reward's gradient, for which it is computed once more.
+  """
+  latent = jax.ShapeDtypeStruct((1, *pipeline.latent_shape), jnp.float32)
+  vae = pipeline.modules["vae"]
+  decode = functools.partial(vae_lib.decode_clipped, vae)
+  of_decoder = count(jax.make_jaxpr(decode)(abstract_params(vae), latent))
+  image = jax.eval_shape(decode, abstract_params(vae), latent)
+  level, ids = jax.ShapeDtypeStruct((1,), jnp.int32), scorer.tokenize([""])
+  rate = lambda *given: jax.checkpoint(score_images)(*given).sum()  # noqa: E731
+  function = jax.value_and_grad(rate) if learns else rate
+  params = step_reward.abstract_params(scorer)
+  return count(jax.make_jaxpr(function)(params, image, level, ids)), of_decoder
+
+
+def _of_trained_judge(checked: Checked) -> float:
   """Counts the FLOPs of a candidate's reward."""
+  if isinstance(judge := checked.judge, StepJudge):
+    found = judge.reward.pipeline, judge.reward.scorer, judge.score_images
+    return sum(_of_images(*found, learns=False))
   pipeline, width, guidance = latent_judge(checked)
   return of_reward(pipeline, width=width, guidance=guidance)
 

@@ -5,6 +5,7 @@ disk: encodings of a built data set are read from its caches, see `jaxpref.data.
 ahead: images and token ids are read, and each batch is encoded just before its update
 """
 
+import dataclasses
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -195,17 +196,21 @@ def _from_disk(rows: RowSet, prepared: Prepared, *, make: bool) -> dict[str, Any
   pipeline, data = prepared.pipeline, prepared.config.data
   if not isinstance(rows.images, StoredImages) or rows.prefixes[0] != rows.prefixes[1]:
     return None
-  latents = cache.find(rows.images, "latents", pipeline, flip=data.flip)
-  texts = cache.find(rows.images, "text", pipeline)
+  # Caches do not have a scorer's token ids.
+  encoders = dataclasses.replace(pipeline, scorer=None) if pipeline.scorer else pipeline
+  latents = cache.find(rows.images, "latents", encoders, flip=data.flip)
+  texts = cache.find(rows.images, "text", encoders)
   if not make and (latents is None or texts is None):
     return None
-  made = lambda kind: cache.make(rows.images, kind, pipeline, prepared.mesh, flip=data.flip)  # noqa: E731
+  made = lambda kind: cache.make(rows.images, kind, encoders, prepared.mesh, flip=data.flip)  # noqa: E731
   latents = made("latents") if latents is None else latents
   texts = made("text") if texts is None else texts
   encodings: dict[str, Any] = dict(texts)
   if pipeline.family.takes_sizes:
     sizes = encode.time_ids_of(pipeline, rows.images.size)
     encodings["time_ids"] = np.broadcast_to(sizes, (len(rows.captions), len(sizes)))
+  if pipeline.scorer:
+    encodings["tokens"] = encode.tokens_of(pipeline, rows.captions)[-1]
   wanted = programs.abstract_rows(prepared, 1)
   found: dict[str, Any] = {name: latents[name] for name in ("latents", "std") if name in wanted}
   cond = {name: encodings[name] for name in wanted["cond"]}

@@ -1,4 +1,4 @@
-"""The test of a latent reward model on pairs that it was not trained on, and its report."""
+"""The test of a reward model on pairs that it was not trained on, and its report."""
 
 import functools
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from jaxpref.evaluation.paired_tests import wilson_interval
 from jaxpref.models import reward_model
 from jaxpref.runtime import distributed, jax_setup, metrics, watchdog
 from jaxpref.runtime import workdir as workdir_lib
-from jaxpref.training import train_step
+from jaxpref.training import judge_settings, train_step
 from jaxpref.training.batch import Arms
 from jaxpref.training.setup import Prepared
 
@@ -42,7 +42,7 @@ class JudgeEvaluator:
     self._uncond = None
     if config.judge.guidance > 1:
       self._uncond = sharding.replicate(encode.encode_no_prompt(pipeline, mesh), mesh)
-    score = reward_model.make_score(pipeline, guidance=config.judge.guidance, mesh=mesh)
+    score = judge_settings.make_score(config, pipeline, mesh=mesh)
     seed = config.evaluate.seed
     self._margins = jax.jit(functools.partial(_margins, score, prepared.schedule, seed))
 

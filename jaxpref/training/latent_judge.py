@@ -6,12 +6,9 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from jaxpref import sharding
 from jaxpref.data import encode
-from jaxpref.errors import UserError
-from jaxpref.losses import Needs
 from jaxpref.models import reward_model
 from jaxpref.models.pipeline import Pipeline
 from jaxpref.training import load_run
@@ -65,63 +62,16 @@ class LatentJudge:
     return self.model(params["model"], x_t, t, cond, params["uncond"])
 
 
-def check_training(config: ConfigDict, needs: Needs) -> None:
-  """Refuses settings that do not suit the training of a reward model.
-
-  Args:
-    config: of the run.
-    needs: of its loss.
-
-  Raises:
-    UserError: the section judge and the loss do not fit, or a setting would have no effect.
-  """
-  if needs.judges != ("judge" in config):
-    raise UserError(
-      f"loss {config.loss.name!r} and the section judge do not fit: it is for the losses that "
-      "train a latent reward model, which need it"
-    )
-  if needs.judges and ("rounds" in config or "pathwise" in config):
-    raise UserError("a latent reward model learns from pairs of the data: it has no samples")
-  if needs.judges and (config.lora.rank or config.model.start):
-    raise UserError(
-      "lora.rank and model.start do not apply to a latent reward model, which begins as the "
-      "first half of the denoiser, and is trained whole"
-    )
-  if needs.judges and config.loss.space != "model":
-    raise UserError("loss.space must be 'model': a latent reward model has no errors")
-
-
-def load_latent_judge(
-  name: str, pipeline: Pipeline, mesh: Mesh, *, frozen_dtype: Any
+def make_latent_judge(
+  reward: load_run.RewardModel, mesh: Mesh, *, frozen_dtype: Any
 ) -> LatentJudge:
-  """Loads the model of a run of `configs/latent_reward.py`.
+  """Makes the judge of a trained model.
 
   Args:
-    name: the run's workdir.
-    pipeline: of the policy, which must encode images and prompts, and noise latents, as the
-      judge's own.
+    reward: from `load_run.load_reward_model`.
     mesh: of the devices.
     frozen_dtype: of its encoder's weights on the devices.
-
-  Returns:
-    The judge, with parameters on the host.
-
-  Raises:
-    UserError: it is not such a run, or its VAE, text encoders or noise schedule are others.
   """
-  found = load_run.load_reward_model(name, dtype=pipeline.denoiser.dtype)
-  ours, theirs = pipeline.part_digests, found.pipeline.part_digests
-  for part in ("vae", *pipeline.encoders):
-    if ours.get(part) != theirs.get(part):
-      raise UserError(
-        f"steps.judge: {name} was trained with another {part} than that of {pipeline.path}, so "
-        "it cannot read its latents and prompts"
-      )
-  skips = pipeline.clip_skip, found.pipeline.clip_skip
-  schedules = pipeline.configs["scheduler"], found.pipeline.configs["scheduler"]
-  for what, (own, of_judge) in {"model.clip_skip": skips, "scheduler": schedules}.items():
-    if own != of_judge:
-      raise UserError(f"steps.judge: {name} was trained with another {what} than this run's")
-  model = reward_model.make_score(found.pipeline, guidance=found.guidance, mesh=mesh)
-  weightless = dataclasses.replace(found.pipeline, params={})  # its modules are all it needs
-  return LatentJudge(found._replace(pipeline=weightless), model, frozen_dtype)
+  model = reward_model.make_score(reward.pipeline, guidance=reward.guidance, mesh=mesh)
+  weightless = dataclasses.replace(reward.pipeline, params={})  # its modules are all it needs
+  return LatentJudge(reward._replace(pipeline=weightless), model, frozen_dtype)

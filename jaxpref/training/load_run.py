@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from jaxpref import base_config, sharding
+from jaxpref import base_config, scorers, sharding
 from jaxpref.errors import UserError
 from jaxpref.evaluation import best_checkpoint as best_checkpoint_lib
-from jaxpref.models import denoiser, hub, lora, reward_model
+from jaxpref.models import denoiser, hub, lora, reward_model, step_reward
 from jaxpref.models import pipeline as pipeline_lib
 from jaxpref.runtime import checkpoint, checkpoint_files
 from jaxpref.runtime.paths import number_of, user_path
@@ -27,7 +27,7 @@ _NEEDED = ("model", "train")
 _READ: dict[str, Any] = {
   **dict.fromkeys(("model.path", "model.variant", "train.checkpoints"), str),
   **dict.fromkeys(("model.start", "lora.targets", "data.good_prefix", "data.score"), str),
-  "steps.judge": str,
+  **dict.fromkeys(("steps.judge", "judge.scorer"), str),
   **dict.fromkeys(("lora.rank", "model.image_size", "judge.width"), int),
 }
 _NUMBERS = (
@@ -97,9 +97,10 @@ def load(
     raise UserError(f"--{given[0]} only applies to pipelines; the run {workdir} has its own")
   config = _read_config(workdir)
   if "judge" in config:
+    kind, method = ("step-aware", "spo") if _reads_images(config) else ("latent", "lpo")
     raise UserError(
-      f"{workdir} has trained a latent reward model, which makes no images: give it as "
-      "steps.judge to a run of configs/lpo.py"
+      f"{workdir} has trained a {kind} reward model, which makes no images: give it as "
+      f"steps.judge to a run of configs/{method}.py"
     )
   wanted = best_checkpoint_lib.read(workdir).update if isinstance(step, str) else step
   directory = checkpoint.directory_of(workdir, config)
@@ -149,7 +150,25 @@ class RewardModel(NamedTuple):
   digest: str
 
 
-def load_reward_model(name: str, *, dtype: Any = jnp.float32) -> RewardModel:
+class StepReward(NamedTuple):
+  """The model of a run of `configs/step_reward.py`.
+
+  Attributes:
+    pipeline: whose VAE has decoded what it learned from.
+    name: of the scorer that it began as.
+    scorer: this scorer; its parameters are not the model's.
+    params: its averaged parameters, on the host, see `step_reward.init_params`.
+    digest: of the parameters.
+  """
+
+  pipeline: pipeline_lib.Pipeline
+  name: str
+  scorer: scorers.Reward
+  params: Any
+  digest: str
+
+
+def load_reward_model(name: str, *, dtype: Any = jnp.float32) -> RewardModel | StepReward:
   """Loads the reward model of a run's newest good checkpoint.
 
   Args:
@@ -164,18 +183,34 @@ def load_reward_model(name: str, *, dtype: Any = jnp.float32) -> RewardModel:
   config = _read_config(workdir) if _has_run(workdir) else {}
   if "judge" not in config:
     raise UserError(
-      f"steps.judge: {name!r} is not the workdir of a latent reward model: train one with "
-      "--config=configs/latent_reward.py"
+      f"steps.judge: {name!r} is not the workdir of a reward model: train one with "
+      "--config=configs/latent_reward.py, for LPO, or configs/step_reward.py, for SPO"
     )
-  width, guidance = (config["judge"][field] for field in ("width", "guidance"))
   directory = checkpoint.directory_of(workdir, config)
   found = checkpoint_files.find_good(directory, step=None)
   pipeline = _load_base(workdir, config["model"], dtype, None, without_denoiser=True)
   _check_base(workdir, pipeline, found.metadata)
-  abstract = reward_model.abstract_params(pipeline, width=width)
+  judge, scorer = config["judge"], None
+  if _reads_images(config):
+    scorer = scorers.load_reward(judge["scorer"], dtype=jnp.dtype(dtype).name)
+    abstract = step_reward.abstract_params(scorer)
+  else:
+    abstract = reward_model.abstract_params(pipeline, width=judge["width"])
   params = sharding.to_host(_restore(directory, found.step, "ema", abstract, None))
   digest = pipeline_lib.fingerprint(params, of=pipeline.digest)
-  return RewardModel(pipeline, params, width, guidance, digest)
+  if scorer:
+    return StepReward(pipeline, judge["scorer"], scorer, params, digest)
+  return RewardModel(pipeline, params, judge["width"], judge["guidance"], digest)
+
+
+def judges_images(name: str) -> bool:
+  """Tells whether a workdir is of a run of `configs/step_reward.py`."""
+  workdir = user_path(name)
+  return _has_run(workdir) and _reads_images(_read_config(workdir))
+
+
+def _reads_images(config: dict[str, Any]) -> bool:
+  return "scorer" in config.get("judge", {})
 
 
 def _restore(directory: Path, step: int, field: str, abstract: Any, mesh: Mesh | None) -> Any:
@@ -214,8 +249,8 @@ def setting(name: str, section: str, field: str, default: float) -> float:
 def learned_from(config: Mapping[str, Any]) -> tuple[str, ...]:
   """Returns the scorers, as names or keys, that judge a run's images with a bias.
 
-  They are those of its reward, that which has chosen its experts, and those of the run that it
-  starts from.
+  They are those of its reward, that which a trained judge began as, that which has chosen its
+  experts, and those of the run that it starts from.
 
   Args:
     config: of the run.
@@ -223,8 +258,11 @@ def learned_from(config: Mapping[str, Any]) -> tuple[str, ...]:
   chosen, start = config.get("data", {}).get("score", ""), config["model"].get("start", "")
   if chosen.endswith(".parquet"):  # a file of scores, named by its key
     chosen = Path(chosen).stem
+  judge, began_as = config.get("steps", {}).get("judge", ""), ""
+  if judge and judges_images(judge):
+    began_as = _read_config(user_path(judge))["judge"]["scorer"]
   before = deciding_scorers(start) if start else ()
-  return (*base_config.reward_scorers(config), *([chosen] if chosen else []), *before)
+  return (*base_config.reward_scorers(config), *filter(None, (began_as, chosen)), *before)
 
 
 def deciding_scorers(name: str, *, best: bool = False) -> tuple[str, ...]:

@@ -17,12 +17,18 @@ from ml_collections import ConfigDict
 from jaxpref import base_config, sharding
 from jaxpref.data import rows as rows_lib
 from jaxpref.diffusion import schedule as schedule_lib
-from jaxpref.models import denoiser, reward_model
+from jaxpref.models import denoiser
 from jaxpref.models import lora as lora_lib
 from jaxpref.models.pipeline import Pipeline
 from jaxpref.training import batch as batch_lib
+from jaxpref.training import (
+  judge_settings,
+  pathwise_step,
+  policy_sampler,
+  step_candidates,
+  step_rows,
+)
 from jaxpref.training import optimizer as optimizer_lib
-from jaxpref.training import pathwise_step, policy_sampler, step_candidates, step_rows
 from jaxpref.training import rollout as rollout_lib
 from jaxpref.training import train_step as train_step_lib
 from jaxpref.training.judge import Judge
@@ -90,9 +96,7 @@ def make_programs(checked: Checked, trained: Any, uncond: Any) -> Programs:
   make_denoise = functools.partial(pipeline.make_denoise, **kernels)
   trained_function: Callable = make_denoise(guidance=config.model.guidance)
   if needs.judges:
-    trained_function = reward_model.make_score(
-      pipeline, guidance=config.judge.guidance, **kernels
-    )
+    trained_function = judge_settings.make_score(config, pipeline, **kernels)
   sampled = make_denoise(guidance=config.rollout.guidance)
   guidance = pipeline.classifier_free_scale(config.rollout.guidance)
   dropout = config.data.prompt_dropout
@@ -245,6 +249,8 @@ def abstract_programs(checked: Checked) -> tuple[Programs, Arguments]:
   frozen_dtype = config.model.frozen_dtype
   freeze = lambda params: checked.pipeline.freeze(params, frozen_dtype)  # noqa: E731
   base = jax.eval_shape(freeze, checked.pipeline.abstract_denoiser())
+  if judge_settings.reads_images(config):
+    base = {"denoiser": base, "vae": abstract_params(checked.pipeline.modules["vae"])}
   if config.data.noise_draws:
     numbers = jax.ShapeDtypeStruct((count,), jnp.int32)
     error = jax.ShapeDtypeStruct((count,), jnp.float32)
@@ -304,7 +310,8 @@ def _placed(shapes: Any, shardings: Any) -> Any:
 
 def kept_base(checked: Checked, base: Any) -> Any:
   """Returns the part of the base's parameters that `adapt` or the reference needs, or None."""
-  if checked.config.lora.rank or checked.reference == "base":
+  config = checked.config
+  if config.lora.rank or checked.reference == "base" or judge_settings.reads_images(config):
     return base
   fixed = checked.pipeline.family.fixed
   return denoiser.split_fixed(base, fixed)[1] if fixed else None
@@ -321,6 +328,8 @@ def has_own_targets(checked: Checked) -> bool:
 
 def _make_adapt(config: ConfigDict, pipeline: Pipeline) -> Callable[[Any, Any], Any]:
   fixed = pipeline.family.fixed
+  if judge_settings.reads_images(config):
+    return lambda trained, base: {"trained": trained, **base}
   if not config.lora.rank and fixed:
     return lambda trained, base: denoiser.join_fixed(trained, base, fixed)
   if not config.lora.rank:

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from jaxpref import __version__
+from jaxpref import __version__, sharding
 from jaxpref.errors import UserError, count
 from jaxpref.runtime.checkpoint import Checkpointer
-from jaxpref.training import programs
-from jaxpref.training.setup import Prepared, init_trained
+from jaxpref.training import judge_settings, programs
+from jaxpref.training.setup import Checked, Prepared, init_trained
 
 _log = logging.getLogger(__name__)
 
@@ -22,7 +22,8 @@ class RunState(NamedTuple):
     program: the run's programs.
     state: the `TrainState` to train further.
     done: number of updates done.
-    base: parameters of `model.path`, in `model.frozen_dtype`; None for a reward model.
+    base: parameters of `model.path`, in `model.frozen_dtype`; of a step-aware preference
+      model, 'denoiser' and 'vae'; None for a latent reward model.
     frozen: what the train step needs of `base`, see `programs.kept_base`.
     start: trained parameters at the start if they are the reference, else None.
   """
@@ -61,10 +62,7 @@ def make_run_state(
   begin = _begin(prepared, base)
   program = programs.make_programs(prepared, begin, uncond)
   state, done = _restore_or_init(program, begin, ckptr, loader, identity, config)
-  # A reward model is not compared with the denoiser that it begins as.
-  base = (
-    None if prepared.loss.needs.judges else pipeline.freeze(base, config.model.frozen_dtype)
-  )
+  base = freeze(prepared, base)
   frozen = programs.kept_base(prepared, base)
   start = None
   if prepared.reference == "start":
@@ -96,6 +94,22 @@ def _begin(prepared: Prepared, base: Any) -> Any:
   if not config.lora.rank:
     return init_trained(config, pipeline, base)
   return jax.jit(lambda params: init_trained(config, pipeline, params))(base)
+
+
+def freeze(checked: Checked, base: Any) -> Any:
+  """Returns the frozen parameters of a run, see `RunState.base`.
+
+  Args:
+    checked: the run's configuration and models.
+    base: the denoiser's parameters.
+  """
+  config, pipeline = checked.config, checked.pipeline
+  if judge_settings.reads_images(config):
+    vae = sharding.replicate(pipeline.params["vae"], checked.mesh)
+    return {"denoiser": pipeline.freeze(base, config.model.frozen_dtype), "vae": vae}
+  if checked.loss.needs.judges:  # it is not compared with the denoiser that it begins as
+    return None
+  return pipeline.freeze(base, config.model.frozen_dtype)
 
 
 def _restore_or_init(

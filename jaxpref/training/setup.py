@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxpref import base_config, losses, rng, sharding
+from jaxpref import losses, rng, sharding
 from jaxpref.data import built_rows, sources
 from jaxpref.data import rows as rows_lib
 from jaxpref.data.bad_rows import Tally
@@ -20,19 +20,20 @@ from jaxpref.diffusion.flow import Density
 from jaxpref.diffusion.schedule import Schedule
 from jaxpref.errors import UserError
 from jaxpref.evaluation import evaluate, prompt_sets
-from jaxpref.models import denoiser, reward_model
+from jaxpref.models import denoiser
 from jaxpref.models import lora as lora_lib
 from jaxpref.models import pipeline as pipeline_lib
 from jaxpref.runtime import checkpoint, jax_setup
 from jaxpref.training import (
-  latent_judge,
+  judge_settings,
   load_run,
   pathwise_settings,
   rounds_settings,
   step_rows,
 )
-from jaxpref.training.judge import Judge, load_judge
+from jaxpref.training.judge import Judge
 from jaxpref.training.latent_judge import LatentJudge
+from jaxpref.training.step_judge import StepJudge
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Checked:
   pipeline: pipeline_lib.Pipeline
   start: dict[str, Any]
   reference: str | None
-  judge: Judge | LatentJudge | None
+  judge: Judge | LatentJudge | StepJudge | None
 
   @property
   def schedule(self) -> Schedule:
@@ -109,7 +110,7 @@ def prepare(config: ConfigDict) -> Prepared:
   inputs = {"data": rows.digest, "pipeline": checked.pipeline.digest}
   if checked.start:
     inputs["start"] = checked.start["digest"]
-  if isinstance(checked.judge, LatentJudge):
+  if isinstance(checked.judge, LatentJudge | StepJudge):
     inputs["judge"] = checked.judge.reward.digest
   return Prepared(
     **vars(checked),
@@ -235,7 +236,9 @@ def check(config: ConfigDict, *, mesh: Any = None) -> Checked:
     )
   _check_guidance(config, pipeline)
   if loss.needs.judges:
-    reward_model.check(pipeline)
+    judge_settings.check_model(config, pipeline, plans=plans)
+  if judge_settings.reads_images(config):
+    pipeline = judge_settings.with_scorer(config, pipeline)
   _check_levels(loss, config, pipeline)
   check_steps(pipeline, "evaluate.num_steps", config.evaluate.num_steps)
   start = {}
@@ -246,7 +249,7 @@ def check(config: ConfigDict, *, mesh: Any = None) -> Checked:
     targets, usual = config.lora.targets, pipeline.family.lora_targets
     lora_lib.check_rank(shapes, rank=rank, targets=targets, usual=usual)
     abstract_trained(config, pipeline)
-  judge = _load_judge(config, pipeline, None if plans else mesh)
+  judge = judge_settings.load(config, pipeline, None if plans else mesh)
   reference = reference_of(loss, config)
   return Checked(config, mesh, loss, arms, pipeline, start, reference, judge)
 
@@ -264,23 +267,6 @@ def _check_guidance(config: ConfigDict, pipeline: pipeline_lib.Pipeline) -> None
       "steps are trained with the guidance that has sampled them: set model.guidance = "
       f"rollout.guidance (got {both[0]} and {both[1]})"
     )
-
-
-def _load_judge(
-  config: ConfigDict, pipeline: pipeline_lib.Pipeline, mesh: Mesh | None
-) -> Judge | LatentJudge | None:
-  """Loads a run's judge if it has one; without a mesh, none that a run has trained."""
-  vae, dtype = pipeline.modules["vae"], config.model.dtype
-  if "pathwise" in config:
-    pathwise_settings.check_model(config, pipeline)
-    return load_judge(config.pathwise, vae, at_once=config.pathwise.at_once, dtype=dtype)
-  if not base_config.have_candidates(config) or (config.steps.judge and mesh is None):
-    return None
-  if config.steps.judge and mesh:
-    return latent_judge.load_latent_judge(
-      config.steps.judge, pipeline, mesh, frozen_dtype=config.model.frozen_dtype
-    )
-  return load_judge(config.rounds, vae, at_once=1, dtype=dtype)
 
 
 def rows_kind(config: ConfigDict, loss: losses.Loss) -> str:
@@ -374,12 +360,11 @@ def abstract_trained(config: ConfigDict, pipeline: pipeline_lib.Pipeline) -> Any
 def init_trained(config: ConfigDict, pipeline: pipeline_lib.Pipeline, base: Any) -> Any:
   """Returns the initial trained parameters.
 
-  These are the base's but the fixed, or LoRA matrices, or those of a latent reward model.
+  These are the base's but the fixed, or LoRA matrices, or those of a reward model.
   """
   lora, fixed = config.lora, pipeline.family.fixed
   if "judge" in config:
-    key = rng.key_of(config.seed, "judge", 0)
-    return reward_model.init_params(pipeline, base, key, width=config.judge.width)
+    return judge_settings.init_params(config, pipeline, base)
   if not lora.rank:
     return denoiser.split_fixed(base, fixed)[0] if fixed else base
   key = rng.key_of(config.seed, "lora", 0)
@@ -407,7 +392,7 @@ def _load_start(
 def _check_needs(loss: losses.Loss, config: ConfigDict) -> None:
   """Refuses settings that this loss would ignore."""
   needs = loss.needs
-  latent_judge.check_training(config, needs)
+  judge_settings.check(config, needs)
   rounds_settings.check(config, needs)
   pathwise_settings.check(config, needs)
   if config.loss.reference == "base" and not needs.reference:

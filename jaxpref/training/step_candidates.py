@@ -1,10 +1,10 @@
 """Samples of the policy whose steps have several candidates, which a judge compares.
 
 From one state the policy samples K candidates, which go on alone for one step or a few. Each is
-then judged by its own prediction of the clean image, decoded and scored (SPO), or as it is by a
-latent reward model (LPO). The steps of the best and of the worst become rows; a random one is
-the state where the next candidates begin, so that rows of later steps do not depend on the
-judge's choice.
+then judged by its own prediction of the clean image, decoded and scored (SPO), by scorers or by
+a model that also reads the level, or as it is by a latent reward model (LPO). The steps of the
+best and of the worst become rows; a random one is the state where the next candidates begin, so
+that rows of later steps do not depend on the judge's choice.
 """
 
 import functools
@@ -29,6 +29,7 @@ from jaxpref.rewards import likelihood
 from jaxpref.training import step_rows
 from jaxpref.training.judge import Judge
 from jaxpref.training.latent_judge import LatentJudge
+from jaxpref.training.step_judge import StepJudge
 
 _CHOICE = 0x43414E44  # purpose of random numbers
 
@@ -36,7 +37,7 @@ _CHOICE = 0x43414E44  # purpose of random numbers
 def make_candidate_sampler(
   denoise: Denoise,
   pipeline: Pipeline,
-  judge: Judge | LatentJudge,
+  judge: Judge | LatentJudge | StepJudge,
   *,
   mesh: Mesh,
   solver: str,
@@ -148,7 +149,7 @@ def _predict_clean(
   return x0.reshape(x_t.shape)
 
 
-def _make_score(judge: Judge | LatentJudge, mesh: Mesh) -> Callable[..., jax.Array]:
+def _make_score(judge: Judge | LatentJudge | StepJudge, mesh: Mesh) -> Callable[..., jax.Array]:
   """Makes (the judge's parameters, latents [B, K, ...], t [B], cond, tokens) -> scores [B, K].
 
   The latents are clean ones, or noised to the levels t for a latent judge.
@@ -165,13 +166,19 @@ def _make_score(judge: Judge | LatentJudge, mesh: Mesh) -> Callable[..., jax.Arr
       ).reshape(x_t.shape[:2])
     )
   rows = P(sharding.BATCH_AXES)
+
+  def one(params, x0, t, tokens):
+    if isinstance(judge, StepJudge):
+      return judge.score(params, x0, t, tokens)
+    return judge.total(judge.score(params, x0, tokens))
+
   # Without it, every device would decode all images, one by one.
   score_own = jax.shard_map(
-    judge.score, mesh=mesh, in_specs=(P(), rows, rows), out_specs=rows, check_vma=False
+    one, mesh=mesh, in_specs=(P(), rows, rows, rows), out_specs=rows, check_vma=False
   )
 
   def score(params, x0, t, cond, tokens):  # noqa: ARG001
-    return judge.total(score_own(params, *flat(x0, tokens))).reshape(x0.shape[:2])
+    return score_own(params, *flat(x0, t, tokens)).reshape(x0.shape[:2])
 
   return score
 
