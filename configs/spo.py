@@ -5,7 +5,8 @@
 After Liang et al. 2024 (https://arxiv.org/abs/2406.04314). A scorer judges each candidate by
 the model's own prediction of the clean image from there; a random candidate goes on. In the
 paper the scorer is PickScore, trained further on such predictions, with the timestep as an
-input. Here it is any differentiable scorer as it is: `rounds.scorers`.
+input: `steps.judge` takes the workdir of such a run of `configs/step_reward.py`. By default it
+is any differentiable scorer as it is: `rounds.scorers`.
 
 `sd15` has the numbers of https://github.com/RockeyCoss/SPO but for the scorer: DDIM of 20 steps
 with eta 1 and guidance 5, 4 candidates from step 4 on, pairs whose probabilities differ by more
