@@ -17,7 +17,7 @@ from built_sets import built, prepare
 from safetensors.numpy import load_file
 
 from jaxpref import config as config_lib
-from jaxpref import export, main, sharding
+from jaxpref import export, main, scorers, sharding
 from jaxpref.errors import UserError
 from jaxpref.models import save, step_reward
 from jaxpref.scorers.base import store
@@ -151,6 +151,16 @@ def test_settings_that_do_not_fit_are_refused(method, changes, message, tiny_pip
   with pytest.raises(UserError) as error:
     setup.check(config)
   assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_scorer_of_several_arrays_is_refused(tiny_pipeline, monkeypatch):
+  found = scorers.load_reward("shapes.preference")
+  several = found._replace(tokenize=lambda prompts: {"ids": found.tokenize(prompts)})
+  monkeypatch.setattr(scorers, "load_reward", lambda name, **options: several)
+  config = runs.config("step_reward")
+  config.model.path = str(tiny_pipeline)
+  with pytest.raises(UserError, match="must read a prompt as one array"):
+    setup.check(config)
 
 
 @pytest.mark.parametrize(

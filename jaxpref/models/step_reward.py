@@ -123,7 +123,7 @@ def init_params(scorer: Scorer, key: jax.Array) -> dict[str, Any]:
     }
     for name, vectors in blocks.items()
   }
-  model = jax.tree.map(lambda x: x.astype(jnp.float32), scorer.params)
+  model = jax.tree.map(lambda x: x.astype(jnp.float32, copy=False), scorer.params)
   return {"model": model, "time": {**time, "blocks": layers}}
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -77,10 +78,13 @@ def with_scorer(config: ConfigDict, pipeline: Pipeline) -> Pipeline:
   Its parameters are float32, and it computes in `model.dtype`.
 
   Raises:
-    UserError: the scorer is not differentiable, or its weights are missing.
+    UserError: the scorer is not differentiable, its weights are missing, or its image tower or
+      its token ids are of a kind that is not supported.
   """
   name, dtype = config.judge.scorer, config.model.dtype
   scorer = scorers.load_reward(name)
+  if not isinstance(scorer.tokenize([""]), np.ndarray):
+    raise UserError(f"judge.scorer = {name!r} must read a prompt as one array of token ids")
   if dtype != "float32":
     scorer = scorer._replace(score=scorers.load_reward(name, dtype=dtype).score)
   step_reward.find_blocks(scorer)
