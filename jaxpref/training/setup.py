@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxpref import losses, rng, sharding
+from jaxpref import base_config, losses, rng, sharding
 from jaxpref.data import built_rows, sources
 from jaxpref.data import rows as rows_lib
 from jaxpref.data.bad_rows import Tally
