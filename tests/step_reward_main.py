@@ -25,7 +25,6 @@ def train(path, *, data, fsdp):
   Returns:
     Metrics of the updates, and the sums of the trained parameters' squares.
   """
-  sharding.params_sharding.__kwdefaults__["min_bytes"] = 0  # small tensors are split too
   config = config_lib.load_config("step_reward:tiny")
   config.model.path, config.train.batch_size, config.train.accumulate = path, ROWS, 2
   config.mesh.data, config.mesh.fsdp, config.judge.at_once = data, fsdp, 3
@@ -45,7 +44,7 @@ def train(path, *, data, fsdp):
   state = jax.jit(program.make_state, out_shardings=program.placement)(trained)
   split = sum(not x.sharding.is_fully_replicated for x in jax.tree.leaves(state.params))
   assert (split > 0) == (fsdp > 1)
-  frozen = sharding.place_params(run_state.freeze(checked, base), mesh)
+  frozen = run_state.freeze(checked, base)
   batch, history = sharding.place_batch(rows, mesh), []
   for _ in range(2):
     state, metrics = program.train_step(state, frozen, empty, batch, None, None, empty)
@@ -58,4 +57,5 @@ def train(path, *, data, fsdp):
 
 
 if __name__ == "__main__":
+  sharding.params_sharding.__kwdefaults__["min_bytes"] = 0  # small tensors are split too
   print(json.dumps(train(sys.argv[1], data=int(sys.argv[2]), fsdp=int(sys.argv[3]))))

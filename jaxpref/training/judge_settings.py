@@ -46,6 +46,8 @@ def check(config: ConfigDict, needs: Needs) -> None:
       "lora.rank and model.start do not apply to a reward model, which begins as the first "
       "half of the denoiser or as a scorer, and is trained whole"
     )
+  if "scorer" in config.get("judge", {}) and config.data.prompt_dropout:
+    raise UserError("data.prompt_dropout must be 0: a scorer judges images for their prompts")
   if needs.judges and config.loss.space != "model":
     raise UserError("loss.space must be 'model': a reward model has no errors")
 
@@ -83,7 +85,8 @@ def with_scorer(config: ConfigDict, pipeline: Pipeline) -> Pipeline:
   """
   name, dtype = config.judge.scorer, config.model.dtype
   scorer = scorers.load_reward(name)
-  if not isinstance(scorer.tokenize([""]), np.ndarray):
+  ids = scorer.tokenize([""])
+  if not isinstance(ids, np.ndarray) or not ids.size:
     raise UserError(f"judge.scorer = {name!r} must read a prompt as one array of token ids")
   if dtype != "float32":
     scorer = scorer._replace(score=scorers.load_reward(name, dtype=dtype).score)
@@ -143,7 +146,7 @@ def load(
   if not (name := config.steps.judge):
     return load_judge(config.rounds, vae, at_once=1, dtype=dtype)
   if mesh is None:
-    if load_run.judges_images(name) or config.name == "spo":
+    if load_run.judges_images(name):
       raise UserError("jaxpref.plan cannot plan a step-aware judge: plan without steps.judge")
     return None
   reward = load_run.load_reward_model(name, dtype=pipeline.denoiser.dtype)
@@ -166,7 +169,7 @@ def _check_parts(
     if ours.get(part) != theirs.get(part):
       raise UserError(
         f"steps.judge: {name} was trained with another {part} than that of {pipeline.path}, so "
-        "it cannot read its latents and prompts"
+        f"it cannot read its {'latents' if part == 'vae' else 'prompts'}"
       )
   others: dict[str, tuple[Any, Any]] = {
     "scheduler": (pipeline.configs["scheduler"], reward.pipeline.configs["scheduler"])

@@ -112,6 +112,8 @@ def prepare(config: ConfigDict) -> Prepared:
     inputs["start"] = checked.start["digest"]
   if isinstance(checked.judge, LatentJudge | StepJudge):
     inputs["judge"] = checked.judge.reward.digest
+  if scorer := checked.pipeline.scorer:
+    inputs["scorer"] = pipeline_lib.fingerprint(scorer.params)
   return Prepared(
     **vars(checked),
     inputs=inputs,

@@ -423,10 +423,10 @@ def rewards(
   rows: batch_lib.Arms,
   arms: Sequence[str],
 ) -> dict[str, jax.Array]:
-  """Computes a latent reward model's rewards by arm, float32 [R] each.
+  """Computes a reward model's rewards by arm, float32 [R] each.
 
   Args:
-    score: a `reward_model.Score`.
+    score: a `reward_model.Score`, of latents or of predicted images.
     schedule: noise schedule.
     params: of the model.
     guide: conditioning that its guidance leads away from, a tree of [1, ...], or None.
