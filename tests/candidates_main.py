@@ -42,7 +42,7 @@ def make_judge(pipeline, kind):
       return trained["model"]["factor"] * mean * (1 + t / 100) + ids[:, 0] + trained["time"]
 
     trained = {"model": {"factor": np.float32(2.0)}, "time": np.float32(0.0)}
-    reward = load_run.StepReward(pipeline, "", red, trained, "")
+    reward = load_run.StepReward(pipeline, red, trained, "")
     return StepJudge(reward, score_images, "float32")
 
   def score(params, x_t, t, cond, uncond):

@@ -409,6 +409,13 @@ def test_scorers_that_a_run_learned_from(tmp_path):
   assert of(online) == ("pickscore.v1", "hpsv2.v2_0-2.0-tensor_aa")
   best_checkpoint.write(tmp_path / "chosen", best_checkpoint.Best(2, "clip.h14-1-pil", 0.5))
   assert of(chosen, best=True) == ("hpsv2.v2_0-2.0-tensor_aa", "clip.h14-1-pil")
+  # What a run's last start has found counts, because other runs may have been moved since.
+  (tmp_path / "chosen").rename(tmp_path / "moved")
+  found = ["pickscore.v1", "hpsv2.v2_0-2.0-tensor_aa"]
+  assert of(online) == ("pickscore.v1",)
+  workdir_lib.add_start(online, {"learned_from": found})
+  assert of(online) == tuple(found)
+  (tmp_path / "moved").rename(chosen)
   # Variants of a network are no judges of each other.
   names = ["hpsv2.v2_0_pil", "hpsv2.v2_1", "clip.h14_bf16", "pickscore.v1", "shapes.quality"]
   found = scorers.with_weights_of(names, [*of(chosen, best=True), "shapes.quality-2"])

@@ -14,8 +14,10 @@ import pytest
 from jaxpref import config as config_lib
 from jaxpref import sharding
 from jaxpref.errors import UserError
+from jaxpref.models import step_reward
 from jaxpref.models.pipeline import abstract_params
 from jaxpref.plan import estimate, memory, tpu_compiler
+from jaxpref.runtime import workdir as workdir_lib
 from jaxpref.scorers import load_reward
 from jaxpref.training import programs, setup
 
@@ -170,6 +172,43 @@ def test_judges_of_candidates_and_their_training(sd15):
   whole, split = memory.judge_shapes(checked)
   assert set(whole) == {"vae"} and _bytes(split) > 2**29
   assert memory.bytes_on_device(split, checked.mesh) < _bytes(split) / 6  # but small tensors
+
+
+def test_step_aware_judges_and_their_training(tmp_path):
+  fields = ["--config=configs/step_reward.py:shapes", "--config.judge.at_once=1"]
+  config, _ = config_lib.parse_args(fields, flags={})
+  checked = setup.check(config, mesh=sharding.abstract_mesh(config.mesh, 1))
+  pipeline = checked.pipeline
+  image, recomputed = memory.kept_by_step_reward(pipeline)
+  assert image == 32 * 32 * 3 * 4 + _bytes(pipeline.abstract_cond(1)["tokens"])
+  # XLA's own count for the gradient of one image, which recomputes what is cheap.
+  scorer = pipeline.scorer
+  params = step_reward.abstract_params(scorer)
+  score = step_reward.make_score_images(scorer)
+  shape = jax.ShapeDtypeStruct((1, 32, 32, 3), "float32")
+  level, ids = jax.ShapeDtypeStruct((1,), "int32"), scorer.tokenize([""])
+  gradient = jax.grad(lambda *given: score(*given).sum())
+  compiled = jax.jit(gradient).lower(params, shape, level, ids).compile()
+  assert 0.7 < recomputed / compiled.memory_analysis().temp_size_in_bytes < 1.6
+  given = {"config": "configs/step_reward.py:shapes", "search": False}
+  trained = planned("shapes", "h200:1", "judge.at_once=3", **given)
+  kept = 2 * config.train.batch_size * image + 3 * recomputed
+  assert trained["memory"]["kept for the backward pass"] == kept / 2**30
+  assert trained["trained"] == sum(x.size for x in jax.tree.leaves(params))
+  assert trained["memory"]["judge of samples"] == 0
+  assert {"policy", "reference"} == trained["flops"].keys()
+  remats = {
+    s["model.remat"] for s in planned("shapes", "h200:1", config=given["config"])["settings"]
+  }
+  assert len(remats) == 1  # the denoiser has no backward pass
+  # A candidate's judge is the trained model, whole on every device.
+  workdir_lib.write_config(tmp_path, config)
+  (tmp_path / "checkpoints").mkdir()
+  given["config"] = "configs/spo.py:shapes"
+  spo = planned("shapes", "h200:8", f"steps.judge={tmp_path}", **given)
+  judge = _bytes(abstract_params(pipeline.modules["vae"])) + _bytes(params)
+  assert spo["memory"]["judge of samples"] == judge / 2**30
+  assert spo["flops"]["judge"] > 0
 
 
 @pytest.mark.long

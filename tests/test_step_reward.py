@@ -1,5 +1,7 @@
 """Step-aware preference models: against PyTorch and the equations, levels by levels."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,7 +45,7 @@ def images_of(scorer, count=3):
 
 def random_params(scorer, seed=3):
   """Returns parameters whose levels matter in every block."""
-  params = step_reward.init_params(scorer, jax.random.key(0))
+  params = step_reward.init_params(scorer, scorer.params, jax.random.key(0))
   rng = np.random.default_rng(seed)
   noise = lambda x: 0.15 * rng.standard_normal(x.shape).astype(np.float32)  # noqa: E731
   return {**params, "time": jax.tree.map(lambda x: np.asarray(x) + noise(x), params["time"])}
@@ -52,7 +54,7 @@ def random_params(scorer, seed=3):
 def test_it_begins_as_the_scorer_at_every_level(scorer):
   images, ids = images_of(scorer), scorer.tokenize(PROMPTS)
   want = jax.jit(scorer.score)(scorer.params, images, ids)
-  params = step_reward.init_params(scorer, jax.random.key(0))
+  params = step_reward.init_params(scorer, scorer.params, jax.random.key(0))
   score = jax.jit(step_reward.make_score_images(scorer))
   for t in (0, 1, 250, 500, 999):
     got = score(params, images, np.full(3, t), ids)
@@ -208,8 +210,7 @@ def test_levels_of_the_convolutional_tower_are_the_equation():
 @pytest.fixture(scope="module")
 def pipeline(tiny_pipeline):
   loaded = load_pipeline(str(tiny_pipeline))
-  scorer = scorers.load_reward("shapes.preference")
-  return type(loaded)(**{**vars(loaded), "scorer": scorer})
+  return dataclasses.replace(loaded, scorer=scorers.load_reward("shapes.preference"))
 
 
 def inputs_of(pipeline):
@@ -281,7 +282,10 @@ def test_the_reward_is_a_chain(pipeline, guidance):
   assert np.abs(unclipped - want).max() > 0.01
 
 
-def test_only_the_scorer_and_its_levels_are_trained(pipeline):
+@pytest.mark.parametrize("kind", NAMES)
+def test_only_the_scorer_and_its_levels_are_trained(kind, written, pipeline):  # noqa: ARG001
+  scorer = scorers.load_reward(NAMES[kind])
+  pipeline = dataclasses.replace(pipeline, scorer=scorer)
   x_t, t, cond, uncond = inputs_of(pipeline)
   score = step_reward.make_score(pipeline, guidance=3.0, at_once=2)
   weight = np.array([1.0, -2.0, 0.5], np.float32)

@@ -306,9 +306,9 @@ def make_encoder(pipeline: Pipeline, mesh: Mesh, *, latents: str) -> Callable[[A
     latents: 'mode' or 'sample', see `encode_rows`.
 
   Returns:
-    From a batch with 'images', uint8 [B, A, H, W, 3], and 'ids', token ids of each encoder [B,
-    L], to one with 'latents', 'std' and 'cond'; what else it has stays. 'time_ids' [B, 6]
-    replace those of `time_ids_of`.
+    From a batch with 'images', uint8 [B, A, H, W, 3], and 'ids', token ids [B, L] of each
+    encoder and of the pipeline's scorer, to one with 'latents', 'std' and 'cond'; what else it
+    has stays. 'time_ids' [B, 6] replace those of `time_ids_of`.
   """
   params = sharding.replicate((pipeline.params["vae"], _text_params(pipeline)), mesh)
 

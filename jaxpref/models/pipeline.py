@@ -47,7 +47,8 @@ class Pipeline:
     digest: changes with any name or stored value of the weights.
     clip_skip: number of last layers of the text encoders to skip, see `text.encode_text`.
     image_size: height and width in pixels of the images of training, and by default of others.
-    scorer: a `scorers.Reward` whose token ids are the part 'tokens' of conditionings, or None.
+    scorer: a `scorers.Reward` whose token ids are the part 'tokens' of conditionings, or None;
+      it has its parameters' shapes, and `params` has them as 'scorer'.
   """
 
   path: Path

@@ -40,7 +40,7 @@ class Scorer(Protocol):
 
   @property
   def params(self) -> Any:
-    """Its parameters."""
+    """Its parameters, or their shapes."""
 
   @property
   def tokenize(self) -> Callable[[Any], Any]:
@@ -97,11 +97,17 @@ def find_blocks(scorer: Scorer) -> dict[str, tuple[Vector, ...]]:
   return found
 
 
-def init_params(scorer: Scorer, key: jax.Array) -> dict[str, Any]:
+def without_params(scorer: Any) -> Any:
+  """Returns a `scorers.Reward` with its parameters' shapes instead of the parameters."""
+  return scorer._replace(params=jax.eval_shape(lambda params: params, scorer.params))
+
+
+def init_params(scorer: Scorer, params: Any, key: jax.Array) -> dict[str, Any]:
   """Makes the trained parameters of a model that is the scorer at every level.
 
   Args:
-    scorer: its start.
+    scorer: its start; of its parameters only the shapes are read.
+    params: the scorer's parameters.
     key: for the network of the levels.
 
   Returns:
@@ -123,13 +129,14 @@ def init_params(scorer: Scorer, key: jax.Array) -> dict[str, Any]:
     }
     for name, vectors in blocks.items()
   }
-  model = jax.tree.map(lambda x: x.astype(jnp.float32, copy=False), scorer.params)
+  model = jax.tree.map(lambda x: x.astype(jnp.float32, copy=False), params)
   return {"model": model, "time": {**time, "blocks": layers}}
 
 
 def abstract_params(scorer: Scorer) -> Any:
   """Returns the shapes of `init_params`."""
-  return jax.eval_shape(lambda key: init_params(scorer, key), jax.random.key(0))
+  init = functools.partial(init_params, scorer)
+  return jax.eval_shape(init, scorer.params, jax.random.key(0))
 
 
 def embed_levels(time: Any, t: jax.Array) -> jax.Array:
@@ -169,7 +176,8 @@ def make_score_latents(
   """Makes the function that decodes and scores clean latents, each device its own rows.
 
   The decoder has no gradient. The backward pass recomputes the scorer, `at_once` images at a
-  time, so that its memory does not grow with the batch.
+  time, so that only the images are kept of a batch. A scorer that recomputes its own layers
+  (CLIP's) computes them once more, so that the memory of `at_once` images is small too.
 
   Args:
     score_images: from `make_score_images`.

@@ -6,7 +6,7 @@ It counts parameters, FLOPs per update by phase, and memory per device. It says 
 fits, and which settings make it fit. For TPUs, if libtpu is installed, --compile=yes compiles
 the run's programs with the TPU compiler, for its own numbers of memory and communication. The
 planner needs no accelerator, and only the configuration files of the model; of scorers inside
-of the program (`draft`, `refl`, `spo`) it reads the weights.
+of the program (`draft`, `refl`, `spo`, `step_reward`) it reads the weights.
 """
 
 import dataclasses
@@ -228,6 +228,13 @@ class _Model:
     return self._kept[remade]
 
   @functools.cached_property
+  def kept_by_step_reward(self) -> tuple[int, int]:
+    """Returns those of a step-aware preference model, see `memory.kept_by_step_reward`."""
+    from jaxpref.plan import memory  # noqa: PLC0415
+
+    return memory.kept_by_step_reward(self._checked.pipeline)
+
+  @functools.cached_property
   def kept_by_judge(self) -> int:
     """Returns those of decoder and scorers, for an image of an update that samples."""
     from jaxpref.plan import memory  # noqa: PLC0415
@@ -297,7 +304,13 @@ def _memory(checked: Any, arguments: Any, model: _Model) -> dict[str, float]:
   latents = images * (1 if samples else states * arms)
   if (config.rollout.guidance if samples else step_rows.training_guidance(config)) > 1:
     latents *= 2
-  kept, batch = latents * model.kept(config.model.remat), arguments.batch
+  batch = arguments.batch
+  if checked.pipeline.scorer:  # the denoiser has no backward pass
+    image, recomputed = model.kept_by_step_reward
+    scored = images * arms
+    kept = scored * image + min(scored, config.judge.at_once) * recomputed
+  else:
+    kept = latents * model.kept(config.model.remat)
   if samples:
     of = config.pathwise
     judged = images * (of.repeats if of.method == "renoised" else 1)
@@ -334,8 +347,8 @@ def _working_weights(checked: Any, arguments: Any, model: _Model) -> float:
 
   config, fixed = checked.config, checked.pipeline.family.fixed
   networks = [model.base if config.lora.rank else arguments.state.params]
-  if not config.lora.rank and checked.reference:
-    networks.append(model.base)  # the reference has weights of its own
+  if checked.pipeline.scorer or (not config.lora.rank and checked.reference):
+    networks.append(model.base)  # what predicts for a scorer, or the reference
   # Tables that are never trained are looked up where they are.
   weights = jax.tree.leaves([denoiser.split_fixed(of, fixed)[0] for of in networks])
   width = 2 if config.model.dtype == "bfloat16" else 4
@@ -351,13 +364,15 @@ def _search(
   from jaxpref import sharding  # noqa: PLC0415
 
   rows, count = checked.config.train.batch_size, checked.mesh.size
+  # Without a backward pass of the denoiser, nothing of it is kept.
+  remats = [checked.config.model.remat] if checked.pipeline.scorer else REMAT
   accumulations = [n for n in range(1, rows + 1) if rows % (n * count) == 0]
   for fsdp in (n for n in (1, 2, 4, 8, 16, 32, 64) if count % n == 0):
     config = checked.config.copy_and_resolve_references().unlock()
     config.mesh.data, config.mesh.fsdp = -1, fsdp
     mesh = sharding.abstract_mesh(config.mesh, count)
     trial = dataclasses.replace(checked, config=config, mesh=mesh)
-    for config.model.remat in REMAT:
+    for config.model.remat in remats:
       for config.train.accumulate in accumulations:
         needed = _memory(trial, arguments, model)["total"]
         if needed <= _USABLE * chip.memory:

@@ -1,5 +1,6 @@
 """Memory of a run on a device, from shapes alone."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpref import base_config, sharding
-from jaxpref.models import reward_model
+from jaxpref.models import reward_model, step_reward
+from jaxpref.models import vae as vae_lib
 from jaxpref.models.pipeline import Pipeline, abstract_params
 from jaxpref.training import flops
 from jaxpref.training.judge import Judge
 from jaxpref.training.setup import Checked
+from jaxpref.training.step_judge import StepJudge
 
 
 def bytes_on_device(tree: Any, mesh: Any) -> int:
@@ -43,7 +46,7 @@ def judge_shapes(checked: Checked) -> tuple[Any, Any]:
   config, pipeline, judge = checked.config, checked.pipeline, checked.judge
   if "pathwise" not in config and not base_config.have_candidates(config):
     return {}, {}
-  if isinstance(judge, Judge):
+  if isinstance(judge, Judge | StepJudge):
     return judge.abstract_params(), {}
   whole = {"vae": abstract_params(pipeline.modules["vae"])}
   of, width, _ = flops.latent_judge(checked)
@@ -77,6 +80,24 @@ def kept_by_reward_model(pipeline: Pipeline, *, width: int, **options: Any) -> i
   score = reward_model.make_score(pipeline, guidance=1.0, **options)
   params = reward_model.abstract_params(pipeline, width=width)
   return _kept(score, params, _latent(pipeline), _LEVEL, pipeline.abstract_cond(1), None)
+
+
+def kept_by_step_reward(pipeline: Pipeline) -> tuple[int, int]:
+  """Computes those of a step-aware preference model, whose backward pass recomputes it.
+
+  Args:
+    pipeline: with a scorer.
+
+  Returns:
+    Bytes per image that are kept of a batch, and those of an image that is recomputed.
+  """
+  scorer, vae = pipeline.scorer, pipeline.modules["vae"]
+  decode = functools.partial(vae_lib.decode_clipped, vae)
+  image = jax.eval_shape(decode, abstract_params(vae), _latent(pipeline))
+  ids = pipeline.abstract_cond(1)["tokens"]
+  params = step_reward.abstract_params(scorer)
+  score = step_reward.make_score_images(scorer)
+  return tree_bytes((image, ids)), _kept(score, params, image, _LEVEL, ids)
 
 
 def kept_by_judge(judge: Judge, pipeline: Pipeline, tokens: Any) -> int:

@@ -60,8 +60,9 @@ class Reward(NamedTuple):
     params: its parameters, as numpy arrays.
     tokenize: (prompts) -> tokens, a tree of numpy arrays [N, ...].
     score: (params, images, tokens) -> float32 [N], for images float [N, H, W, 3] in [0, 1];
-      differentiable in the images. They are resized in the program, with antialiasing and
-      without rounding, which differs a little from the resizing of an 8-bit image.
+      differentiable in the images, and for `step_reward` in the parameters. Images are resized
+      in the program, with antialiasing and without rounding, which differs a little from the
+      resizing of an 8-bit image.
   """
 
   params: Any

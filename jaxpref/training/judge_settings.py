@@ -52,13 +52,12 @@ def check(config: ConfigDict, needs: Needs) -> None:
     raise UserError("loss.space must be 'model': a reward model has no errors")
 
 
-def check_model(config: ConfigDict, pipeline: Pipeline, *, plans: bool) -> None:
+def check_model(config: ConfigDict, pipeline: Pipeline) -> None:
   """Refuses pipelines of which no reward model is made.
 
   Args:
     config: of a run that trains one.
     pipeline: of the run.
-    plans: whether the run is only planned.
 
   Raises:
     UserError: the family has no such model.
@@ -70,8 +69,6 @@ def check_model(config: ConfigDict, pipeline: Pipeline, *, plans: bool) -> None:
       f"{config.model.path} is a flow-matching model: step-aware preference models are for "
       "models with timesteps"
     )
-  elif plans:
-    raise UserError("jaxpref.plan cannot plan the training of a step-aware preference model")
 
 
 def with_scorer(config: ConfigDict, pipeline: Pipeline) -> Pipeline:
@@ -91,7 +88,11 @@ def with_scorer(config: ConfigDict, pipeline: Pipeline) -> Pipeline:
   if dtype != "float32":
     scorer = scorer._replace(score=scorers.load_reward(name, dtype=dtype).score)
   step_reward.find_blocks(scorer)
-  return dataclasses.replace(pipeline, scorer=scorer)
+  return dataclasses.replace(
+    pipeline,
+    scorer=step_reward.without_params(scorer),
+    params={**pipeline.params, "scorer": scorer.params},
+  )
 
 
 def init_params(config: ConfigDict, pipeline: Pipeline, base: Any) -> Any:
@@ -100,11 +101,11 @@ def init_params(config: ConfigDict, pipeline: Pipeline, base: Any) -> Any:
   Args:
     config: of the run.
     pipeline: of the run.
-    base: the denoiser's parameters, arrays or shapes.
+    base: parameters that it begins with, arrays or shapes: the denoiser's or the scorer's.
   """
   key = rng.key_of(config.seed, "judge", 0)
   if reads_images(config):
-    return step_reward.init_params(pipeline.scorer, key)
+    return step_reward.init_params(pipeline.scorer, base, key)
   return reward_model.init_params(pipeline, base, key, width=config.judge.width)
 
 
@@ -132,7 +133,8 @@ def load(
   Args:
     config: of the run.
     pipeline: of the run.
-    mesh: of the devices; None for a plan, which loads none that a run has trained.
+    mesh: of the devices; None for a plan, for which a latent judge is not read, and of a
+      step-aware one only the scorer that it began as.
 
   Raises:
     UserError: it is missing, or does not fit the run.
@@ -146,14 +148,23 @@ def load(
   if not (name := config.steps.judge):
     return load_judge(config.rounds, vae, at_once=1, dtype=dtype)
   if mesh is None:
-    if load_run.judges_images(name):
-      raise UserError("jaxpref.plan cannot plan a step-aware judge: plan without steps.judge")
-    return None
+    return _plan_judge(config, pipeline)
   reward = load_run.load_reward_model(name, dtype=pipeline.denoiser.dtype)
   _check_parts(name, pipeline, reward)
   if isinstance(reward, load_run.StepReward):
     return make_step_judge(reward, frozen_dtype=config.model.frozen_dtype)
   return make_latent_judge(reward, mesh, frozen_dtype=config.model.frozen_dtype)
+
+
+def _plan_judge(config: ConfigDict, pipeline: Pipeline) -> StepJudge | None:
+  """Returns a step-aware judge without parameters; None if the run's judge is a latent one."""
+  if not (began_as := load_run.scorer_of(config.steps.judge)):
+    return None
+  loaded = scorers.load_reward(began_as, dtype=config.model.dtype)
+  scorer = step_reward.without_params(loaded)
+  params = step_reward.abstract_params(scorer)
+  planned = load_run.StepReward(pipeline, scorer, params, digest="")
+  return make_step_judge(planned, frozen_dtype=config.model.frozen_dtype)
 
 
 def _check_parts(

@@ -18,7 +18,7 @@ from jaxpref.models import denoiser, hub, lora, reward_model, step_reward
 from jaxpref.models import pipeline as pipeline_lib
 from jaxpref.runtime import checkpoint, checkpoint_files
 from jaxpref.runtime.paths import number_of, user_path
-from jaxpref.runtime.workdir import CONFIG, STARTS, read_json
+from jaxpref.runtime.workdir import CONFIG, STARTS, read_json, read_starts
 
 # Folders of an iterative run: the pairs, and the training run, of each iteration.
 PAIRS, ITERATIONS = "pairs", "iterations"
@@ -155,14 +155,12 @@ class StepReward(NamedTuple):
 
   Attributes:
     pipeline: whose VAE has decoded what it learned from.
-    name: of the scorer that it began as.
-    scorer: this scorer; its parameters are not the model's.
+    scorer: that it began as, with its parameters' shapes.
     params: its averaged parameters, on the host, see `step_reward.init_params`.
     digest: of the parameters.
   """
 
   pipeline: pipeline_lib.Pipeline
-  name: str
   scorer: scorers.Reward
   params: Any
   digest: str
@@ -193,20 +191,26 @@ def load_reward_model(name: str, *, dtype: Any = jnp.float32) -> RewardModel | S
   judge, scorer = config["judge"], None
   if _reads_images(config):
     scorer = scorers.load_reward(judge["scorer"], dtype=jnp.dtype(dtype).name)
+    scorer = step_reward.without_params(scorer)
     abstract = step_reward.abstract_params(scorer)
   else:
     abstract = reward_model.abstract_params(pipeline, width=judge["width"])
   params = sharding.to_host(_restore(directory, found.step, "ema", abstract, None))
   digest = pipeline_lib.fingerprint(params, of=pipeline.digest)
   if scorer:
-    return StepReward(pipeline, judge["scorer"], scorer, params, digest)
+    return StepReward(pipeline, scorer, params, digest)
   return RewardModel(pipeline, params, judge["width"], judge["guidance"], digest)
 
 
-def judges_images(name: str) -> bool:
-  """Tells whether a workdir is of a run of `configs/step_reward.py`."""
+def scorer_of(name: str) -> str:
+  """Returns the scorer that a step-aware reward model began as; '' for other workdirs.
+
+  Args:
+    name: a workdir.
+  """
   workdir = user_path(name)
-  return _has_run(workdir) and _reads_images(_read_config(workdir))
+  config = _read_config(workdir) if _has_run(workdir) else {}
+  return str(config.get("judge", {}).get("scorer", ""))
 
 
 def _reads_images(config: dict[str, Any]) -> bool:
@@ -258,9 +262,8 @@ def learned_from(config: Mapping[str, Any]) -> tuple[str, ...]:
   chosen, start = config.get("data", {}).get("score", ""), config["model"].get("start", "")
   if chosen.endswith(".parquet"):  # a file of scores, named by its key
     chosen = Path(chosen).stem
-  judge, began_as = config.get("steps", {}).get("judge", ""), ""
-  if judge and judges_images(judge):
-    began_as = _read_config(user_path(judge))["judge"]["scorer"]
+  judge = config.get("steps", {}).get("judge", "")
+  began_as = scorer_of(judge) if judge else ""
   before = deciding_scorers(start) if start else ()
   return (*base_config.reward_scorers(config), *filter(None, (began_as, chosen)), *before)
 
@@ -276,6 +279,10 @@ def deciding_scorers(name: str, *, best: bool = False) -> tuple[str, ...]:
     return ()
   workdir = trained_in(user_path(name))
   chosen = [best_checkpoint_lib.read(workdir).scorer] if best else []
+  # As its last start has found it: other runs may have been moved since.
+  learned = [start.get("learned_from") for start in read_starts(workdir)[-1:]]
+  if learned and isinstance(learned[0], list):
+    return (*map(str, learned[0]), *chosen)
   return (*learned_from(_read_config(workdir)), *chosen)
 
 

@@ -19,7 +19,7 @@ from jaxpref.data import rows as rows_lib
 from jaxpref.diffusion import schedule as schedule_lib
 from jaxpref.models import denoiser
 from jaxpref.models import lora as lora_lib
-from jaxpref.models.pipeline import Pipeline
+from jaxpref.models.pipeline import Pipeline, abstract_params
 from jaxpref.training import batch as batch_lib
 from jaxpref.training import (
   judge_settings,
@@ -271,13 +271,22 @@ def abstract_programs(checked: Checked) -> tuple[Programs, Arguments]:
     placed_batch = abstract_prompts(checked, count)
   return program, Arguments(
     state=_placed(state, program.placement),
-    base=_placed(kept, sharding.params_sharding(mesh, kept)),
+    base=_placed(kept, _placement_of_base(checked, kept)),
     uncond=_placed(uncond, jax.tree.map(lambda _: whole, uncond)),
     batch=placed_batch,
     rollout=_placed(drawn, jax.tree.map(lambda _: rows, drawn)),
     start=_placed(start, sharding.params_sharding(mesh, start)),
     guide=_placed(guide, jax.tree.map(lambda _: whole, guide)),
   )
+
+
+def _placement_of_base(checked: Checked, kept: Any) -> Any:
+  """Returns where `kept_base` is: as parameters are, but a decoder whole on every device."""
+  where = sharding.params_sharding(checked.mesh, kept)
+  if not judge_settings.reads_images(checked.config):
+    return where
+  whole = sharding.replicated(checked.mesh)
+  return {**where, "vae": jax.tree.map(lambda _: whole, kept["vae"])}
 
 
 def abstract_prompts(checked: Checked, count: int) -> dict[str, Any]:

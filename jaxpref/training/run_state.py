@@ -45,7 +45,8 @@ def make_run_state(
 ) -> RunState:
   """Makes a run's programs and its state, new or from the newest checkpoint.
 
-  Takes the denoiser's parameters out of `prepared`, so that they can be freed.
+  Takes the parameters of the denoiser, and of a scorer that is trained, out of `prepared`, so
+  that they can be freed.
 
   Args:
     prepared: the run's input.
@@ -59,7 +60,7 @@ def make_run_state(
   """
   config, pipeline = prepared.config, prepared.pipeline
   base = pipeline.params.pop(pipeline.family.denoiser)
-  begin = _begin(prepared, base)
+  begin = _begin(prepared, pipeline.params.pop("scorer", base))
   program = programs.make_programs(prepared, begin, uncond)
   state, done = _restore_or_init(program, begin, ckptr, loader, identity, config)
   base = freeze(prepared, base)
@@ -91,6 +92,8 @@ def _begin(prepared: Prepared, base: Any) -> Any:
   if prepared.start:
     return prepared.start.pop("params")  # taken out, so that they can be freed
   config, pipeline = prepared.config, prepared.pipeline
+  if judge_settings.reads_images(config):  # a scorer's parameters are on the host
+    return sharding.place_params(init_trained(config, pipeline, base), prepared.mesh)
   if not config.lora.rank:
     return init_trained(config, pipeline, base)
   return jax.jit(lambda params: init_trained(config, pipeline, params))(base)

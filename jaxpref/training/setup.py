@@ -112,8 +112,8 @@ def prepare(config: ConfigDict) -> Prepared:
     inputs["start"] = checked.start["digest"]
   if isinstance(checked.judge, LatentJudge | StepJudge):
     inputs["judge"] = checked.judge.reward.digest
-  if scorer := checked.pipeline.scorer:
-    inputs["scorer"] = pipeline_lib.fingerprint(scorer.params)
+  if checked.pipeline.scorer:
+    inputs["scorer"] = pipeline_lib.fingerprint(checked.pipeline.params["scorer"])
   return Prepared(
     **vars(checked),
     inputs=inputs,
@@ -238,7 +238,7 @@ def check(config: ConfigDict, *, mesh: Any = None) -> Checked:
     )
   _check_guidance(config, pipeline)
   if loss.needs.judges:
-    judge_settings.check_model(config, pipeline, plans=plans)
+    judge_settings.check_model(config, pipeline)
   if judge_settings.reads_images(config):
     pipeline = judge_settings.with_scorer(config, pipeline)
   _check_levels(loss, config, pipeline)
@@ -355,7 +355,8 @@ def prompts_source(config: ConfigDict) -> str:
 
 def abstract_trained(config: ConfigDict, pipeline: pipeline_lib.Pipeline) -> Any:
   """Returns the shapes of the trained parameters."""
-  base = pipeline.abstract_denoiser()
+  scorer = pipeline.scorer
+  base = scorer.params if scorer else pipeline.abstract_denoiser()
   return jax.eval_shape(lambda params: init_trained(config, pipeline, params), base)
 
 
@@ -363,6 +364,12 @@ def init_trained(config: ConfigDict, pipeline: pipeline_lib.Pipeline, base: Any)
   """Returns the initial trained parameters.
 
   These are the base's but the fixed, or LoRA matrices, or those of a reward model.
+
+  Args:
+    config: of the run.
+    pipeline: of the run.
+    base: the denoiser's parameters, or the scorer's that a reward model begins as; arrays or
+      shapes.
   """
   lora, fixed = config.lora, pipeline.family.fixed
   if "judge" in config:

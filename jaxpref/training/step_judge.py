@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from jaxpref import sharding
 from jaxpref.models import denoiser, step_reward
-from jaxpref.models.pipeline import Pipeline
+from jaxpref.models.pipeline import Pipeline, abstract_params
 from jaxpref.training import load_run
 
 _AT_ONCE = 1  # images that a device decodes and scores at once, as for scorers of candidates
@@ -36,9 +36,16 @@ class StepJudge:
       pipeline: of the policy, with the parameters of its VAE.
       mesh: of the devices.
     """
-    model = denoiser.freeze(self.reward.params["model"], self.frozen_dtype)
-    trained = {"model": model, "time": self.reward.params["time"]}
-    return sharding.replicate({"vae": pipeline.params["vae"], "model": trained}, mesh)
+    model = self._freeze(self.reward.params)
+    return sharding.replicate({"vae": pipeline.params["vae"], "model": model}, mesh)
+
+  def abstract_params(self) -> dict[str, Any]:
+    """Returns the shapes of `place`."""
+    vae = abstract_params(self.reward.pipeline.modules["vae"])
+    return {"vae": vae, "model": jax.eval_shape(self._freeze, self.reward.params)}
+
+  def _freeze(self, params: Any) -> Any:
+    return {**params, "model": denoiser.freeze(params["model"], self.frozen_dtype)}
 
   def tokenize(self, prompts: Sequence[str]) -> Any:
     """Returns the scorer's token ids of prompts, int32 [N, L]."""

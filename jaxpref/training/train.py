@@ -32,7 +32,15 @@ from jaxpref.runtime import (
   watchdog,
 )
 from jaxpref.runtime import workdir as workdir_lib
-from jaxpref.training import anomalies, batch_maker, flops, programs, run_state, step_rows
+from jaxpref.training import (
+  anomalies,
+  batch_maker,
+  flops,
+  load_run,
+  programs,
+  run_state,
+  step_rows,
+)
 from jaxpref.training import inputs as inputs_lib
 from jaxpref.training.alarms import Alarms
 from jaxpref.training.judge_evaluator import JudgeEvaluator
@@ -294,6 +302,7 @@ def _write_start(
   workdir_lib.write_config(workdir, prepared.config)
   rows = {"used": len(prepared.rows), **prepared.data.facts()}
   facts = {"after_update": start, **identity, "reference": prepared.reference, "rows": rows}
+  facts["learned_from"] = load_run.learned_from(prepared.config)
   workdir_lib.add_start(workdir, facts | jax_setup.facts())
 
 
