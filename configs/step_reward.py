@@ -10,11 +10,13 @@ one higher. The run ends with its accuracy on pairs that were held out. `configs
 the run.
 
 `sd15` and `sdxl` have the numbers of https://github.com/RockeyCoss/SPO: PickScore as the start,
-guidance 5, AdamW at 3e-6 and 1e-6, 500 updates of warm-up, 8000 and 7000 updates, and a batch
-of 1024 pairs, 16 for each of four devices, 16 times. What differs: ties are left out, there
-they have the label 1/2; all pairs weigh the same, there the pairs of a prompt share a weight of
-one; and the labels of `sdxl` are those of the data, there they are PickScore's. There, both
-learn from Pick-a-Pic v1. `shapes` has numbers of its own.
+guidance 5, AdamW at 3e-6 and 1e-6 with weight decay 0.3, 500 updates of warm-up and a linear
+fall to zero, 8000 and 7000 updates of 64 pairs, 16 for each of four devices: the accelerate
+that it names replaces DeepSpeed's 16 steps of accumulation by one. What differs: the warm-up is
+linear, there it is DeepSpeed's, logarithmic; ties are left out, there they have the label 1/2;
+all pairs weigh the same, there the pairs of a prompt share a weight of one; and the labels of
+`sdxl` are those of the data, there they are PickScore's. There, both learn from Pick-a-Pic v1.
+`shapes` has numbers of its own.
 
 The presets `sd35m`, `sana` and `flux` are missing, because no such model is published for
 flow-matching models.
@@ -42,7 +44,9 @@ def get_config(preset: str = "shapes") -> ConfigDict:
   if preset in base_config.PUBLISHED:
     c.optim.lr = 3e-6
     c.optim.warmup_updates = 500
-    c.train.batch_size, c.train.accumulate = 1024, 16
+    c.optim.weight_decay = 0.3
+    c.optim.schedule = "linear"
+    c.train.batch_size, c.train.accumulate = 64, 4
     c.train.num_updates = 8000
     c.train.updates_per_iteration = 500
   if preset == "sdxl":

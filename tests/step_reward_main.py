@@ -39,7 +39,7 @@ def train(path, *, data, fsdp):
   }
   empty = sharding.replicate(encode.encode_no_prompt(pipeline, mesh), mesh)
   base = pipeline.params.pop("unet")
-  trained = setup.init_trained(config, pipeline, pipeline.params.pop("scorer"))
+  trained = run_state.initial_params(checked, pipeline.params.pop("scorer"))
   program = programs.make_programs(checked, trained, empty)
   state = jax.jit(program.make_state, out_shardings=program.placement)(trained)
   split = sum(not x.sharding.is_fully_replicated for x in jax.tree.leaves(state.params))

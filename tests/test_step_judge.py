@@ -21,7 +21,8 @@ from jaxpref import export, main, scorers, sharding
 from jaxpref.errors import UserError
 from jaxpref.models import save, step_reward
 from jaxpref.scorers.base import store
-from jaxpref.training import flops, inputs, load_run, programs, setup
+from jaxpref.training import flops, inputs, load_run, programs, run_state, setup
+from jaxpref.training.step_judge import StepJudge
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -98,16 +99,32 @@ def test_spo_with_the_judge_resumes_to_the_same_bits(trained, tiny_pipeline, tmp
 
 
 @pytest.mark.long
-def test_a_judge_of_another_vae_is_refused(trained, tiny_pipeline, tmp_path):
-  base = shutil.copytree(tiny_pipeline, tmp_path / "other")
-  weights = base / "vae" / "diffusion_pytorch_model.safetensors"
-  tensors = load_file(weights)
-  name = min(tensors)
-  save.save_tensors(weights, tensors | {name: tensors[name] + 1})
+def test_what_judge_and_policy_must_share(trained, tiny_pipeline, tmp_path):
+  """The VAE and the scheduler; the judge has a text encoder of its own."""
   config = config_lib.load_config("spo:tiny")
-  config.model.path, config.steps.judge = str(base), str(trained)
+  config.steps.judge = str(trained)
+
+  def changed(name, file, change):
+    base = shutil.copytree(tiny_pipeline, tmp_path / name)
+    change(base / file)
+    config.model.path = str(base)
+
+  def add_one(weights):
+    tensors = load_file(weights)
+    name = min(tensors)
+    save.save_tensors(weights, tensors | {name: tensors[name] + 1})
+
+  def widen(file):
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"beta_end": 0.013}))
+
+  changed("vae", "vae/diffusion_pytorch_model.safetensors", add_one)
   with pytest.raises(UserError, match="was trained with another vae"):
     setup.check(config)
+  changed("scheduler", "scheduler/scheduler_config.json", widen)
+  with pytest.raises(UserError, match="was trained with another scheduler"):
+    setup.check(config)
+  changed("text", "text_encoder/model.safetensors", add_one)
+  assert isinstance(setup.check(config).judge, StepJudge)
 
 
 @pytest.mark.long
@@ -129,7 +146,8 @@ def test_flops_of_an_update(scorer, tiny_pipeline, tmp_path, monkeypatch):
 @pytest.mark.long
 def test_flops_of_candidates(trained, tiny_pipeline):
   config = config_lib.load_config("spo:tiny")
-  config.model.path = str(tiny_pipeline)
+  # The judge has been trained on images of twice this size.
+  config.model.path, config.model.image_size = str(tiny_pipeline), 32
   checked = setup.check(config)
   forward = flops.of_forward(checked.pipeline)
   plain = flops.of_update(checked, forward)
@@ -155,6 +173,7 @@ def test_flops_of_candidates(trained, tiny_pipeline):
     ("step_reward", {"lora.rank": 2}, "lora.rank and model.start do not apply"),
     ("step_reward", {"loss.name": "sft"}, "the section judge do not fit"),
     ("step_reward", {"loss.space": "eps"}, "has no errors"),
+    ("step_reward", {"data.prompt_dropout": 0.1}, "data.prompt_dropout must be 0"),
   ],
 )
 def test_settings_that_do_not_fit_are_refused(method, changes, message, tiny_pipeline):
@@ -163,6 +182,22 @@ def test_settings_that_do_not_fit_are_refused(method, changes, message, tiny_pip
   with pytest.raises(UserError) as error:
     setup.check(config)
   assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_plan_needs_the_run_of_its_judge(tiny_pipeline):
+  config = runs.config("spo", **{"steps.judge": "runs/missing"})
+  config.model.path = str(tiny_pipeline)
+  with pytest.raises(UserError, match="is not the workdir of a reward model"):
+    setup.check(config, mesh=sharding.abstract_mesh(config.mesh, 8))
+
+
+def test_it_resumes_with_the_same_scorer_only(tiny_pipeline):
+  config = runs.config("step_reward")
+  config.model.path = str(tiny_pipeline)
+  stored = {"scorer": "a", "num_updates": 2}
+  run_state.check_resumes(stored, stored, 1, config)
+  with pytest.raises(UserError, match=r"weights of judge.scorer \(shapes.preference\) have"):
+    run_state.check_resumes(stored, stored | {"scorer": "b"}, 1, config)
 
 
 def test_a_scorer_of_several_arrays_is_refused(tiny_pipeline, monkeypatch):
@@ -261,6 +296,7 @@ def test_presets_have_the_published_constants():
   for preset, lr, updates in (("sd15", 3e-6, 8000), ("sdxl", 1e-6, 7000)):
     c = config_lib.load_config(f"step_reward:{preset}")
     assert (c.optim.lr, c.train.num_updates, c.optim.warmup_updates) == (lr, updates, 500)
-    assert c.train.batch_size == 16 * 16 * 4 and c.train.accumulate == 16
+    assert c.train.batch_size == 16 * 4
+    assert (c.optim.weight_decay, c.optim.schedule) == (0.3, "linear")
     assert (c.judge.scorer, c.judge.guidance) == ("pickscore.v1", 5.0)
     assert c.data.num_rows == 0 and c.data.latents == "sample"

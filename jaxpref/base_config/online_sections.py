@@ -144,6 +144,11 @@ def step_judge(c: ConfigDict) -> None:
     c.judge.at_once = 1
 
 
+def judges_images(c: Mapping[str, Any]) -> bool:
+  """Tells whether a run trains a step-aware preference model."""
+  return "scorer" in c.get("judge", {})
+
+
 def trained_scorers(c: Mapping[str, Any]) -> tuple[str, ...]:
   """Returns the scorers whose sum is the reward of an online run, or stands for it."""
   for section in ("rounds", "pathwise"):

@@ -154,7 +154,7 @@ def text_features(towers: Towers, params: Any, ids: jax.Array) -> jax.Array:
   """
   hidden = text_lib.encode_text(towers.text, params["text"], ids)
   end = jnp.take_along_axis(hidden, jnp.argmax(ids, axis=1)[:, None, None], axis=1)[:, 0]
-  return _unit(end @ params["text_projection"]["kernel"])
+  return _unit(end @ params["text_projection"]["kernel"].astype(end.dtype))
 
 
 def _unit(features: Any) -> jax.Array:

@@ -56,8 +56,7 @@ class Vector(NamedTuple):
 
   Attributes:
     path: of the module.
-    kind: 'shift' or 'scale' of its output, 'shift_input' or 'scale_input', or 'gate', a factor
-      of its output.
+    kind: 'shift' or 'scale' of its output, or 'gate', a factor of its output.
     width: number of channels.
   """
 
@@ -88,7 +87,8 @@ def find_blocks(scorer: Scorer) -> dict[str, tuple[Vector, ...]]:
 
   image = jax.ShapeDtypeStruct((1, _SIZE, _SIZE, 3), jnp.float32)
   with nn.intercept_methods(note):
-    jax.eval_shape(lambda p, x: scorer.score(p, x, _ids(scorer)), scorer.params, image)
+    ids = scorer.tokenize([""])
+    jax.eval_shape(lambda p, x: scorer.score(p, x, ids), scorer.params, image)
   if not found:
     raise UserError(
       "judge.scorer must have the image tower of CLIP or of shapes.preference, whose blocks "
@@ -255,10 +255,6 @@ def make_score(
   return score
 
 
-def _ids(scorer: Scorer) -> Any:
-  return scorer.tokenize([""])
-
-
 def _vectors_of(module: nn.Module, args: tuple) -> tuple[Vector, ...]:
   """Returns the vectors of a block of an image tower; none of other modules."""
   path = module.path
@@ -266,9 +262,8 @@ def _vectors_of(module: nn.Module, args: tuple) -> tuple[Vector, ...]:
     if isinstance(module, FlaxCLIPEncoderLayer):
       width = module.config.hidden_size
       return _normed(path, 1, "self_attn", width) + _normed(path, 2, "mlp", width)
-    if path[1:] == ("post_layernorm",):  # it pools: its input is the class token
-      width = args[0].shape[-1]
-      return Vector(path, "shift_input", width), Vector(path, "scale_input", width)
+    if path[1:] == ("post_layernorm",):  # of the pooled token
+      return _modulated(path, args[0].shape[-1])
   if isinstance(module, preference_towers.Residual):
     return (
       *_modulated((*path, "norm_1"), args[0].shape[-1]),
@@ -299,15 +294,13 @@ def _modulated(path: tuple[str, ...], width: int) -> tuple[Vector, Vector]:
 
 
 def _change_modules(changes: Mapping[tuple[str, ...], Mapping[str, jax.Array]]) -> Interceptor:
-  """Returns the interceptor that applies vectors [B, C] to inputs and outputs of modules."""
+  """Returns the interceptor that applies vectors [B, C] to outputs of modules."""
 
   def intercept(next_fun, args, kwargs, context):
     bound = context.method_name == "__call__" and context.module.scope is not None
     own = changes.get(context.module.path) if bound else None
     if own is None:
       return next_fun(*args, **kwargs)
-    if "scale_input" in own:
-      args = (_modulate(args[0], own["scale_input"], own["shift_input"]), *args[1:])
     out = next_fun(*args, **kwargs)
     if "scale" in own:
       out = _modulate(out, own["scale"], own["shift"])

@@ -229,7 +229,7 @@ class _Model:
 
   @functools.cached_property
   def kept_by_step_reward(self) -> tuple[int, int]:
-    """Returns those of a step-aware preference model, see `memory.kept_by_step_reward`."""
+    """Returns the bytes that a step-aware preference model stores, by `plan.memory`."""
     from jaxpref.plan import memory  # noqa: PLC0415
 
     return memory.kept_by_step_reward(self._checked.pipeline)
@@ -320,6 +320,9 @@ def _memory(checked: Any, arguments: Any, model: _Model) -> dict[str, float]:
     kept = kept + judged if of.method == "predicted" else max(kept, judged)
     batch = batch["rows"]  # it holds the judge too
   whole, split = model.judge
+  decoder = 0  # of a step-aware preference model, whole on every device
+  if checked.pipeline.scorer:
+    decoder = memory.tree_bytes(arguments.base["vae"])
   wide = on(state.params)
   sums = wide if config.train.accumulate > 1 else 0
   rows = (batch, arguments.rollout)
@@ -329,7 +332,7 @@ def _memory(checked: Any, arguments: Any, model: _Model) -> dict[str, float]:
     "weights as computed with": _working_weights(checked, arguments, model),
     # The base weights stay on the devices until the end, for the evaluation.
     "frozen copies": on(state.policy_copy) + on(model.base) + on(arguments.start),
-    "text encoders, VAE": on(model.encoders),
+    "text encoders, VAE": on(model.encoders) + decoder,
     "judge of samples": memory.tree_bytes(whole) + on(split),
     "kept for the backward pass": kept,
     "attention's logits": 0 if model.fused else latents * _logits_bytes(checked),

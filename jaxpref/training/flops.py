@@ -17,7 +17,7 @@ from jaxpref import base_config
 from jaxpref.models import reward_model, step_reward
 from jaxpref.models import vae as vae_lib
 from jaxpref.models.pipeline import Pipeline, abstract_params
-from jaxpref.training import judge_settings, pathwise_step, step_rows
+from jaxpref.training import pathwise_step, step_rows
 from jaxpref.training import rollout as rollout_lib
 from jaxpref.training.judge import Judge
 from jaxpref.training.latent_judge import LatentJudge
@@ -79,7 +79,7 @@ def of_update(checked: Checked, forward: float) -> dict[str, float]:
   """
   if "pathwise" in checked.config:
     return _of_pathwise(checked, forward)
-  if judge_settings.reads_images(checked.config):
+  if base_config.judges_images(checked.config):
     return _of_step_reward(checked, forward)
   if checked.loss.needs.judges:
     return _of_reward_model(checked)
@@ -145,11 +145,11 @@ def _of_step_reward(checked: Checked, forward: float) -> dict[str, float]:
   images = config.train.batch_size * len(checked.arms)
   guided = 2 if config.judge.guidance > 1 else 1
   score_images = step_reward.make_score_images(pipeline.scorer)
-  score, decode = _of_images(pipeline, pipeline.scorer, score_images)
+  score, decode = _of_step_aware(pipeline, pipeline.scorer, score_images)
   return {"policy": images * score, "reference": images * (guided * forward + decode)}
 
 
-def _of_images(
+def _of_step_aware(
   pipeline: Pipeline, scorer: Any, score_images: Any, *, learns: bool = True
 ) -> tuple[float, float]:
   """Counts the FLOPs of a step-aware reward of an image, and those of its decoder.
@@ -175,8 +175,8 @@ def _of_images(
 def _of_trained_judge(checked: Checked) -> float:
   """Counts the FLOPs of a candidate's reward."""
   if isinstance(judge := checked.judge, StepJudge):
-    found = judge.reward.pipeline, judge.reward.scorer, judge.score_images
-    return sum(_of_images(*found, learns=False))
+    found = checked.pipeline, judge.reward.scorer, judge.score_images
+    return sum(_of_step_aware(*found, learns=False))
   pipeline, width, guidance = latent_judge(checked)
   return of_reward(pipeline, width=width, guidance=guidance)
 

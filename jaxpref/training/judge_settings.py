@@ -19,11 +19,6 @@ from jaxpref.training.latent_judge import LatentJudge, make_latent_judge
 from jaxpref.training.step_judge import StepJudge, make_step_judge
 
 
-def reads_images(config: ConfigDict) -> bool:
-  """Tells whether a run trains a step-aware preference model."""
-  return "judge" in config and "scorer" in config.judge
-
-
 def check(config: ConfigDict, needs: Needs) -> None:
   """Refuses settings that do not suit the training of a reward model.
 
@@ -46,7 +41,7 @@ def check(config: ConfigDict, needs: Needs) -> None:
       "lora.rank and model.start do not apply to a reward model, which begins as the first "
       "half of the denoiser or as a scorer, and is trained whole"
     )
-  if "scorer" in config.get("judge", {}) and config.data.prompt_dropout:
+  if base_config.judges_images(config) and config.data.prompt_dropout:
     raise UserError("data.prompt_dropout must be 0: a scorer judges images for their prompts")
   if needs.judges and config.loss.space != "model":
     raise UserError("loss.space must be 'model': a reward model has no errors")
@@ -62,7 +57,7 @@ def check_model(config: ConfigDict, pipeline: Pipeline) -> None:
   Raises:
     UserError: the family has no such model.
   """
-  if not reads_images(config):
+  if not base_config.judges_images(config):
     reward_model.check(pipeline)
   elif not isinstance(pipeline.schedule, NoiseSchedule):
     raise UserError(
@@ -104,7 +99,7 @@ def init_params(config: ConfigDict, pipeline: Pipeline, base: Any) -> Any:
     base: parameters that it begins with, arrays or shapes: the denoiser's or the scorer's.
   """
   key = rng.key_of(config.seed, "judge", 0)
-  if reads_images(config):
+  if base_config.judges_images(config):
     return step_reward.init_params(pipeline.scorer, base, key)
   return reward_model.init_params(pipeline, base, key, width=config.judge.width)
 
@@ -118,7 +113,7 @@ def make_score(config: ConfigDict, pipeline: Pipeline, **options: Any) -> reward
     **options: of `Pipeline.make_denoise`.
   """
   guidance = config.judge.guidance
-  if reads_images(config):
+  if base_config.judges_images(config):
     return step_reward.make_score(
       pipeline, guidance=guidance, at_once=config.judge.at_once, **options
     )
@@ -133,8 +128,8 @@ def load(
   Args:
     config: of the run.
     pipeline: of the run.
-    mesh: of the devices; None for a plan, for which a latent judge is not read, and of a
-      step-aware one only the scorer that it began as.
+    mesh: of the devices; None for a plan, which reads no trained judge, but the scorer that a
+      step-aware one began as.
 
   Raises:
     UserError: it is missing, or does not fit the run.
@@ -157,11 +152,17 @@ def load(
 
 
 def _plan_judge(config: ConfigDict, pipeline: Pipeline) -> StepJudge | None:
-  """Returns a step-aware judge without parameters; None if the run's judge is a latent one."""
-  if not (began_as := load_run.scorer_of(config.steps.judge)):
+  """Returns a step-aware judge without parameters; None if the run's judge is a latent one.
+
+  Raises:
+    UserError: the run of the judge of another method than LPO is missing.
+  """
+  name = config.steps.judge
+  if not (began_as := load_run.scorer_of(name)):
+    if config.name != "lpo":
+      load_run.check_reward_model(name)  # it says which kind of judge it is
     return None
-  loaded = scorers.load_reward(began_as, dtype=config.model.dtype)
-  scorer = step_reward.without_params(loaded)
+  scorer = load_run.describe_scorer(began_as, config.model.dtype)
   params = step_reward.abstract_params(scorer)
   planned = load_run.StepReward(pipeline, scorer, params, digest="")
   return make_step_judge(planned, frozen_dtype=config.model.frozen_dtype)

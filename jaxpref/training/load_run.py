@@ -97,7 +97,9 @@ def load(
     raise UserError(f"--{given[0]} only applies to pipelines; the run {workdir} has its own")
   config = _read_config(workdir)
   if "judge" in config:
-    kind, method = ("step-aware", "spo") if _reads_images(config) else ("latent", "lpo")
+    kind, method = (
+      ("step-aware", "spo") if base_config.judges_images(config) else ("latent", "lpo")
+    )
     raise UserError(
       f"{workdir} has trained a {kind} reward model, which makes no images: give it as "
       f"steps.judge to a run of configs/{method}.py"
@@ -177,21 +179,14 @@ def load_reward_model(name: str, *, dtype: Any = jnp.float32) -> RewardModel | S
     UserError: it is not a run that has trained a reward model, its checkpoints are damaged, or
       the base pipeline is not the one that it began with.
   """
-  workdir = user_path(name)
-  config = _read_config(workdir) if _has_run(workdir) else {}
-  if "judge" not in config:
-    raise UserError(
-      f"steps.judge: {name!r} is not the workdir of a reward model: train one with "
-      "--config=configs/latent_reward.py, for LPO, or configs/step_reward.py, for SPO"
-    )
+  workdir, config = check_reward_model(name)
   directory = checkpoint.directory_of(workdir, config)
   found = checkpoint_files.find_good(directory, step=None)
   pipeline = _load_base(workdir, config["model"], dtype, None, without_denoiser=True)
   _check_base(workdir, pipeline, found.metadata)
   judge, scorer = config["judge"], None
-  if _reads_images(config):
-    scorer = scorers.load_reward(judge["scorer"], dtype=jnp.dtype(dtype).name)
-    scorer = step_reward.without_params(scorer)
+  if base_config.judges_images(config):
+    scorer = describe_scorer(judge["scorer"], jnp.dtype(dtype).name)
     abstract = step_reward.abstract_params(scorer)
   else:
     abstract = reward_model.abstract_params(pipeline, width=judge["width"])
@@ -200,6 +195,30 @@ def load_reward_model(name: str, *, dtype: Any = jnp.float32) -> RewardModel | S
   if scorer:
     return StepReward(pipeline, scorer, params, digest)
   return RewardModel(pipeline, params, judge["width"], judge["guidance"], digest)
+
+
+def check_reward_model(name: str) -> tuple[Path, dict[str, Any]]:
+  """Returns the workdir and the configuration of a run that has trained a reward model.
+
+  Args:
+    name: the run's workdir.
+
+  Raises:
+    UserError: it is not such a run.
+  """
+  workdir = user_path(name)
+  config = _read_config(workdir) if _has_run(workdir) else {}
+  if "judge" not in config:
+    raise UserError(
+      f"steps.judge: {name!r} is not the workdir of a reward model: train one with "
+      "--config=configs/latent_reward.py, for LPO, or configs/step_reward.py, for SPO"
+    )
+  return workdir, config
+
+
+def describe_scorer(name: str, dtype: str) -> scorers.Reward:
+  """Loads a scorer that a reward model began as, with its parameters' shapes only."""
+  return step_reward.without_params(scorers.load_reward(name, dtype=dtype))
 
 
 def scorer_of(name: str) -> str:
@@ -211,10 +230,6 @@ def scorer_of(name: str) -> str:
   workdir = user_path(name)
   config = _read_config(workdir) if _has_run(workdir) else {}
   return str(config.get("judge", {}).get("scorer", ""))
-
-
-def _reads_images(config: dict[str, Any]) -> bool:
-  return "scorer" in config.get("judge", {})
 
 
 def _restore(directory: Path, step: int, field: str, abstract: Any, mesh: Mesh | None) -> Any:

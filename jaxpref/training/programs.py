@@ -249,7 +249,7 @@ def abstract_programs(checked: Checked) -> tuple[Programs, Arguments]:
   frozen_dtype = config.model.frozen_dtype
   freeze = lambda params: checked.pipeline.freeze(params, frozen_dtype)  # noqa: E731
   base = jax.eval_shape(freeze, checked.pipeline.abstract_denoiser())
-  if judge_settings.reads_images(config):
+  if base_config.judges_images(config):
     base = {"denoiser": base, "vae": abstract_params(checked.pipeline.modules["vae"])}
   if config.data.noise_draws:
     numbers = jax.ShapeDtypeStruct((count,), jnp.int32)
@@ -283,7 +283,7 @@ def abstract_programs(checked: Checked) -> tuple[Programs, Arguments]:
 def _placement_of_base(checked: Checked, kept: Any) -> Any:
   """Returns where `kept_base` is: as parameters are, but a decoder whole on every device."""
   where = sharding.params_sharding(checked.mesh, kept)
-  if not judge_settings.reads_images(checked.config):
+  if not base_config.judges_images(checked.config):
     return where
   whole = sharding.replicated(checked.mesh)
   return {**where, "vae": jax.tree.map(lambda _: whole, kept["vae"])}
@@ -320,7 +320,7 @@ def _placed(shapes: Any, shardings: Any) -> Any:
 def kept_base(checked: Checked, base: Any) -> Any:
   """Returns the part of the base's parameters that `adapt` or the reference needs, or None."""
   config = checked.config
-  if config.lora.rank or checked.reference == "base" or judge_settings.reads_images(config):
+  if config.lora.rank or checked.reference == "base" or base_config.judges_images(config):
     return base
   fixed = checked.pipeline.family.fixed
   return denoiser.split_fixed(base, fixed)[1] if fixed else None
@@ -337,7 +337,7 @@ def has_own_targets(checked: Checked) -> bool:
 
 def _make_adapt(config: ConfigDict, pipeline: Pipeline) -> Callable[[Any, Any], Any]:
   fixed = pipeline.family.fixed
-  if judge_settings.reads_images(config):
+  if base_config.judges_images(config):
     return lambda trained, base: {"trained": trained, **base}
   if not config.lora.rank and fixed:
     return lambda trained, base: denoiser.join_fixed(trained, base, fixed)

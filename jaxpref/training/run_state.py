@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from jaxpref import __version__, sharding
+from jaxpref import __version__, base_config, sharding
 from jaxpref.errors import UserError, count
 from jaxpref.runtime.checkpoint import Checkpointer
-from jaxpref.training import judge_settings, programs
+from jaxpref.training import programs
 from jaxpref.training.setup import Checked, Prepared, init_trained
 
 _log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def make_run_state(
   """
   config, pipeline = prepared.config, prepared.pipeline
   base = pipeline.params.pop(pipeline.family.denoiser)
-  begin = _begin(prepared, pipeline.params.pop("scorer", base))
+  begin = initial_params(prepared, pipeline.params.pop("scorer", base))
   program = programs.make_programs(prepared, begin, uncond)
   state, done = _restore_or_init(program, begin, ckptr, loader, identity, config)
   base = freeze(prepared, base)
@@ -87,16 +87,24 @@ def identify(prepared: Prepared, encoded: str) -> dict[str, Any]:
   }
 
 
-def _begin(prepared: Prepared, base: Any) -> Any:
-  """Returns the initial trained parameters: the base's, LoRA matrices or `model.start`."""
-  if prepared.start:
-    return prepared.start.pop("params")  # taken out, so that they can be freed
-  config, pipeline = prepared.config, prepared.pipeline
-  if judge_settings.reads_images(config):  # a scorer's parameters are on the host
-    return sharding.place_params(init_trained(config, pipeline, base), prepared.mesh)
+def initial_params(checked: Checked, begins_as: Any) -> Any:
+  """Returns the parameters with which training begins, on the devices.
+
+  They are those of the base, LoRA matrices, those of `model.start` or of a reward model.
+
+  Args:
+    checked: the run's configuration and models.
+    begins_as: parameters of the denoiser, or of the scorer that a reward model begins as.
+  """
+  if checked.start:
+    return checked.start.pop("params")  # taken out, so that they can be freed
+  config, pipeline = checked.config, checked.pipeline
+  if base_config.judges_images(config):  # a scorer's parameters are on the host
+    found = sharding.to_host(init_trained(config, pipeline, begins_as))
+    return sharding.place_params(found, checked.mesh)
   if not config.lora.rank:
-    return init_trained(config, pipeline, base)
-  return jax.jit(lambda params: init_trained(config, pipeline, params))(base)
+    return init_trained(config, pipeline, begins_as)
+  return jax.jit(lambda params: init_trained(config, pipeline, params))(begins_as)
 
 
 def freeze(checked: Checked, base: Any) -> Any:
@@ -107,7 +115,7 @@ def freeze(checked: Checked, base: Any) -> Any:
     base: the denoiser's parameters.
   """
   config, pipeline = checked.config, checked.pipeline
-  if judge_settings.reads_images(config):
+  if base_config.judges_images(config):
     vae = sharding.replicate(pipeline.params["vae"], checked.mesh)
     return {"denoiser": pipeline.freeze(base, config.model.frozen_dtype), "vae": vae}
   if checked.loss.needs.judges:  # it is not compared with the denoiser that it begins as
@@ -154,11 +162,13 @@ def check_resumes(
   """
   named = {"data": config.data.path, "pipeline": config.model.path, "start": config.model.start}
   named["judge"] = config.get("steps", {}).get("judge", "")
+  named["scorer"] = config.get("judge", {}).get("scorer", "")
   things = {
     "data": "training images",
     "pipeline": "base pipeline's weights",
     "start": "weights in model.start",
     "judge": "weights of the reward model in steps.judge",
+    "scorer": "weights of judge.scorer",
   }
   for name, thing in things.items():
     if stored.get(name) != identity.get(name):

@@ -239,7 +239,7 @@ def check(config: ConfigDict, *, mesh: Any = None) -> Checked:
   _check_guidance(config, pipeline)
   if loss.needs.judges:
     judge_settings.check_model(config, pipeline)
-  if judge_settings.reads_images(config):
+  if base_config.judges_images(config):
     pipeline = judge_settings.with_scorer(config, pipeline)
   _check_levels(loss, config, pipeline)
   check_steps(pipeline, "evaluate.num_steps", config.evaluate.num_steps)

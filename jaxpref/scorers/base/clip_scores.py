@@ -178,7 +178,8 @@ def score(
 
 def reward(scorer: Cosine, dtype: Any) -> Reward:
   """Loads a scorer as a differentiable function; see `jaxpref.scorers.load_reward`."""
-  clip = read_clip(scorer, dtype)
+  read = read_clip(scorer, dtype)
+  clip = dataclasses.replace(read, params=None)  # what the functions keep
 
   def score_in_graph(params, images, ids):
     of_images = clip.features_in_graph(params, images)
@@ -188,5 +189,5 @@ def reward(scorer: Cosine, dtype: Any) -> Reward:
     return scale * jnp.sum(of_images * of_texts, axis=-1)
 
   return Reward(
-    clip.params, lambda prompts: tokenize(clip, prompts, scorer.cleaning), score_in_graph
+    read.params, lambda prompts: tokenize(clip, prompts, scorer.cleaning), score_in_graph
   )

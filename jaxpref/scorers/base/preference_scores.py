@@ -88,13 +88,13 @@ def score(model: Preference, images: Images, prompts: Sequence[str]) -> np.ndarr
 def reward(dtype: Any) -> Reward:
   """Loads the bundled model as a differentiable function; see `scorers.load_reward`."""
   model = read_preference(BUNDLED, dtype)
-  towers = model.towers
+  towers, tokenizer = model.towers, model.tokenizer  # what the functions keep
 
   def score_in_graph(params, images, ids):
     return _score(towers, params, pixels.resize_in_graph(images, towers.image_size), ids)
 
   return Reward(
-    model.params, lambda prompts: text.tokenize([model.tokenizer], prompts)[0], score_in_graph
+    model.params, lambda prompts: text.tokenize([tokenizer], prompts)[0], score_in_graph
   )
 
 
