@@ -24,11 +24,15 @@ from jaxpref.runtime import workdir as workdir_lib
 from jaxpref.training import flops, setup
 
 SUSTAINED = 1e14  # FLOP/s, for hours
+_FAST = "ppo:sd15 rollout.num_steps=20 rollout.guidance=1"
 CONFIGS = (
-  *("ppo:sd15", "ppo:sd15_dpok", "ppo:sd15_dance", "d3po:sd15"),
+  *("ppo:sd15", "ppo:sd15 lora.rank=0", "ppo:sd15 steps.trained=5 train.batch_size=320"),
+  *(f"{_FAST} train.batch_size=1280", f"{_FAST} steps.window=4 train.batch_size=256"),
+  *("ppo:sd15_dpok", "ppo:sd15_dance", "d3po:sd15"),
   *("spo:sd15", "lpo:sd15", "prdp:sd15"),
   *("awm:sd15", "nft:sd15", "dgpo:sd15", "rwr:sd15", "best_of:sd15", "online_dpo:sd15"),
-  *("draft:sd15", "draft_lv:sd15", "alignprop:sd15", "refl:sd15"),
+  *("draft:sd15", "draft:sd15 pathwise.last=5", "draft:sd15 pathwise.last=50"),
+  *("draft_lv:sd15", "alignprop:sd15", "refl:sd15"),
   *("ppo:sd35m", "ppo:sd35m_fast", "ppo:sd35m_mix"),
   *("sft:sd15", "dpo:sd15", "dro:sd15"),
 )
@@ -39,7 +43,8 @@ def main(argv: list[str]) -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   add = parser.add_argument
   add("--out", type=Path, default=Path("docs/rewards"), help="folder for costs.json")
-  add("--configs", nargs="+", default=list(CONFIGS), metavar="METHOD:PRESET")
+  text = "METHOD:PRESET, perhaps with FIELD=VALUE after spaces"
+  add("--configs", nargs="+", default=list(CONFIGS), metavar="CONFIG", help=text)
   options = parser.parse_args(argv)
   found = {name: cost_of(name) for name in options.configs}
   workdir_lib.write_json(options.out / "costs.json", found)
@@ -49,13 +54,19 @@ def main(argv: list[str]) -> None:
 
 
 def cost_of(name: str) -> dict[str, Any]:
-  """Counts the FLOPs of a configuration, `method:preset`.
+  """Counts the FLOPs of a configuration.
+
+  Args:
+    name: `method:preset`, and changed fields, as "field=value", after spaces.
 
   Returns:
     FLOPs of an update by phase, 'decode' of its samples among them; 'images' that an update
     samples or, if it samples none, reads; 'updates' of the whole run.
   """
-  config = config_lib.load_config(name)
+  preset, *fields = name.split()
+  flags = [f"--config={preset}", *(f"--config.{field}" for field in fields)]
+  config, _ = config_lib.parse_args(flags, flags={})
+  config.train.accumulate = 1  # micro-batches are the same work
   for section in ("pathwise", "rounds"):
     if section in config:
       # A scorer whose weights are here. Its work, a thousandth of the decoder's, stays in where

@@ -4,8 +4,10 @@
   python -m jaxpref.main --config=configs/ppo.py:sd15_dance
 
 Numbers are from the authors' code unless they are said to be ours. Scorers (but for DPOK and
-DanceGRPO) and numbers of updates are our choices, and so are all of `sdxl`, which has those of
-`sd15`, and of `sana` and `flux`, which have those of `sd35m`; Flux is given the scale 3.5.
+DanceGRPO), numbers of updates and averages of the weights (but for Flow-GRPO) are our choices,
+and so are all of `sdxl`, which has those of `sd15`, and of `sana` and `flux`, which have those
+of `sd35m`; Flux is given the scale 3.5. What is added to a deviation is Flow-GRPO's 1e-4, but
+for DanceGRPO.
 
 `sd15` is DDPO (Black et al. 2023, https://arxiv.org/abs/2305.13301), from
 https://github.com/kvablack/ddpo-pytorch for SD 1.4: DDIM of 50 steps with eta 1, guidance 5,
@@ -15,18 +17,19 @@ clip of 1e-4, advantages clipped at 5, LoRA of rank 4, AdamW at 3e-4 with a weig
 (`rounds.window=16`); here a round has 16 images of each of 16 prompts, which are compared.
 
 `sd15_dpok` is DPOK (Fan et al. 2023, https://arxiv.org/abs/2305.16381), from google-research's
-code: guidance 7.5, 6 prompts a round, 5 updates of 24 random steps each, no maximum in the
-loss, ImageReward, the weight of the predictions' distance to the base, which is 0.01 where
-advantages have the factor 100, LoRA of rank 4, 1e-5 without weight decay, gradients clipped at
-0.1. There a learned value is subtracted from a reward; here it is the mean of 5 images of its
-prompt.
+code: guidance 7.5, 6 prompts a round, of each GPU there, 5 updates of 24 random steps each, no
+maximum in the loss, ImageReward, the weight 0.01 of the predictions' distance to the base and
+gradients clipped at 0.1, both of a loss whose advantages have the factor 100, LoRA of rank 4,
+1e-5 without weight decay. There a learned value is subtracted from a reward; here it is the
+mean of 5 images of its prompt.
 
 `sd15_dance` is DanceGRPO (Xue et al. 2025, https://arxiv.org/abs/2505.07818) for SD 1.4: DDIM
-of 50 steps with guidance 5, 16 images of each of 4 prompts for 2 updates, a common starting
-noise (here of a prompt's images), advantages by the group's deviation, 49 of the steps (there
-the first ones, here random ones), HPSv2.1, all parameters, 1e-5. `sd35m_dance` has what it
-publishes for Flux: 16 steps with noise of the constant 0.3, 60 % of which are trained, 12
-images of a prompt, 3 updates; the number of prompts is ours.
+of 50 steps with guidance 5, 16 images of each of 4 prompts, of each GPU there, for 2 updates, a
+common starting noise (here of a prompt's images), advantages by the group's deviation, 49 of
+the steps (there the first ones, here random ones), HPSv2.1, all parameters, 1e-5. `flux_dance`
+has what it publishes for Flux: 16 steps with noise of the constant 0.3, 60 % of which are
+trained, 12 images of a prompt, 3 updates; the number of prompts and LoRA are ours, and the
+levels are the scheduler's, there with a shift of 3. `sd35m_dance` has the same for SD 3.5.
 
 `sd35m` is Flow-GRPO (Liu et al. 2025, https://arxiv.org/abs/2505.05470), at 512 pixels: 10
 steps with a = 0.7 and guidance 4.5, 9 of which are trained, 24 images of each of 48 prompts for
@@ -36,17 +39,21 @@ there and none here. `sd35m_fast` is its later variant: coefficient-preserving s
 0.8 without guidance, only 3 of 10 steps with noise, which begin at random in the first half,
 the ratio's clip of 1e-5, and no distance.
 
-`sd35m_mix` is MixGRPO (Li et al. 2025, https://arxiv.org/abs/2507.21802) as published for Flux:
+`flux_mix` is MixGRPO (Li et al. 2025, https://arxiv.org/abs/2507.21802) as published for Flux:
 25 steps, 4 of which have noise and are trained, moved by one every 25 rounds, 12 images of a
-prompt from a common starting noise, 4 updates. Number of prompts and guidance are ours. There
-1e-5 trains all parameters; here 3e-4 trains LoRA.
+prompt from a common starting noise, 4 updates. The number of prompts is ours. There 1e-5 trains
+all parameters and levels have a shift of 3; here 3e-4 trains LoRA and levels are the
+scheduler's. `sd35m_mix` has the same for SD 3.5, and guidance 4.5, which is ours.
 """
 
 from ml_collections import ConfigDict
 
 from jaxpref import base_config
 
-VARIANTS = ("sd15_dpok", "sd15_dance", "sd35m_fast", "sd35m_dance", "sd35m_mix")
+VARIANTS = (
+  *("sd15_dpok", "sd15_dance", "sd35m_fast", "sd35m_dance", "sd35m_mix"),
+  *("flux_dance", "flux_mix"),
+)
 PRESETS = (*base_config.PRESETS, *VARIANTS)
 
 
@@ -107,7 +114,7 @@ def _set_dpok(c: ConfigDict) -> None:
   c.rounds.clip = 0.0
   c.optim.lr = 1e-5
   c.optim.weight_decay = 0.0
-  c.optim.clip_norm = 0.1
+  c.optim.clip_norm = 0.1 / 100
   c.train.num_updates = 1000
 
 

@@ -5,6 +5,7 @@ python candidates_main.py PIPELINE DATA FSDP KIND APART
 Prints JSON, see `sample`.
 """
 
+import functools
 import json
 import sys
 
@@ -16,8 +17,16 @@ import toy_scorers
 from jaxpref import sharding
 from jaxpref.data import encode
 from jaxpref.models import load_pipeline
+from jaxpref.models import vae as vae_lib
 from jaxpref.plan import tpu_compiler
-from jaxpref.training import load_run, policy_sampler, step_candidates
+from jaxpref.training import (
+  flops,
+  load_run,
+  policy_sampler,
+  programs,
+  step_candidates,
+  step_rows,
+)
 from jaxpref.training.judge import Judge
 from jaxpref.training.latent_judge import LatentJudge
 from jaxpref.training.step_judge import StepJudge
@@ -56,6 +65,23 @@ def make_judge(pipeline, kind):
 
 def _lengths(captions):
   return np.array([[len(caption)] for caption in captions], np.int32)
+
+
+def sampled_flops(checked):
+  """Returns the FLOPs of a round's sampler as it is traced, without decoding the samples."""
+  config, pipeline, judge = checked.config, checked.pipeline, checked.judge
+  images = config.rounds.num_prompts * config.rounds.images_per_prompt
+  program, arguments = programs.abstract_programs(checked)
+  plan, seeds = step_rows.plan_steps(config, pipeline), np.arange(images, dtype=np.uint32)
+  eta, first = step_rows.etas(config, plan, 0)
+  chosen = eta, step_rows.pick(plan, first, images, [0]), step_rows.start_seeds(config, seeds)
+  params, tokens = judge.place(pipeline, checked.mesh), judge.tokenize([""] * images)
+  cond = pipeline.abstract_cond(images), pipeline.abstract_cond(1)
+  given = arguments.state.params, params, *cond, seeds, chosen, tokens
+  traced = flops.count(jax.make_jaxpr(program.sample)(*given))
+  vae, latents = pipeline.modules["vae"], np.zeros((images, *pipeline.latent_shape), np.float32)
+  decode = jax.make_jaxpr(functools.partial(vae_lib.decode, vae))
+  return traced - flops.count(decode(params["vae"], latents))
 
 
 def make_program(

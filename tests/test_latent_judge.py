@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import candidates_main
 import families
 import jax
 import jax.numpy as jnp
@@ -73,8 +74,8 @@ def test_candidates_resume_to_the_same_bits(trained, tiny_pipeline, tmp_path, ca
   judge = shutil.copytree(trained, tmp_path / "judge")
   fields = {"evaluate.num_prompts": 1, "optim.lr": 0.01, "train.updates_per_iteration": 1}
   fields["steps.judge"] = judge
-  whole, _ = runs.check_resumed(tiny_pipeline, tmp_path, "lpo", updates=(1, 2), **fields)
-  first, last = runs.lines(whole)
+  whole, _ = runs.check_resumed(tiny_pipeline, tmp_path, "lpo", updates=(19, 20), **fields)
+  first, *_, last = runs.lines(whole)
   assert first["rewards/margin"] == pytest.approx(0.0, abs=1e-2)
   assert 0 < first["step_pairs/decided"] <= 1 and first["optim/grad_norm"] > 0
   assert last["err/policy_w"] != last["err/reference_w"]
@@ -139,6 +140,8 @@ def test_flops_of_an_update(tiny_pipeline, trained):
   steps, images = config.rollout.num_steps, config.rounds.num_prompts
   assert work["judge"] == 2 * images * (steps - config.steps.first) * one
   assert work["rollout"] == images * steps * forward
+  traced = candidates_main.sampled_flops(checked)
+  assert traced == pytest.approx(work["rollout"] + work["judge"], rel=0.02)
   # Compared after two steps and after the third one, with one prediction more in between.
   config.steps.apart, config.steps.gap_noisy = 2, 0.0
   apart = flops.of_update(setup.check(config), forward)

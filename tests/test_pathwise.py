@@ -171,7 +171,6 @@ def test_the_gradient_through_the_last_steps_is_the_closed_form(last):
 
 
 @pytest.mark.long
-@pytest.mark.long
 def test_the_sample_itself_is_the_samplers():
   grid = grid_of(STEPS, len(NODE))
   z = jnp.float32(NODE)[:, None]

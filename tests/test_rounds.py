@@ -55,7 +55,6 @@ def test_the_cursor_alone_says_which_prompts_follow():
 @pytest.mark.parametrize(
   ("method", "changes", "message"),
   [
-    ("awm", {"loss.name": "kto"}, "loss 'kto' learns from singles"),
     ("awm", {"rounds.weights": (1.0, 2.0)}, "one entry for each scorer (got 1 and 2)"),
     ("awm", {"rounds.num_prompts": 3}, "a round has 12 rows, and its rounds.updates x"),
     ("awm", {"rounds.updates": 3}, "must be a multiple of rounds.updates = 3"),
@@ -66,20 +65,34 @@ def test_the_cursor_alone_says_which_prompts_follow():
     ),
     ("awm", {"data.latents": "sample"}, "data.latents = 'sample' does not apply to rounds"),
     ("best_of", {"rounds.sampler": "old"}, "loss 'sft' keeps no average of the policy"),
+    ("nft", {"rounds.images_per_prompt": 1}, "a prompt's image nothing to be compared with"),
+    ("awm", {"rounds.window": 8}, "rounds.window compares a reward with the last ones"),
+    (
+      "ppo",
+      {"rounds.window": 8, "rounds.scorers": ("a.b", "a.c"), "rounds.weights": (1.0, 1.0)},
+      "rounds.window compares a reward with the last ones",
+    ),
   ],
 )
 def test_settings_that_do_not_fit_are_refused(method, changes, message):
   config = runs.config(method, **changes)
-  needs = losses.load_loss(config.loss.name).NEEDS
   with pytest.raises(UserError) as error:
-    rounds_settings.check(config, needs)
+    rounds_settings.check(config, losses.make_loss(config.loss, updates=config.rounds.updates))
   assert message in str(error.value)
+
+
+def test_rounds_make_no_rows_of_other_kinds():
+  config = config_lib.load_config("awm:tiny")
+  loss = losses.make_loss(config_lib.load_config("kto:tiny").loss)
+  with pytest.raises(UserError, match="rounds make rows of the kinds .* learns from singles"):
+    rounds_settings.check(config, loss)
 
 
 def test_a_loss_on_scored_rows_needs_rounds():
   config = config_lib.load_config("dpo:tiny")
+  loss = losses.make_loss(config_lib.load_config("awm:tiny").loss)
   with pytest.raises(UserError, match="its config file must call base_config.rounds"):
-    rounds_settings.check(config, losses.load_loss("awm").NEEDS)
+    rounds_settings.check(config, loss)
 
 
 def test_all_prompts_must_be_the_scorers():
@@ -121,6 +134,7 @@ def surroundings(monkeypatch, tfds_dir):
 
 
 FIELDS = {"rounds.updates": 2, "rounds.window": 8, "rounds.window_least": 2, "lora.rank": 2}
+FIELDS["rounds.scale"] = "group"
 
 
 @pytest.mark.long
@@ -129,9 +143,9 @@ def test_a_run_in_two_parts_ends_with_the_bits_of_a_whole_one(
 ):
   """Cut where a checkpoint would fall inside of a round, with windows, old weights and LoRA."""
   fields = {**FIELDS, "train.updates_per_iteration": 1, "rounds.num_prompts": 4}
-  whole, parts = runs.check_resumed(tiny_pipeline, tmp_path, "nft", updates=(6, 8), **fields)
+  whole, parts = runs.check_resumed(tiny_pipeline, tmp_path, "nft", updates=(18, 20), **fields)
   files = sorted(path.name for path in (whole / "rounds").iterdir())
-  assert files == ["0.json", "1.json", "2.json", "3.json"]
+  assert files == sorted(f"{k}.json" for k in range(10))
   for name in files:
     ours, theirs = (json.loads((at / "rounds" / name).read_text()) for at in (parts, whole))
     assert ours == theirs
@@ -139,7 +153,7 @@ def test_a_run_in_two_parts_ends_with_the_bits_of_a_whole_one(
   assert np.std(theirs["shapes.quality"]) > 0 and min(theirs["seeds"]) >= 2**31
   # Only whole rounds are saved: the state between them is small.
   steps = sorted(int(p.name) for p in (whole / "checkpoints").iterdir() if p.name.isdigit())
-  assert steps == [6, 8]
+  assert steps == [18, 20]
   _, state = runs.parameters(whole)
   assert any(
     (state[path] != state[path.replace("/policy_copy", "/params")]).any()
@@ -237,7 +251,7 @@ def test_steps_resumed_between_rounds_end_with_the_same_bits(
 @pytest.mark.long
 def test_pairs_of_trajectories_resume_to_the_same_bits(surroundings, tiny_pipeline, tmp_path):
   fields = {"rounds.updates": 2, "evaluate.num_prompts": 1, "optim.lr": 0.01}
-  whole, _ = runs.check_resumed(tiny_pipeline, tmp_path, "prdp", updates=(2, 4), **fields)
+  whole, _ = runs.check_resumed(tiny_pipeline, tmp_path, "prdp", updates=(18, 20), **fields)
   lines = runs.lines(whole)
   assert abs(lines[0]["prdp/log_ratio"]) < 1e-3 < abs(lines[-1]["prdp/log_ratio"])
   # Of the second update on the same trajectories, not of the first one.
@@ -248,8 +262,8 @@ def test_pairs_of_trajectories_resume_to_the_same_bits(surroundings, tiny_pipeli
 def test_pairs_of_candidates_resume_to_the_same_bits(surroundings, tiny_pipeline, tmp_path):
   fields = {"evaluate.num_prompts": 1, "optim.lr": 0.01, "train.updates_per_iteration": 1}
   fields["steps.apart"] = 2  # pairs of a prompt's candidates have inputs of their own
-  whole, _ = runs.check_resumed(tiny_pipeline, tmp_path, "spo", updates=(1, 2), **fields)
-  first, last = runs.lines(whole)
+  whole, _ = runs.check_resumed(tiny_pipeline, tmp_path, "spo", updates=(19, 20), **fields)
+  first, *_, last = runs.lines(whole)
   assert first["rewards/margin"] == pytest.approx(0.0, abs=1e-3)
   assert 0 < first["step_pairs/decided"] <= 1 and first["optim/grad_norm"] > 0
   assert last["err/policy_w"] != last["err/reference_w"]
@@ -270,5 +284,6 @@ def test_two_processes_equal_one(surroundings, tiny_pipeline, tmp_path):
     )
     assert one["prompts"] == two["prompts"] and one["seeds"] == two["seeds"]
     np.testing.assert_allclose(one["shapes.quality"], two["shapes.quality"], atol=0.02)
+    np.testing.assert_allclose(one["advantage"], two["advantage"], atol=0.1)
   ours, theirs = (runs.lines(tmp_path / at)[-1] for at in ("two", "one"))
   assert ours["err/policy_x"] == pytest.approx(theirs["err/policy_x"], rel=1e-3)

@@ -4,6 +4,7 @@ import functools
 import json
 import shutil
 
+import candidates_main
 import conftest
 import families
 import jax
@@ -162,6 +163,9 @@ def test_flops_of_candidates(trained, tiny_pipeline):
   given = params, x0, np.zeros(1, np.int32), reward.scorer.tokenize([""])
   one = flops.count(jax.make_jaxpr(judge.score)(*given))
   assert judged["judge"] == pytest.approx(images * one, rel=1e-6)
+  traced = candidates_main.sampled_flops(checked)
+  assert traced == pytest.approx(judged["rollout"] + judged["judge"], rel=0.02)
+  assert min(judged["rollout"], judged["judge"]) > 0.04 * traced
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,9 @@ from jaxpref.training.batch_maker import BatchRows
 from jaxpref.training.inputs import Part
 from jaxpref.training.setup import Prepared
 
-# Rounds in a row without a pair, after which the scorer cannot be learned from.
+# Rounds in a row with equal rewards only, after which the scorer cannot be learned from.
 _MOST_EQUAL = 20
+_WEIGHTED = ("scored", "steps", "groups")  # rows that an advantage weights
 _PROMPTS, _SEEDS, _ORDER = 0x50524F4D, 0x53454544, 0x4F524452  # purposes of random numbers
 _log = logging.getLogger(__name__)
 
@@ -102,12 +103,12 @@ class Rounds:
       if self._sample_round(program, state, base):
         return
       _log.warning(
-        "round %d has no pairs: all images of each prompt have equal rewards",
+        "round %d teaches nothing: all images of each prompt have equal rewards",
         self._state["round"] - 1,
       )
     raise UserError(
-      f"in {_MOST_EQUAL} rounds all images of a prompt had equal rewards, so that no pair can "
-      "be formed: choose other rounds.scorers, or a larger rounds.images_per_prompt"
+      f"in {_MOST_EQUAL} rounds all images of a prompt had equal rewards, from which nothing "
+      "can be learned: choose other rounds.scorers, or a larger rounds.images_per_prompt"
     )
 
   def _sample_round(self, program: programs.Programs, state: Any, base: Any) -> bool:
@@ -144,7 +145,8 @@ class Rounds:
       labels |= label(reward)
     kind = self._prepared.loss.needs.rows
     rows = make_rows(kind, latents, labels, group, reward, steps)
-    if not len(rows["latents"]):
+    weighted = kind in _WEIGHTED and not self._prepared.loss.label
+    if not len(rows["latents"]) or (weighted and not advantage.any()):
       return False
     cond = {name: Gather(of, chosen[rows["group"]]) for name, of in self._cond.items()}
     tree = {"latents": rows["latents"], "cond": cond, "labels": rows["labels"]}

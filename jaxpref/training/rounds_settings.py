@@ -4,23 +4,24 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from jaxpref import scorers
+from jaxpref import base_config, scorers
 from jaxpref.errors import UserError
-from jaxpref.losses import Needs
+from jaxpref.losses import Loss
 
 KINDS = ("scored", "steps", "step_pairs", "paths", "groups", "pairs", "experts")
 
 
-def check(config: ConfigDict, needs: Needs) -> None:
+def check(config: ConfigDict, loss: Loss) -> None:
   """Refuses settings of rounds that do not fit each other.
 
   Args:
     config: of the run.
-    needs: of its loss.
+    loss: of the run.
 
   Raises:
     UserError: two settings contradict each other, or the loss.
   """
+  needs = loss.needs
   if "rounds" not in config:
     if needs.old or needs.scored:
       raise UserError(
@@ -35,6 +36,7 @@ def check(config: ConfigDict, needs: Needs) -> None:
       f"from {kind}"
     )
   check_weights(settings, "rounds")
+  _check_comparison(config, loss)
   if needs.of_steps != ("steps" in config):
     raise UserError(
       f"loss {config.loss.name!r} learns from {kind}: the section steps is for losses that "
@@ -57,6 +59,24 @@ def check(config: ConfigDict, needs: Needs) -> None:
   if settings.sampler == "old" and not needs.old:
     raise UserError(
       f"rounds.sampler = 'old', but loss {config.loss.name!r} keeps no average of the policy"
+    )
+
+
+def _check_comparison(config: ConfigDict, loss: Loss) -> None:
+  """Refuses rewards that are compared with nothing, or with what other settings contradict."""
+  settings = config.rounds
+  # A loss with labels of its own weights images by rewards; candidates are compared by a judge.
+  compares = not loss.label and not base_config.have_candidates(config)
+  if settings.images_per_prompt == 1 and not settings.window and compares:
+    raise UserError(
+      "rounds.images_per_prompt = 1 leaves a prompt's image nothing to be compared with: raise "
+      "it, or set rounds.window"
+    )
+  one = len(settings.scorers) == 1 and settings.scale == "group" and not settings.ddof
+  if settings.window and not one:
+    raise UserError(
+      "rounds.window compares a reward with the last ones of its prompt, and divides by their "
+      "deviation: it takes one scorer, rounds.scale='group' and rounds.ddof=0"
     )
 
 

@@ -402,7 +402,7 @@ def _check_needs(loss: losses.Loss, config: ConfigDict) -> None:
   """Refuses settings that this loss would ignore."""
   needs = loss.needs
   judge_settings.check(config, needs)
-  rounds_settings.check(config, needs)
+  rounds_settings.check(config, loss)
   pathwise_settings.check(config, needs)
   if config.loss.reference == "base" and not needs.reference:
     raise UserError(f"loss.reference = 'base', but {config.loss.name} has no reference")
