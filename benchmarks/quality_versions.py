@@ -82,11 +82,9 @@ def write_versions() -> None:
 
 def write_flaws() -> None:
   """Writes the table of clean renders and flaws."""
-  packages = ", ".join(f"{p} {metadata.version(p)}" for p in ("numpy", "scipy", "Pillow"))
   scored = score_flaws(SCENES)
   lines = [
-    f"{campaign.made_by('python benchmarks/quality_versions.py')}, {packages}. Version "
-    f"{load_scorers([SCORER])[SCORER][0]} of {SCORER}: means over {SCENES} scenes of test "
+    f"{_made()}: means over {SCENES} scenes of test "
     f"prompts, seed {SEED}. *Falls* and *rises* count images that differ by more than {STEP} "
     "from the clean render of their scene.",
     "",
@@ -136,11 +134,9 @@ def score_flaws(count: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 def write_agreement() -> None:
   """Writes the table of correlations with the simulated annotator."""
-  packages = ", ".join(f"{p} {metadata.version(p)}" for p in ("numpy", "scipy", "Pillow"))
   found = correlate(AGREEMENT)
   lines = [
-    f"{campaign.made_by('python benchmarks/quality_versions.py')}, {packages}. Version "
-    f"{load_scorers([SCORER])[SCORER][0]} of {SCORER}: correlations (Pearson's r) with the "
+    f"{_made()}: correlations (Pearson's r) with the "
     f"annotator over {AGREEMENT} images of the corpus, seed {SEED}: with the penalties for "
     "looks, subtracted, and with the whole utility.",
     "",
@@ -166,6 +162,13 @@ def correlate(count: int) -> list[tuple[int, float, float]]:
   of_size = zip((64, 32), np.transpose(scores), strict=True)
   wanted = looks, utilities
   return [(size, *(float(np.corrcoef(x, of)[0, 1]) for x in wanted)) for size, of in of_size]
+
+
+def _made() -> str:
+  """Returns what made a table, and of which version of the scorer it is."""
+  packages = ", ".join(f"{p} {metadata.version(p)}" for p in ("numpy", "scipy", "Pillow"))
+  made = campaign.made_by("python benchmarks/quality_versions.py")
+  return f"{made}, {packages}. Version {load_scorers([SCORER])[SCORER][0]} of {SCORER}"
 
 
 def oversaturate(image: np.ndarray, factor: float) -> np.ndarray:

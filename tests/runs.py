@@ -142,3 +142,13 @@ def _return_to(workdir, step):
     late = file.is_file() and file.stat().st_mtime_ns > saved
     if late and file.name != "metrics.jsonl":
       file.unlink()
+
+
+def train_published(config, workdir, fields, capsys):
+  """Trains a preset of a published model with changed fields; returns the logged metrics."""
+  flags = [f"--config.{name}={value}" for name, value in fields.items()]
+  arguments = [f"--config={config}", f"--workdir={workdir}", *flags]
+  assert main.main(arguments) == 0, capsys.readouterr().err
+  logged = lines(workdir)
+  assert np.isfinite(logged[-1]["loss"]) and logged[-1]["optim/grad_norm"] > 0
+  return logged

@@ -1,14 +1,12 @@
 """Presets of online training for published models, on such models of reduced width."""
 
-import json
-
 import families
 import flow_networks
-import numpy as np
 import pytest
+import runs
 
 from jaxpref import config as config_lib
-from jaxpref import losses, main
+from jaxpref import losses
 from jaxpref.shapes import prompts
 
 
@@ -88,12 +86,7 @@ def test_presets_train_models_of_reduced_width(method, preset, more, tmp_path, c
   else:
     small |= {"rounds.num_prompts": 2, "rounds.images_per_prompt": 2}
     small |= {"rounds.scorers": "('toy_scorers.red',)"}
-  flags = [f"--config.{name}={value}" for name, value in small.items()]
-  workdir = tmp_path / "run"
-  arguments = [f"--config={method}:{preset}", f"--workdir={workdir}", *flags]
-  assert main.main(arguments) == 0, capsys.readouterr().err
-  *_, line = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-  assert np.isfinite(line["loss"]) and line["optim/grad_norm"] > 0
+  *_, line = runs.train_published(f"{method}:{preset}", tmp_path / "run", small, capsys)
   assert line["reward/mean"] == line["reward/toy_scorers.red"] > 0
   assert "rounds.scorers" in small or line["alarm/kl"] > 0
 

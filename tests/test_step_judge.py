@@ -274,11 +274,7 @@ def test_presets_train_models_of_reduced_width(preset, tmp_path, capsys, monkeyp
     "train.num_updates": 1,
   }
   workdir = tmp_path / "run"
-  flags = [f"--config.{name}={value}" for name, value in small.items()]
-  arguments = [f"--config=step_reward:{preset}", f"--workdir={workdir}", *flags]
-  assert main.main(arguments) == 0, capsys.readouterr().err
-  (line,) = runs.lines(workdir)
-  assert np.isfinite(line["loss"]) and line["optim/grad_norm"] > 0
+  assert len(runs.train_published(f"step_reward:{preset}", workdir, small, capsys)) == 1
   if preset == "sdxl":
     return
   del small["judge.held_out"]
@@ -287,13 +283,8 @@ def test_presets_train_models_of_reduced_width(preset, tmp_path, capsys, monkeyp
   small |= {"data.num_experts": 2, "data.num_rows": 0, "steps.gap": 0, "steps.first": 0}
   small |= {"evaluate.num_steps": 2, "evaluate.images_per_prompt": 1, "evaluate.num_prompts": 2}
   small |= {"rounds.scorers": "('toy_scorers.red',)", "alarms.every": 0}
-  flags = [f"--config.{name}={value}" for name, value in small.items()]
-  workdir = tmp_path / "spo"
-  assert main.main([f"--config=spo:{preset}", f"--workdir={workdir}", *flags]) == 0, (
-    capsys.readouterr().err
-  )
-  (line,) = runs.lines(workdir)
-  assert np.isfinite(line["loss"]) and line["optim/grad_norm"] > 0
+  logged = runs.train_published(f"spo:{preset}", tmp_path / "spo", small, capsys)
+  assert len(logged) == 1
 
 
 def test_presets_have_the_published_constants():

@@ -36,7 +36,7 @@ _SIZE = 64  # of the images with which a scorer's blocks are found; any will do
 
 
 class Scorer(Protocol):
-  """What is read of a `scorers.Reward`."""
+  """Describes the parts of a `scorers.Reward` that are needed here."""
 
   @property
   def params(self) -> Any:

@@ -304,11 +304,12 @@ def _memory(checked: Any, arguments: Any, model: _Model) -> dict[str, float]:
   latents = images * (1 if samples else states * arms)
   if (config.rollout.guidance if samples else step_rows.training_guidance(config)) > 1:
     latents *= 2
-  batch = arguments.batch
-  if checked.pipeline.scorer:  # the denoiser has no backward pass
+  batch, decoder = arguments.batch, 0
+  if checked.pipeline.scorer:  # the denoiser has no backward pass, and every device a decoder
     image, recomputed = model.kept_by_step_reward
     scored = images * arms
     kept = scored * image + min(scored, config.judge.at_once) * recomputed
+    decoder = memory.tree_bytes(arguments.base["vae"])
   else:
     kept = latents * model.kept(config.model.remat)
   if samples:
@@ -320,9 +321,6 @@ def _memory(checked: Any, arguments: Any, model: _Model) -> dict[str, float]:
     kept = kept + judged if of.method == "predicted" else max(kept, judged)
     batch = batch["rows"]  # it holds the judge too
   whole, split = model.judge
-  decoder = 0  # of a step-aware preference model, whole on every device
-  if checked.pipeline.scorer:
-    decoder = memory.tree_bytes(arguments.base["vae"])
   wide = on(state.params)
   sums = wide if config.train.accumulate > 1 else 0
   rows = (batch, arguments.rollout)

@@ -37,9 +37,9 @@ class Judge:
 
   def abstract_params(self) -> dict[str, Any]:
     """Returns the shapes of `place`."""
-    shape_of = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
     trees = {name: reward.params for name, reward in self.rewards.items()}
-    return {"vae": abstract_params(self.vae), "scorers": jax.tree.map(shape_of, trees)}
+    shapes = jax.eval_shape(lambda params: params, trees)
+    return {"vae": abstract_params(self.vae), "scorers": shapes}
 
   def tokenize(self, prompts: Sequence[str]) -> dict[str, Any]:
     """Returns what the scorers read of prompts, numpy arrays [N, ...] by scorer."""

@@ -206,8 +206,7 @@ def check_reward_model(name: str) -> tuple[Path, dict[str, Any]]:
   Raises:
     UserError: it is not such a run.
   """
-  workdir = user_path(name)
-  config = _read_config(workdir) if _has_run(workdir) else {}
+  workdir, config = _config_of(name)
   if "judge" not in config:
     raise UserError(
       f"steps.judge: {name!r} is not the workdir of a reward model: train one with "
@@ -227,9 +226,14 @@ def scorer_of(name: str) -> str:
   Args:
     name: a workdir.
   """
-  workdir = user_path(name)
-  config = _read_config(workdir) if _has_run(workdir) else {}
+  _, config = _config_of(name)
   return str(config.get("judge", {}).get("scorer", ""))
+
+
+def _config_of(name: str) -> tuple[Path, dict[str, Any]]:
+  """Returns a workdir and the configuration of its run; an empty one if it has no run."""
+  workdir = user_path(name)
+  return workdir, _read_config(workdir) if _has_run(workdir) else {}
 
 
 def _restore(directory: Path, step: int, field: str, abstract: Any, mesh: Mesh | None) -> Any:
